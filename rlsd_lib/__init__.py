@@ -1,0 +1,35 @@
+"""RLSD workbook: Self-Distilled RLVR (arXiv 2604.03128) as a small change to TRL's GRPOTrainer.
+
+Public names are looked up on first use, so that `import rlsd_lib.credit` costs torch alone and
+`import rlsd_lib` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "RLSDTrainer": "rlsd_lib.trainer",
+    "RLSDConfig": "rlsd_lib.config",
+    "METHODS": "rlsd_lib.config",
+    "PRESETS": "rlsd_lib.config",
+    "Experiment": "rlsd_lib.experiment",
+    "Run": "rlsd_lib.runs",
+}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines `name` when it is first asked for.
+
+    Raises:
+        AttributeError: `name` is not a public name of the package.
+    """
+    if name not in _HOME:
+        raise AttributeError(f"module 'rlsd_lib' has no attribute {name!r}; it exports {__all__}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
