@@ -1,0 +1,146 @@
+"""Token credit: how one advantage per rollout becomes one advantage per token.
+
+Every method of the GRPO family in this project is one function of this file. All share a signature:
+
+    advantages (N,), gap (N, T), mask (N, T)  ->  token advantages (N, T)
+
+where N counts rollouts and T completion positions. The gap is the privileged information gain
+Delta_t = log P_T(y_t) - log P_S(y_t) of the sampled tokens (Eq. 13 of arXiv 2604.03128), in nats.
+The mask is 1 on tokens that the policy wrote and that enter the loss. At masked positions the
+advantage is returned unchanged, since some losses branch on its sign there.
+
+Only torch is imported here.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Evidence = Callable[[Tensor, Tensor], Tensor]
+Credit = Callable[..., Tensor]
+
+
+def uniform(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float = 0.0, epsilon_w: float = 0.0
+) -> Tensor:
+    """GRPO: every token of a rollout receives the rollout's advantage (Eq. 2). (N,) -> (N, T)."""
+    _check_shapes(advantages, gap, mask)
+    return advantages[:, None].expand_as(gap)
+
+
+def rlsd(advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float, epsilon_w: float) -> Tensor:
+    """RLSD: A * ((1 - lam) + lam * clip(exp(sign(A) * Delta), 1 - eps, 1 + eps)) (Eq. 15).
+
+    Args: advantages (N,), gap (N, T) in nats, mask (N, T); `lam` in [0, 1], `epsilon_w` >= 0.
+    Returns (N, T), detached, with the sign of A everywhere and 0 where A = 0.
+    """
+    return _reweight(signed_evidence, advantages, gap, mask, lam, epsilon_w)
+
+
+def rlsd_neutral(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float, epsilon_w: float
+) -> Tensor:
+    """Drift-free RLSD: the weight is exp(abs(Delta)), clipped alike, and blind to the sign of A.
+
+    If A is independent of a token and has mean zero, E[A w] = E[A] w = 0: the token is not moved.
+    Under `rlsd` the same token drifts towards the teacher by E|A| sinh(Delta). Shapes as in `rlsd`.
+    """
+    return _reweight(neutral_evidence, advantages, gap, mask, lam, epsilon_w)
+
+
+def sampled_distillation(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float = 1.0, epsilon_w: float = 0.0
+) -> Tensor:
+    """Sampled-token self-distillation: A_t = Delta_t, the score-function form of reverse KL (Eq. 17).
+
+    The reward does not enter. Masked positions get 0. Shapes as in `rlsd`.
+    """
+    _check_shapes(advantages, gap, mask)
+    return gap.detach() * mask
+
+
+def signed_evidence(advantages: Tensor, gap: Tensor) -> Tensor:
+    """Log of RLSD's weight before clipping, sign(A) * Delta (Eq. 14). (N,), (N, T) -> (N, T)."""
+    return advantages.sign()[:, None] * gap
+
+
+def neutral_evidence(advantages: Tensor, gap: Tensor) -> Tensor:
+    """Log of the sign-free weight, abs(Delta); 0 where A = 0. (N,), (N, T) -> (N, T)."""
+    return advantages.sign().abs()[:, None] * gap.abs()
+
+
+def clipped_weight(log_weight: Tensor, epsilon_w: float) -> Tensor:
+    """clip(exp(log_weight), 1 - eps, 1 + eps), finite for every finite input. (N, T) -> (N, T).
+
+    With eps > 1 the lower side is open, because a weight is never negative.
+    """
+    # The cap in log space keeps exp finite; the clamp after it makes the bounds exact.
+    cap = torch.log1p(torch.tensor(epsilon_w, dtype=torch.float64)).item() + 1.0
+    return log_weight.clamp(max=cap).exp().clamp(max(1.0 - epsilon_w, 0.0), 1.0 + epsilon_w)
+
+
+def lambda_schedule(step: int, init: float, warmup_steps: int, decay_steps: int) -> float:
+    """lambda_k: linear from 0 to `init` over the warm-up, then linear to 0 over the decay.
+
+    `step` counts finished optimiser steps, so the first update uses step 0. `decay_steps=0` keeps
+    lambda at `init` after the warm-up.
+    """
+    if step < warmup_steps:
+        return init * step / warmup_steps
+    if decay_steps == 0:
+        return init
+    return init * max(1.0 - (step - warmup_steps) / decay_steps, 0.0)
+
+
+def credit_sums(
+    token_advantages: Tensor,
+    log_weight: Tensor,
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    epsilon_w: float,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Numerators and denominators of the logged means, as 0-dim tensors that ranks can add up.
+
+    Token means run over the mask; `intervention`, mean abs(A_hat / A - 1), over masked-in tokens
+    with A != 0, where the ratio exists.
+    """
+    mask, tokens = mask.to(gap.dtype), mask.sum().to(gap.dtype)
+    gap, log_weight = gap.detach() * mask, log_weight.detach() * mask
+    weight = log_weight.clamp(max=80.0).exp()
+    scored = mask * (advantages != 0)[:, None]
+    safe = torch.where(advantages == 0, torch.ones_like(advantages), advantages)[:, None]
+    moved = (token_advantages / safe - 1.0).abs() * scored
+    return {
+        "gap_mean": (gap.sum(), tokens),
+        "gap_abs_mean": (gap.abs().sum(), tokens),
+        "weight_mean": ((clipped_weight(log_weight, epsilon_w) * mask).sum(), tokens),
+        "clip_low_frac": (((weight < 1.0 - epsilon_w) * mask).sum(), tokens),
+        "clip_high_frac": (((weight > 1.0 + epsilon_w) * mask).sum(), tokens),
+        "intervention": (moved.sum(), scored.sum()),
+    }
+
+
+def _reweight(
+    evidence: Evidence,
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    lam: float,
+    epsilon_w: float,
+) -> Tensor:
+    _check_shapes(advantages, gap, mask)
+    with torch.no_grad():
+        gap = torch.where(mask.bool(), gap, torch.zeros_like(gap))
+        weight = clipped_weight(evidence(advantages, gap), epsilon_w)
+        multiplier = torch.where(mask.bool(), (1.0 - lam) + lam * weight, 1.0)
+        return advantages[:, None] * multiplier
+
+
+def _check_shapes(advantages: Tensor, gap: Tensor, mask: Tensor) -> None:
+    if advantages.dim() != 1 or gap.shape != mask.shape or gap.shape[:1] != advantages.shape:
+        raise ValueError(
+            "credit needs advantages (N,), gap (N, T) and mask (N, T); got "
+            f"{tuple(advantages.shape)}, {tuple(gap.shape)} and {tuple(mask.shape)}."
+        )

@@ -1,0 +1,168 @@
+"""What the teacher sees: the student's prompt with the privileged text written into it.
+
+Prompts are TRL prompts: a list of chat messages, or a plain string. The last user turn is replaced
+by `privileged_template`; system prompt, earlier turns, tools and images stay as they are.
+"""
+
+import bisect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Prompt = str | list[dict[str, Any]]
+
+COLUMN = "privileged_context"
+SEVERAL_WORDS = 3
+_PLACEHOLDER = re.compile(r"\{(prompt|privileged_context)\}")
+_IMAGE_TOKEN = re.compile(
+    r"<\|(?:image|video|vision)[^|>]*\|>|<(?:image|video|img|IMG_CONTEXT|start_of_image|"
+    r"image_soft_token|fake_token_around_image)>|\[IMG\]"
+)
+
+
+def render(template: str, prompt: str, context: str) -> str:
+    """Fill both placeholders in one pass, so braces inside either text are never expanded."""
+    values = {"prompt": prompt, COLUMN: context}
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+def is_plain(template: str) -> bool:
+    """Whether an empty privileged text makes the teacher's turn equal to the student's."""
+    return render(template, "x", "") == "x"
+
+
+def teacher_prompt(prompt: Prompt, context: str, template: str) -> Prompt:
+    """The prompt of the teacher: `prompt` with its last user turn rendered through `template`.
+
+    A multimodal turn keeps its images in place; the template wraps its last text part.
+
+    Raises:
+        ValueError: if the prompt has no user turn, or the turn has no text.
+    """
+    if isinstance(prompt, str):
+        return render(template, prompt, context)
+    turns = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    if not turns:
+        raise ValueError(f"The prompt has no user turn to show the teacher a reference in: {prompt}")
+    last = turns[-1]
+    content = _render_content(prompt[last]["content"], context, template)
+    return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]
+
+
+def shorten_to_fit(
+    prompt: Prompt,
+    context: str,
+    template: str,
+    limit: int,
+    tokenizer: PreTrainedTokenizerBase,
+    count_tokens: Callable[[Prompt], int],
+) -> str:
+    """The longest head of `context` whose teacher prompt has at most `limit` tokens.
+
+    Raises:
+        ValueError: if not one token of the privileged text fits beside the question.
+    """
+    ids = tokenizer.encode(context, add_special_tokens=False)
+
+    def head(kept: int) -> str:
+        return tokenizer.decode(ids[:kept], skip_special_tokens=True)
+
+    def length(kept: int) -> int:
+        return count_tokens(teacher_prompt(prompt, head(kept), template))
+
+    if length(1) > limit:
+        raise ValueError(
+            f"max_teacher_prompt_length={limit} leaves no room for the privileged text: the "
+            f"question and the template alone need {length(0)} tokens. Raise the limit or drop "
+            f"the row: {prompt_text(prompt)[:200]!r}."
+        )
+    return head(bisect.bisect_right(range(1, len(ids)), limit, key=length))
+
+
+def check_contexts(contexts: Sequence[object], template: str, first_row: int = 0) -> None:
+    """Refuse rows whose privileged text is missing, empty, not a string, or holds an image token.
+
+    An empty text is accepted only under a plain template (the null control, whose gap is 0).
+
+    Raises:
+        ValueError: listing the rows.
+    """
+    empty = [i for i, text in enumerate(contexts) if text is None or _is_blank(text)]
+    if is_plain(template):
+        empty = [i for i in empty if contexts[i] is None]
+    _refuse(empty, first_row, f"have no {COLUMN}", "Fill the column, or drop these rows.")
+    wrong = [i for i, text in enumerate(contexts) if text is not None and not _is_text(text)]
+    _refuse(wrong, first_row, f"have a {COLUMN} that is not a string", "Convert it to str.")
+    images = [i for i, text in enumerate(contexts) if text and _IMAGE_TOKEN.search(text)]
+    _refuse(
+        images,
+        first_row,
+        f"have an image placeholder in {COLUMN}",
+        "The teacher sees the student's images only; remove the placeholder.",
+    )
+
+
+def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
+    """Count rows whose privileged text stands in the student's prompt; refuse the clear leaks.
+
+    A text of several words there would show the student what only the teacher may see. A shorter
+    one (a number, a choice) can stand in a question by chance, and is only counted.
+
+    Raises:
+        ValueError: listing the rows.
+    """
+    held = [bool(c.strip()) and _holds(p, c) for p, c in zip(prompts, contexts, strict=True)]
+    leaks = [i for i, c in enumerate(contexts) if held[i] and len(c.split()) >= SEVERAL_WORDS]
+    _refuse(
+        leaks,
+        0,
+        f"hold their {COLUMN} in the student's own prompt",
+        "The student would see the reference. Remove it from the prompt.",
+    )
+    return sum(held)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """All text of a prompt, images left out."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(text for message in prompt for text in _texts(message.get("content")))
+
+
+def _render_content(content: str | list[dict[str, Any]], context: str, template: str) -> Any:
+    if isinstance(content, str):
+        return render(template, content, context)
+    texts = [i for i, part in enumerate(content) if part["type"] == "text"]
+    if not texts:
+        raise ValueError("The last user turn has no text part to put the privileged text beside.")
+    last = texts[-1]
+    text = render(template, content[last]["text"], context)
+    return [*content[:last], {**content[last], "text": text}, *content[last + 1 :]]
+
+
+def _holds(prompt: Prompt, context: str) -> bool:
+    words = re.escape(" ".join(context.split()))
+    return re.search(rf"(?<!\w){words}(?!\w)", " ".join(prompt_text(prompt).split())) is not None
+
+
+def _texts(content: str | list[dict[str, Any]] | None) -> Iterable[str]:
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content or [] if part["type"] == "text"]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_blank(value: object) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _refuse(rows: list[int], first_row: int, what: str, advice: str) -> None:
+    if rows:
+        shown = ", ".join(str(first_row + row) for row in rows[:10])
+        more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+        raise ValueError(f"{len(rows)} dataset rows {what} (rows {shown}{more}). {advice}")

@@ -1,0 +1,98 @@
+"""A random two-layer Qwen3 with character tokens, and rows to train it on: seconds per test."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rlsd_lib import RLSDConfig, RLSDTrainer
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    special = ["<pad>", "</s>", "<system>", "<user>", "<assistant>", "<unk>"]
+    vocab = {t: i for i, t in enumerate([*special, *string.printable])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=special[2:5],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )
+
+
+def model(seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        # Wide initialisation, so that prompts and teachers make a visible difference.
+        "initializer_range": 0.3,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**{**config, **overrides}))
+
+
+def dataset(rows: int = 32, **columns: list) -> Dataset:
+    prompts = [[{"role": "user", "content": f"{i}+{i + 1}"}] for i in range(rows)]
+    data = {"prompt": prompts, "privileged_context": [str(2 * i + 1) for i in range(rows)]}
+    return Dataset.from_dict({**data, **columns})
+
+
+def reward(completions: list, **_: Any) -> list[float]:
+    """Spread out and deterministic: groups differ, so advantages are not 0."""
+    texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
+    return [(sum(map(ord, text)) % 7) / 7 for text in texts]
+
+
+def config(folder: Path, **overrides: Any) -> RLSDConfig:
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "seed": 7,
+        "privileged_template": "{prompt}|{privileged_context}",
+    }
+    return RLSDConfig(**{**defaults, **overrides})
+
+
+def trainer(folder: Path, student: Any = None, data: Any = None, **overrides: Any) -> RLSDTrainer:
+    """An RLSDTrainer on the tiny model; `overrides` are RLSDConfig fields."""
+    return RLSDTrainer(
+        model() if student is None else student,
+        reward,
+        config(folder, **overrides),
+        dataset() if data is None else data,
+        processing_class=tokenizer(),
+    )
