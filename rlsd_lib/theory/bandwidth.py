@@ -1,0 +1,115 @@
+"""Appendix A.3: how much the direction of an update says about r, for five methods.
+
+The observer knows the rollout and sees the direction of the update in logit space, nothing of its
+length. Two measures, both 0 when the direction does not depend on r:
+
+- `direction_spread`, 1 - ||E_r u / ||u|| ||: how far the directions lie apart, between 0 and 1.
+- `direction_information`, I(R; direction | rollout) in nats: how many values of r can be told
+  apart. Without noise any injective dependence, however faint, already gives all of H(R).
+"""
+
+import torch
+from torch import Tensor
+
+from rlsd_lib import credit
+
+from .evidence import evidence
+from .worlds import SequenceWorld, entropy, prefix_indices, reach, sequences
+
+CREDITS = {"grpo": credit.uniform, "rlsd": credit.rlsd, "rlsd_neutral": credit.rlsd_neutral}
+
+
+def normalised_advantages(reward: Tensor, prob: Tensor) -> Tensor:
+    """(R - mean) / std with exact mean and std: rewards (N,) and their probabilities (N,)."""
+    centred = reward - (prob * reward).sum()
+    return centred / (prob * centred.square()).sum().sqrt()
+
+
+def full_pull(teacher: Tensor, student: Tensor) -> Tensor:
+    """Full OPSD: minus the gradient of KL(P_T || P_S), P_T - P_S. (m, V), (V,) -> (m, V)."""
+    return teacher - student
+
+
+def teacher_top1_pull(teacher: Tensor, student: Tensor) -> Tensor:
+    """Teacher's Top-1: grad log P_S of the teacher's favourite token. Shapes as `full_pull`."""
+    return torch.eye(len(student), dtype=student.dtype)[teacher.argmax(-1)] - student
+
+
+def student_top1_pull(teacher: Tensor, student: Tensor) -> Tensor:
+    """Student's Top-1: P_T(v*) / P_S(v*) times grad log P_S(v*), v* the student's favourite."""
+    best = student.argmax()
+    score = torch.eye(len(student), dtype=student.dtype)[best] - student
+    return (teacher[:, best] / student[best]).unsqueeze(-1) * score
+
+
+PULLS = {"opsd": full_pull, "teacher_top1": teacher_top1_pull, "student_top1": student_top1_pull}
+
+
+def token_credit(
+    world: SequenceWorld, reward: Tensor, method: str, lam: float, epsilon_w: float
+) -> Tensor:
+    """A_hat_t of every r and completion: reward (V**T,) -> (m, V**T, T)."""
+    gaps = evidence(world)
+    count = gaps[-1].shape[-1]
+    gap = torch.stack([g.repeat_interleave(count // g.shape[-1], dim=1) for g in gaps], dim=-1)
+    advantages = normalised_advantages(reward, reach(world.student)[-1])
+    rows = gap.flatten(0, 1)
+    advantages = advantages.repeat(len(world.prior))
+    hat = CREDITS[method](advantages, rows, torch.ones_like(rows), lam=lam, epsilon_w=epsilon_w)
+    return hat.view_as(gap)
+
+
+def updates(
+    world: SequenceWorld, reward: Tensor, method: str, *, lam: float = 1.0, epsilon_w: float = 0.2
+) -> Tensor:
+    """Ascent direction of every (r, completion) in the logits of all prefixes: (m, V**T, D).
+
+    Reward-driven methods score the sampled tokens; distillation methods pull at each prefix.
+    """
+    vocab, length = world.student[0].shape[-1], len(world.student)
+    starts = [sum(vocab ** (k + 1) for k in range(t)) for t in range(length + 1)]
+    out = torch.zeros(len(world.prior), vocab**length, starts[-1], dtype=torch.float64)
+    hat = token_credit(world, reward, method, lam, epsilon_w) if method in CREDITS else None
+    for index, tokens in sequences(vocab, length):
+        for t, row in enumerate(prefix_indices(tokens, vocab)):
+            student, teacher = world.student[t][row], world.teacher[t][:, row]
+            if hat is None:
+                local = PULLS[method](teacher, student)
+            else:
+                score = torch.eye(vocab, dtype=torch.float64)[tokens[t]] - student
+                local = hat[:, index, t].unsqueeze(-1) * score
+            begin = starts[t] + row * vocab
+            out[:, index, begin : begin + vocab] = local
+    return out
+
+
+def directions(updates: Tensor) -> Tensor:
+    """Unit vectors along the last axis; a zero update stays zero."""
+    norm = updates.norm(dim=-1, keepdim=True)
+    return updates / torch.where(norm == 0, torch.ones_like(norm), norm)
+
+
+def direction_spread(prior: Tensor, prob: Tensor, updates: Tensor) -> Tensor:
+    """E_y[1 - ||E_r u / ||u|| ||]: prior (m,), prob (N,), updates (m, N, D) -> ()."""
+    units = directions(updates)
+    # A zero update has no direction to tell: it counts as concentrated.
+    length = torch.tensordot(prior, units, dims=1).norm(dim=-1)
+    idle = (units == 0).all(dim=-1).all(dim=0)
+    return (prob * torch.where(idle, 0.0, 1 - length)).sum()
+
+
+def direction_information(prior: Tensor, prob: Tensor, updates: Tensor) -> Tensor:
+    """I(R; direction | rollout) in nats: the entropy of r's partition by direction, averaged."""
+    total = torch.zeros((), dtype=torch.float64)
+    for y, p in enumerate(prob):
+        # Nine decimals separate directions that differ from rounding alone; + 0.0 merges -0 and 0.
+        keys = directions(updates[:, y]).round(decimals=9) + 0.0
+        _, labels = keys.unique(dim=0, return_inverse=True)
+        total = total + p * entropy(torch.zeros_like(prior).scatter_add(0, labels, prior))
+    return total
+
+
+def mean_update_spread(prior: Tensor, prob: Tensor, updates: Tensor) -> Tensor:
+    """Spread of the expected update's direction, E_y u, over r: what remains of many rollouts."""
+    mean = torch.einsum("n,mnd->md", prob, updates).unsqueeze(1)
+    return direction_spread(prior, torch.ones(1, dtype=torch.float64), mean)

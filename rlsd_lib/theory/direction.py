@@ -1,0 +1,145 @@
+"""Theorem 5 and Section 7: RLSD's token credit, its sum, and the self-distillation inside it.
+
+Notation: Delta = log P_T(y) - log P_S(y), up = clip(exp(Delta)), down = clip(exp(-Delta)), clipped
+to [1 - eps, 1 + eps]. A rewarded token (A > 0) carries the weight up, a punished one down.
+"""
+
+import math
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from rlsd_lib.credit import clipped_weight, lambda_schedule
+
+
+def push(gap: Tensor, rewarded: Tensor, epsilon_w: float) -> Tensor:
+    """psi(Delta): up - 1 where rewarded, 1 - down where punished; (...) -> (...) in [-eps, eps].
+
+    Both branches increase in Delta, vanish at 0 with slope 1, and carry the sign of Delta.
+    """
+    up, down = clipped_weight(gap, epsilon_w), clipped_weight(-gap, epsilon_w)
+    return torch.where(rewarded, up - 1, 1 - down)
+
+
+def added_credit(advantages: Tensor, gap: Tensor, *, lam: float, epsilon_w: float) -> Tensor:
+    """What RLSD adds to GRPO, A_hat - A = lam |A| psi(Delta): (N,), (N, T) -> (N, T).
+
+    Its sign is the teacher's, whatever the reward; to first order it is lam |A| Delta, so RLSD is
+    GRPO plus sampled-token reverse-KL self-distillation (Eq. 17) with coefficient lam |A|.
+    """
+    scale = advantages.unsqueeze(-1)
+    return lam * scale.abs() * push(gap, scale > 0, epsilon_w)
+
+
+def evidence_mean(gap: Tensor, epsilon_w: float) -> Tensor:
+    """m(Delta) = (up + down) / 2, even; cosh(Delta) without the clip."""
+    return (clipped_weight(gap, epsilon_w) + clipped_weight(-gap, epsilon_w)) / 2
+
+
+def evidence_pull(gap: Tensor, epsilon_w: float) -> Tensor:
+    """h(Delta) = up - down, odd, at most 2 eps; 2 sinh(Delta) without the clip."""
+    return clipped_weight(gap, epsilon_w) - clipped_weight(-gap, epsilon_w)
+
+
+def expected_credit(
+    gap: Tensor, mean: Tensor, mean_abs: Tensor, *, lam: float, epsilon_w: float
+) -> Tensor:
+    """E[A_hat | v] for any law of A: a ((1 - lam) + lam m) + lam c h, elementwise.
+
+    a = E[A | v] is GRPO's own expected credit and c = E[|A| | v] / 2. Independence is not needed.
+    """
+    kept = (1 - lam) + lam * evidence_mean(gap, epsilon_w)
+    return mean * kept + lam * mean_abs / 2 * evidence_pull(gap, epsilon_w)
+
+
+def expected_neutral_credit(gap: Tensor, mean: Tensor, *, lam: float, epsilon_w: float) -> Tensor:
+    """E[A_hat | prefix, v] of the sign-free weight: a ((1 - lam) + lam clip(exp |Delta|)).
+
+    It vanishes with a = E[A | prefix, v]. Group normalisation makes a zero on average over
+    prefixes, not at each of them.
+    """
+    return mean * ((1 - lam) + lam * clipped_weight(gap.abs(), epsilon_w))
+
+
+def overruled_below(mean_abs: float, *, lam: float, epsilon_w: float) -> float:
+    """|E[A | v]| below which a saturated gap flips the sign of the expected credit: lam eps E|A|."""
+    return lam * epsilon_w * mean_abs
+
+
+def policy_step(student: Tensor, credit: Tensor) -> Tensor:
+    """E_{v ~ P_S}[credit(v) grad log P_S(v)] in logits, P_S (credit - mean): (V,), (V,) -> (V,)."""
+    return student * (credit - (student * credit).sum())
+
+
+def reverse_kl_step(student: Tensor, teacher: Tensor) -> Tensor:
+    """-grad KL(P_S || P_T) in the student's logits, teacher fixed: the policy step of Delta."""
+    return policy_step(student, teacher.log() - student.log())
+
+
+def signed_weight_step(
+    student: Tensor, rewarded: Tensor, punished: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """Expected update under weights `up` for A > 0 and `down` for A < 0: all (V,) -> (V,).
+
+    `rewarded` = E[A+ | v], `punished` = E[A- | v]. Where A does not depend on v the step vanishes
+    if and only if rewarded * up - punished * down is the same for all tokens.
+    """
+    return policy_step(student, rewarded * up - punished * down)
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Group-normalised advantages (R - mean) / std, 0 for a uniform group: (..., G) -> (..., G)."""
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    std = centred.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(std > 0, centred / torch.where(std > 0, std, 1.0), 0.0)
+
+
+def group_mean_abs(p: float, group: int) -> float:
+    """E|A| of one rollout in a group of G with success rate p: E[2 sqrt(q (1 - q))], q = k / G."""
+    weights = [math.comb(group, k) * p**k * (1 - p) ** (group - k) for k in range(group + 1)]
+    return sum(w * 2 * math.sqrt(k * (group - k)) / group for k, w in enumerate(weights))
+
+
+def group_outcomes(success: list[float]) -> tuple[Tensor, Tensor]:
+    """All reward vectors of a group whose rollout i succeeds with success[i]: (2**G, G), (2**G,)."""
+    rewards = torch.tensor(list(product([0.0, 1.0], repeat=len(success))), dtype=torch.float64)
+    chance = torch.tensor(success, dtype=torch.float64)
+    return rewards, torch.where(rewards == 1, chance, 1 - chance).prod(-1)
+
+
+def angle(u: Tensor, v: Tensor) -> Tensor:
+    """Angle between two vectors in radians, accurate near 0 and near pi."""
+    u, v = u / u.norm(), v / v.norm()
+    return 2 * torch.atan2((u - v).norm(), (u + v).norm())
+
+
+def cancellation(advantages: Tensor, scores: Tensor) -> Tensor:
+    """kappa = sum |A_i| ||s_i|| / ||sum A_i s_i|| >= 1: (N,), (N, d) -> ()."""
+    total = (advantages.unsqueeze(-1) * scores).sum(0)
+    return (advantages.abs() * scores.norm(dim=-1)).sum() / total.norm()
+
+
+def angle_bound(kappa: float, *, lam: float, epsilon_w: float) -> float:
+    """Largest angle between the RLSD and GRPO sums: arcsin(lam eps kappa), pi once that is >= 1."""
+    reach = lam * epsilon_w * kappa
+    return math.asin(reach) if reach < 1 else math.pi
+
+
+def orthogonal_angle_bound(*, lam: float, epsilon_w: float) -> float:
+    """The bound for mutually orthogonal token gradients, arcsin(lam eps), which is attained."""
+    return math.asin(lam * epsilon_w)
+
+
+def intervention_budget(
+    steps: int, *, lam: float, decay_steps: int, epsilon_w: float
+) -> tuple[list[float], float]:
+    """Half-width lam_k eps of the multiplier at each step, and its mean over the run."""
+    widths = [epsilon_w * lambda_schedule(k, lam, 0, decay_steps) for k in range(steps)]
+    return widths, sum(widths) / steps
+
+
+def laplace_clip_shares(scale: float, epsilon_w: float) -> tuple[float, float]:
+    """Shares of weights above 1 + eps and below 1 - eps for a Laplace gap of that scale."""
+    high = 0.5 * math.exp(-math.log1p(epsilon_w) / scale)
+    return high, 0.5 * math.exp(math.log1p(-epsilon_w) / scale)

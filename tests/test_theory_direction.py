@@ -1,0 +1,212 @@
+"""Theorem 5 and the self-distillation term inside RLSD, over random worlds, to 1e-10."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsd_lib import credit
+from rlsd_lib.theory import direction as di
+from rlsd_lib.theory import worlds as wo
+from rlsd_lib.theory.worlds import table
+
+TIGHT = {"rtol": 0, "atol": 1e-10}
+few = settings(deadline=None, max_examples=40, derandomize=True, database=None)
+seeds = st.integers(0, 2**31 - 1)
+lams = st.floats(0, 1)
+epsilons = st.floats(0.01, 3)
+
+
+def same(actual, expected, **kwargs):
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, **(TIGHT | kwargs))
+
+
+def normal(seed, *shape):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def neighbours(seed, vocab=5, size=0.1):
+    """A student and a teacher whose gaps are of the given size."""
+    student = wo.random_simplex(torch.Generator().manual_seed(seed), vocab)
+    return student, torch.softmax(student.log() + size * normal(seed + 1, vocab), -1)
+
+
+@given(seeds, lams, epsilons)
+@few
+def test_rlsd_is_grpo_plus_a_push_towards_the_teacher(seed, lam, epsilon_w):
+    advantages, gap = normal(seed, 6), 0.5 * normal(seed + 1, 6, 7)
+    advantages[0] = 0.0
+    hat = credit.rlsd(advantages, gap, torch.ones_like(gap), lam=lam, epsilon_w=epsilon_w)
+    added = di.added_credit(advantages, gap, lam=lam, epsilon_w=epsilon_w)
+    same(hat, advantages[:, None] + added)
+    assert (added * gap >= 0).all()
+    assert (added.abs() <= lam * epsilon_w * advantages.abs()[:, None] + 1e-12).all()
+    if epsilon_w <= 1:
+        assert (hat * advantages[:, None] >= 0).all()
+
+
+def test_the_push_is_the_gap_to_first_order():
+    gap = table([[1e-5, -1e-5]])
+    for advantage in (2.0, -2.0):
+        added = di.added_credit(table([advantage]), gap, lam=0.5, epsilon_w=0.2)
+        same(added, gap, atol=1e-9)
+
+
+@given(seeds, lams, epsilons)
+@few
+def test_expected_credit_for_any_law_of_the_advantage(seed, lam, epsilon_w):
+    values, gap = normal(seed, 5), 0.5 * normal(seed + 1, 4)
+    prob = wo.random_simplex(torch.Generator().manual_seed(seed), 4, 5)
+    rows = gap.expand(5, 4).contiguous()
+    hat = credit.rlsd(values, rows, torch.ones_like(rows), lam=lam, epsilon_w=epsilon_w)
+    enumerated = (prob.T * hat).sum(0)
+    closed = di.expected_credit(
+        gap, prob @ values, prob @ values.abs(), lam=lam, epsilon_w=epsilon_w
+    )
+    same(closed, enumerated)
+    neutral = credit.rlsd_neutral(values, rows, torch.ones_like(rows), lam=lam, epsilon_w=epsilon_w)
+    closed = di.expected_neutral_credit(gap, prob @ values, lam=lam, epsilon_w=epsilon_w)
+    same(closed, (prob.T * neutral).sum(0))
+
+
+@given(st.floats(-1, 1))
+@few
+def test_without_clip_the_drift_is_sinh(gap):
+    gap = table([gap])
+    same(di.evidence_pull(gap, 10.0), 2 * gap.sinh())
+    same(di.evidence_mean(gap, 10.0), gap.cosh())
+    drift = di.expected_credit(gap, table([0.0]), table([0.8]), lam=1.0, epsilon_w=10.0)
+    same(drift, 0.8 * gap.sinh())
+
+
+@given(seeds)
+@few
+def test_steps_are_those_of_autograd(seed):
+    student, teacher = neighbours(seed, size=1.0)
+    logits = student.log().requires_grad_()
+    live = torch.softmax(logits, -1)
+    (gradient,) = torch.autograd.grad(wo.kl(live, teacher), logits, retain_graph=True)
+    same(di.reverse_kl_step(student, teacher), -gradient)
+    values = normal(seed, 5)
+    (gradient,) = torch.autograd.grad((student * values * live.log()).sum(), logits)
+    same(di.policy_step(student, values), gradient)
+
+
+@given(seeds)
+@few
+def test_drift_is_reverse_kl_distillation_up_to_third_order(seed):
+    student, teacher = neighbours(seed, size=0.01)
+    gap = teacher.log() - student.log()
+    zero, scale = torch.zeros(5).double(), torch.full((5,), 0.6, dtype=torch.float64)
+    credit_ = di.expected_credit(gap, zero, scale, lam=0.5, epsilon_w=0.2)
+    drift = di.policy_step(student, credit_)
+    same(drift, 0.5 * 0.6 * di.reverse_kl_step(student, teacher), atol=gap.abs().max() ** 3)
+
+
+@given(seeds)
+@few
+def test_drift_free_exactly_when_the_weights_differ_by_a_constant(seed):
+    student, _ = neighbours(seed)
+    down = normal(seed, 5).exp()
+    half = torch.full((5,), 0.5, dtype=torch.float64)
+    for up in (down, down + 0.7):
+        same(di.signed_weight_step(student, half, half, up, down), torch.zeros(5))
+    up = down + 0.1 * normal(seed + 2, 5)
+    step = di.signed_weight_step(student, half, half, up, down)
+    same(step, di.policy_step(student, 0.5 * (up - down)))
+    assert step.norm() > 1e-9
+    good = di.signed_weight_step(student, 2 * half, 0 * half, down, down)
+    same(good, di.policy_step(student, down))
+
+
+@given(st.floats(0.05, 0.95), st.integers(2, 8))
+@few
+def test_group_advantages_have_mean_zero_and_the_stated_size(p, group):
+    rewards, prob = di.group_outcomes([p] * group)
+    advantages = di.group_advantages(rewards)
+    same(prob.sum(), 1.0)
+    same(prob @ advantages, torch.zeros(group))
+    same(prob @ advantages.abs(), [di.group_mean_abs(p, group)] * group)
+    mixed = (rewards.sum(-1) > 0) & (rewards.sum(-1) < group)
+    same(advantages[mixed].square().mean(-1), torch.ones(int(mixed.sum())))
+    assert (advantages[~mixed] == 0).all()
+
+
+def test_group_outcomes_by_hand():
+    rewards, prob = di.group_outcomes([0.9, 0.2])
+    assert rewards.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    same(prob, [0.08, 0.02, 0.72, 0.18])
+
+
+@given(seeds, st.floats(0.01, 1), st.floats(0.01, 0.5))
+@few
+def test_angle_between_the_sums_is_bounded(seed, lam, epsilon_w):
+    advantages, scores = normal(seed, 12), normal(seed + 1, 12, 6)
+    gap = normal(seed + 2, 12, 1)
+    hat = credit.rlsd(advantages, gap, torch.ones_like(gap), lam=lam, epsilon_w=epsilon_w)
+    grpo, rlsd = advantages @ scores, hat[:, 0] @ scores
+    kappa = float(di.cancellation(advantages, scores))
+    sizes = [abs(a) * float(s.norm()) for a, s in zip(advantages.tolist(), scores, strict=True)]
+    same(kappa * grpo.norm(), sum(sizes))
+    measured = float(di.angle(grpo, rlsd))
+    assert measured <= di.angle_bound(kappa, lam=lam, epsilon_w=epsilon_w) + 1e-12
+    cosine = float(grpo @ rlsd / grpo.norm() / rlsd.norm())
+    same(math.cos(measured), cosine)
+
+
+def test_angle_bounds_by_hand():
+    same(di.angle_bound(2.0, lam=0.5, epsilon_w=0.2), math.asin(0.2))
+    assert di.angle_bound(10.0, lam=0.5, epsilon_w=0.2) == math.pi
+    same(di.angle(table([1.0, 0.0]), table([-1.0, 0.0])), math.pi)
+
+
+@given(st.floats(0.01, 1), st.floats(0.01, 0.9))
+@few
+def test_orthogonal_bound_is_attained(lam, epsilon_w):
+    """Weights 1 + a and 1 - a on energies in the ratio of the *other* weight."""
+    a = lam * epsilon_w
+    grpo = table([math.sqrt(1 - a), math.sqrt(1 + a)])
+    rlsd = grpo * table([1 + a, 1 - a])
+    same(di.angle(grpo, rlsd), di.orthogonal_angle_bound(lam=lam, epsilon_w=epsilon_w))
+
+
+def test_the_sum_can_turn_round():
+    """Nine rewarded and ten punished rollouts choose a token that the teacher favours."""
+    advantages = table([1.0] * 9 + [-1.0] * 10)
+    gap = torch.full((19, 1), 0.25, dtype=torch.float64)
+    hat = credit.rlsd(advantages, gap, torch.ones_like(gap), lam=0.5, epsilon_w=0.2)
+    same([advantages.sum(), hat.sum()], [-1.0, 0.9])
+    mean, size = advantages.mean(), advantages.abs().mean()
+    assert mean.abs() < di.overruled_below(float(size), lam=0.5, epsilon_w=0.2)
+    same(di.overruled_below(0.6, lam=0.5, epsilon_w=0.2), 0.06)
+    saturated = table([0.25])
+    for a, sign in ((-0.059, 1), (-0.061, -1)):
+        value = di.expected_credit(saturated, table([a]), table([0.6]), lam=0.5, epsilon_w=0.2)
+        assert value.sign() == sign
+
+
+def test_the_direction_of_a_cancelled_sum_is_the_reference():
+    """One rewarded and one punished rollout share a token: GRPO is 0, RLSD is +-2 lam eps."""
+    for gap, total in ((0.25, 0.4), (-0.25, -0.4)):
+        rows = table([[gap], [gap]])
+        hat = credit.rlsd(table([1.0, -1.0]), rows, torch.ones_like(rows), lam=1.0, epsilon_w=0.2)
+        same(hat.sum(), total)
+
+
+def test_intervention_budget_of_the_paper():
+    widths, mean = di.intervention_budget(200, lam=0.5, decay_steps=50, epsilon_w=0.2)
+    same(widths[:2] + widths[25:26] + widths[50:], [0.1, 0.098, 0.05] + [0.0] * 150)
+    same(mean, 0.01275)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.2])
+def test_clip_shares_of_a_laplace_gap(scale):
+    quantile = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    gap = -scale * (quantile - 0.5).sign() * (1 - 2 * (quantile - 0.5).abs()).log()
+    weight = gap.exp()
+    shares = [float((weight > 1.2).double().mean()), float((weight < 0.8).double().mean())]
+    same(di.laplace_clip_shares(scale, 0.2), shares, atol=1e-5)
