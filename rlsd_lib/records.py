@@ -1,0 +1,168 @@
+"""Reading run directories: one manifest, the state of a run, or a whole folder as tidy frames."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from rlsd_lib.claims import latest_claim
+
+
+class Runs(NamedTuple):
+    """Tidy frames: `runs` has a row per run, `steps` a row per run and step."""
+
+    runs: pd.DataFrame
+    steps: pd.DataFrame
+
+
+def read_runs(folder: str | Path) -> Runs:
+    """Read every run directory at or below `folder`.
+
+    A row of `runs` holds path, group (the folder above), name, status, error, notebook, each
+    parameter (and all of them as `parameters`), commit, dirty, started, seconds, and the final
+    metrics. Runs that did not finish
+    are rows too; their status says so: "failed", "running", or "running/killed" where the owner is
+    gone. A row of `steps` holds the same identity and one logged line.
+
+    Raises:
+        FileNotFoundError: `folder` does not exist.
+        ValueError: a run's file cannot be read; the message names it.
+    """
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; runs are written to outputs/ by default"
+        )
+    paths = sorted({p.parent for mark in ("manifest.json", ".claim-*") for p in root.rglob(mark)})
+    rows, lines = [], []
+    for path in paths:
+        facts = _facts(path)
+        metrics = path / "metrics.json"
+        rows.append({**(_read_json(metrics) if metrics.exists() else {}), **facts})
+        identity = {k: v for k, v in facts.items() if k not in ("error", "started", "parameters")}
+        lines += [{**line, **identity} for line in _steps(path)]
+    return Runs(pd.DataFrame(rows), pd.DataFrame(lines))
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of the run directory `path`.
+
+    Raises:
+        FileNotFoundError: `path` holds no run.
+        ValueError: the manifest is not valid JSON.
+    """
+    file = Path(path) / "manifest.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} holds no run (no manifest.json)")
+    return _read_json(file)
+
+
+def state_of(path: Path) -> str | None:
+    """How a run stands: None (no run), finished, failed, running or running/killed."""
+    owner = latest_claim(path)
+    manifest = read_manifest(path) if (path / "manifest.json").exists() else None
+    if owner is None and manifest is None:
+        return None
+    # A claim newer than the manifest belongs to an attempt that is only just beginning.
+    if manifest and (owner is None or manifest["attempt"] >= owner.attempt):
+        if manifest["status"] != "running":
+            return manifest["status"]
+        alive = owner is not None and manifest["attempt"] == owner.attempt and owner.is_alive()
+    else:
+        alive = owner.is_alive()
+    return "running" if alive else "running/killed"
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    state = state_of(path)
+    facts = {"path": str(path), "group": path.parent.name, "name": path.name, "status": state}
+    if not (path / "manifest.json").exists():  # killed between the claim and the manifest
+        return {**facts, "error": None}
+    manifest = read_manifest(path)
+    kept = {k: manifest[k] for k in ("error", "notebook", "started", "seconds")}
+    parameters = manifest["parameters"]
+    return {**parameters, **facts, **kept, **manifest["git"], "parameters": parameters}
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    file = path / "metrics.jsonl"
+    # Only a run that was cut off may end in half a line.
+    return read_lines(file, torn=state_of(path) != "finished") if file.exists() else []
+
+
+def read_lines(file: Path, *, torn: bool = False) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; with `torn`, a last line without its end is left out.
+
+    Raises:
+        ValueError: a line is not valid JSON.
+    """
+    lines = file.read_text().split("\n")
+    if lines[-1] and torn:
+        lines[-1] = ""
+    return [_parse(line, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line]
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    replace_text(file, json.dumps(value, indent=2, default=plain) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Replace a file's text in one step."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(file)
+
+
+def append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a JSON-lines file and hand them to the system at once."""
+    text = "".join(json.dumps(row, default=plain) + "\n" for row in rows)
+    with file.open("a") as handle:
+        handle.write(text)
+
+
+def drop_torn_line(file: Path) -> None:
+    """Remove a last line that was cut off, so that the next one begins on a line of its own."""
+    if file.exists() and not (text := file.read_text()).endswith("\n"):
+        replace_text(file, text[: text.rfind("\n") + 1])
+
+
+def scalar(name: str, value: Any) -> float | int | str | bool | None:
+    """A metric as JSON can hold it: 0-dimensional tensors and arrays become numbers.
+
+    Raises:
+        TypeError: the value is not a single number, a string or None.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"metric {name!r} is {type(value).__name__}: a metric is one number, a string or None"
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """What JSON writes for a value that it does not know: lists for arrays, else its text."""
+    return value.tolist() if "tolist" in dir(value) else str(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a table cell holds a number that can be shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return _parse(file.read_text(), str(file))
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
