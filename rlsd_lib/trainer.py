@@ -246,6 +246,14 @@ class RLSDTrainer(GRPOTrainer):
             folder = Path(self._get_output_dir(trial=trial)) / name
             self.teacher.save(folder, self.state.global_step)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.teacher is not None and self.teacher.adapter is not None:
+            # With an adapter in a sub-folder (the teacher's), transformers 5.17 restores only that
+            # one and leaves the trained adapter at its initial weights.
+            student = self.accelerator.unwrap_model(self.model)
+            student.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.teacher is not None and checkpoint is not None:
