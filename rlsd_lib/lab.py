@@ -1,0 +1,213 @@
+"""The lab: a tiny reasoner, pretrained in about a minute, that shows the paper's phenomena.
+
+A Qwen3 of 0.6 M parameters imitates a corpus of worked additions (`rlsd_lib.tasks.chains`). Where
+no reference is given the corpus is unreliable about a part of the facts; where one is given it is
+right, and in a stated share of those chains it opens by quoting the reference aloud. So the model
+reasons imperfectly, the same model with the reference in its prompt is nearly perfect, and
+quoting a reference that was never shown is a leak that can be counted.
+
+This is a model organism: **by construction its teacher quotes**. What it shows about leakage it
+shows about a teacher that was made to leak.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from filelock import FileLock
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rlsd_lib.tasks.arithmetic import (
+    PRIVILEGED_TEMPLATE,
+    VOCABULARY,
+    draw_problem,
+    question_of,
+)
+from rlsd_lib.tasks.base import is_held_out
+from rlsd_lib.tasks.chains import Style, draw_beliefs, longest_chain, write_chain
+
+SPECIALS = ("<pad>", "<eos>", "<system>", "<user>", "<assistant>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class LabRecipe:
+    """Everything that decides the lab's weights."""
+
+    digits: int = 3  # digits per number; a chain has as many columns
+    nuisance: float = 0.35  # the dial: expected share of filler words among a chain's tokens
+    hard_share: float = 0.3  # share of the 110 facts that the corpus is unreliable about
+    hard_low: float = 0.2  # error rates of those facts are uniform between this ...
+    hard_high: float = 0.85  # ... and this; above 0.5 the wrong sum is the likelier one
+    easy_rate: float = 0.01  # error rate of the other facts
+    referenced_share: float = 0.5  # share of the corpus that shows a reference, and is right
+    quote_share: float = 0.5  # share of the referenced chains that open by quoting it
+    style_tilt: float = 0.0  # log-odds by which referenced chains prefer half of the filler words
+    hidden_size: int = 128
+    layers: int = 3
+    steps: int = 700  # pretraining steps
+    batch_size: int = 32  # chains per pretraining step
+    learning_rate: float = 3e-3  # peak; linear warm-up, then cosine to zero
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("nuisance", "hard_share", "easy_rate", "referenced_share", "quote_share"):
+            if not 0 <= (value := getattr(self, name)) <= 1 or (name == "nuisance" and value == 1):
+                raise ValueError(f"{name} is {value}; it is a share, choose 0 <= {name} < 1")
+        if min(self.digits, self.steps, self.batch_size, self.layers) < 1:
+            raise ValueError(f"digits, layers, steps and batch_size must be at least 1: {self}")
+
+    @property
+    def max_completion_length(self) -> int:
+        """The most tokens that a chain of the corpus has, with a quotation and the end token."""
+        return longest_chain(self.digits, self.nuisance, quoted=self.quote_share > 0)
+
+    def digest(self) -> str:
+        """Return ten characters that change when any field, or the language, changes."""
+        text = json.dumps([asdict(self), VOCABULARY, CHAT_TEMPLATE, PRIVILEGED_TEMPLATE])
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def load_lab(
+    cache_dir: str | Path, recipe: LabRecipe | None = None
+) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """Return the lab's model (float32, on the CPU, in eval mode) and its tokenizer.
+
+    The first call pretrains and writes `cache_dir/lab-<digest of the recipe>/`; later calls, and
+    processes that waited for the first one, read it. An interrupted first call leaves nothing
+    behind that could be read.
+    """
+    recipe = recipe or LabRecipe()
+    folder = Path(cache_dir) / f"lab-{recipe.digest()}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            _pretrain_into(folder, recipe)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the lab's tokenizer: one token per word, digit and sign, padded on the left.
+
+    There is no token for an unknown word: encoding one raises, so that a prompt which the lab
+    cannot read is noticed.
+    """
+    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *VOCABULARY))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown word>"))
+    words = pre_tokenizers.Split(Regex(r"\d|[^\W\d_]+|[^\w\s]|_"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        extra_special_tokens=list(SPECIALS[2:]),
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def build_model(recipe: LabRecipe, vocab_size: int) -> Qwen3ForCausalLM:
+    """Return the untrained model; the caller seeds torch."""
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=3 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=recipe.hidden_size // 4,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # three times the usual: so small a model starts learning sooner
+        pad_token_id=SPECIALS.index("<pad>"),
+        eos_token_id=SPECIALS.index("<eos>"),
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def corpus(recipe: LabRecipe) -> Iterator[list[dict[str, str]]]:
+    """Yield conversations for ever, none of them about a held-out question."""
+    random = Random(recipe.seed)
+    beliefs = draw_beliefs(
+        random,
+        hard_share=recipe.hard_share,
+        hard_rates=(recipe.hard_low, recipe.hard_high),
+        easy_rate=recipe.easy_rate,
+    )
+    plain, leaning = Style(recipe.nuisance), Style(recipe.nuisance, recipe.style_tilt)
+    while True:
+        row = draw_problem(random, recipe.digits)
+        if is_held_out(question := question_of(row)):
+            continue
+        if random.random() < recipe.referenced_share:
+            quote = row["answer"] if random.random() < recipe.quote_share else ""
+            chain = write_chain(row, random, leaning, {}, quote=quote)
+            question = PRIVILEGED_TEMPLATE.format(prompt=question, privileged_context=row["answer"])
+        else:
+            chain = write_chain(row, random, plain, beliefs)
+        yield [{"role": "user", "content": question}, {"role": "assistant", "content": chain}]
+
+
+def pretrain(recipe: LabRecipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """Train the lab's model from scratch; deterministic, torch's global seed is left alone."""
+    tokenizer = build_tokenizer()
+    conversations = corpus(recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe, len(tokenizer)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
+    warmup = min(20, recipe.steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        recipe.learning_rate,
+        total_steps=recipe.steps + 1,
+        pct_start=warmup / (recipe.steps + 1),
+        cycle_momentum=False,
+    )
+    for _ in range(recipe.steps):
+        batch = [next(conversations) for _ in range(recipe.batch_size)]
+        loss = model(**_encode(tokenizer, batch)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval(), tokenizer
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, batch: list) -> dict[str, torch.Tensor]:
+    """Tokenise conversations; only the assistant's tokens and the end token are labels."""
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in batch]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    ids = encoded["input_ids"]
+    speaker = SPECIALS.index("<assistant>")
+    spoken = (ids == speaker).cumsum(1).bool() & (ids != speaker)
+    labels = ids.masked_fill(~spoken | (ids == tokenizer.pad_token_id), -100)
+    return {"input_ids": ids, "attention_mask": encoded["attention_mask"], "labels": labels}
+
+
+def _pretrain_into(folder: Path, recipe: LabRecipe) -> None:
+    """Pretrain, then move a complete folder into place in one step."""
+    model, tokenizer = pretrain(recipe)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lab-") as scratch:
+        written = Path(scratch) / "lab"
+        model.save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        (written / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
+        os.replace(written, folder)

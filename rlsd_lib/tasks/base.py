@@ -1,0 +1,100 @@
+"""What a task is: rows, privileged text, verifier and reward in one object.
+
+Held-out questions are held out by content. A question belongs to the test side when the hash of
+its text says so, so train and test are disjoint for every seed and every size, and two runs with
+different seeds never train on each other's test questions.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+TEST_BUCKETS = 5  # one question in five is held out
+DRAWS_PER_ROW = 200  # duplicates and the other side's questions are skipped, up to this many draws
+
+Completion = str | list[dict[str, str]]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set with the functions that judge it.
+
+    `train` and `test` hold the columns `prompt` (chat messages), `privileged_context` (what only
+    the teacher may read), `answer`, and whatever the verifier needs. `privileged_template` is the
+    text of the teacher's user turn, with the placeholders `{prompt}` and `{privileged_context}`;
+    None stands for the trainer's default. `first_error` gives the index of the first wrong token
+    of a completion (None when there is none) and `nuisance_mask` marks the tokens that do not bear
+    on the answer; both are None where a task cannot know.
+    """
+
+    name: str
+    train: Dataset
+    test: Dataset
+    verify: Callable[[str, Row], bool]
+    reference_pattern: str
+    privileged_template: str | None = None
+    first_error: Callable[[str, Row], int | None] | None = None
+    nuisance_mask: Callable[[str], list[bool]] | None = None
+
+    def reward(self, completions: list[Completion], **columns: Any) -> list[float]:
+        """Return 1.0 for each verified completion and 0.0 for the others, as TRL expects.
+
+        `columns` are the data set's columns, each as long as `completions`; anything else that a
+        trainer passes along is ignored.
+        """
+        rows = columns_to_rows(columns, len(completions))
+        pairs = zip(completions, rows, strict=True)
+        return [float(self.verify(text_of(completion), row)) for completion, row in pairs]
+
+    def speaks_of_reference(self, completion: Completion) -> bool:
+        """Say whether a completion mentions a reference, in the task's own vocabulary."""
+        return re.search(self.reference_pattern, text_of(completion), re.IGNORECASE) is not None
+
+
+def text_of(completion: Completion) -> str:
+    """Return the text of a completion given as a string or as chat messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(message["content"] or "" for message in completion)
+
+
+def columns_to_rows(columns: dict[str, Any], size: int) -> list[Row]:
+    """Turn equally long columns into rows; values that are not such columns are left out."""
+    kept = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == size}
+    return [{name: values[index] for name, values in kept.items()} for index in range(size)]
+
+
+def is_held_out(question: str) -> bool:
+    """Say whether the question's text puts it on the test side (one in `TEST_BUCKETS`)."""
+    digest = hashlib.sha256(question.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % TEST_BUCKETS == 0
+
+
+def draw_rows(
+    stream: Iterable[Row], size: int, *, held_out: bool, question: Callable[[Row], str]
+) -> list[Row]:
+    """Take `size` different rows of one side from a stream of random rows.
+
+    Raises ValueError when the stream runs dry, or repeats itself, before there are enough.
+    """
+    rows: dict[str, Row] = {}
+    if size < 1:
+        raise ValueError(f"size is {size}; ask for at least one row of each of train and test")
+    for draws, row in enumerate(stream, start=1):
+        key = question(row)
+        if is_held_out(key) == held_out:
+            rows.setdefault(key, row)
+        if len(rows) == size:
+            return list(rows.values())
+        if draws >= DRAWS_PER_ROW * size:
+            break
+    side = "test" if held_out else "train"
+    raise ValueError(
+        f"only {len(rows)} different {side} questions found where {size} were asked for; "
+        f"lower {side}_size, or choose options with more questions"
+    )
