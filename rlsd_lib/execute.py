@@ -6,6 +6,7 @@ caller stands. Here each of these is an error or is done.
 
 import ast
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,12 @@ from jupyter_client.manager import AsyncKernelManager
 from rlsd_lib.provenance import default_run_dir, find_notebook, nearest, outputs_root
 from rlsd_lib.runs import HANDED_ON, Run
 
-QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+KERNEL = {
+    "TQDM_DISABLE": "1",  # a bar in a saved notebook is a line per update
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # The executed copy must hold the figures, whatever backend the caller's shell has set.
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+}
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "list": list}
 
 
@@ -49,7 +55,7 @@ class _OwnInterpreter(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict())
+        return KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=ERROR"]))
 
 
 def execute_notebook(
@@ -204,8 +210,8 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
     source_path, target = (
         str(p).replace("{", "{{").replace("}", "}}") for p in (source, run.path / source.name)
     )
-    variables = {HANDED_ON: handed, "RLSD_OUTPUTS": str(outputs_root()), **QUIET}
-    with _environment(variables):
+    variables = {HANDED_ON: handed, "RLSD_OUTPUTS": str(outputs_root()), **KERNEL}
+    with _environment(variables), _errors_only("papermill"):
         papermill.execute_notebook(
             source_path,
             target,
@@ -232,6 +238,18 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, NotebookError):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _errors_only(logger: str) -> Iterator[None]:
+    """Silence a library's warnings: what papermill warns of was checked before, and more."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 @contextmanager

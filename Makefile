@@ -1,0 +1,41 @@
+# Each target makes its own environment in .venv on a fresh machine.
+#   make demo       GRPO and RLSD on the lab, then the table of both and the paths of what they made
+#   make test       the tests, offline once the environment exists
+#   make lint       ruff
+#   make notebook   JupyterLab
+# Settings: PYTHON=python3.12 (3.11 or newer), TORCH_ARGS="--index-url ..." for another torch build.
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: demo test lint notebook
+.DEFAULT_GOAL := demo
+
+# Torch first and on its own: what is installed after it then finds a build and brings no second one.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11: set PYTHON to a newer one" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --editable ".[peft,gguf,vlm,dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/rlsd suite demo
+	$(BIN)/rlsd table outputs/demo --paths
+
+test: export HF_HUB_OFFLINE = 1
+test: export TRANSFORMERS_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+notebook: $(STAMP)
+	$(BIN)/jupyter lab notebooks

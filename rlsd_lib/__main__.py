@@ -1,0 +1,154 @@
+"""The `rlsd` command: run a notebook, run a suite, read runs back as a table."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlsd_lib.provenance import default_run_dir, find_notebook, outputs_root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 (a run failed) or 2 (bad input)."""
+    options = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+        print(f"rlsd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rlsd: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlsd", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run one notebook in a run directory of its own")
+    run.add_argument("notebook", help='a path, or a name such as "15_rlsd"')
+    _add_parameters(run)
+    run.add_argument("--run-dir", default="", help="default: from the notebook and its parameters")
+    run.add_argument(
+        "--if-exists",
+        choices=("skip", "raise", "overwrite", "resume"),
+        default="raise",
+        help="skip: keep a finished run, make an unfinished one again (default: raise)",
+    )
+    run.set_defaults(command=_run)
+
+    suite = commands.add_parser("suite", help="run a named set of runs; finished ones are kept")
+    suite.add_argument("name")
+    _add_parameters(suite)
+    suite.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    suite.set_defaults(command=_suite)
+
+    table = commands.add_parser("table", help="a table with intervals over run directories")
+    table.add_argument("folder", nargs="?", help="default: all outputs")
+    table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
+    table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
+    table.set_defaults(command=_table)
+    return parser
+
+
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-p",
+        dest="pairs",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of the notebook; again for more",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rlsd_lib.execute import check_parameters, read_parameters
+    from rlsd_lib.records import state_of
+
+    source = find_notebook(options.notebook)
+    declared = read_parameters(source)
+    given = _parse_pairs(options.pairs, declared)
+    check_parameters(source, declared, given)
+    full = {**{p.name: p.default for p in declared.values()}, **given}
+    chosen = options.run_dir or full.get("run_dir") or default_run_dir(source.stem, full)
+    folder = Path(chosen).resolve()
+    if options.if_exists == "skip" and state_of(folder) == "finished":
+        print(f"{folder}: finished already, kept")
+        return 0
+    mode = "overwrite" if options.if_exists == "skip" else options.if_exists
+    print(f"{source.name} -> {folder}", flush=True)
+    return _execute(source, given, folder, mode)
+
+
+def _execute(source: Path, given: dict[str, Any], folder: Path, mode: str) -> int:
+    """Run the notebook; what a cell raised is told in a line, its traceback is in the notebook."""
+    from rlsd_lib.execute import NotebookError, execute_notebook
+
+    begun = time.monotonic()
+    try:
+        execute_notebook(source, given, run_dir=folder, if_exists=mode)
+    except NotebookError as error:
+        print(f"rlsd: failed: {error}", file=sys.stderr)
+        return 1
+    print(f"finished in {time.monotonic() - begun:.0f} s")
+    return 0
+
+
+def _suite(options: argparse.Namespace) -> int:
+    from rlsd_lib.suites import Outcome, get_suite, jobs_of, run_jobs
+
+    print(f"{options.name}: {get_suite(options.name).purpose}")
+    jobs = jobs_of(options.name, _parse_pairs(options.pairs, {}))
+    failed: list[Outcome] = []
+    begun = time.monotonic()
+    for count, outcome in enumerate(run_jobs(jobs, options.jobs), 1):
+        left = (time.monotonic() - begun) / count * (len(jobs) - count)
+        said = "FAILED" if outcome.error else "done"
+        name = outcome.job.run_dir.name
+        eta = f", about {left:.0f} s left" if count < len(jobs) else ""
+        print(f"[{count}/{len(jobs)}] {name}: {said} in {outcome.seconds:.0f} s{eta}", flush=True)
+        failed += [outcome] if outcome.error else []
+    for outcome in failed:
+        print(f"failed: {outcome.job.run_dir}\n{outcome.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    from rlsd_lib.records import read_runs
+    from rlsd_lib.tables import make_table
+
+    runs = read_runs(options.folder or outputs_root())
+    table = make_table(runs)
+    csv = options.format == "csv"
+    print(table.rows.to_csv(index=False).rstrip() if csv else table.markdown())
+    for path in runs.runs["path"] if options.paths and not runs.runs.empty else ():
+        files = [*Path(path).glob("*.ipynb"), *sorted(Path(path).glob("figures/*"))]
+        print("\n" + "\n".join(str(file) for file in files))
+    return 0
+
+
+def _parse_pairs(pairs: Sequence[str], declared: dict[str, Any]) -> dict[str, Any]:
+    """`name=value` words as a dictionary.
+
+    Raises:
+        ValueError: a word without "=", or a name that is given twice.
+    """
+    from rlsd_lib.execute import parse_value
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"-p {pair}: expected name=value")
+        if name in found:
+            raise ValueError(f"-p {name}: given twice")
+        found[name] = parse_value(text, declared.get(name))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

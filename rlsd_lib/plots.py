@@ -1,0 +1,173 @@
+"""One figure per function, from the tidy frames of `read_runs`; every function returns its Figure."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlsd_lib.heatmap import TokenHeatmap, new_figure, token_heatmap
+
+__all__ = [
+    "TokenHeatmap",
+    "before_after",
+    "histogram",
+    "token_heatmap",
+    "training_curve",
+]
+
+SIZE = (6.4, 3.8)
+PALETTE = "colorblind"
+
+
+def training_curve(
+    steps: pd.DataFrame,
+    metric: str,
+    *,
+    hue: str = "method",
+    window: int = 1,
+    title: str = "",
+) -> Figure:
+    """A metric against the step: the mean over seeds, with the 95 % bootstrap interval shaded.
+
+    Args:
+        steps: a row per run and step, with columns `step`, `path`, `hue` and the metric.
+        metric: the column to show.
+        hue: the column whose values get a colour each.
+        window: average over this many steps within each run before anything else.
+        title: defaults to the metric's name.
+
+    Raises:
+        ValueError: an absent column, no row with a value, or a window below 1.
+    """
+    if window < 1:
+        raise ValueError(f"window={window}: expected 1 or more")
+    data = _present(steps, ["step", "path", hue, metric], metric).sort_values(["path", "step"])
+    smooth = data.groupby("path")[metric].rolling(window, min_periods=1).mean()
+    data[metric] = smooth.droplevel(0)
+    figure, axes = _canvas(title or metric)
+    sns.lineplot(
+        data=data,
+        x="step",
+        y=metric,
+        hue=hue,
+        palette=_colours(data[hue]),
+        errorbar=("ci", 95),
+        seed=0,
+        ax=axes,
+    )
+    axes.set(xlabel="optimiser step", ylabel=metric)
+    _name_legend(axes, data.groupby(hue)["path"].nunique())
+    return figure
+
+
+def histogram(
+    values: pd.DataFrame,
+    column: str,
+    *,
+    hue: str | None = None,
+    marks: Sequence[float] = (),
+    log_counts: bool = False,
+    title: str = "",
+) -> Figure:
+    """How a token quantity is spread, such as the gap or the evidence weight.
+
+    Args:
+        values: a row per token.
+        column: the quantity.
+        hue: a column to split by, such as the sign of the advantage.
+        marks: where vertical lines stand, such as the clip bounds.
+        log_counts: count on a logarithmic axis, to see the tails.
+        title: defaults to the column's name.
+
+    Raises:
+        ValueError: an absent column, or no value in it.
+    """
+    data = _present(values, [column, *([hue] if hue else [])], column)
+    figure, axes = _canvas(title or column)
+    sns.histplot(
+        data=data,
+        x=column,
+        hue=hue,
+        bins=60,
+        element="step",
+        palette=_colours(data[hue]) if hue else None,
+        log_scale=(False, 10 if log_counts else False),
+        ax=axes,
+    )
+    for mark in marks:
+        axes.axvline(mark, color="0.3", linestyle="--", linewidth=1)
+    axes.set(xlabel=column, ylabel="tokens")
+    return figure
+
+
+def before_after(runs: pd.DataFrame, *, hue: str = "method", title: str = "") -> Figure:
+    """Accuracy before and after training, one pair per run, with each run's own 95 % interval.
+
+    Args:
+        runs: a row per run with accuracy_before, accuracy_after and their _low and _high.
+        hue: the column whose values get a colour and a place on the axis each.
+        title: stands above the figure.
+
+    Raises:
+        ValueError: an absent column, or no run with an accuracy.
+    """
+    ends = [
+        f"accuracy_{when}{end}" for when in ("before", "after") for end in ("", "_low", "_high")
+    ]
+    data = _present(runs, [hue, *ends], "accuracy_after")
+    figure, axes = _canvas(title or "accuracy before (hollow) and after training")
+    names = list(dict.fromkeys(data[hue]))
+    colours = _colours(data[hue])
+    for place, name in enumerate(names):
+        chosen = data[data[hue] == name]
+        for number, (_, run) in enumerate(chosen.iterrows()):
+            shift = place + 0.5 * (number - (len(chosen) - 1) / 2) / len(chosen)
+            _interval(axes, shift - 0.06, run, "before", colours[name], hollow=True)
+            _interval(axes, shift + 0.06, run, "after", colours[name], hollow=False)
+    axes.set_xticks(range(len(names)), [str(name) for name in names])
+    axes.set(xlabel=hue, ylabel="accuracy", xlim=(-0.6, len(names) - 0.4))
+    return figure
+
+
+def _interval(
+    axes: Axes, x: float, run: pd.Series, when: str, colour: tuple[float, ...], *, hollow: bool
+) -> None:
+    mid, low, high = (run[f"accuracy_{when}{end}"] for end in ("", "_low", "_high"))
+    face = "white" if hollow else colour
+    # vlines, not errorbar: an interval need not contain its estimate, and must not be bent to.
+    axes.vlines(x, low, high, color=colour, linewidth=1.5)
+    axes.plot([x], [mid], "o", color=colour, markerfacecolor=face, markersize=6)
+
+
+def _present(frame: pd.DataFrame, columns: Sequence[str], needed: str) -> pd.DataFrame:
+    absent = [name for name in columns if name not in frame]
+    if absent:
+        raise ValueError(f"no column {', '.join(absent)}; there are {', '.join(map(str, frame))}")
+    data = frame.loc[frame[needed].notna(), list(dict.fromkeys(columns))].reset_index(drop=True)
+    if data.empty:
+        raise ValueError(f"no value in column {needed}: nothing to show")
+    return data
+
+
+def _colours(names: pd.Series) -> dict[object, tuple[float, ...]]:
+    """A colour per name, in order of appearance."""
+    unique = list(dict.fromkeys(names))
+    return dict(zip(unique, sns.color_palette(PALETTE, len(unique)), strict=True))
+
+
+def _canvas(title: str) -> tuple[Figure, Axes]:
+    figure = new_figure(SIZE)
+    with sns.axes_style("whitegrid"):
+        axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
+    sns.despine(ax=axes)
+    return figure, axes
+
+
+def _name_legend(axes: Axes, runs: pd.Series) -> None:
+    """Say in the legend how many runs each line stands for."""
+    handles, names = axes.get_legend_handles_labels()
+    counted = {str(name): count for name, count in runs.items()}
+    axes.legend(handles, [f"{name} (n={counted[name]})" for name in names], title=None)
