@@ -1,6 +1,7 @@
 """Theorems 1 to 4, Proposition 1 and Appendix A.3 over random worlds: every identity to 1e-10."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -277,9 +278,10 @@ def test_quote_world_steps_are_gradients(world, seed):
     style, reasoning = shared.tables(theta)
     teachers = shared.teacher_tables(world, anchor)
     loss = sum(
-        shared.shared_loss(world.prior, t, s)
+        (world.prior * wo.kl(t, s.expand_as(t))).sum()
         for t, s in zip(teachers, (style, reasoning), strict=True)
     )
+    same(shared.distillation_loss(world, theta, anchor).detach(), loss.detach())
     (gradient,) = torch.autograd.grad(loss, theta)
     same(shared.distillation_step(world, theta.detach(), anchor), -gradient)
     reward = shared.expected_reward(world, theta)
@@ -290,6 +292,50 @@ def test_quote_world_steps_are_gradients(world, seed):
     sigma = (reward * (1 - reward)).sqrt().detach()
     step = shared.reward_step(world, theta.detach(), anchor, "grpo", 1.0, 0.2)
     same(step, gradient / sigma)
+
+
+@given(quote_worlds, seeds)
+@few
+def test_rlsd_step_of_the_quote_world_is_a_gradient(world, seed):
+    """Plain loops over r, style, reasoning and reward, with RLSD's formula written out."""
+    generator = torch.Generator().manual_seed(seed)
+    theta, anchor = torch.randn(2, 4 + world.answers, generator=generator, dtype=torch.float64)
+    theta.requires_grad_()
+    live = shared.tables(theta)
+    fixed = [p.detach() for p in live]
+    teachers = shared.teacher_tables(world, anchor)
+    mean = float(shared.expected_reward(world, theta.detach()))
+    value = 0.0
+    for r, s, v, won in product(
+        range(world.answers), range(2), range(2 + world.answers), (False, True)
+    ):
+        chance = float(world.success[r, v])
+        prob = float(fixed[0][s] * fixed[1][v]) / world.answers * (chance if won else 1 - chance)
+        advantage = (won - mean) / math.sqrt(mean * (1 - mean))
+        for part, token in ((0, s), (1, v)):
+            ratio = float(teachers[part][r, token] / fixed[part][token])
+            weight = min(max(ratio if won else 1 / ratio, 0.7), 1.3)
+            value += prob * advantage * (0.4 + 0.6 * weight) * live[part][token].log()
+    (gradient,) = torch.autograd.grad(value, theta)
+    same(shared.reward_step(world, theta.detach(), anchor, "rlsd", 0.6, 0.3), gradient)
+
+
+def test_boosts_of_the_quote_world():
+    style, reasoning = shared.QuoteWorld(answers=2, cite=3.0, help=2.0, quote=20.0).boosts
+    assert style.tolist() == [[1, 3], [1, 3]]
+    assert reasoning.tolist() == [[2, 1, 20, 1], [2, 1, 1, 20]]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_simulation_refreshes_the_teacher(every):
+    world = shared.QuoteWorld()
+    theta = anchor = world.start()
+    for k in range(9):
+        anchor = theta if k % every == 0 else anchor
+        theta = theta + 0.5 * shared.distillation_step(world, theta, anchor)
+    run = shared.simulate(world, "distil", sync_every=every, steps=9)
+    same(run["cite"][-1], shared.tables(theta)[0][1])
+    same(run["reward"][-1], shared.expected_reward(world, theta))
 
 
 @given(quote_worlds, st.integers(1, 6))
@@ -311,6 +357,7 @@ def test_balance_of_quoting_and_reasoning():
         assert shared.quoting_wins(shared.QuoteWorld(quote=boost)) is wins
     assert shared.copy_odds_for_balance(shared.QuoteWorld()) == 5.0
     assert shared.quoting_wins(shared.QuoteWorld(quote=1.1, help=0.5))
+    assert not shared.quoting_wins(shared.QuoteWorld(quote=0.5, help=0.5))
 
 
 def test_simulation_holds_the_teacher_as_told():
@@ -323,6 +370,9 @@ def test_simulation_holds_the_teacher_as_told():
     decayed = shared.simulate(world, "rlsd", sync_every=1, steps=30, decay_steps=10)
     same(decayed["target_shift"][10:], torch.zeros(21))
     assert decayed["target_shift"][5] > 0
+    noisy = shared.simulate(world, "distil", sync_every=0, steps=30, batch=4000)
+    same(noisy["reward"], frozen["reward"], atol=0.01)
+    assert not torch.equal(noisy["reward"], frozen["reward"])
     still = shared.simulate(world, "grpo", sync_every=1, steps=30)
     same(still["cite"], still["cite"][:1].expand(31))
     assert still["reward"][-1] > frozen["reward"].max()

@@ -94,10 +94,22 @@ def expected_reward(world: QuoteWorld, theta: Tensor) -> Tensor:
     return mean_teacher(world.prior, world.success) @ tables(theta)[1]
 
 
-def distillation_step(world: QuoteWorld, theta: Tensor, anchor: Tensor) -> Tensor:
-    """Minus the gradient of E_r KL(P_T || P_S), teacher held fixed: P_bar - P_S, (4 + K,)."""
+def distillation_step(
+    world: QuoteWorld, theta: Tensor, anchor: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Minus the gradient of E_r KL(P_T || P_S), teacher held fixed: P_bar - P_S, (4 + K,).
+
+    `weights` (K,) are the shares of a sample of references; without them the prior is used.
+    """
+    weights = world.prior if weights is None else weights
     pairs = zip(teacher_tables(world, anchor), tables(theta), strict=True)
-    return torch.cat([mean_teacher(world.prior, teacher) - student for teacher, student in pairs])
+    return torch.cat([mean_teacher(weights, teacher) - student for teacher, student in pairs])
+
+
+def distillation_loss(world: QuoteWorld, theta: Tensor, anchor: Tensor) -> Tensor:
+    """E_r KL(P_T || P_S), style and reasoning together."""
+    pairs = zip(teacher_tables(world, anchor), tables(theta), strict=True)
+    return sum(shared_loss(world.prior, teacher, student) for teacher, student in pairs)
 
 
 def reward_step(
@@ -131,18 +143,24 @@ def simulate(
     lam: float = 1.0,
     decay_steps: int = 0,
     epsilon_w: float = 0.2,
-    start: Tensor | None = None,
+    batch: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Train in expectation; `rule` is distil or a credit, `sync_every` 0 is a frozen teacher.
+    """Train from `world.start()`; `rule` is distil or a credit, `sync_every` 0 a frozen teacher.
 
+    Updates are exact expectations, or with `batch` (distil alone) means over that many sampled r.
     Returns (steps + 1,) each: `reward`, `cite` and `quote` (student's probabilities),
-    `information` I(reasoning; R), and `target_shift`, how far the update at the same student moves
-    because the teacher was refreshed.
+    `information` I(reasoning; R), `loss` E_r KL(P_T || P_S), and `target_shift`, how far the update
+    at the same student moves because the teacher was refreshed.
     """
-    theta = world.start() if start is None else start
-    anchor, rows = theta, []
+    theta = anchor = world.start()
+    generator, rows = torch.Generator().manual_seed(seed), []
 
     def update(anchor: Tensor, k: int) -> Tensor:
+        if rule == "distil" and batch:
+            draws = torch.multinomial(world.prior, batch, True, generator=generator)
+            shares = torch.bincount(draws, minlength=world.answers).double() / batch
+            return distillation_step(world, theta, anchor, shares)
         if rule == "distil":
             return distillation_step(world, theta, anchor)
         scale = credit.lambda_schedule(k, lam, 0, decay_steps)
@@ -155,9 +173,11 @@ def simulate(
             anchor = theta
         style, reasoning = tables(theta)
         leak = mutual_information(world.prior, teacher_tables(world, anchor)[1])
-        rows.append((expected_reward(world, theta), style[1], reasoning[2:].sum(), leak, shift))
+        loss = distillation_loss(world, theta, anchor)
+        reward = expected_reward(world, theta)
+        rows.append((reward, style[1], reasoning[2:].sum(), leak, loss, shift))
         theta = theta + lr * update(anchor, k)
-    names = ["reward", "cite", "quote", "information", "target_shift"]
+    names = ["reward", "cite", "quote", "information", "loss", "target_shift"]
     return dict(zip(names, map(torch.stack, zip(*rows, strict=True)), strict=True))
 
 
