@@ -76,9 +76,10 @@ def _cell(cell: nbformat.NotebookNode) -> Iterator[str]:
 def _paths(tree: ast.AST) -> Iterator[str]:
     """File names that stand alone; the right side of `folder / "name.png"` is no relative path."""
     joined = {
-        id(node.right)
+        id(part)
         for node in ast.walk(tree)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+        for part in ast.walk(node.right)
     }
     for node in ast.walk(tree):
         text = node.value if isinstance(node, ast.Constant) else None
@@ -121,7 +122,7 @@ def _edited(path: Path, edit: Callable[[nbformat.NotebookNode], object]) -> Path
 
 
 def test_a_clean_notebook_has_no_violations(make_notebook: NotebookMaker) -> None:
-    clean = ("from rlsd_lib import Run", "metric = 'rlsd/lambda'", "run.figures / 'gap.png'")
+    clean = ("from rlsd_lib import Run", "metric = 'rlsd/lambda'", "run.figures / f'{metric}.png'")
     assert violations(make_notebook(cells=clean)) == []
 
 
