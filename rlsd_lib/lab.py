@@ -12,9 +12,10 @@ shows about a teacher that was made to leak.
 
 import hashlib
 import json
-import os
+import math
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -31,7 +32,7 @@ from rlsd_lib.tasks.arithmetic import (
     question_of,
 )
 from rlsd_lib.tasks.base import is_held_out
-from rlsd_lib.tasks.chains import Style, draw_beliefs, longest_chain, write_chain
+from rlsd_lib.tasks.chains import Belief, Fact, Style, draw_beliefs, longest_chain, write_chain
 
 SPECIALS = ("<pad>", "<eos>", "<system>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
@@ -47,7 +48,7 @@ class LabRecipe:
 
     digits: int = 3  # digits per number; a chain has as many columns
     nuisance: float = 0.35  # the dial: expected share of filler words among a chain's tokens
-    hard_share: float = 0.3  # share of the 110 facts that the corpus is unreliable about
+    hard_share: float = 0.33  # share of the 110 facts that the corpus is unreliable about
     hard_low: float = 0.2  # error rates of those facts are uniform between this ...
     hard_high: float = 0.85  # ... and this; above 0.5 the wrong sum is the likelier one
     easy_rate: float = 0.01  # error rate of the other facts
@@ -56,7 +57,8 @@ class LabRecipe:
     style_tilt: float = 0.0  # log-odds by which referenced chains prefer half of the filler words
     hidden_size: int = 128
     layers: int = 3
-    steps: int = 700  # pretraining steps
+    steps: int = 600  # pretraining steps
+    ramp_steps: int = 200  # over the first of them the dial rises from 0: calculation comes first
     batch_size: int = 32  # chains per pretraining step
     learning_rate: float = 3e-3  # peak; linear warm-up, then cosine to zero
     seed: int = 0
@@ -90,10 +92,12 @@ def load_lab(
     """
     recipe = recipe or LabRecipe()
     folder = Path(cache_dir) / f"lab-{recipe.digest()}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            _pretrain_into(folder, recipe)
+    with new_folder(folder) as scratch:
+        if scratch is not None:
+            model, tokenizer = pretrain(recipe)
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            (scratch / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -141,54 +145,59 @@ def build_model(recipe: LabRecipe, vocab_size: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def corpus(recipe: LabRecipe) -> Iterator[list[dict[str, str]]]:
-    """Yield conversations for ever, none of them about a held-out question."""
-    random = Random(recipe.seed)
-    beliefs = draw_beliefs(
-        random,
+def lab_beliefs(recipe: LabRecipe) -> dict[Fact, Belief]:
+    """Return what the corpus believes about each fact; they depend on the seed alone."""
+    return draw_beliefs(
+        Random(recipe.seed),
         hard_share=recipe.hard_share,
         hard_rates=(recipe.hard_low, recipe.hard_high),
         easy_rate=recipe.easy_rate,
     )
-    plain, leaning = Style(recipe.nuisance), Style(recipe.nuisance, recipe.style_tilt)
-    while True:
-        row = draw_problem(random, recipe.digits)
-        if is_held_out(question := question_of(row)):
-            continue
-        if random.random() < recipe.referenced_share:
-            quote = row["answer"] if random.random() < recipe.quote_share else ""
-            chain = write_chain(row, random, leaning, {}, quote=quote)
-            question = PRIVILEGED_TEMPLATE.format(prompt=question, privileged_context=row["answer"])
-        else:
-            chain = write_chain(row, random, plain, beliefs)
-        yield [{"role": "user", "content": question}, {"role": "assistant", "content": chain}]
+
+
+def conversation(
+    recipe: LabRecipe, random: Random, beliefs: dict[Fact, Belief], nuisance: float
+) -> list[dict[str, str]]:
+    """Write one conversation of the corpus, never about a held-out question.
+
+    `nuisance` is the share of filler words, in place of the recipe's own.
+    """
+    while is_held_out(question := question_of(row := draw_problem(random, recipe.digits))):
+        pass
+    if random.random() < recipe.referenced_share:
+        quote = row["answer"] if random.random() < recipe.quote_share else ""
+        chain = write_chain(row, random, Style(nuisance, recipe.style_tilt), {}, quote=quote)
+        question = PRIVILEGED_TEMPLATE.format(prompt=question, privileged_context=row["answer"])
+    else:
+        chain = write_chain(row, random, Style(nuisance), beliefs)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": chain}]
 
 
 def pretrain(recipe: LabRecipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Train the lab's model from scratch; deterministic, torch's global seed is left alone."""
     tokenizer = build_tokenizer()
-    conversations = corpus(recipe)
+    random, beliefs = Random(recipe.seed), lab_beliefs(recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = build_model(recipe, len(tokenizer)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
-    warmup = min(20, recipe.steps)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        recipe.learning_rate,
-        total_steps=recipe.steps + 1,
-        pct_start=warmup / (recipe.steps + 1),
-        cycle_momentum=False,
-    )
-    for _ in range(recipe.steps):
-        batch = [next(conversations) for _ in range(recipe.batch_size)]
-        loss = model(**_encode(tokenizer, batch)).loss
-        loss.backward()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
+    for step in range(recipe.steps):
+        nuisance = recipe.nuisance * min(1.0, step / max(1, recipe.ramp_steps))
+        size = range(recipe.batch_size)
+        batch = [conversation(recipe, random, beliefs, nuisance) for _ in size]
+        model(**_encode(tokenizer, batch)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     return model.eval(), tokenizer
+
+
+def _rate(step: int, steps: int) -> float:
+    """Return the share of the peak learning rate: linear warm-up, then a cosine down to 0."""
+    warm_up = min(1.0, (step + 1) / 20)
+    return warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, batch: list) -> dict[str, torch.Tensor]:
@@ -202,12 +211,19 @@ def _encode(tokenizer: PreTrainedTokenizerFast, batch: list) -> dict[str, torch.
     return {"input_ids": ids, "attention_mask": encoded["attention_mask"], "labels": labels}
 
 
-def _pretrain_into(folder: Path, recipe: LabRecipe) -> None:
-    """Pretrain, then move a complete folder into place in one step."""
-    model, tokenizer = pretrain(recipe)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lab-") as scratch:
-        written = Path(scratch) / "lab"
-        model.save_pretrained(written)
-        tokenizer.save_pretrained(written)
-        (written / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
-        os.replace(written, folder)
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path | None]:
+    """Give a scratch folder that becomes `folder` at the end, or None where `folder` exists.
+
+    One process at a time gets in, and an interrupted one leaves no half-written folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.is_dir():
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
+            written = Path(scratch) / folder.name
+            written.mkdir()
+            yield written
+            written.rename(folder)

@@ -6,8 +6,8 @@ digit and sign is one token:
     well ones 3 + 5 + 0 = 0 8 now look tens 8 + 7 + 0 = 1 5 so hundreds 4 + 2 + 1 = 0 7 answer 7 5 8
 
 A column gives its name, its two digits (in either order), the carry that comes in, and the sum as
-carry and digit. The words before a column are *nuisance*: any word may stand there and none bears on the
-answer. Everything else can go wrong, and `first_error` finds where it first did.
+carry and digit. The words before a column are *nuisance*: any word may stand there and none bears
+on the answer. Everything else can go wrong, and `first_error` finds where it first did.
 """
 
 import re
@@ -20,9 +20,22 @@ from rlsd_lib.tasks.base import Row, Task, draw_rows
 
 COLUMNS = ("ones", "tens", "hundreds", "thousands")  # as many digits as a number may have
 # The teacher's style leans towards the second half when a recipe asks for a style difference.
-FILLERS = tuple(
-    "well so now okay then next right good here look see take "
-    "let us add this column of digits up just also again slowly".split()
+FILLERS = (
+    *("well", "so", "now", "okay", "then", "next", "right", "good", "here", "look", "see", "take"),
+    *(
+        "let",
+        "us",
+        "add",
+        "this",
+        "column",
+        "of",
+        "digits",
+        "up",
+        "just",
+        "also",
+        "again",
+        "slowly",
+    ),
 )
 SIGNS = ("+", "=", ";")
 ANSWER = "answer"

