@@ -1,27 +1,31 @@
-"""What a run is built from: `RLSDConfig` and the table of methods.
+"""`RLSDConfig`: GRPO's configuration plus the method, its lambda schedule and its teacher.
 
-A method is a credit function plus, for some, a distillation term. `METHODS` says which, and what
-the teacher of the method is shown. Presets (model, task, sizes) live in `presets.py`.
+Every value and combination that can be judged without a model is judged here, before any compute.
 """
 
-import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from trl import GRPOConfig
 
-from .credit import (
-    Credit,
-    Evidence,
-    lambda_schedule,
-    neutral_evidence,
-    rlsd,
-    rlsd_neutral,
-    signed_evidence,
-    uniform,
-)
+from rlsd_lib.credit import Credit, lambda_schedule, sampled_distillation
+from rlsd_lib.divergence import Divergence
+from rlsd_lib.methods import METHODS, PEER, PROMPT, Method, look_up
+
+__all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "RLSDConfig"]
 
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
+DISTILLATION_MODES = ("full_logits", "topk_logits", "sampled_token")
+# Fields that mean something for methods with a distillation term only; None is the method's own.
+DISTILLATION_FIELDS = (
+    "distillation_mode",
+    "distillation_alpha",
+    "distillation_topk",
+    "distillation_add_tail",
+    "distillation_token_clip",
+    "distillation_weight",
+)
+PEER_FIELDS = ("include_failed_rollout", "include_environment_feedback")
 
 DEFAULT_TEMPLATE = (
     "{prompt}\n\n"
@@ -29,52 +33,6 @@ DEFAULT_TEMPLATE = (
     "Use it to check yourself, but solve the problem in your own way and state the final answer "
     "in the format that was asked for."
 )
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the methods table.
-
-    `credit` spreads the advantage over tokens; `evidence` is the log of its weight before clipping
-    (None where the method has no weight); `teacher_sees` is "privileged" for (x, r) and None for
-    methods without a teacher.
-    """
-
-    summary: str
-    credit: Credit = uniform
-    evidence: Evidence | None = None
-    teacher_sees: str | None = None
-
-
-METHODS: dict[str, Method] = {
-    "grpo": Method("one advantage per rollout, the same on every token"),
-    "rlsd": Method(
-        "advantage times the clipped evidence ratio (P_T / P_S)^sign(A)",
-        credit=rlsd,
-        evidence=signed_evidence,
-        teacher_sees="privileged",
-    ),
-    "rlsd_neutral": Method(
-        "advantage times a clipped weight exp(abs(log P_T / P_S)) that does not see the sign of A",
-        credit=rlsd_neutral,
-        evidence=neutral_evidence,
-        teacher_sees="privileged",
-    ),
-}
-
-
-def look_up(name: str, names: Iterable[str], what: str) -> str:
-    """Return `name` if it is one of `names`.
-
-    Raises:
-        ValueError: naming the value, the nearest valid name and all valid names.
-    """
-    names = list(names)
-    if name in names:
-        return name
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Unknown {what} {name!r}.{hint} Valid: {', '.join(names)}.")
 
 
 @dataclass
@@ -110,6 +68,25 @@ class RLSDConfig(GRPOConfig):
         max_teacher_prompt_length (`int`, *optional*):
             Tokens allowed for the teacher's prompt. A longer one has its privileged text shortened,
             never its question; the share of shortened rows is logged. `None` sets no limit.
+        distillation_mode (`str`, *optional*):
+            `"full_logits"`, `"topk_logits"` or `"sampled_token"`, for methods with a distillation
+            term. Like every field below, `None` takes the method's own, see `rlsd_lib.METHODS`.
+        distillation_alpha (`float`, *optional*):
+            Uses the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL.
+        distillation_topk (`int`, *optional*):
+            Tokens compared with `distillation_mode="topk_logits"`, the student's likeliest.
+        distillation_add_tail (`bool`, *optional*):
+            Adds one bucket for the mass outside of the top k.
+        distillation_token_clip (`float`, *optional*):
+            Largest divergence of one token; a token above it gets no gradient.
+        distillation_weight (`float`, *optional*):
+            Factor of the distillation term. Required for `grpo_opsd`, whose paper gives none.
+        success_reward_threshold (`float`, *optional*, defaults to `1.0`):
+            `sdpo`: the reward from which a rollout may serve as a demonstration.
+        include_failed_rollout (`bool`, *optional*, defaults to `False`):
+            `sdpo`: also show the teacher a failed rollout of the group.
+        include_environment_feedback (`bool`, *optional*, defaults to `False`):
+            `sdpo`: also show the teacher the row's `privileged_context`, as feedback.
     """
 
     vllm_importance_sampling_mode: str = field(
@@ -150,6 +127,33 @@ class RLSDConfig(GRPOConfig):
     max_teacher_prompt_length: int | None = field(
         default=None, metadata={"help": "Token limit of the teacher's prompt; None = no limit."}
     )
+    distillation_mode: str | None = field(
+        default=None, metadata={"help": "'full_logits', 'topk_logits' or 'sampled_token'."}
+    )
+    distillation_alpha: float | None = field(
+        default=None, metadata={"help": "Generalised JSD: 0 forward KL, 1 reverse KL."}
+    )
+    distillation_topk: int | None = field(
+        default=None, metadata={"help": "Tokens compared with 'topk_logits'."}
+    )
+    distillation_add_tail: bool | None = field(
+        default=None, metadata={"help": "One more bucket for the mass outside of the top k."}
+    )
+    distillation_token_clip: float | None = field(
+        default=None, metadata={"help": "Largest divergence of one token, in nats."}
+    )
+    distillation_weight: float | None = field(
+        default=None, metadata={"help": "Factor of the distillation term."}
+    )
+    success_reward_threshold: float = field(
+        default=1.0, metadata={"help": "sdpo: reward from which a rollout is a demonstration."}
+    )
+    include_failed_rollout: bool = field(
+        default=False, metadata={"help": "sdpo: also show a failed rollout of the group."}
+    )
+    include_environment_feedback: bool = field(
+        default=False, metadata={"help": "sdpo: also show privileged_context, as feedback."}
+    )
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -157,9 +161,39 @@ class RLSDConfig(GRPOConfig):
         self._check_combinations()
 
     @property
+    def row(self) -> Method:
+        """The method's row in `METHODS`."""
+        return METHODS[self.method]
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The distillation term that enters the loss as a divergence, None for none."""
+        spec = self.row.divergence
+        if spec is None or self.distillation_mode == "sampled_token":
+            return None
+        changes: dict[str, Any] = {}
+        if self.distillation_alpha is not None:
+            changes |= {"kind": "jsd", "alpha": self.distillation_alpha}
+        if self.distillation_token_clip is not None:
+            changes["token_clip"] = self.distillation_token_clip
+        if self.distillation_mode == "full_logits":
+            changes |= {"top_k": None, "add_tail": False}
+        if self.distillation_topk is not None:
+            changes["top_k"] = self.distillation_topk
+        if self.distillation_add_tail is not None:
+            changes["add_tail"] = self.distillation_add_tail
+        return replace(spec, **changes)
+
+    @property
+    def credit(self) -> Credit:
+        """The credit function: the method's, or the sampled-token form of its distillation."""
+        sampled = self.distillation_mode == "sampled_token"
+        return sampled_distillation if sampled else self.row.credit
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether any step of the run can need a teacher."""
-        return METHODS[self.method].teacher_sees is not None and self.lambda_init > 0
+        return self.row.teacher_sees is not None and not self.teacher_is_over(0)
 
     def lambda_at(self, step: int) -> float:
         """lambda after `step` finished optimiser steps."""
@@ -167,8 +201,15 @@ class RLSDConfig(GRPOConfig):
             step, self.lambda_init, self.lambda_warmup_steps, self.lambda_decay_steps
         )
 
-    def lambda_is_over(self, step: int) -> bool:
-        """Whether lambda is 0 at `step` and at every later one."""
+    def needs_teacher_at(self, step: int) -> bool:
+        """Whether the update after `step` finished steps asks the teacher anything."""
+        sees = self.row.teacher_sees is not None
+        return sees and (self.row.divergence is not None or self.lambda_at(step) > 0)
+
+    def teacher_is_over(self, step: int) -> bool:
+        """Whether no update from `step` on will ask the teacher anything."""
+        if self.row.divergence is not None:
+            return False
         end = self.lambda_warmup_steps + self.lambda_decay_steps
         return self.lambda_init == 0 or (self.lambda_decay_steps > 0 and step >= end)
 
@@ -185,6 +226,10 @@ class RLSDConfig(GRPOConfig):
         _require(sync >= 1, "teacher_sync_steps", sync, "a step count >= 1")
         limit = self.max_teacher_prompt_length
         _require(limit is None or limit >= 1, "max_teacher_prompt_length", limit, "None or >= 1")
+        for name in ("distillation_weight", "distillation_token_clip"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "None or a number > 0")
+        self._check_distillation()
         for placeholder in ("{prompt}", "{privileged_context}"):
             if placeholder not in self.privileged_template:
                 raise ValueError(
@@ -192,19 +237,48 @@ class RLSDConfig(GRPOConfig):
                     "The teacher's turn must hold both {prompt} and {privileged_context}."
                 )
 
+    def _check_distillation(self) -> None:
+        given = [name for name in DISTILLATION_FIELDS if getattr(self, name) is not None]
+        if given and self.row.divergence is None:
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])!r} means nothing for "
+                f"method={self.method!r}, which has no distillation term. Leave it at None."
+            )
+        given = [name for name in PEER_FIELDS if getattr(self, name)]
+        if given and self.row.teacher_sees != PEER:
+            raise ValueError(f"{given[0]}=True is an option of method='sdpo', not {self.method!r}.")
+        if self.row.needs_weight and self.distillation_weight is None:
+            raise ValueError(
+                f"method={self.method!r} needs distillation_weight, the factor of its "
+                "distillation term: the paper does not report one. Try 0.1."
+            )
+        mode = self.distillation_mode
+        if mode is not None:
+            look_up(mode, DISTILLATION_MODES, "distillation_mode")
+        if mode == "sampled_token" and self.row.needs_weight:
+            raise ValueError("grpo_opsd mixes a loss with a divergence: use full or top-k logits.")
+        topk = self.distillation_topk is not None or self.distillation_add_tail is not None
+        if topk and mode in ("full_logits", "sampled_token"):
+            raise ValueError(
+                f"distillation_topk and distillation_add_tail mean nothing with "
+                f"distillation_mode={mode!r}. Use 'topk_logits'."
+            )
+        spec = self.divergence  # built here, so that its own checks come now
+        if mode == "topk_logits" and spec.top_k is None:
+            raise ValueError("distillation_mode='topk_logits' needs distillation_topk, e.g. 100.")
+
     def _check_combinations(self) -> None:
         if not self.uses_teacher:
             return
-        if self.importance_sampling_level == "sequence" and self.loss_type not in (
-            "cispo",
-            "vespo",
-        ):
+        token_credit = self.row.evidence is not None or self.distillation_mode == "sampled_token"
+        keeps = self.importance_sampling_level == "token" or self.loss_type in ("cispo", "vespo")
+        if token_credit and not keeps:
             raise ValueError(
                 f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} averages "
                 f"the token credit of method={self.method!r} away: only the mean weight of a "
                 "sequence would reach the gradient. Use 'token', or the cispo or vespo loss."
             )
-        if self.remove_unused_columns:
+        if self.remove_unused_columns and self.row.teacher_sees != PROMPT:
             raise ValueError(
                 "remove_unused_columns=True would drop the privileged_context column before the "
                 "teacher sees it. Set remove_unused_columns=False."

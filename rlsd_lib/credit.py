@@ -29,6 +29,14 @@ def uniform(
     return advantages[:, None].expand_as(gap)
 
 
+def silent(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float = 0.0, epsilon_w: float = 0.0
+) -> Tensor:
+    """No credit at all: pure distillation, where the reward is logged and not used. Zeros (N, T)."""
+    _check_shapes(advantages, gap, mask)
+    return torch.zeros_like(gap)
+
+
 def rlsd(advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float, epsilon_w: float) -> Tensor:
     """RLSD: A * ((1 - lam) + lam * clip(exp(sign(A) * Delta), 1 - eps, 1 + eps)) (Eq. 15).
 
@@ -93,28 +101,34 @@ def lambda_schedule(step: int, init: float, warmup_steps: int, decay_steps: int)
     return init * max(1.0 - (step - warmup_steps) / decay_steps, 0.0)
 
 
-def credit_sums(
+Sums = dict[str, tuple[Tensor, Tensor]]
+
+
+def gap_sums(gap: Tensor, mask: Tensor) -> Sums:
+    """Numerators and denominators of the gap's means over the mask, for ranks to add up."""
+    gap, tokens = torch.where(mask.bool(), gap.detach(), 0.0), mask.sum()
+    return {"gap_mean": (gap.sum(), tokens), "gap_abs_mean": (gap.abs().sum(), tokens)}
+
+
+def weight_sums(
     token_advantages: Tensor,
     log_weight: Tensor,
     advantages: Tensor,
-    gap: Tensor,
     mask: Tensor,
     epsilon_w: float,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Numerators and denominators of the logged means, as 0-dim tensors that ranks can add up.
+) -> Sums:
+    """Numerators and denominators of the logged means of the weight, as 0-dim tensors.
 
     Token means run over the mask; `intervention`, mean abs(A_hat / A - 1), over masked-in tokens
     with A != 0, where the ratio exists.
     """
-    mask, tokens = mask.to(gap.dtype), mask.sum().to(gap.dtype)
-    gap, log_weight = gap.detach() * mask, log_weight.detach() * mask
+    tokens = mask.sum()
+    log_weight = torch.where(mask.bool(), log_weight.detach(), 0.0)
     weight = log_weight.clamp(max=80.0).exp()
     scored = mask * (advantages != 0)[:, None]
     safe = torch.where(advantages == 0, torch.ones_like(advantages), advantages)[:, None]
     moved = (token_advantages / safe - 1.0).abs() * scored
     return {
-        "gap_mean": (gap.sum(), tokens),
-        "gap_abs_mean": (gap.abs().sum(), tokens),
         "weight_mean": ((clipped_weight(log_weight, epsilon_w) * mask).sum(), tokens),
         "clip_low_frac": (((weight < 1.0 - epsilon_w) * mask).sum(), tokens),
         "clip_high_frac": (((weight > 1.0 + epsilon_w) * mask).sum(), tokens),

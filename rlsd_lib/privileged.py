@@ -45,7 +45,9 @@ def teacher_prompt(prompt: Prompt, context: str, template: str) -> Prompt:
         return render(template, prompt, context)
     turns = [i for i, message in enumerate(prompt) if message["role"] == "user"]
     if not turns:
-        raise ValueError(f"The prompt has no user turn to show the teacher a reference in: {prompt}")
+        raise ValueError(
+            f"The prompt has no user turn to show the teacher a reference in: {prompt}"
+        )
     last = turns[-1]
     content = _render_content(prompt[last]["content"], context, template)
     return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]

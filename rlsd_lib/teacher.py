@@ -6,6 +6,7 @@
 | `base`     | frozen copy                | frozen copy of the adapter      | never                  |
 | `snapshot` | frozen copy                | frozen copy of the adapter      | every `sync_steps`     |
 | `ema`      | frozen copy                | frozen copy of the adapter      | averaged, `sync_steps` |
+| external   | another model, frozen      | another model, frozen           | never                  |
 """
 
 import copy
@@ -19,17 +20,19 @@ import torch
 from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
-from .config import RLSDConfig
+from rlsd_lib.config import RLSDConfig
+from rlsd_lib.distillation import head_of
 
 if TYPE_CHECKING:
-    from .trainer import RLSDTrainer
+    from rlsd_lib.trainer import RLSDTrainer
 
 ADAPTER = "teacher"
+EXTERNAL = "external"
 STATE_FILE = "rlsd_teacher.json"
 WEIGHTS_FILE = "rlsd_teacher.safetensors"
 
@@ -41,21 +44,29 @@ class Teacher:
         student: the policy, after `GRPOTrainer.__init__` has patched its forward.
         args: the run's configuration.
         accelerator: of the trainer; prepares a full copy as TRL prepares a reference model.
+        external: another model to learn from, or its path; `args.teacher_model_kind` is ignored.
     """
 
     def __init__(
-        self, student: PreTrainedModel | PeftModel, args: RLSDConfig, accelerator: Accelerator
+        self,
+        student: PreTrainedModel | PeftModel,
+        args: RLSDConfig,
+        accelerator: Accelerator,
+        external: PreTrainedModel | str | None = None,
     ) -> None:
-        self.kind = args.teacher_model_kind
+        self.kind = args.teacher_model_kind if external is None else EXTERNAL
         self.sync_steps = args.teacher_sync_steps
         self.rate = args.teacher_update_rate if self.kind == "ema" else 1.0
         self.last_sync_step = 0
         self.accelerator = accelerator
-        self.adapter = ADAPTER if self.kind != "live" and isinstance(student, PeftModel) else None
+        copies = self.kind not in ("live", EXTERNAL)
+        self.adapter = ADAPTER if copies and isinstance(student, PeftModel) else None
         self.model: nn.Module | None = student
-        if self.adapter is not None:
+        if external is not None:
+            self.model = _prepare(_for_scoring(_loaded(external, args, student), args), accelerator)
+        elif self.adapter is not None:
             add_teacher_adapter(student)
-        elif self.kind != "live":
+        elif copies:
             self.model = _prepare(copy_for_scoring(student, args), accelerator)
 
     @property
@@ -75,6 +86,12 @@ class Teacher:
                 yield student
         else:
             yield student if self.kind == "live" else self.model
+
+    def head(self, student: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """LM head of the teacher, (V, H) and (V,) or None, detached. PEFT never adapts the head."""
+        shared = self.adapter is not None or self.kind == "live"
+        weight, bias = head_of(student if shared else self.model)
+        return weight.detach(), None if bias is None else bias.detach()
 
     def age(self, step: int) -> int:
         """Optimiser steps since the teacher's weights were the policy's (0 for `live`)."""
@@ -175,7 +192,7 @@ class TeacherCallback(TrainerCallback):
 
     def on_step_end(self, args: RLSDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer on every rank, before a checkpoint of the same step is written."""
-        if args.lambda_is_over(state.global_step):
+        if args.teacher_is_over(state.global_step):
             self.trainer.teacher.release()
         else:
             self.trainer.teacher.sync(self.trainer.model, state.global_step)
@@ -200,10 +217,25 @@ def copy_for_scoring(student: PreTrainedModel, args: RLSDConfig) -> PreTrainedMo
         teacher = copy.deepcopy(student)
     finally:
         student.forward = patched
+    return _for_scoring(teacher, args)
+
+
+def _for_scoring(teacher: PreTrainedModel, args: RLSDConfig) -> PreTrainedModel:
+    """Freeze a model and give it the fused head, at the student's temperature."""
     add_fused_lm_head(
         teacher, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32
     )
     return teacher.requires_grad_(False).eval()
+
+
+def _loaded(
+    external: PreTrainedModel | str, args: RLSDConfig, student: PreTrainedModel | PeftModel
+) -> PreTrainedModel:
+    if not isinstance(external, str):
+        # A copy: the caller's model keeps its forward, its mode and its gradients.
+        return copy.deepcopy(external)
+    settings = {"dtype": student.dtype, **(args.model_init_kwargs or {}), "device_map": None}
+    return create_model_from_path(external, **settings)
 
 
 def add_teacher_adapter(student: PeftModel) -> None:

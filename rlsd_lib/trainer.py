@@ -1,39 +1,30 @@
 """`RLSDTrainer`: what changes against `trl.GRPOTrainer`, and nothing else.
 
 Rollouts, rewards, group advantages, losses, clipping, KL, entropy and vLLM are TRL's. Two things
-are added: after the rollouts, a teacher that sees (x, r) scores the sampled tokens; in the loss,
-the advantage (N,) becomes a token advantage (N, T) through the method's credit function.
+are added. After the rollouts, a teacher that may see more than the student scores the sampled
+tokens. In the loss, the advantage (N,) becomes a token advantage (N, T) by the method's credit
+function, and some methods add a divergence between teacher and student.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import pad
 
-from . import privileged
-from .config import METHODS, RLSDConfig
-from .credit import credit_sums
-from .teacher import Teacher, TeacherCallback
-
-# What TRL's output dictionary holds of the images; the teacher sees the very same tensors.
-IMAGE_FIELDS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "image_position_ids",
-)
-TYPE_ID_FIELDS = ("token_type_ids", "mm_token_type_ids")
+from rlsd_lib import distillation, privileged
+from rlsd_lib.checks import check_arguments, check_model
+from rlsd_lib.config import RLSDConfig
+from rlsd_lib.credit import gap_sums, weight_sums
+from rlsd_lib.divergence import divergence
+from rlsd_lib.methods import PEER, PROMPT
+from rlsd_lib.peers import demonstrations
+from rlsd_lib.scoring import Scorer
+from rlsd_lib.teacher import Teacher, TeacherCallback
 
 
 class RLSDTrainer(GRPOTrainer):
@@ -55,26 +46,31 @@ class RLSDTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: RLSDConfig | None = None,
         train_dataset: Any = None,
+        *,
+        teacher_model: "str | PreTrainedModel | None" = None,
         **kwargs: Any,
     ) -> None:
         args = RLSDConfig() if args is None else args
         if not isinstance(args, RLSDConfig):
             raise TypeError(f"args must be an RLSDConfig, got {type(args).__name__}.")
         self.teacher: Teacher | None = None
-        self._method = METHODS[args.method]
+        self.scorer = Scorer(self)
         self._pending: dict[str, Any] | None = None
         self._final_prompts: list[privileged.Prompt] = []
-        if args.uses_teacher:
-            _check_rows(train_dataset, args)
-            if kwargs.get("rollout_func") is not None:
-                raise ValueError(
-                    "rollout_func builds its own prompt ids, which the teacher's prompt cannot be "
-                    "matched to. Use tools or environment_factory instead."
-                )
+        self._completions: list = []
+        self._rewards: list[float] = []
+        self._teacher_head: tuple[Tensor, Tensor | None] | None = None
+        check_arguments(reward_funcs, args, train_dataset, teacher_model, kwargs)
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         if args.uses_teacher:
-            _check_model(self.model, self.processing_class)
-            self.teacher = Teacher(self.model, args, self.accelerator)
+            check_model(self.model, self.processing_class, args)
+            self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
+            if teacher_model is not None:
+                path = teacher_model if isinstance(teacher_model, str) else None
+                other = AutoTokenizer.from_pretrained(path) if path else None
+                distillation.check_vocabularies(
+                    self.model, self.teacher.model, self._tokenizer, other
+                )
             self.add_callback(TeacherCallback(self))
 
     # Rollouts
@@ -82,115 +78,101 @@ class RLSDTrainer(GRPOTrainer):
     def _generate(self, prompts: list) -> tuple:
         # The final messages: observations appended, images in place. TRL does not hand them back.
         self._final_prompts = prompts
-        return super()._generate(prompts)
+        generated = super()._generate(prompts)
+        self._completions = generated[3]
+        return generated
+
+    def _calculate_rewards(self, inputs: list, *args: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, *args)
+        # Of all ranks: the peers of a rollout may have been generated elsewhere.
+        self._rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).tolist()
+        return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.model.training and self._lambda_ahead() > 0:
-            contexts = [row.get(privileged.COLUMN) for row in inputs]
-            privileged.check_contexts(contexts, self.args.privileged_template)
-            in_prompt = privileged.count_in_prompts(self._final_prompts, contexts)
-            rows = torch.tensor([in_prompt, len(contexts)])
-            self._log_means({"reference_in_prompt_frac": (rows[0], rows[1])})
-            output["teacher_per_token_logps"] = self._score_with_teacher(contexts, output)
+        if not (self.model.training and self._teacher_is_needed()):
+            return output
+        contexts = self._contexts(inputs)
+        dense = self.args.divergence is not None
+        scores = self.scorer.score(self._final_prompts, contexts, output, want_hidden=dense)
+        self._check_finite(scores.logps, "teacher")
+        output["teacher_per_token_logps"] = scores.logps
+        if dense:
+            output["teacher_hidden"] = scores.hidden
+            # Reused rollouts outlive an optimiser step; the head must stay that of their states.
+            weight, bias = self.teacher.head(self.model)
+            kept = weight.clone() if self._steps_served() > 1 else weight
+            self._teacher_head = (kept, bias)
+        if self.args.row.teacher_sees == PEER:
+            shown = [context is not None for context in contexts]
+            output["has_demonstration"] = torch.tensor(shown, device=self.accelerator.device)
         return output
 
-    def _lambda_ahead(self) -> float:
-        """The largest lambda of the optimiser steps that this generation batch will serve."""
-        if self.teacher is None:
-            return 0.0
+    def _steps_served(self) -> int:
+        """Optimiser steps that the rollouts generated now take part in."""
         accumulation = self.args.gradient_accumulation_steps
         micro_steps = self.args.steps_per_generation * self.num_iterations
-        steps = -(-(self._step % accumulation + micro_steps) // accumulation)
+        return -(-(self._step % accumulation + micro_steps) // accumulation)
+
+    def _teacher_is_needed(self) -> bool:
+        """Whether any optimiser step that this generation batch serves asks the teacher."""
         first = self.state.global_step
-        return max(self.args.lambda_at(step) for step in range(first, first + steps))
+        return self.teacher is not None and any(
+            self.args.needs_teacher_at(step) for step in range(first, first + self._steps_served())
+        )
 
-    @torch.no_grad()
-    def _score_with_teacher(self, contexts: list[str], output: dict[str, Any]) -> Tensor:
-        """log P_T of the sampled tokens, (N, T): one teacher forward per rollout."""
-        completion_ids, completion_mask = output["completion_ids"], output["completion_mask"]
-        prompt_ids, prompt_mask, type_ids = self._teacher_prompts(contexts, completion_ids)
-        images = {name: output[name] for name in IMAGE_FIELDS if name in output}
-        with (
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            self.teacher.active(self.model) as teacher,
-        ):
-            logps, _, _ = self._get_per_token_logps_and_entropies(
-                teacher,
-                torch.cat([prompt_ids, completion_ids], dim=1),
-                torch.cat([prompt_mask, completion_mask], dim=1),
-                completion_ids.size(1),
-                batch_size=self.args.per_device_train_batch_size,
-                **images,
-                **type_ids,
-            )
-        self._check_finite(logps, "teacher")
-        return logps
+    def _contexts(self, inputs: list[dict[str, Any]]) -> list[str | None]:
+        """What the teacher is shown beside each prompt; None for nothing."""
+        sees = self.args.row.teacher_sees
+        if sees == PROMPT:
+            return [None] * len(inputs)
+        if sees == PEER:
+            return self._peer_contexts(inputs)
+        contexts = [row.get(privileged.COLUMN) for row in inputs]
+        privileged.check_contexts(contexts, self.args.privileged_template)
+        held = privileged.count_in_prompts(self._final_prompts, contexts)
+        self.log_means({"reference_in_prompt_frac": (held, len(contexts))})
+        return contexts
 
-    def _teacher_prompts(
-        self, contexts: list[str], completion_ids: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Left-padded teacher prompts (N, P), their mask, and type ids over prompt + completion."""
-        contexts = self._fit_contexts(contexts)
-        template = self.args.privileged_template
-        pairs = zip(self._final_prompts, contexts, strict=True)
-        prompts = [privileged.teacher_prompt(*pair, template) for pair in pairs]
-        ids, _, fields = self._tokenize_prompts(prompts)
-        type_ids = {
-            name: torch.cat(
-                [self._pad_left(fields[name], 0), torch.zeros_like(completion_ids)], dim=1
-            )
-            for name in TYPE_ID_FIELDS
-            if name in fields
-        }
-        mask = [[1] * len(row) for row in ids]
-        pad_id = self._tokenizer.pad_token_id
-        return self._pad_left(ids, pad_id), self._pad_left(mask, 0), type_ids
-
-    def _fit_contexts(self, contexts: list[str]) -> list[str]:
-        """Shorten privileged texts to `max_teacher_prompt_length`, and log the share shortened."""
-        limit = self.args.max_teacher_prompt_length
-        if limit is None:
-            return contexts
-        template = self.args.privileged_template
-
-        def count_tokens(prompt: privileged.Prompt) -> int:
-            return len(self._tokenize_prompts([prompt])[0][0])
-
-        fitted = []
-        for prompt, context in zip(self._final_prompts, contexts, strict=True):
-            if count_tokens(privileged.teacher_prompt(prompt, context, template)) > limit:
-                context = privileged.shorten_to_fit(
-                    prompt, context, template, limit, self._tokenizer, count_tokens
-                )
-            fitted.append(context)
-        cut = sum(new != old for new, old in zip(fitted, contexts, strict=True))
-        self._log_means({"context_shortened_frac": (torch.tensor(cut), torch.tensor(len(fitted)))})
-        return fitted
-
-    def _pad_left(self, rows: list[list[int]], value: int) -> Tensor:
-        return pad(
-            [torch.as_tensor(row) for row in rows],
-            padding_value=value,
-            padding_side="left",
-            pad_to_multiple_of=self.pad_to_multiple_of,
-        ).to(self.accelerator.device)
+    def _peer_contexts(self, inputs: list[dict[str, Any]]) -> list[str | None]:
+        feedback = [
+            row.get(privileged.COLUMN) if self.args.include_environment_feedback else None
+            for row in inputs
+        ]
+        first = self.accelerator.process_index * len(inputs)
+        shown = demonstrations(
+            gather_object(self._completions),
+            self._rewards,
+            gather_object(feedback),
+            slice(first, first + len(inputs)),
+            group_size=self.num_generations,
+            threshold=self.args.success_reward_threshold,
+            with_failed=self.args.include_failed_rollout,
+        )
+        # The tally is of all ranks already; a mean of equal ratios is that ratio.
+        self.log_means({"demonstration_group_frac": (shown.groups_with_success, shown.groups)})
+        return shown.texts
 
     # Loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if self.model.training and self.teacher is not None:
-            self._metrics["train"]["rlsd/lambda"].append(self.args.lambda_at(self.state.global_step))
+        training = self.model.training and self.teacher is not None
+        if training and self.args.row.evidence is not None:
+            self._metrics["train"]["rlsd/lambda"].append(
+                self.args.lambda_at(self.state.global_step)
+            )
         if "teacher_per_token_logps" not in inputs:
-            if self.model.training and self.teacher is not None:
+            if training:
                 self._metrics["train"]["rlsd/intervention"].append(0.0)
             return super()._compute_loss(model, inputs)
         # A copy, because TRL hands the same dictionary out again when rollouts are reused.
         self._pending = inputs = dict(inputs)
-        loss = super()._compute_loss(model, inputs)
+        collect = (lambda states: states) if "teacher_hidden" in inputs else None
+        with distillation.hidden_states(model, collect) as hidden:
+            loss = super()._compute_loss(model, inputs)
         if self._pending is not None:
             raise RuntimeError("TRL's loss never asked for log-probabilities: credit not applied.")
-        return loss
+        return loss + self._distillation_loss(model, hidden[0], loss, inputs) if hidden else loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -204,26 +186,64 @@ class RLSDTrainer(GRPOTrainer):
 
     def _token_advantages(self, inputs: dict[str, Any], logps: Tensor) -> Tensor:
         """A (N,) -> A_hat (N, T) by the method's credit function, and the metrics of it."""
-        advantages, mask = inputs["advantages"], inputs["completion_mask"]
+        advantages, mask = inputs["advantages"], _loss_mask(inputs)
         if advantages.dim() != 1:
             raise RuntimeError(f"Advantages were reweighted already: {tuple(advantages.shape)}.")
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
         # P_S is the policy that wrote the rollout: credit belongs to the rollout, as A does.
-        student = inputs.get("old_per_token_logps", logps)
-        gap = inputs["teacher_per_token_logps"] - student
+        gap = inputs["teacher_per_token_logps"] - inputs.get("old_per_token_logps", logps)
         lam, epsilon_w = self.args.lambda_at(self.state.global_step), self.args.epsilon_w
-        credited = self._method.credit(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w)
-        log_weight = self._method.evidence(advantages, gap)
-        self._log_means(credit_sums(credited, log_weight, advantages, gap, mask, epsilon_w))
+        credited = self.args.credit(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w)
+        sums = gap_sums(gap, mask)
+        if self.args.row.evidence is not None:
+            log_weight = self.args.row.evidence(advantages, gap)
+            sums |= weight_sums(credited, log_weight, advantages, mask, epsilon_w)
+        self.log_means(sums)
         age = self.teacher.age(self.state.global_step)
         self._metrics["train"]["rlsd/teacher_age"].append(age)
         return credited
 
-    def _log_means(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Log numerator / denominator under rlsd/, both summed over all ranks."""
-        stacked = torch.stack([torch.stack(pair).float() for pair in sums.values()])
-        totals = self.accelerator.reduce(stacked.to(self.accelerator.device), reduction="sum")
+    def _distillation_loss(
+        self, model: nn.Module, hidden: Tensor, policy_loss: Tensor, inputs: dict[str, Any]
+    ) -> Tensor:
+        """The weighted mean over tokens of D(P_T, P_S), with the gradient through P_S only."""
+        mask = _loss_mask(inputs)
+        student, teacher = distillation.head_of(model), self._teacher_head
+        per_token = divergence(
+            self.args.divergence,
+            distillation.predicting(hidden, mask.size(1)),
+            student[0],
+            inputs["teacher_hidden"],
+            teacher[0],
+            mask.bool(),
+            student_bias=student[1],
+            teacher_bias=teacher[1],
+            temperature=self.temperature,
+        )
+        loss = distillation.token_mean(
+            per_token,
+            mask,
+            self.args,
+            num_items=inputs["num_items_in_batch"],
+            num_processes=self.accelerator.num_processes,
+            accumulation=self.current_gradient_accumulation_steps,
+        )
+        loss = (self.args.distillation_weight or 1.0) * loss
+        self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
+        if self.args.row.needs_weight:
+            terms = {"policy": policy_loss, "distillation": loss}
+            norms = distillation.gradient_norms(terms, hidden)
+            share = (norms["distillation"], norms["policy"] + norms["distillation"])
+            self.log_means({"distillation_gradient_frac": share})
+        return loss
+
+    def log_means(self, sums: dict[str, tuple[Any, Any]]) -> None:
+        """Log numerator / denominator under rlsd/, both summed over all ranks.
+
+        Every rank must call it, whatever it has to report.
+        """
+        device = self.accelerator.device
+        flat = [torch.as_tensor(v, device=device).float() for pair in sums.values() for v in pair]
+        totals = self.accelerator.reduce(torch.stack(flat).view(-1, 2), reduction="sum")
         for name, (total, count) in zip(sums, totals.tolist(), strict=True):
             if count:
                 self._metrics["train"][f"rlsd/{name}"].append(total / count)
@@ -260,34 +280,11 @@ class RLSDTrainer(GRPOTrainer):
             self.teacher.load(Path(checkpoint), self.model)
 
 
-def _check_rows(dataset: Any, args: RLSDConfig) -> None:
-    """Check every row of a map-style dataset; a streamed one is checked batch by batch."""
-    columns = getattr(dataset, "column_names", None)
-    if columns is not None and privileged.COLUMN not in columns:
-        raise ValueError(
-            f"method={args.method!r} needs a {privileged.COLUMN!r} column (str: what the teacher "
-            f"may see and the student may not). The dataset has {columns}."
-        )
-    if isinstance(dataset, Dataset):
-        contexts = dataset[privileged.COLUMN][:]
-        privileged.check_contexts(contexts, args.privileged_template)
-        privileged.count_in_prompts(dataset["prompt"][:], contexts)
-
-
-def _check_model(model: nn.Module, processing_class: Any) -> None:
-    """Refuse dropout, which would put noise into the gap, and processors that pad right."""
-    noisy = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    text = model.config.get_text_config()
-    noisy += [f"config.{k}" for k in ("attention_dropout",) if getattr(text, k, 0) > 0]
-    if noisy:
-        raise ValueError(
-            f"Dropout is active in {noisy[:3]} ({len(noisy)} places) and would put noise into the "
-            "gap. Set disable_dropout=True, lora_dropout=0, and attention_dropout=0 in the config."
-        )
-    if isinstance(processing_class, ProcessorMixin):
-        side = processing_class.tokenizer.padding_side
-        if side != "left":
-            raise ValueError(
-                f"The processor pads {side!r}; prompts must be padded on the left. Load it with "
-                "padding_side='left'."
-            )
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """1 on the tokens (N, T) that the policy wrote and that the method may move."""
+    mask = inputs["completion_mask"]
+    if "tool_mask" in inputs:
+        mask = mask * inputs["tool_mask"]
+    if "has_demonstration" in inputs:
+        mask = mask * inputs["has_demonstration"][:, None]
+    return mask

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig, GRPOTrainer
 
-from rlsd_lib import RLSDConfig, RLSDTrainer
+from rlsd_lib import RLSDTrainer
 
 LAYOUTS = {
     "aligned": {},
@@ -85,7 +85,9 @@ def test_null_gap_is_exactly_zero(tmp_path, kind, student, layout):
 
     def spy(inputs, logps):
         mask = inputs["completion_mask"].bool()
-        gaps.append((inputs["teacher_per_token_logps"] - inputs.get("old_per_token_logps", logps))[mask])
+        gaps.append(
+            (inputs["teacher_per_token_logps"] - inputs.get("old_per_token_logps", logps))[mask]
+        )
         return credit(inputs, logps)
 
     trainer._token_advantages = spy
@@ -147,7 +149,7 @@ def test_no_teacher_forward_while_lambda_is_zero_and_memory_is_released(tmp_path
 def test_evaluation_runs_no_teacher_and_needs_no_privileged_column(tmp_path):
     trainer = tiny.trainer(tmp_path, max_steps=1, per_device_eval_batch_size=4)
     trainer.train()
-    trainer._score_with_teacher = None
+    trainer.scorer = None
     metrics = trainer.evaluate(tiny.dataset(4).remove_columns("privileged_context"))
     assert "eval_reward" in metrics
 

@@ -85,7 +85,9 @@ def test_a_full_copy_answers_with_its_own_weights(tmp_path):
 
 
 def test_the_teacher_adapter_is_frozen_and_never_the_active_one(tmp_path):
-    trainer = tiny.trainer(tmp_path, lora_student(), max_steps=3, save_strategy="steps", save_steps=1)
+    trainer = tiny.trainer(
+        tmp_path, lora_student(), max_steps=3, save_strategy="steps", save_steps=1
+    )
     start = teacher_weights(trainer)
     seen = []
     trainer.callback_handler.callbacks[-1].on_pre_optimizer_step = lambda *_, **__: seen.append(

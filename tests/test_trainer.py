@@ -44,7 +44,11 @@ def run_and_capture(trainer: RLSDTrainer) -> list[dict]:
         ("teacher_update_rate", 0.0, "teacher_update_rate=0.0"),
         ("max_teacher_prompt_length", 0, "max_teacher_prompt_length=0"),
         ("method", "rsld", "Unknown method 'rsld'. Did you mean 'rlsd'?"),
-        ("teacher_model_kind", "snap", "Unknown teacher_model_kind 'snap'. Did you mean 'snapshot'"),
+        (
+            "teacher_model_kind",
+            "snap",
+            "Unknown teacher_model_kind 'snap'. Did you mean 'snapshot'",
+        ),
         ("privileged_template", "{prompt}", "has no {privileged_context}"),
         ("privileged_template", "see {privileged_context}", "has no {prompt}"),
         ("remove_unused_columns", True, "remove_unused_columns=True would drop"),
@@ -67,7 +71,11 @@ def test_trap_1_sequence_level_sampling_would_erase_the_credit(tmp_path, loss):
 @pytest.mark.parametrize("loss", ["cispo", "vespo"])
 def test_trap_1_losses_that_keep_token_credit_are_allowed(tmp_path, loss):
     trainer = tiny.trainer(
-        tmp_path, importance_sampling_level="sequence", loss_type=loss, max_steps=1, epsilon_high=5.0
+        tmp_path,
+        importance_sampling_level="sequence",
+        loss_type=loss,
+        max_steps=1,
+        epsilon_high=5.0,
     )
     assert run_and_capture(trainer)
 
@@ -96,9 +104,7 @@ def test_non_strings_and_missing_columns_are_refused(tmp_path):
         tiny.trainer(tmp_path, data=tiny.dataset(privileged_context=list(range(32))))
     with pytest.raises(ValueError, match=r"needs a 'privileged_context' column.*\['prompt'\]"):
         tiny.trainer(tmp_path, data=tiny.dataset().remove_columns("privileged_context"))
-    tiny.trainer(
-        tmp_path, data=tiny.dataset().remove_columns("privileged_context"), method="grpo"
-    )
+    tiny.trainer(tmp_path, data=tiny.dataset().remove_columns("privileged_context"), method="grpo")
 
 
 def test_trap_23_a_reference_in_the_students_prompt_is_refused(tmp_path):
@@ -147,7 +153,7 @@ def test_trap_11_dropout_would_be_noise_in_the_gap(tmp_path):
             peft_config=LoraConfig(r=4, lora_dropout=0.1),
         )
 
-    with pytest.raises(ValueError, match="Dropout is active in .*lora_dropout"):
+    with pytest.raises(ValueError, match=r"Dropout is active in .*lora_dropout"):
         lora()
     lora(disable_dropout=True).train()
 
@@ -260,14 +266,15 @@ def test_trap_14_system_prompt_template_and_arguments_are_the_students(tmp_path)
     tokenizer = trainer.processing_class
     tokenizer.chat_template = tokenizer.chat_template + "{% if think %}#{% endif %}"
     turns = []
-    teacher_prompts = trainer._teacher_prompts
+    prompts_of = trainer.scorer.prompts
 
-    def spy(contexts, completion_ids):
-        ids, mask, types = teacher_prompts(contexts, completion_ids)
-        turns.extend(tokenizer.decode(row[keep.bool()]) for row, keep in zip(ids, mask, strict=True))
-        return ids, mask, types
+    def spy(*args):
+        seen = prompts_of(*args)
+        rows = zip(seen.ids, seen.mask, strict=True)
+        turns.extend(tokenizer.decode(row[keep.bool()]) for row, keep in rows)
+        return seen
 
-    trainer._teacher_prompts = spy
+    trainer.scorer.prompts = spy
     trainer.train()
     assert len(turns) == 8
     for turn in turns:
@@ -279,13 +286,14 @@ def test_trap_15_a_long_reference_is_shortened_and_counted(tmp_path):
     data = tiny.dataset(privileged_context=["x" * 60] * 16 + ["y"] * 16)
     trainer = tiny.trainer(tmp_path, data=data, max_steps=4, max_teacher_prompt_length=30)
     widths = []
-    teacher_prompts = trainer._teacher_prompts
+    prompts_of = trainer.scorer.prompts
 
     def spy(*args):
-        widths.append(teacher_prompts(*args)[0].shape[1])
-        return teacher_prompts(*args)
+        seen = prompts_of(*args)
+        widths.append(seen.ids.shape[1])
+        return seen
 
-    trainer._teacher_prompts = spy
+    trainer.scorer.prompts = spy
     trainer.train()
     assert max(widths) == 30
     shares = [row["rlsd/context_shortened_frac"] for row in trainer.state.log_history[:-1]]

@@ -1,0 +1,81 @@
+"""What `RLSDTrainer` refuses: arguments and rows before the model is loaded, models after."""
+
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import ProcessorMixin
+
+from rlsd_lib import distillation, privileged
+from rlsd_lib.config import RLSDConfig
+from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
+
+
+def check_arguments(
+    reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, kwargs: dict[str, Any]
+) -> None:
+    """Judge what a trainer is given, before any model is loaded.
+
+    Raises:
+        ValueError: for a missing or misplaced teacher, reward, column or row.
+    """
+    sees = args.row.teacher_sees
+    if (teacher_model is not None) != (sees == PROMPT):
+        raise ValueError(
+            f"method={args.method!r} "
+            + (
+                "needs teacher_model=, the model to distil from."
+                if sees == PROMPT
+                else "teaches itself: teacher_model= is for method='opd' only."
+            )
+        )
+    if sees == PEER and not reward_funcs:
+        raise ValueError(
+            "method='sdpo' needs reward_funcs: they decide which rollouts are demonstrations."
+        )
+    if args.uses_teacher and kwargs.get("rollout_func") is not None:
+        raise ValueError(
+            "rollout_func builds its own prompt ids, which the teacher's prompt cannot be matched "
+            "to. Use tools or environment_factory instead."
+        )
+    if args.uses_teacher and sees == PRIVILEGED:
+        _check_rows(dataset, args)
+
+
+def _check_rows(dataset: Any, args: RLSDConfig) -> None:
+    """Check every row of a map-style dataset; a streamed one is checked batch by batch."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and privileged.COLUMN not in columns:
+        raise ValueError(
+            f"method={args.method!r} needs a {privileged.COLUMN!r} column (str: what the teacher "
+            f"may see and the student may not). The dataset has {columns}."
+        )
+    if isinstance(dataset, Dataset):
+        contexts = dataset[privileged.COLUMN][:]
+        privileged.check_contexts(contexts, args.privileged_template)
+        privileged.count_in_prompts(dataset["prompt"][:], contexts)
+
+
+def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:
+    """Refuse dropout, which would put noise into the gap, and processors that pad right.
+
+    Raises:
+        ValueError: naming the modules, the padding side, or what a divergence cannot handle.
+    """
+    if args.divergence is not None:
+        distillation.check_logits(model)
+    noisy = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    text = model.config.get_text_config()
+    noisy += [f"config.{k}" for k in ("attention_dropout",) if getattr(text, k, 0) > 0]
+    if noisy:
+        raise ValueError(
+            f"Dropout is active in {noisy[:3]} ({len(noisy)} places) and would put noise into the "
+            "gap. Set disable_dropout=True, lora_dropout=0, and attention_dropout=0 in the config."
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        side = processing_class.tokenizer.padding_side
+        if side != "left":
+            raise ValueError(
+                f"The processor pads {side!r}; prompts must be padded on the left. Load it with "
+                "padding_side='left'."
+            )

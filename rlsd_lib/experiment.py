@@ -1,0 +1,227 @@
+"""An experiment: what one training notebook does, as an object with one method per step.
+
+    experiment = Experiment(method="rlsd", preset="lab", seed=0)
+    experiment.evaluate("before")
+    experiment.train()
+    experiment.evaluate("after")
+    experiment.finish()
+
+Everything is written under `experiment.run.path`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformers import PrinterCallback
+
+from rlsd_lib import lens, provenance
+from rlsd_lib.config import METHODS
+from rlsd_lib.controls import apply_control, control_template
+from rlsd_lib.evaluate import Evaluation, evaluate
+from rlsd_lib.leakage import leak_rate
+from rlsd_lib.models import load_model
+from rlsd_lib.presets import PRESETS, resolve_config
+from rlsd_lib.progress import LiveCurve, Recorder
+from rlsd_lib.runs import Run
+from rlsd_lib.tasks import load_task
+from rlsd_lib.trainer import RLSDTrainer
+
+# Means over the last steps that go into metrics.json, by their short names.
+LAST_STEPS = 10
+FINAL_MEANS = (
+    "reward",
+    "entropy",
+    "completions/mean_length",
+    "rlsd/gap_abs_mean",
+    "rlsd/weight_mean",
+    "rlsd/clip_low_frac",
+    "rlsd/clip_high_frac",
+    "rlsd/intervention",
+)
+
+
+class Experiment:
+    """One run: resolved before anything is computed, then evaluated, trained, evaluated, written.
+
+    Args:
+        method: a key of `METHODS`.
+        preset: a key of `PRESETS`.
+        seed: order of rows, sampling, and evaluation draws; the rows themselves are the preset's.
+        max_steps: -1 for the preset's.
+        overrides: any `RLSDConfig` fields.
+        control: a key of `CONTROLS`, applied to what the teacher is shown.
+        run_dir: where everything is written; "" for the default directory.
+        notebook: the notebook that runs this, for the manifest.
+        if_exists: as in `Run.start`.
+
+    Raises:
+        ValueError: for unknown names or bad values, before a run directory is claimed.
+        FileExistsError: if the run directory holds a run already.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        preset: str,
+        seed: int = 0,
+        max_steps: int = -1,
+        overrides: Mapping[str, Any] | None = None,
+        control: str = "none",
+        run_dir: str = "",
+        notebook: str | None = None,
+        if_exists: str = "raise",
+    ) -> None:
+        parameters = {
+            "method": method,
+            "preset": preset,
+            "seed": seed,
+            "max_steps": max_steps,
+            "overrides": dict(overrides or {}),
+            "control": control,
+        }
+        # Resolved once into nowhere, so that a bad value costs no directory.
+        self._resolve(parameters, Path("unused"), None)
+        self.run = Run.start(
+            run_dir,
+            parameters={**parameters, "run_dir": run_dir},
+            notebook=notebook,
+            if_exists=if_exists,
+        )
+        self.method, self.preset, self.seed = method, PRESETS[preset], seed
+        cache = provenance.outputs_root() / "cache"
+        self.model, self.tokenizer = load_model(
+            self.preset.model, cache, **self.preset.model_options
+        )
+        self.task = load_task(
+            self.preset.task,
+            train_size=self.preset.train_size,
+            test_size=self.preset.test_size,
+            seed=self.preset.data_seed,
+            **self.preset.task_options,
+        )
+        template = control_template(control, self.task.privileged_template)
+        self.config = self._resolve(parameters, self.run.path / "checkpoints", template)
+        self.train_data = apply_control(self.task.train, control, seed)
+        self.results: dict[str, Evaluation] = {}
+        self.metrics: dict[str, Any] = {}
+        self.run.record(
+            config=_plain(self.config.to_dict()),
+            preset=_plain(asdict(self.preset)),
+            model=self.model.name_or_path or self.preset.model,
+            data={
+                "train": provenance.fingerprint(self.train_data),
+                "test": provenance.fingerprint(self.task.test),
+            },
+            evaluation=self._sampling(),
+        )
+
+    def summary(self) -> pd.Series:
+        """What decides this run, in a few lines."""
+        config = self.config
+        return pd.Series(
+            {
+                "method": f"{self.method}: {METHODS[self.method].summary}",
+                "preset": self.preset.summary,
+                "rollouts per step": config.generation_batch_size,
+                "rollouts per prompt": config.num_generations,
+                "steps": config.max_steps,
+                "learning rate": config.learning_rate,
+                "teacher": config.teacher_model_kind if config.uses_teacher else "none",
+                "lambda": f"{config.lambda_init} over {config.lambda_decay_steps} steps",
+                "epsilon_w": config.epsilon_w,
+                "parameters": f"{self.model.num_parameters():,}",
+                "run directory": self.run.path.name,
+            },
+            name="value",
+        ).to_frame()
+
+    def look(self, row: int = 0, **changes: Any) -> list[lens.Rollout]:
+        """One group of rollouts of test problem `row` with gap, weight and credit per token."""
+        settings = {
+            "method": self.method,
+            "template": self.config.privileged_template,
+            "lam": self.config.lambda_init,
+            "epsilon_w": self.config.epsilon_w,
+            "max_new_tokens": self.config.max_completion_length,
+            "temperature": self.config.temperature,
+            "seed": self.seed,
+        }
+        rollouts = lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
+        self.run.add_samples([{"row": row, **rollout.as_dict()} for rollout in rollouts])
+        return rollouts
+
+    def evaluate(self, when: str) -> Evaluation:
+        """Accuracy and leak rate on the held-out problems; `when` names them in metrics.json."""
+        result = evaluate(self.model, self.tokenizer, self.task, **self._sampling(), seed=self.seed)
+        leak = leak_rate(self.task, result.completions)
+        self.results[when] = result
+        for name, value in (("accuracy", result.accuracy), ("leak_rate", leak)):
+            self.metrics[f"{name}_{when}"] = value.mean
+            self.metrics[f"{name}_{when}_low"] = value.low
+            self.metrics[f"{name}_{when}_high"] = value.high
+        return result
+
+    def train(self, **changes: Any) -> pd.DataFrame:
+        """Train with the preset's model and data; returns the logged steps, one row each.
+
+        `changes` are extra keyword arguments of `RLSDTrainer`.
+        """
+        trainer = RLSDTrainer(
+            self.model,
+            self.task.reward,
+            self.config,
+            self.train_data,
+            processing_class=self.tokenizer,
+            **changes,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Recorder(self.run))
+        trainer.add_callback(LiveCurve("reward", self.method))
+        result = trainer.train()
+        self.model.eval()
+        steps = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
+        self.metrics["steps"] = result.global_step
+        self.metrics["seconds_per_step"] = result.metrics["train_runtime"] / result.global_step
+        last = steps.tail(LAST_STEPS)
+        self.metrics |= {name: last[name].mean() for name in FINAL_MEANS if name in last}
+        if self.preset.save_model:
+            trainer.save_model(str(self.run.path / "model"))
+        return steps.assign(method=self.method, path=self.run.path.name)
+
+    def finish(self) -> pd.Series:
+        """Write metrics.json, mark the run finished, and return the metrics."""
+        self.run.finish(self.metrics)
+        return pd.Series(self.metrics, name="value").to_frame()
+
+    def _sampling(self) -> dict[str, Any]:
+        return {
+            "num_samples": self.preset.num_samples,
+            "temperature": 1.0,
+            "max_new_tokens": self.config.max_completion_length,
+        }
+
+    @staticmethod
+    def _resolve(parameters: Mapping[str, Any], output_dir: Path, template: str | None) -> Any:
+        control_template(parameters["control"], template)
+        return resolve_config(
+            parameters["method"],
+            parameters["preset"],
+            parameters["seed"],
+            output_dir,
+            template=template,
+            max_steps=parameters["max_steps"],
+            overrides=parameters["overrides"],
+        )
+
+
+def _plain(value: Any) -> Any:
+    """JSON-like: what JSON has no type for becomes its string."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

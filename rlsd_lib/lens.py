@@ -1,0 +1,184 @@
+"""Rollouts under the lens: one group of rollouts with gap, weight and credit of every token.
+
+What a training step computes in passing is computed here for a handful of rollouts and kept, for
+the notebooks' heat maps. It uses the trainer's own prompt and credit functions, and the model as
+student and as teacher (a `live` teacher).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlsd_lib.config import METHODS
+from rlsd_lib.credit import clipped_weight
+from rlsd_lib.privileged import Prompt, teacher_prompt
+from rlsd_lib.tasks import Task
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion, token by token. The lists have one entry per token, end token included."""
+
+    prompt: Prompt
+    teacher_prompt: Prompt
+    reference: str
+    completion: str
+    tokens: list[str]
+    reward: float
+    advantage: float
+    student_logp: list[float]  # log P_S(y_t), nats
+    gap: list[float]  # Delta_t = log P_T(y_t) - log P_S(y_t), nats
+    weight: list[float]  # after clipping; 1 for a method without a weight
+    credit: list[float]  # the token advantage A_hat_t
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-like record for samples.jsonl."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def look(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    row: int,
+    *,
+    method: str,
+    template: str,
+    lam: float,
+    epsilon_w: float,
+    max_new_tokens: int,
+    num_generations: int = 8,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[Rollout]:
+    """Sample one group for test problem `row` and give every token its credit under `method`.
+
+    Advantages are normalised within the group as TRL does (Eq. 1, sample standard deviation).
+    torch's global random state is left as it was.
+    """
+    problem = task.test[row]
+    prompt, reference = problem["prompt"], problem["privileged_context"]
+    seen = teacher_prompt(prompt, reference, template)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        completions = _sample(
+            model, tokenizer, prompt, num_generations, max_new_tokens, temperature
+        )
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+    rewards = torch.tensor([float(task.verify(text, problem)) for text in texts])
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    student = score(model, tokenizer, prompt, completions, temperature)
+    teacher = score(model, tokenizer, seen, completions, temperature)
+    gap, mask = _padded([t - s for t, s in zip(teacher, student, strict=True)])
+    chosen = METHODS[method]
+    credit = chosen.credit(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w)
+    weight = torch.ones_like(gap)
+    if chosen.evidence is not None:
+        weight = clipped_weight(chosen.evidence(advantages, gap), epsilon_w)
+    return [
+        Rollout(
+            prompt=prompt,
+            teacher_prompt=seen,
+            reference=reference,
+            completion=texts[i],
+            tokens=[tokenizer.decode([token]) for token in ids],
+            reward=rewards[i].item(),
+            advantage=advantages[i].item(),
+            student_logp=student[i].tolist(),
+            gap=gap[i, : len(ids)].tolist(),
+            weight=weight[i, : len(ids)].tolist(),
+            credit=credit[i, : len(ids)].tolist(),
+        )
+        for i, ids in enumerate(completions)
+    ]
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    completions: Sequence[list[int]],
+    temperature: float = 1.0,
+) -> list[Tensor]:
+    """Log-probability of each token of each completion after `prompt`: (T_i,) tensors, nats."""
+    prefix = _prompt_ids(tokenizer, prompt)
+    scores = []
+    for ids in completions:
+        tokens = torch.tensor([[*prefix, *ids]], device=model.device)
+        # Only the completion's positions go through the vocabulary.
+        logits = model(tokens, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
+        logps = (logits / temperature).log_softmax(-1)
+        scores.append(logps.gather(1, tokens[0, len(prefix) :, None])[:, 0].cpu())
+    return scores
+
+
+def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
+    """A row per token of all rollouts: rollout, position, token, advantage, gap, weight, credit."""
+    rows = []
+    for number, rollout in enumerate(rollouts):
+        columns = (rollout.tokens, rollout.gap, rollout.weight, rollout.credit)
+        for position, (token, gap, weight, credit) in enumerate(zip(*columns, strict=True)):
+            rows.append(
+                {
+                    "rollout": number,
+                    "position": position,
+                    "token": token,
+                    "advantage": rollout.advantage,
+                    "gap": gap,
+                    "weight": weight,
+                    "credit": credit,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    count: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[list[int]]:
+    """`count` completions as token ids, each up to and including its first end token."""
+    prefix = torch.tensor([_prompt_ids(tokenizer, prompt)] * count, device=model.device)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    generated = model.generate(
+        input_ids=prefix,
+        attention_mask=torch.ones_like(prefix),
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )[:, prefix.shape[1] :]
+    return [_until_end(ids, ends) for ids in generated.tolist()]
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: end + 1]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Right-pad (T_i,) tensors to (N, T), with the mask."""
+    values = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+    return values, mask
