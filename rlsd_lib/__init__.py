@@ -10,8 +10,8 @@ from typing import Any
 _HOME = {
     "RLSDTrainer": "rlsd_lib.trainer",
     "RLSDConfig": "rlsd_lib.config",
-    "METHODS": "rlsd_lib.config",
-    "PRESETS": "rlsd_lib.config",
+    "METHODS": "rlsd_lib.methods",
+    "PRESETS": "rlsd_lib.presets",
     "Experiment": "rlsd_lib.experiment",
     "Run": "rlsd_lib.runs",
 }

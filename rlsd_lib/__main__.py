@@ -107,7 +107,7 @@ def _suite(options: argparse.Namespace) -> int:
     begun = time.monotonic()
     for count, outcome in enumerate(run_jobs(jobs, options.jobs), 1):
         left = (time.monotonic() - begun) / count * (len(jobs) - count)
-        said = "FAILED" if outcome.error else "done"
+        said = "FAILED" if outcome.error else "done" if outcome.seconds else "kept"
         name = outcome.job.run_dir.name
         eta = f", about {left:.0f} s left" if count < len(jobs) else ""
         print(f"[{count}/{len(jobs)}] {name}: {said} in {outcome.seconds:.0f} s{eta}", flush=True)

@@ -8,6 +8,7 @@ judge so at the same moment reach for the same next number, which only one of th
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ class Claim(NamedTuple):
     attempt: int
     pid: int
     host: str
-    process_started: float
+    process_started: float  # see `process_start`
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -39,12 +40,27 @@ class Claim(NamedTuple):
         if not self.is_local():
             return True
         try:
-            process = psutil.Process(self.pid)
             # A number may be given out again: the same process also began at the same time.
-            began = abs(process.create_time() - self.process_started) < 2
-            return began and process.status() != psutil.STATUS_ZOMBIE
+            began = process_start(self.pid) == self.process_started
+            return began and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
+
+
+def process_start(pid: int) -> float:
+    """When a process began, as a number that does not change while it lives.
+
+    Raises:
+        psutil.NoSuchProcess: there is no such process.
+    """
+    if sys.platform != "linux":
+        return psutil.Process(pid).create_time()
+    # In ticks since boot: a time of day would move when the clock is set, and the owner look dead.
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return float(stat.rpartition(")")[2].split()[19])
 
 
 def claim_path(folder: Path, attempt: int) -> Path:
@@ -88,7 +104,7 @@ def make_claim(folder: Path, attempt: int) -> Claim:
     owner: dict[str, Any] = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "process_started": psutil.Process().create_time(),
+        "process_started": process_start(os.getpid()),
     }
     with os.fdopen(handle, "w") as file:
         file.write(json.dumps(owner))

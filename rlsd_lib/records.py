@@ -55,16 +55,33 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: `path` holds no run.
         ValueError: the manifest is not valid JSON.
     """
-    file = Path(path) / "manifest.json"
-    if not file.exists():
+    manifest = manifest_or_none(Path(path))
+    if manifest is None:
         raise FileNotFoundError(f"{path} holds no run (no manifest.json)")
-    return _read_json(file)
+    return manifest
+
+
+def manifest_or_none(path: Path) -> dict[str, Any] | None:
+    """The manifest of the run directory `path`, or None where there is none."""
+    try:
+        return _read_json(path / "manifest.json")
+    except FileNotFoundError:  # asking first would miss a run that is overwritten in between
+        return None
+
+
+def attempts_of(path: Path) -> list[dict[str, Any]]:
+    """Every attempt at the run in `path` up to its manifest's, oldest first."""
+    last = manifest_or_none(path)
+    if last is None:
+        return []
+    keep = ("attempt", "status", "error", "started", "seconds")
+    return [*last["previous"], {name: last[name] for name in keep}]
 
 
 def state_of(path: Path) -> str | None:
     """How a run stands: None (no run), finished, failed, running or running/killed."""
     owner = latest_claim(path)
-    manifest = read_manifest(path) if (path / "manifest.json").exists() else None
+    manifest = manifest_or_none(path)
     if owner is None and manifest is None:
         return None
     # A claim newer than the manifest belongs to an attempt that is only just beginning.
@@ -80,9 +97,9 @@ def state_of(path: Path) -> str | None:
 def _facts(path: Path) -> dict[str, Any]:
     state = state_of(path)
     facts = {"path": str(path), "group": path.parent.name, "name": path.name, "status": state}
-    if not (path / "manifest.json").exists():  # killed between the claim and the manifest
+    manifest = manifest_or_none(path)
+    if manifest is None:  # killed between the claim and the manifest
         return {**facts, "error": None}
-    manifest = read_manifest(path)
     kept = {k: manifest[k] for k in ("error", "notebook", "started", "seconds")}
     parameters = manifest["parameters"]
     return {**parameters, **facts, **kept, **manifest["git"], "parameters": parameters}

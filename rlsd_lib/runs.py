@@ -21,7 +21,9 @@ from rlsd_lib import provenance
 from rlsd_lib.claims import Claim, claim_path, latest_claim, make_claim
 from rlsd_lib.records import (
     append_lines,
+    attempts_of,
     drop_torn_line,
+    manifest_or_none,
     read_lines,
     read_manifest,
     read_runs,
@@ -82,7 +84,8 @@ class Run:
         handed = json.loads(os.environ.get(HANDED_ON, "null"))
         if handed and (not str(run_dir) or Path(run_dir).resolve() == Path(handed["run_dir"])):
             run = cls.attach(handed["run_dir"])
-            run._update(parameters=dict(parameters), seeds=_seeds(parameters), attached=True)
+            full = {**run.manifest["parameters"], **parameters}
+            run._update(parameters=full, seeds=_seeds(full), attached=True)
             return run
         group = source.stem if source else "runs"
         default = run_dir or provenance.default_run_dir(group, parameters)
@@ -116,7 +119,7 @@ class Run:
         for name in ("metrics.jsonl", "samples.jsonl"):
             drop_torn_line(path / name)
         (path / "metrics.json").unlink(missing_ok=True)
-        return run, _attempts(path)
+        return run, attempts_of(path)
 
     @property
     def figures(self) -> Path:
@@ -144,12 +147,15 @@ class Run:
 
         Raises:
             TypeError: a value of another kind.
+            RuntimeError: another attempt has taken the directory over.
         """
         line = {"step": int(step), **{name: scalar(name, v) for name, v in metrics.items()}}
+        self._check_mine()
         append_lines(self.path / "metrics.jsonl", [line])
 
     def add_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rollouts (text, tokens, credit, ...) to samples.jsonl, one line each."""
+        self._check_mine()
         append_lines(self.path / "samples.jsonl", rows)
 
     def save_figure(self, figure: "Figure", name: str) -> Path:
@@ -167,6 +173,7 @@ class Run:
 
     def finish(self, metrics: Mapping[str, Any] | None = None) -> None:
         """Write metrics.json and mark the run finished (a runner does so after the last cell)."""
+        self._check_mine()
         write_json(self.path / "metrics.json", dict(metrics or {}))
         # The kernel knows its accelerators; the runner that wrote the manifest may not.
         self._update(hardware=provenance.hardware())
@@ -193,7 +200,17 @@ class Run:
             self.fail(f"{kind.__name__}: {error}")
 
     def _update(self, **facts: Any) -> None:
-        write_json(self.path / "manifest.json", {**self.manifest, **facts})
+        write_json(self.path / "manifest.json", {**self._check_mine(), **facts})
+
+    def _check_mine(self) -> dict[str, Any]:
+        """The manifest, if this attempt is still the one that the directory is about."""
+        manifest = self.manifest
+        if manifest["attempt"] != self.attempt:
+            raise RuntimeError(
+                f"{self.path} was taken over by attempt {manifest['attempt']}; this is attempt "
+                f"{self.attempt}, which was stopped or declared dead. Nothing was written"
+            )
+        return manifest
 
     def _watch_cells(self) -> None:
         if shell := _shell():
@@ -201,9 +218,9 @@ class Run:
 
     def _after_cell(self, result: Any) -> None:
         error = result.error_before_exec or result.error_in_exec
-        if error is None or not (self.path / "manifest.json").exists():
+        now = manifest_or_none(self.path)
+        if error is None or now is None:
             return
-        now = self.manifest
         # A finished run stays finished, and a run that was begun anew has its own watcher.
         if now["attempt"] == self.attempt and now["status"] != "finished":
             self.fail(f"{type(error).__name__}: {error}")
@@ -242,15 +259,6 @@ def _empty(path: Path) -> None:
             shutil.rmtree(item)
         elif not item.name.startswith(".claim-"):
             item.unlink()
-
-
-def _attempts(path: Path) -> list[dict[str, Any]]:
-    """The attempts before a resumed one, oldest first."""
-    if not (path / "manifest.json").exists():
-        return []
-    last = read_manifest(path)
-    keep = ("attempt", "status", "error", "started", "seconds")
-    return [*last["previous"], {k: last[k] for k in keep}]
 
 
 def _seeds(parameters: Mapping[str, Any]) -> dict[str, Any]:

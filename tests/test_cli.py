@@ -140,6 +140,7 @@ def test_a_suite_keeps_what_is_finished_and_lists_what_failed(
 
     first = read_runs(folder).runs.set_index("name")["started"]
     assert main(["suite", "tiny"]) == 1
+    assert capsys.readouterr().out.count(": kept in") == 2
     again = read_runs(folder).runs.set_index("name")["started"]
     changed = first.index[first != again]
     assert [states[name] for name in changed] == ["failed"]

@@ -155,7 +155,7 @@ def test_layout_wraps_at_the_margin_and_at_line_ends() -> None:
 
 
 def test_the_picture_is_written_and_a_dollar_is_no_formula(tmp_path: Path) -> None:
-    heat = plots.token_heatmap(["$x", "_", "^$", "\\frac"], [1, -1, 0.2, 0], title="$a_b $")
+    heat = plots.token_heatmap(["$\\x$", "_", "^$", "\\frac"], [1, -1, 0.2, 0], title="$\\x$")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         path = heat.save_png(tmp_path / "heat.png")

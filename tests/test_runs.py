@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from conftest import FINISH, START, NotebookMaker
 
-from rlsd_lib import execute, provenance
+from rlsd_lib import claims, execute, provenance
 from rlsd_lib.execute import NotebookError, execute_notebook, parse_value
 from rlsd_lib.records import read_lines, state_of
 from rlsd_lib.runs import Run, read_runs
@@ -25,10 +26,11 @@ print("held", flush=True)
 time.sleep(60)
 """
 RACE = """
-import sys
+import pathlib, sys
 from rlsd_lib.runs import Run
 print("ready", flush=True)
-sys.stdin.readline()
+while not pathlib.Path(sys.argv[2]).exists():
+    pass
 try:
     Run.start(sys.argv[1], parameters={"seed": 0})
     print("won", flush=True)
@@ -148,12 +150,11 @@ def test_of_runs_started_at_once_exactly_one_wins(tmp_path: Path, killed_before:
     if killed_before:
         _killed_run(folder)
         code = RACE.replace('{"seed": 0}', '{"seed": 0}, if_exists="overwrite"')
-    racers = [_python(code, folder) for _ in range(4)]
+    gate = tmp_path / "gate"
+    racers = [_python(code, folder, gate) for _ in range(4)]
     for racer in racers:
         assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
+    gate.touch()
     said = [racer.stdout.readline() for racer in racers]
     winner = racers[said.index("won\n")]
     for racer in racers:
@@ -162,6 +163,39 @@ def test_of_runs_started_at_once_exactly_one_wins(tmp_path: Path, killed_before:
     assert len(lost) == 3
     assert all(f"process {winner.pid} on " in line for line in lost)
     assert json.loads((folder / "manifest.json").read_text())["owner"]["pid"] == winner.pid
+
+
+def test_a_claim_made_between_look_and_grasp_is_respected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beaten(folder: Path, attempt: int) -> claims.Claim:
+        claims.make_claim(folder, attempt)  # another process, a moment earlier
+        return claims.make_claim(folder, attempt)
+
+    monkeypatch.setattr("rlsd_lib.runs.make_claim", beaten)
+    with pytest.raises(FileExistsError, match=f"a moment ago by process {os.getpid()} on "):
+        Run.start(tmp_path / "a", parameters={})
+
+
+def test_a_process_number_that_was_given_out_again_is_not_the_owner(tmp_path: Path) -> None:
+    owner = claims.make_claim(tmp_path, 1)
+    assert owner.is_alive()
+    assert not owner._replace(process_started=owner.process_started + 1).is_alive()
+    assert not owner._replace(pid=2**22 + 1).is_alive()
+
+
+def test_an_attempt_that_lost_its_directory_writes_nothing_into_it(tmp_path: Path) -> None:
+    lost = Run.start(tmp_path / "a", parameters={})
+    lost.fail("ValueError: first")
+    taker = Run.start(tmp_path / "a", parameters={}, if_exists="overwrite")
+    taker.log(1, {"reward": 1.0})
+    before = {p.name: p.read_bytes() for p in taker.path.iterdir()}
+    for write in (lambda: lost.log(2, {}), lost.finish, lambda: lost.record(config={})):
+        with pytest.raises(RuntimeError, match="taken over by attempt 2"):
+            write()
+    # A mistake typed later into the kernel of the first attempt does not fail the second.
+    lost._after_cell(SimpleNamespace(error_before_exec=None, error_in_exec=NameError("x")))
+    assert {p.name: p.read_bytes() for p in taker.path.iterdir()} == before
 
 
 def test_a_run_on_another_host_counts_as_alive_until_its_claim_is_deleted(tmp_path: Path) -> None:
