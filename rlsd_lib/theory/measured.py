@@ -1,0 +1,90 @@
+"""The theory's quantities on a model: gradients of sums over tokens, from plain tensors.
+
+Shapes: student logits (B, T, V) with their graph, teacher logits (B, T, V), sampled tokens (B, T),
+mask (B, T) of the positions that count. Gradients come back flat, (P,).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlsd_lib import credit
+
+
+def pad(rows: Sequence[Sequence[float]], width: int = 0) -> Tensor:
+    """Lists of different lengths as one (B, T) tensor, zeros on the right; T is at least `width`."""
+    width = max([width, *map(len, rows)])
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])
+
+
+def sampled_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log P(y_t) of the sampled tokens: (B, T, V), (B, T) -> (B, T)."""
+    return torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Gradient of a scalar, flattened over all parameters; the graph is kept. () -> (P,)."""
+    grads = torch.autograd.grad(value, list(parameters), retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+def credit_gradient(
+    student: Tensor, tokens: Tensor, credit: Tensor, mask: Tensor, parameters: Sequence[Tensor]
+) -> Tensor:
+    """sum_t A_hat_t grad log P_S(y_t), the template of Eq. 17: credit (B, T) -> (P,)."""
+    return gradient((sampled_log_probs(student, tokens) * credit * mask).sum(), parameters)
+
+
+def reverse_kl_gradient(
+    student: Tensor, teacher: Tensor, weight: Tensor, mask: Tensor, parameters: Sequence[Tensor]
+) -> Tensor:
+    """-grad of sum_t weight KL(P_S || P_T) at the visited prefixes, all tokens summed: -> (P,).
+
+    `weight` (B,) scales each rollout; the teacher is held fixed.
+    """
+    log_s = torch.log_softmax(student, -1)
+    log_t = torch.log_softmax(teacher, -1).detach()
+    divergence = (log_s.exp() * (log_s - log_t)).sum(-1)
+    return -gradient((divergence * weight.unsqueeze(-1) * mask).sum(), parameters)
+
+
+def update_gradients(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    lam: float,
+    epsilon_w: float,
+) -> dict[str, Tensor]:
+    """GRPO's gradient, what RLSD and sign-free credit add to it, and -grad |A| KL(P_S || P_T).
+
+    Advantages are (B,); the gap is taken from the two sets of logits. Every entry is (P,).
+    """
+    gap = (sampled_log_probs(teacher, tokens) - sampled_log_probs(student, tokens)).detach()
+    plain = advantages.unsqueeze(-1).expand_as(gap)
+    credits = {"grpo": plain}
+    for name, rule in {"rlsd": credit.rlsd, "sign-free": credit.rlsd_neutral}.items():
+        credits[name] = rule(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w) - plain
+    found = {
+        name: credit_gradient(student, tokens, value, mask, parameters)
+        for name, value in credits.items()
+    }
+    found["reverse KL"] = reverse_kl_gradient(student, teacher, advantages.abs(), mask, parameters)
+    return found
+
+
+def token_gradient_norms(
+    student: Tensor, tokens: Tensor, positions: Tensor, parameters: Sequence[Tensor]
+) -> Tensor:
+    """||grad log P_S(y_t)|| at chosen positions (K, 2) of (rollout, token): -> (K,)."""
+    logps = sampled_log_probs(student, tokens)
+    return torch.stack([gradient(logps[i, t], parameters).norm() for i, t in positions.tolist()])
+
+
+def cosine(u: Tensor, v: Tensor) -> float:
+    """Cosine of two flat vectors."""
+    return float(u @ v / (u.norm() * v.norm()))
