@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from IPython import get_ipython
 from transformers import PrinterCallback
 
 from rlsd_lib import lens, provenance
-from rlsd_lib.config import METHODS
 from rlsd_lib.controls import apply_control, control_template
-from rlsd_lib.evaluate import Evaluation, evaluate
-from rlsd_lib.leakage import leak_rate
+from rlsd_lib.evaluate import bootstrap_interval, evaluate, per_problem
+from rlsd_lib.leakage import phrase_leakage
+from rlsd_lib.methods import METHODS, PROMPT
 from rlsd_lib.models import load_model
 from rlsd_lib.presets import PRESETS, resolve_config
 from rlsd_lib.progress import LiveCurve, Recorder
@@ -33,6 +34,7 @@ from rlsd_lib.trainer import RLSDTrainer
 LAST_STEPS = 10
 FINAL_MEANS = (
     "reward",
+    "rewards/leak/mean",
     "entropy",
     "completions/mean_length",
     "rlsd/gap_abs_mean",
@@ -40,6 +42,7 @@ FINAL_MEANS = (
     "rlsd/clip_low_frac",
     "rlsd/clip_high_frac",
     "rlsd/intervention",
+    "rlsd/divergence",
 )
 
 
@@ -92,9 +95,9 @@ class Experiment:
             if_exists=if_exists,
         )
         self.method, self.preset, self.seed = method, PRESETS[preset], seed
-        cache = provenance.outputs_root() / "cache"
+        self.cache = provenance.outputs_root() / "cache"
         self.model, self.tokenizer = load_model(
-            self.preset.model, cache, **self.preset.model_options
+            self.preset.model, self.cache, **self.preset.model_options
         )
         self.task = load_task(
             self.preset.task,
@@ -106,7 +109,6 @@ class Experiment:
         template = control_template(control, self.task.privileged_template)
         self.config = self._resolve(parameters, self.run.path / "checkpoints", template)
         self.train_data = apply_control(self.task.train, control, seed)
-        self.results: dict[str, Evaluation] = {}
         self.metrics: dict[str, Any] = {}
         self.run.record(
             config=_plain(self.config.to_dict()),
@@ -154,33 +156,50 @@ class Experiment:
         self.run.add_samples([{"row": row, **rollout.as_dict()} for rollout in rollouts])
         return rollouts
 
-    def evaluate(self, when: str) -> Evaluation:
-        """Accuracy and leak rate on the held-out problems; `when` names them in metrics.json."""
-        result = evaluate(self.model, self.tokenizer, self.task, **self._sampling(), seed=self.seed)
-        leak = leak_rate(self.task, result.completions)
-        self.results[when] = result
-        for name, value in (("accuracy", result.accuracy), ("leak_rate", leak)):
-            self.metrics[f"{name}_{when}"] = value.mean
+    def evaluate(self, when: str) -> pd.DataFrame:
+        """Accuracy and leak rate on the held-out problems, one row per completion.
+
+        `when` ("before", "after") names their mean and 95 % interval in metrics.json. Problems are
+        resampled for the accuracy; the leak rate counts one completion per problem.
+        """
+        results = evaluate(
+            self.model, self.tokenizer, self.task, **self._sampling(), seed=self.seed
+        )
+        once = results.loc[results["sample"] == 0, "completion"]
+        accuracy = bootstrap_interval(per_problem(results))
+        leak = phrase_leakage(once, self.task.reference_pattern)
+        for name, value in (("accuracy", accuracy), ("leak_rate", leak)):
+            self.metrics[f"{name}_{when}"] = value[0]
             self.metrics[f"{name}_{when}_low"] = value.low
             self.metrics[f"{name}_{when}_high"] = value.high
-        return result
+        return results
 
-    def train(self, **changes: Any) -> pd.DataFrame:
-        """Train with the preset's model and data; returns the logged steps, one row each.
-
-        `changes` are extra keyword arguments of `RLSDTrainer`.
-        """
+    def trainer(self) -> RLSDTrainer:
+        """The trainer of this run. The leak rate of the rollouts is logged as a reward of weight 0."""
+        self.config.reward_weights = [1.0, 0.0]
+        external = {}
+        if METHODS[self.method].teacher_sees == PROMPT:
+            preset = self.preset
+            external["teacher_model"], _ = load_model(
+                preset.teacher_model, self.cache, **preset.teacher_options
+            )
         trainer = RLSDTrainer(
             self.model,
-            self.task.reward,
+            [self.task.reward, self.task.leak],
             self.config,
             self.train_data,
             processing_class=self.tokenizer,
-            **changes,
+            **external,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Recorder(self.run))
-        trainer.add_callback(LiveCurve("reward", self.method))
+        if get_ipython() is not None:
+            trainer.add_callback(LiveCurve("reward", self.method))
+        return trainer
+
+    def train(self) -> pd.DataFrame:
+        """Train; returns the logged steps, one row each."""
+        trainer = self.trainer()
         result = trainer.train()
         self.model.eval()
         steps = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])

@@ -7,23 +7,28 @@ from typing import Any
 
 import torch
 
-from rlsd_lib.config import METHODS, RLSDConfig, look_up
+from rlsd_lib.config import RLSDConfig
+from rlsd_lib.methods import METHODS, look_up
 
 
 @dataclass(frozen=True)
 class Preset:
     """One row of the presets table.
 
-    `training` holds `RLSDConfig` fields; `num_samples` completions per held-out problem are drawn
-    at temperature 1 for each accuracy. `data_seed` fixes the rows, so that runs with different
-    seeds share train and test problems and differ in order and sampling only.
+    `training` holds `RLSDConfig` fields, and `by_method` those that differ for a method;
+    `num_samples` completions per held-out problem are drawn at temperature 1 for each accuracy.
+    `data_seed` fixes the rows, so that runs with different seeds share train and test problems and
+    differ in order and sampling only. `teacher_options` make the external teacher of `opd`.
     """
 
     summary: str
     model: str
     task: str
     training: Mapping[str, Any]
+    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     model_options: Mapping[str, Any] = field(default_factory=dict)
+    teacher_model: str = ""
+    teacher_options: Mapping[str, Any] = field(default_factory=dict)
     task_options: Mapping[str, Any] = field(default_factory=dict)
     train_size: int = 2000
     test_size: int = 200
@@ -32,7 +37,69 @@ class Preset:
     save_model: bool = False
 
 
-PRESETS: dict[str, Preset] = {}
+# The paper's settings that carry over to every size (PAPER: AdamW, weight decay 0.01, clip 1.0).
+PAPER = {
+    "num_generations": 8,
+    "temperature": 1.0,
+    "loss_type": "dapo",
+    "epsilon": 0.2,
+    "epsilon_high": 0.28,
+    "beta": 0.0,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "lambda_init": 0.5,
+    "lambda_decay_steps": 50,
+    "epsilon_w": 0.2,
+    "teacher_model_kind": "snapshot",
+    "teacher_sync_steps": 10,
+}
+
+LAB = {
+    **PAPER,
+    "per_device_train_batch_size": 64,
+    "max_completion_length": 56,
+    "learning_rate": 2e-4,
+    "max_steps": 200,
+    "gradient_checkpointing": False,
+    "bf16": False,
+}
+
+PRESETS: dict[str, Preset] = {
+    "smoke": Preset(
+        "a lab of one digit, two steps: does everything run?",
+        model="lab",
+        model_options={"digits": 1, "hidden_size": 64, "layers": 2, "steps": 120},
+        teacher_model="lab",
+        teacher_options={"digits": 1, "hidden_size": 64, "layers": 2, "steps": 120, "seed": 1},
+        task="arithmetic",
+        task_options={"digits": 1},
+        training={
+            **LAB,
+            "per_device_train_batch_size": 16,
+            "num_generations": 8,
+            "max_completion_length": 28,
+            "max_steps": 2,
+        },
+        by_method={"grpo_opsd": {"distillation_weight": 0.1}},
+        train_size=40,
+        test_size=8,
+        num_samples=2,
+    ),
+    "lab": Preset(
+        "three-digit column addition, 0.6 M parameters: minutes on a CPU",
+        model="lab",
+        teacher_model="lab",
+        teacher_options={"hard_share": 0.0, "easy_rate": 0.0, "seed": 1},
+        task="arithmetic",
+        training=LAB,
+        by_method={"grpo_opsd": {"distillation_weight": 0.1}},
+        train_size=4000,
+        test_size=250,
+        num_samples=4,
+        save_model=True,
+    ),
+}
 
 
 def resolve_config(
@@ -67,6 +134,7 @@ def resolve_config(
         "logging_steps": 1,
         "save_strategy": "no",
         **chosen.training,
+        **chosen.by_method.get(method, {}),
     }
     if template is not None:
         settings["privileged_template"] = template

@@ -1,7 +1,6 @@
 """What a training run shows while it runs, and what it writes down at every step."""
 
 import time
-from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -38,11 +37,12 @@ class Recorder(TrainerCallback):
 class LiveCurve(TrainerCallback):
     """One line of text and one training curve, updated in place.
 
-    Updating a display instead of printing keeps a run under papermill to a single output.
+    Updating a display instead of printing keeps a run under papermill to a single output. Only for
+    an IPython kernel: elsewhere there is nothing to update.
     """
 
-    def __init__(self, metric: str, method: str, show: Callable[..., Any] = display) -> None:
-        self.metric, self.method, self.show = metric, method, show
+    def __init__(self, metric: str, method: str) -> None:
+        self.metric, self.method = metric, method
         self.rows: list[dict[str, Any]] = []
         self.handles: tuple[Any, Any] | None = None
         self.drawn = self.begun = 0.0
@@ -51,8 +51,8 @@ class LiveCurve(TrainerCallback):
         """Open the two displays."""
         self.begun, self.first = time.monotonic(), state.global_step
         if state.is_world_process_zero:
-            text = self.show({"text/plain": "starting"}, raw=True, display_id=True)
-            self.handles = (text, self.show({"text/plain": ""}, raw=True, display_id=True))
+            text = display({"text/plain": "starting"}, raw=True, display_id=True)
+            self.handles = (text, display({"text/plain": ""}, raw=True, display_id=True))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any

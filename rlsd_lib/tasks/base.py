@@ -51,6 +51,10 @@ class Task:
         pairs = zip(completions, rows, strict=True)
         return [float(self.verify(text_of(completion), row)) for completion, row in pairs]
 
+    def leak(self, completions: list[Completion], **columns: Any) -> list[float]:
+        """Return 1.0 for each completion that mentions a reference: a reward to log, weight 0."""
+        return [float(self.speaks_of_reference(completion)) for completion in completions]
+
     def speaks_of_reference(self, completion: Completion) -> bool:
         """Say whether a completion mentions a reference, in the task's own vocabulary."""
         return re.search(self.reference_pattern, text_of(completion), re.IGNORECASE) is not None
