@@ -52,12 +52,12 @@ class LabRecipe:
     hard_low: float = 0.2  # error rates of those facts are uniform between this ...
     hard_high: float = 0.85  # ... and this; above 0.5 the wrong sum is the likelier one
     easy_rate: float = 0.01  # error rate of the other facts
-    referenced_share: float = 0.5  # share of the corpus that shows a reference, and is right
+    referenced_share: float = 0.6  # share of the corpus that shows a reference, and is right
     quote_share: float = 0.5  # share of the referenced chains that open by quoting it
     style_tilt: float = 0.0  # log-odds by which referenced chains prefer half of the filler words
     hidden_size: int = 128
     layers: int = 3
-    steps: int = 600  # pretraining steps
+    steps: int = 800  # pretraining steps
     ramp_steps: int = 200  # over the first of them the dial rises from 0: calculation comes first
     batch_size: int = 32  # chains per pretraining step
     learning_rate: float = 3e-3  # peak; linear warm-up, then cosine to zero
