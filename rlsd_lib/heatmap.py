@@ -81,7 +81,7 @@ class TokenHeatmap:
             raise ValueError(f"columns={columns}: expected 8 or more")
         placed = list(place(self.tokens, self.colours, columns))
         rows = placed[-1].row + 1
-        wide = max(40, *(p.column + p.width for p in placed))
+        wide = max(16, text_width(self.title), *(p.column + p.width for p in placed))
         size = (0.105 * wide + 1.2, 0.25 * rows + 0.55)
         figure = new_figure(size)
         axes = figure.subplots()

@@ -93,9 +93,11 @@ def histogram(
         bins=60,
         element="step",
         palette=_colours(data[hue]) if hue else None,
-        log_scale=(False, 10 if log_counts else False),
+        fill=not log_counts,  # there is no zero to fill down to on a logarithmic axis
         ax=axes,
     )
+    if log_counts:
+        axes.set_yscale("log")
     for mark in marks:
         axes.axvline(mark, color="0.3", linestyle="--", linewidth=1)
     axes.set(xlabel=column, ylabel="tokens")

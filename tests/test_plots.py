@@ -61,7 +61,10 @@ def test_a_histogram_counts_every_token_and_marks_the_bounds() -> None:
     heights = np.concatenate([c.get_paths()[0].vertices[:, 1] for c in axes.collections])
     assert heights.max() == 10
     assert sorted(line.get_xdata()[0] for line in axes.lines) == [0.8, 1.2]
-    assert plots.histogram(tokens, "weight", hue="sign").axes[0].get_legend() is not None
+    [split] = plots.histogram(tokens, "weight", hue="sign", log_counts=True).axes
+    assert split.get_legend() is not None
+    assert split.get_yscale() == "log"
+    assert max(line.get_ydata().max() for line in split.lines) == 10
 
 
 def test_before_and_after_stand_with_their_own_intervals() -> None:
