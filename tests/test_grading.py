@@ -1,0 +1,347 @@
+"""Graders: a table of answers with their verdicts, hostile input, the worker, and the rewards."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from rlsd_lib import grading
+from rlsd_lib.grading import final_answer, grade
+
+CHOICES = ["red", "12 cm", "a triangle", "Vitamin B"]
+
+# problem type, reference, completion, verdict
+MATHS = [
+    ("42", "42", True),
+    ("42", "43", False),
+    ("42", "The answer is 42.", True),
+    ("42", "So we get **Answer:** 42", True),
+    ("42", "<think>It is 41? No.</think>\nThe final answer is \\boxed{42}.", True),
+    ("42", "<thought>\\boxed{41}</thought><answer>42</answer>", True),
+    ("42", "<answer>\\boxed{42}</answer>", True),
+    ("42", "$42$", True),
+    ("42", "42.0", True),
+    ("-3", "−3", True),
+    ("3", "-3", False),
+    ("1234", "1,234", True),
+    ("1234567", "\\boxed{1{,}234{,}567}", True),
+    ("1/2", "0.5", True),
+    ("\\frac{1}{2}", "\\dfrac12", True),
+    ("$\\frac{3}{4}$", "3/4", True),
+    ("3/4", "4/3", False),
+    ("-\\frac{1}{2}", "\\frac{-1}{2}", True),
+    ("1\\frac{1}{2}", "1.5", True),
+    ("0.333", "1/3", False),
+    ("0.3333333", "1/3", True),
+    ("1e5", "100000", True),
+    ("3 \\times 10^5", "300000", True),
+    ("3×10⁵", "3×10⁵", True),
+    ("6.02e23", "6.02 \\times 10^{23}", True),
+    ("50\\%", "0.5", True),
+    ("50%", "50", True),
+    ("50%", "50 percent", True),
+    ("50%", "5%", False),
+    ("0.25", "25\\%", True),
+    ("12 cm", "12", True),
+    ("12", "12\\text{ cm}", True),
+    ("12 cm", "12 centimeters", True),
+    ("12 cm", "12 m", False),
+    ("12\\,\\mathrm{cm}^2", "12 square centimeters", True),
+    ("12 cm^2", "12 cm", False),
+    ("5 km/h", "5 km per hour", True),
+    ("5 m/s", "5 km/h", False),
+    ("12 apples", "12", True),
+    ("12 apples", "12 oranges", False),
+    ("$5", "\\$5", True),
+    ("30^\\circ", "30", True),
+    ("30°", "30 degrees", True),
+    ("30^{\\circ}", "60^\\circ", False),
+    ("5x", "5", False),
+    ("2\\sqrt{2}", "\\sqrt{8}", True),
+    ("2√2", "2\\sqrt2", True),
+    ("2\\pi", "2π", True),
+    ("2\\pi", "6.28", False),
+    ("(x+1)^2", "x^2+2x+1", True),
+    ("(x+1)^2", "x^2+1", False),
+    ("x=5", "5", True),
+    ("5", "x = 5", True),
+    ("x=5", "y=5", False),
+    ("5", "x = 2+3 = 5", True),
+    ("5", "5 = 6", False),
+    ("6", "5 = 6", False),
+    ("\\sqrt{2}", "\\sqrt{2} \\approx 1.41", True),
+    ("1.41", "\\sqrt{2} \\approx 1.41", True),
+    ("5", "5 \\approx 6", False),
+    ("y=2x+1", "y = 1 + 2x", True),
+    ("\\{1,2,3\\}", "\\{3, 1, 2\\}", True),
+    ("\\{1,2,3\\}", "\\{1, 2\\}", False),
+    ("\\{1,2\\}", "1, 2", True),
+    ("x=1 or x=2", "1 and 2", True),
+    ("[1,2)", "\\left[1, 2\\right)", True),
+    ("[1,2)", "[1,2]", False),
+    ("(1,2)", "\\{1,2\\}", False),
+    ("(1,2)", "(2,1)", False),
+    ("(-\\infty,2]\\cup(3,\\infty)", "(3,\\infty)\\cup(-\\infty,2]", True),
+    ("x>2", "(2,\\infty)", True),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}", True),
+    ("\\text{red}", "Red", True),
+    ("red", "blue", False),
+    ("listen", "silent", False),
+    ("5", "5 or 6", False),
+    ("5", "\\boxed{5} or \\boxed{6}", False),
+    ("5", "<answer>5</answer><answer>6</answer>", False),
+    ("5", "<answer>6</answer> \\boxed{5}", False),
+    ("5", "The answer is 5. No, the answer is 6.", False),
+    ("5", "\\boxed{5}, that is \\boxed{ 5 }", True),
+    ("5", "<think>cut off while \\boxed{5}", False),
+    ("5", "I do not know\nwhat to say", False),
+    ("5", "", False),
+]
+NUMBERS = [
+    ("3.14", "3.14159", True),
+    ("3.14", "3.15", False),
+    ("6.28", "2\\pi", True),
+    ("1999", "2000", False),
+    ("1000", "1000.4", False),
+    ("0.5", "0.504", True),
+    ("0.5", "0.54", False),
+    ("12.50 kg", "12.5", True),
+    ("12.5 kg", "12.5 g", False),
+    ("1/3", "0.3333", True),
+    ("12.5%", "12.5 percent", True),
+    ("2.5", "two and a half", False),
+]
+LETTERS = [
+    ("A", "A", True),
+    ("A", "(A)", True),
+    ("A", "A.", True),
+    ("A", "a", True),
+    ("A", "\\boxed{A}", True),
+    ("A", "\\boxed{\\text{(A)}}", True),
+    ("A", "The answer is A", True),
+    ("A", "The correct answer is **A**.", True),
+    ("A", "<answer>Option A</answer>", True),
+    ("A", "A. red", True),
+    ("A", "red", True),
+    ("A. red", "A", True),
+    ("(B) 12 cm", "12 cm", True),
+    ("red", "A", True),
+    ("D", "D. Vitamin B", True),
+    ("A", "B", False),
+    ("A", "A. 12 cm", False),
+    ("A", "A or B", False),
+    ("A", "A, B", False),
+    ("A", "(A) (B)", False),
+    ("A", "A. red / B. 12 cm", False),
+    ("A", "not A", False),
+    ("A", "green", False),
+    ("A", "А", False),  # a Cyrillic letter
+    ("A, C", "C and A", True),
+    ("A, C", "AC", True),
+    ("A, C", "A", False),
+]
+BOOLEANS = [
+    ("yes", "Yes", True),
+    ("True", "yes", True),
+    ("no", "<answer>False.</answer>", True),
+    ("yes", "No", False),
+    ("yes", "Yes, because it is round.", True),
+    ("yes", "yes and no", False),
+    ("yes", "not true", False),
+    ("no", "No, it is not.", True),
+    ("yes", "maybe", False),
+]
+TABLE = [
+    (kind, *line)
+    for kind, lines in (
+        ("math", MATHS),
+        ("numerical", NUMBERS),
+        ("Multiple Choice", LETTERS),
+        ("boolean", BOOLEANS),
+    )
+    for line in lines
+]
+
+
+@pytest.mark.parametrize(("kind", "gold", "completion", "verdict"), TABLE)
+def test_table(kind: str, gold: str, completion: str, verdict: bool) -> None:
+    choices = CHOICES if kind == "Multiple Choice" else ()
+    assert grade(completion, gold, kind, choices) is verdict
+
+
+HOSTILE = {
+    "power tower": "9**9**9**9",
+    "LaTeX power tower": "9^{9^{9^{9}}}",
+    "boxed power tower": "\\boxed{9^{9^{9^{9^{9}}}}}",
+    "factorials": "((((9!)!)!)!)!",
+    "huge exponent": "1e999999999",
+    "huge fraction": "\\frac{1}{10^{10^{10}}}",
+    "import": "__import__('os').system('touch hacked')",
+    "boxed import": "\\boxed{__import__('os').system('touch hacked')}",
+    "open": "open('hacked', 'w').write('x')",
+    "eval in LaTeX": "$\\text{__import__('os').system('touch hacked')}$",
+    "lambda": "(lambda: exec(\"open('hacked','w')\"))()",
+    "nested braces": "\\boxed{" + "{" * 5000 + "42" + "}" * 5000 + "}",
+    "nested fractions": "\\frac{1}{" * 60 + "42" + "}" * 60,
+    "nested roots": "\\sqrt{" * 80 + "42" + "}" * 80,
+    "nested parentheses": "(" * 240 + "42" + ")" * 240,
+    "open braces": "\\boxed{" * 12_000,
+    "open tags": "<answer>" * 12_000,
+    "open boxes": "\\boxed{{a" * 10_000,
+    "announcements": "the answer is: " * 6_000,
+    "many boxes": "".join(f"\\boxed{{{i}}}" for i in range(5000)),
+    "very long": "42" * 2_000_000,
+    "long digits": "4" * 499,
+    "spaces": "<thought>" + " " * 90_000,
+    "carets": "^" * 499,
+    "dollars": "$" * 9_999,
+    "backslashes": "\\" * 9_999,
+    "fullwidth digits": "\\boxed{４２}",
+    "Arabic digits": "\\boxed{٤٢}",
+    "zero width": "\\boxed{4\u200b2}",
+    "right to left": "\\boxed{\u202e24}",
+    "null byte": "\\boxed{42\x00}",
+    "half a surrogate": "\\boxed{42\ud800}",
+    "integral": "\\int_0^{10^{99}} \\sin(x^{x^{x}}) dx",
+    "sum": "\\sum_{n=1}^{10^{12}} \\frac{1}{n^n}",
+    "choices": "A" * 400,
+    "options": "A, " * 160,
+}
+
+
+@pytest.mark.parametrize("kind", ["math", "numerical", "multiple choice", "boolean"])
+@pytest.mark.parametrize("completion", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_text_is_wrong_in_time(
+    completion: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setattr(grading, "SECONDS", 0.5)
+    gold = {"multiple choice": "B", "boolean": "yes"}.get(kind, "42")
+    begun = time.monotonic()
+    assert grade(completion, gold, kind, CHOICES) is False
+    assert time.monotonic() - begun < 4.0  # the deadline, and a start of the worker's process
+    assert not os.path.exists("hacked")
+
+
+def test_verdicts_do_not_need_the_main_thread() -> None:
+    verdicts: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda n=n: verdicts.append(grade(f"{n}-{n}+2", "2x/x", "math")))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == [True] * 8
+
+
+def test_a_killed_worker_is_replaced() -> None:
+    assert grade("7+7", "14", "math")
+    os.kill(grading._WORKER._process.pid, signal.SIGKILL)
+    grading._WORKER._process.wait()
+    assert grade("8+8", "16", "math")
+
+
+def _in_child(queue: multiprocessing.Queue) -> None:
+    queue.put([grade("9+9", "18", "math"), grading._WORKER._process.pid])
+
+
+def test_a_forked_process_has_a_worker_of_its_own() -> None:
+    assert grade("4+4", "8", "math")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue,))
+    child.start()
+    verdict, worker = queue.get(timeout=60)
+    child.join()
+    assert verdict
+    assert worker != grading._WORKER._process.pid
+    assert grade("5+5", "10", "math")
+
+
+def test_a_timeout_says_so_and_is_not_remembered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(grading, "SECONDS", 0.2)
+    assert not grade("9^{9^{9^{7}}}", "5", "math")
+    assert "no verdict" in caplog.text
+    assert not any("9^{7}" in question for question in grading._WORKER._known)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("<think>a</think> b <answer>5</answer>", "5"),
+        ("<think>The answer is 4.</think> The answer is 5.", "5"),
+        ("<think><answer>5</answer></think>", None),
+        ("<thought>never closed <answer>5</answer>", "5"),
+        ("<ANSWER> 5 </ANSWER>", "5"),
+        ("two lines\nwithout an answer", None),
+        ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
+        ("\\boxed{5", "\\boxed{5"),
+    ],
+)
+def test_final_answer(completion: str, answer: str | None) -> None:
+    assert final_answer(completion) == answer
+
+
+GOOD = "<thought>2 + 3</thought>\n<answer>5</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        (GOOD, 1.0),
+        (GOOD.replace("thought", "think"), 1.0),
+        ("  " + GOOD + "\n", 1.0),
+        ("so " + GOOD, 0.0),
+        (GOOD + " done", 0.0),
+        (GOOD + GOOD, 0.0),
+        ("<thought> </thought><answer>5</answer>", 0.0),
+        ("<thought>a</think><answer>5</answer>", 0.0),
+        ("<answer>5</answer>", 0.0),
+        ("5", 0.0),
+    ],
+)
+def test_format_reward(text: str, reward: float) -> None:
+    assert grading.format_reward([text]) == [reward]
+    assert grading.format_reward([[{"role": "assistant", "content": text}]]) == [reward]
+
+
+def test_rewards_as_the_text_and_as_the_code_have_them() -> None:
+    columns = {
+        "completions": [GOOD, "5", GOOD.replace(">5<", ">6<"), "6", GOOD, "A", "B"],
+        "answer": ["5"] * 5 + ["A", "A"],
+        "problem_type": ["math"] * 4 + ["numerical"] + ["multiple choice"] * 2,
+        "prompts": ["?"] * 7,
+        "trainer_state": object(),
+    }
+    assert grading.accuracy_reward(**columns) == [1, 1, 0, 0, 1, 1, 0]
+    weighted = pytest.approx([1.0, 0.9, 0.1, 0.0, 1.0, 1.0, 0.0])
+    assert grading.weighted_reward()(**columns) == weighted
+
+
+def test_a_row_without_answer_is_left_to_others() -> None:
+    columns = {"answer": [None, 5], "problem_type": ["math", "math"], "choices": [None, None]}
+    assert grading.accuracy_reward(["5", "5"], **columns) == [None, 1.0]
+    assert grading.weighted_reward()(["5", "5"], **columns) == [None, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"), [(0, 0), (3072, 0), (3584, -0.5), (4096, -1), (9999, -1)]
+)
+def test_overlong_penalty(length: int, penalty: float) -> None:
+    assert grading.soft_overlong(length, 4096, 1024) == pytest.approx(penalty)
+    reward = grading.weighted_reward(overlong_weight=0.1)
+    columns = {"answer": ["5"], "problem_type": ["math"], "completion_ids": [[0] * length]}
+    assert reward([GOOD], **columns) == pytest.approx([1 + 0.1 * penalty])
+
+
+def test_bad_references_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"problem_type='essay'.*expected one of \['binary"):
+        grade("5", "5", "essay")
+    with pytest.raises(ValueError, match=r"answer='\$\$'"):
+        grade("5", "$$", "math")
