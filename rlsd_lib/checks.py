@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import AutoTokenizer, ProcessorMixin
 
 from rlsd_lib import distillation, privileged
 from rlsd_lib.config import RLSDConfig
@@ -40,20 +40,43 @@ def check_arguments(
         )
     if args.uses_teacher and sees == PRIVILEGED:
         _check_rows(dataset, args)
+    if args.include_environment_feedback:
+        _check_column(dataset, "include_environment_feedback=True")
 
 
 def _check_rows(dataset: Any, args: RLSDConfig) -> None:
     """Check every row of a map-style dataset; a streamed one is checked batch by batch."""
-    columns = getattr(dataset, "column_names", None)
-    if columns is not None and privileged.COLUMN not in columns:
-        raise ValueError(
-            f"method={args.method!r} needs a {privileged.COLUMN!r} column (str: what the teacher "
-            f"may see and the student may not). The dataset has {columns}."
-        )
+    _check_column(dataset, f"method={args.method!r}")
     if isinstance(dataset, Dataset):
         contexts = dataset[privileged.COLUMN][:]
         privileged.check_contexts(contexts, args.privileged_template)
         privileged.count_in_prompts(dataset["prompt"][:], contexts)
+
+
+def _check_column(dataset: Any, what: str) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and privileged.COLUMN not in columns:
+        raise ValueError(
+            f"{what} needs a {privileged.COLUMN!r} column (str: what the teacher may see and the "
+            f"student may not). The dataset has {columns}."
+        )
+
+
+def check_teacher(
+    student: nn.Module, teacher: nn.Module, tokenizer: Any, source: Any, args: RLSDConfig
+) -> None:
+    """Refuse another model as teacher whose probabilities are not of the student's tokens.
+
+    `source` is what the user gave: a path, whose tokenizer is compared, or a model, whose
+    tokenizer nobody can know.
+
+    Raises:
+        ValueError: naming the config field, the sizes, or the first token that differs.
+    """
+    if args.divergence is not None:
+        distillation.check_logits(teacher)
+    other = AutoTokenizer.from_pretrained(source) if isinstance(source, str) else None
+    distillation.check_vocabularies(student, teacher, tokenizer, other)
 
 
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:

@@ -244,9 +244,11 @@ class RLSDConfig(GRPOConfig):
                 f"{given[0]}={getattr(self, given[0])!r} means nothing for "
                 f"method={self.method!r}, which has no distillation term. Leave it at None."
             )
-        given = [name for name in PEER_FIELDS if getattr(self, name)]
-        if given and self.row.teacher_sees != PEER:
-            raise ValueError(f"{given[0]}=True is an option of method='sdpo', not {self.method!r}.")
+        foreign = [name for name in PEER_FIELDS if getattr(self, name)]
+        if foreign and self.row.teacher_sees != PEER:
+            raise ValueError(
+                f"{foreign[0]}=True is an option of method='sdpo', not {self.method!r}."
+            )
         if self.row.needs_weight and self.distillation_weight is None:
             raise ValueError(
                 f"method={self.method!r} needs distillation_weight, the factor of its "
@@ -263,9 +265,26 @@ class RLSDConfig(GRPOConfig):
                 f"distillation_topk and distillation_add_tail mean nothing with "
                 f"distillation_mode={mode!r}. Use 'topk_logits'."
             )
+        if mode == "sampled_token" and given != ["distillation_mode"]:
+            raise ValueError(
+                f"{given[-1]}={getattr(self, given[-1])!r} means nothing with distillation_mode="
+                "'sampled_token', whose token advantage is log P_T - log P_S. Leave it at None."
+            )
+        if self.row.divergence is not None and self.row.divergence.kind.endswith("_top1"):
+            self._check_top1()
         spec = self.divergence  # built here, so that its own checks come now
         if mode == "topk_logits" and spec.top_k is None:
             raise ValueError("distillation_mode='topk_logits' needs distillation_topk, e.g. 100.")
+
+    def _check_top1(self) -> None:
+        """The top-1 methods are one fixed function: another divergence would be another method."""
+        for name in ("distillation_mode", "distillation_alpha"):
+            value = getattr(self, name)
+            if value not in (None, "full_logits"):
+                raise ValueError(
+                    f"{name}={value!r} means nothing for method={self.method!r}, which looks at "
+                    "one token. Use method='opsd' with it."
+                )
 
     def _check_combinations(self) -> None:
         if not self.uses_teacher:

@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig
 
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 
 
 def predicting(states: Tensor, length: int) -> Tensor:
@@ -125,12 +131,12 @@ def token_mean(
 
 
 def gradient_norms(terms: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
-    """Euclidean norm of each term's gradient in the backbone's output, as 0-dim tensors.
+    """Norm of each term's gradient in the backbone's output, summed over rollouts: 0-dim tensors.
 
     The backbone is shared by all terms, so this is where their pulls can be compared at the price
-    of the head alone.
+    of the head alone. Per rollout, so that ranks can add up their sums.
     """
     return {
-        name: torch.autograd.grad(term, hidden, retain_graph=True)[0].norm()
+        name: torch.autograd.grad(term, hidden, retain_graph=True)[0].flatten(1).norm(dim=1).sum()
         for name, term in terms.items()
     }

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from rlsd_lib import distillation, privileged
-from rlsd_lib.checks import check_arguments, check_model
+from rlsd_lib.checks import check_arguments, check_model, check_teacher
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.credit import gap_sums, weight_sums
 from rlsd_lib.divergence import divergence
@@ -66,11 +66,8 @@ class RLSDTrainer(GRPOTrainer):
             check_model(self.model, self.processing_class, args)
             self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
             if teacher_model is not None:
-                path = teacher_model if isinstance(teacher_model, str) else None
-                other = AutoTokenizer.from_pretrained(path) if path else None
-                distillation.check_vocabularies(
-                    self.model, self.teacher.model, self._tokenizer, other
-                )
+                external = self.teacher.model
+                check_teacher(self.model, external, self._tokenizer, teacher_model, args)
             self.add_callback(TeacherCallback(self))
 
     # Rollouts
@@ -84,8 +81,10 @@ class RLSDTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: list, *args: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, *args)
-        # Of all ranks: the peers of a rollout may have been generated elsewhere.
-        self._rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).tolist()
+        # Of all ranks: the peers of a rollout may have been generated elsewhere. What no function
+        # could score stays NaN, as in TRL's advantages: a sum would turn it into a 0.
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self._rewards = total.masked_fill(rewards.isnan().all(dim=1), torch.nan).tolist()
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -101,8 +100,9 @@ class RLSDTrainer(GRPOTrainer):
             output["teacher_hidden"] = scores.hidden
             # Reused rollouts outlive an optimiser step; the head must stay that of their states.
             weight, bias = self.teacher.head(self.model)
-            kept = weight.clone() if self._steps_served() > 1 else weight
-            self._teacher_head = (kept, bias)
+            if self._steps_served() > 1:
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
+            self._teacher_head = (weight, bias)
         if self.args.row.teacher_sees == PEER:
             shown = [context is not None for context in contexts]
             output["has_demonstration"] = torch.tensor(shown, device=self.accelerator.device)
@@ -221,7 +221,7 @@ class RLSDTrainer(GRPOTrainer):
         )
         loss = distillation.token_mean(
             per_token,
-            mask,
+            _policy_mask(inputs),
             self.args,
             num_items=inputs["num_items_in_batch"],
             num_processes=self.accelerator.num_processes,
@@ -280,11 +280,15 @@ class RLSDTrainer(GRPOTrainer):
             self.teacher.load(Path(checkpoint), self.model)
 
 
+def _policy_mask(inputs: dict[str, Any]) -> Tensor:
+    """1 on the tokens (N, T) that the policy wrote: TRL's mask, over which every mean is taken."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:
     """1 on the tokens (N, T) that the policy wrote and that the method may move."""
-    mask = inputs["completion_mask"]
-    if "tool_mask" in inputs:
-        mask = mask * inputs["tool_mask"]
+    mask = _policy_mask(inputs)
     if "has_demonstration" in inputs:
         mask = mask * inputs["has_demonstration"][:, None]
     return mask
