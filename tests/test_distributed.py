@@ -1,0 +1,190 @@
+"""Two processes against one: the same weights and metrics on the same global batch, and no hang.
+
+Both worlds train on scripted rollouts, a function of the prompt and the place in the global batch.
+All runs of the two processes share one start-up.
+"""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import dense
+import pytest
+import tiny
+import torch
+
+from rlsd_lib import RLSDTrainer
+from rlsd_lib.methods import METHODS
+
+TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for ever
+SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads
+
+# Rewarded rows of each step. Six rows a rank make three groups of four, and the second lies across
+# the ranks: mixed; in the first group only, so that rank 1 has neither success nor advantage; the
+# only success of the shared group on rank 1; nowhere.
+GOOD = [{0, 3, 5, 10, 11}, {1, 2}, {7}, set()]
+
+RUNS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
+RUNS["grpo_opsd"]["distillation_weight"] = 0.3
+RUNS |= {
+    "sdpo sampled": {"method": "sdpo", "distillation_mode": "sampled_token"},
+    "sdpo with all": {
+        "method": "sdpo",
+        "include_failed_rollout": True,
+        "include_environment_feedback": True,
+    },
+    "sdpo grpo": {"method": "sdpo", "loss_type": "grpo"},
+    "grpo_opsd grpo": {**RUNS["grpo_opsd"], "loss_type": "grpo", "teacher_sync_steps": 1},
+    "grpo_opsd accumulated": {**RUNS["grpo_opsd"], "gradient_accumulation_steps": 2},
+}
+
+
+def marked_ids(prompt_ids: list[int], index: int, call: int) -> list[int]:
+    """A scripted completion whose first letter says whether it is rewarded."""
+    good = index % 12 in GOOD[call % len(GOOD)]
+    draw = random.Random(f"{prompt_ids} {index} {call}")
+    letters = [draw.randrange(dense.FIRST_LETTER, 60) for _ in range(draw.randint(2, 6))]
+    return [SUCCESS if good else FAILURE, *letters, dense.EOS]
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(ids[0] == SUCCESS) for ids in completion_ids]
+
+
+def train(folder: Path, world: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """One run, and what must not depend on the number of processes."""
+    config = {
+        "per_device_train_batch_size": 12 // world,
+        "gradient_accumulation_steps": 1,
+        "max_steps": len(GOOD),
+        # Adam would turn a rounding error of a vanishing gradient into a step of full size.
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "teacher_sync_steps": 2,
+    }
+    teacher = {"teacher_model": tiny.model(1)} if settings["method"] == "opd" else {}
+    trainer = RLSDTrainer(
+        tiny.model(),
+        reward,
+        tiny.config(folder, **{**config, **settings}),
+        tiny.dataset(),
+        processing_class=tiny.tokenizer(),
+        **teacher,
+    )
+    assert trainer.accelerator.num_processes == world
+    dense.script(trainer, marked_ids)
+    contexts: list[list[str | None]] = []
+    find = trainer._contexts
+
+    def spy(rows: list[dict[str, Any]]) -> list[str | None]:
+        contexts.append(find(rows))
+        return contexts[-1]
+
+    trainer._contexts = spy
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    names = ("rlsd/", "loss", "reward", "grad_norm")
+    return {
+        "weights": {k: v.clone() for k, v in trainer.model.state_dict().items()},
+        "metrics": [{k: v for k, v in row.items() if k.startswith(names)} for row in logs],
+        "contexts": contexts,
+    }
+
+
+def train_all(folder: Path, world: int) -> None:
+    """Entry of each process: every run, one file each."""
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", 0))
+    for name, settings in RUNS.items():
+        torch.save(train(folder / "scratch", world, settings), folder / f"{name}-{rank}.pt")
+
+
+def processes(folder: Path, world: int) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"from pathlib import Path; import test_distributed\n"
+        f"test_distributed.train_all(Path({str(folder)!r}), {world})"
+    )
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    # What `accelerate launch` sets for use_cpu: true, so that the ranks talk by gloo.
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"errors-{rank}.txt").open("w"),
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the results of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    ranks = processes(folder, 2)
+    try:
+        codes = [rank.wait(TIMEOUT) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"two processes hang; finished: {sorted(p.stem for p in folder.glob('*.pt'))}")
+    finally:
+        for rank in ranks:
+            rank.kill()
+    errors = [(folder / f"errors-{rank}.txt").read_text()[-2000:] for rank in range(2)]
+    assert codes == [0, 0], "\n".join(errors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Result of one process, by name of the run; each is trained once."""
+    return cache(lambda name: train(tmp_path_factory.mktemp("one"), 1, RUNS[name]))
+
+
+def of_ranks(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_give_the_result_of_one(one, two, name):
+    whole, ranks = one(name), of_ranks(two, name)
+    start = tiny.model().state_dict()
+    for key, value in whole["weights"].items():
+        assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key]), key
+        assert (ranks[0]["weights"][key] - value).abs().max() <= 1e-5, key
+        assert (value - start[key]).abs().max() > 1e-3, "nothing learned"
+    # A micro-step of an accumulated run holds other rows, and its means are averaged unweighted.
+    if "accumulated" not in name:
+        for ours, theirs in zip(ranks[0]["metrics"], whole["metrics"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("sdpo")])
+def test_no_wrong_peer(one, two, name):
+    """Every demonstration, by the reward's own script: the first other success of the group."""
+    local = (rank["contexts"] for rank in of_ranks(two, name))
+    shown = [ours + theirs for ours, theirs in zip(*local, strict=True)]
+    assert shown == one(name)["contexts"]
+    tokenizer = tiny.tokenizer()
+    marks = {tokenizer.decode([SUCCESS]): True, tokenizer.decode([FAILURE]): False}
+    feedback = name == "sdpo with all"
+    for good, texts in zip(GOOD, shown, strict=True):
+        for row, text in enumerate(texts):
+            group = range(row - row % 4, row - row % 4 + 4)
+            expected = any(peer in good for peer in group if peer != row)
+            assert (text is not None) == (expected or feedback), (row, good)
+            if expected:
+                assert marks[text[0]]
+            if feedback:
+                assert ("A wrong attempt:" in text) == expected
+                assert "Feedback:" in text
