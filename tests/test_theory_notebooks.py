@@ -7,7 +7,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("3[0-9]_theory_*.ipynb"))
-FASTER = {"37_theory_on_the_lab": {"digits": 2, "pretrain_steps": 240, "problems": 12}}
+FASTER = {"37_theory_on_the_lab": {"digits": 2, "pretrain_steps": 360, "problems": 12}}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
