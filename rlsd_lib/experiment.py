@@ -9,7 +9,7 @@
 Everything is written under `experiment.run.path`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from rlsd_lib import lens, provenance
 from rlsd_lib.controls import apply_control, control_template
 from rlsd_lib.evaluate import bootstrap_interval, evaluate, per_problem
 from rlsd_lib.leakage import phrase_leakage
-from rlsd_lib.methods import METHODS, PROMPT
+from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT
 from rlsd_lib.models import load_model
 from rlsd_lib.presets import PRESETS, resolve_config
+from rlsd_lib.privileged import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.progress import LiveCurve, Recorder
 from rlsd_lib.runs import Run
 from rlsd_lib.tasks import load_task
@@ -141,6 +142,50 @@ class Experiment:
             name="value",
         ).to_frame()
 
+    def prompts(self, row: int = 0) -> pd.DataFrame:
+        """What student and teacher read for test problem `row`, side by side."""
+        problem = self.task.test[row]
+        sees = METHODS[self.method].teacher_sees
+        context = {
+            None: None,
+            PROMPT: None,
+            PRIVILEGED: problem[COLUMN],
+            PEER: "<a successful rollout of the same group>",
+        }[sees]
+        seen = problem["prompt"]
+        if context is not None:
+            seen = teacher_prompt(seen, context, self.config.privileged_template)
+        texts = {"student reads": prompt_text(problem["prompt"])}
+        texts["teacher reads"] = "(no teacher)" if sees is None else prompt_text(seen)
+        texts["answer"] = problem["answer"]
+        return pd.Series(texts, name=f"test problem {row}").to_frame()
+
+    def look_at_mixed(
+        self, first: int = 0, rows: int = 20, **changes: Any
+    ) -> list[lens.Rollout]:
+        """The first group from `first` on in which some rollouts succeed and some fail.
+
+        Such a group is what a policy gradient learns from. Two of each kind come first. Falls
+        through to the last group looked at when all agree.
+        """
+        for row in range(first, min(first + rows, len(self.task.test))):
+            group = self.look(row, **changes)
+            if len({rollout.reward for rollout in group}) > 1:
+                break
+        ranked = sorted(group, key=lambda rollout: -rollout.reward)
+        return [ranked[0], ranked[-1], *ranked[1:-1]]
+
+    def report(self) -> pd.DataFrame:
+        """Accuracy and leak rate so far, with their 95 % intervals."""
+        rows = []
+        for name in ("accuracy", "leak_rate"):
+            for when in ("before", "after"):
+                key = f"{name}_{when}"
+                if key in self.metrics:
+                    ends = (self.metrics[key + end] for end in ("", "_low", "_high"))
+                    rows.append((name, when, *ends))
+        return pd.DataFrame(rows, columns=["measure", "when", "mean", "low", "high"]).round(3)
+
     def look(self, row: int = 0, **changes: Any) -> list[lens.Rollout]:
         """One group of rollouts of test problem `row` with gap, weight and credit per token."""
         settings = {
@@ -152,9 +197,7 @@ class Experiment:
             "temperature": self.config.temperature,
             "seed": self.seed,
         }
-        rollouts = lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
-        self.run.add_samples([{"row": row, **rollout.as_dict()} for rollout in rollouts])
-        return rollouts
+        return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
 
     def evaluate(self, when: str) -> pd.DataFrame:
         """Accuracy and leak rate on the held-out problems, one row per completion.
@@ -210,6 +253,10 @@ class Experiment:
         if self.preset.save_model:
             trainer.save_model(str(self.run.path / "model"))
         return steps.assign(method=self.method, path=self.run.path.name)
+
+    def keep(self, rollouts: Sequence[lens.Rollout]) -> None:
+        """Write rollouts with their token credit to samples.jsonl."""
+        self.run.add_samples([rollout.as_dict() for rollout in rollouts])
 
     def finish(self) -> pd.Series:
         """Write metrics.json, mark the run finished, and return the metrics."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsd_lib.config import METHODS
 from rlsd_lib.credit import clipped_weight
-from rlsd_lib.privileged import Prompt, teacher_prompt
+from rlsd_lib.privileged import COLUMN, Prompt, teacher_prompt
 from rlsd_lib.tasks import Task
 
 
@@ -24,9 +24,8 @@ from rlsd_lib.tasks import Task
 class Rollout:
     """One completion, token by token. The lists have one entry per token, end token included."""
 
-    prompt: Prompt
+    problem: dict[str, Any]  # the task's row
     teacher_prompt: Prompt
-    reference: str
     completion: str
     tokens: list[str]
     reward: float
@@ -35,6 +34,11 @@ class Rollout:
     gap: list[float]  # Delta_t = log P_T(y_t) - log P_S(y_t), nats
     weight: list[float]  # after clipping; 1 for a method without a weight
     credit: list[float]  # the token advantage A_hat_t
+
+    @property
+    def reference(self) -> str:
+        """What the teacher was shown."""
+        return self.problem[COLUMN]
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-like record for samples.jsonl."""
@@ -63,8 +67,8 @@ def look(
     torch's global random state is left as it was.
     """
     problem = task.test[row]
-    prompt, reference = problem["prompt"], problem["privileged_context"]
-    seen = teacher_prompt(prompt, reference, template)
+    prompt = problem["prompt"]
+    seen = teacher_prompt(prompt, problem[COLUMN], template)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         completions = _sample(
@@ -83,9 +87,8 @@ def look(
         weight = clipped_weight(chosen.evidence(advantages, gap), epsilon_w)
     return [
         Rollout(
-            prompt=prompt,
+            problem=problem,
             teacher_prompt=seen,
-            reference=reference,
             completion=texts[i],
             tokens=[tokenizer.decode([token]) for token in ids],
             reward=rewards[i].item(),
@@ -137,6 +140,24 @@ def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
+    """Where each failed rollout first went wrong, and what the gap says there; a row per rollout.
+
+    `rank` 0 means that no token of the rollout has a more negative gap. Rollouts whose first error
+    is that they stopped too early have no such token and are left out.
+    """
+    rows = []
+    for number, rollout in enumerate(rollouts):
+        place = task.first_error(rollout.completion, rollout.problem) if task.first_error else None
+        if rollout.reward or place is None or place >= len(rollout.gap):
+            continue
+        gap = rollout.gap[place]
+        rank = sum(other < gap for other in rollout.gap)
+        token = rollout.tokens[place]
+        rows.append({"rollout": number, "place": place, "token": token, "gap": gap, "rank": rank})
+    return pd.DataFrame(rows, columns=["rollout", "place", "token", "gap", "rank"])
 
 
 def _sample(

@@ -65,13 +65,24 @@ LAB = {
     "bf16": False,
 }
 
+SMALL_LAB = {
+    "digits": 1,
+    "hidden_size": 64,
+    "layers": 2,
+    "steps": 500,
+    "ramp_steps": 150,
+    "hard_share": 0.5,
+}
+# A lab whose corpus was right everywhere: the external teacher of OPD.
+EXPERT = {"hard_share": 0.0, "easy_rate": 0.0, "seed": 1}
+
 PRESETS: dict[str, Preset] = {
     "smoke": Preset(
         "a lab of one digit, two steps: does everything run?",
         model="lab",
-        model_options={"digits": 1, "hidden_size": 64, "layers": 2, "steps": 120},
+        model_options=SMALL_LAB,
         teacher_model="lab",
-        teacher_options={"digits": 1, "hidden_size": 64, "layers": 2, "steps": 120, "seed": 1},
+        teacher_options={**SMALL_LAB, "hard_share": 0.0, "easy_rate": 0.0, "seed": 1},
         task="arithmetic",
         task_options={"digits": 1},
         training={
@@ -90,7 +101,7 @@ PRESETS: dict[str, Preset] = {
         "three-digit column addition, 0.6 M parameters: minutes on a CPU",
         model="lab",
         teacher_model="lab",
-        teacher_options={"hard_share": 0.0, "easy_rate": 0.0, "seed": 1},
+        teacher_options=EXPERT,
         task="arithmetic",
         training=LAB,
         by_method={"grpo_opsd": {"distillation_weight": 0.1}},
