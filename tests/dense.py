@@ -173,6 +173,7 @@ class Reference:
     accumulation: int = 2
     steps_per_generation: int = 2
     max_completion_length: int = 8
+    teacher_model: Any = None  # a plain model, where the teacher has another architecture
 
     def losses(self, step: Step, loss_types: Sequence[str]) -> dict[str, tuple[float, Weights]]:
         """Value and gradients of the micro-step's loss, per loss type."""
@@ -202,11 +203,12 @@ class Reference:
         if not len(ids):
             return torch.zeros(0, dtype=torch.double)
         question = generation.rows[index]["prompt"][-1]["content"]
-        p_s = self._probabilities(student, question, ids)
+        p_s = self._probabilities(effective(student, "default"), question, ids)
         with torch.no_grad():
-            teacher = effective(generation.teacher, "teacher")
-            p_t = self._probabilities(teacher, turn, ids, plain=True)
-            p_old = self._probabilities(generation.student, question, ids)
+            p_t = self._probabilities(
+                effective(generation.teacher, "teacher"), turn, ids, self.teacher_model
+            )
+            p_old = self._probabilities(effective(generation.student, "default"), question, ids)
         reused = "old_per_token_logps" in inputs
         log_p = at(p_s, ids).log()
         old = at(p_old, ids).log() if reused else log_p.detach()
@@ -218,12 +220,10 @@ class Reference:
             loss = loss + self.weight * self.divergence(p_t, p_s)
         return loss
 
-    def _probabilities(
-        self, weights: Weights, turn: str, ids: Tensor, *, plain: bool = False
-    ) -> Tensor:
-        weights = weights if plain else effective(weights, "default")
+    def _probabilities(self, weights: Weights, turn: str, ids: Tensor, model: Any = None) -> Tensor:
         prompt = torch.tensor(tiny.tokenizer().encode(f"<user>{turn}</s><assistant>"))
-        logits = functional_call(_skeleton(), weights, (torch.cat([prompt, ids])[None],)).logits[0]
+        model = _skeleton() if model is None else model
+        logits = functional_call(model, weights, (torch.cat([prompt, ids])[None],)).logits[0]
         return (logits[len(prompt) - 1 : -1] / self.temperature).softmax(-1)
 
     def _mean(self, rows: list[Tensor], loss_type: str, tokens: int) -> Tensor:

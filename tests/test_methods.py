@@ -1,6 +1,7 @@
 """Every method of the table on the one rollout path: same rollouts, the right loss, one forward."""
 
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import tiny
 import torch
 from dense import DIVERGENCES, LOSSES, Generation, Reference, record, script
 from peft import LoraConfig, get_peft_model
+from tokenizers import models
 
 from rlsd_lib import RLSDTrainer
+from rlsd_lib.config import TEACHER_KINDS
 from rlsd_lib.methods import METHODS
+from rlsd_lib.peers import demonstrations
 
 EXTRA: dict[str, dict[str, Any]] = {
     "grpo_opsd": {"distillation_weight": 0.3},
@@ -79,6 +83,14 @@ def test_the_first_generation_batch_is_the_same_for_all_methods(tmp_path):
         assert torch.equal(later["prompt_ids"], second["prompt_ids"]), name
 
 
+def test_a_teacher_adapter_does_not_change_the_rollouts(tmp_path):
+    """PEFT draws random numbers for every new adapter."""
+    runs = [
+        rollouts(make(tmp_path, name, lora_student(), max_steps=1)) for name in ("grpo", "opsd")
+    ]
+    assert torch.equal(runs[0][0]["completion_ids"], runs[1][0]["completion_ids"])
+
+
 @pytest.mark.parametrize("method", TAUGHT)
 def test_one_teacher_forward_per_rollout(tmp_path, method):
     rows: dict[str, int] = {"rollouts": 0, "teacher": 0, "student": 0}
@@ -102,11 +114,14 @@ def test_one_teacher_forward_per_rollout(tmp_path, method):
 # --- the loss and its gradient -------------------------------------------------------------------
 
 
+def decoded(generation: Generation) -> list[str]:
+    decode = tiny.tokenizer().decode
+    return [decode(ids, skip_special_tokens=True) for ids in generation.completion_ids]
+
+
 def peer_turns(generation: Generation, threshold: float = 0.5) -> list[tuple[str, bool]]:
     """The first other success of the group of four, written behind the question."""
-    texts = [
-        tiny.tokenizer().decode(ids, skip_special_tokens=True) for ids in generation.completion_ids
-    ]
+    texts = decoded(generation)
     good = [reward >= threshold for reward in tiny.reward(texts)]
     turns = []
     for i, row in enumerate(generation.rows):
@@ -184,3 +199,269 @@ def test_loss_and_gradient_in_every_layout(tmp_path, method, layout):
         assert any("old_per_token_logps" in step.inputs for step in steps)
     for step in steps[1:]:
         dense.assert_equal(step.losses, reference(method, **theirs).losses(step, ["dapo"]))
+
+
+@pytest.mark.parametrize("method", ["opd", "opsd", "sdpo"])
+def test_sampled_token_form_is_the_gap_as_advantage(tmp_path, method):
+    """The score-function form of reverse KL (Eq. 17), also on reused rollouts."""
+    ours = {"distillation_mode": "sampled_token", "num_iterations": 2}
+    steps = record(script(make(tmp_path, method, max_steps=3, **ours)), LOSSES)
+    by_hand = reference(method, divergence=None, credit=lambda name, a, gap, lam: gap)
+    for step in steps:
+        dense.assert_equal(step.losses, by_hand.losses(step, LOSSES))
+
+
+# --- sdpo ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["topk_logits", "sampled_token"])
+def test_without_a_success_nothing_moves(tmp_path, mode):
+    trainer = make(
+        tmp_path,
+        "sdpo",
+        reward=lambda completions, **_: [0.4] * len(completions),
+        distillation_mode=mode,
+        max_steps=2,
+    )
+    start = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(p, start[name]) for name, p in trainer.model.named_parameters())
+    for row in trainer.state.log_history[:-1]:
+        assert (row["loss"], row["grad_norm"]) == (0.0, 0.0)
+        assert row["rlsd/demonstration_group_frac"] == 0.0
+
+
+def test_with_failure_and_feedback_the_teacher_reads_all_three(tmp_path):
+    """Written out by hand, and compared through the loss; feedback alone is a demonstration too."""
+
+    def turns(generation: Generation) -> list[tuple[str, bool]]:
+        texts = decoded(generation)
+        good = [reward >= 0.5 for reward in tiny.reward(texts)]
+        found = []
+        for i, (turn, has_peer) in enumerate(peer_turns(generation)):
+            failed = [j for j in range(i - i % 4, i - i % 4 + 4) if j != i and not good[j]]
+            parts = [turn] if has_peer else []
+            parts += [f"A wrong attempt:\n{texts[failed[0]]}"] if has_peer and failed else []
+            parts += [f"Feedback:\n{generation.rows[i]['privileged_context']}"]
+            found.append(("\n\n".join(parts) if has_peer else f"{turn}|{parts[0]}", True))
+        return found
+
+    options = {"include_failed_rollout": True, "include_environment_feedback": True}
+    steps = record(script(make(tmp_path, "sdpo", max_steps=3, **options)), LOSSES)
+    by_hand = Reference("sdpo", turns, divergence=DIVERGENCES["sdpo"])
+    for step in steps:
+        dense.assert_equal(step.losses, by_hand.losses(step, LOSSES))
+
+
+def show(rewards: list[float], **options: Any) -> list[str | None]:
+    """Demonstrations of rollouts called 0, 1, 2, ... in groups of three."""
+    count = len(rewards)
+    settings = {"group_size": 3, "threshold": 1.0, "with_failed": False, **options}
+    feedback = settings.pop("feedback", [None] * count)
+    names = [str(i) for i in range(count)]
+    return demonstrations(names, rewards, feedback, slice(0, count), **settings).texts
+
+
+def test_a_rollout_is_never_its_own_demonstration():
+    assert show([1, 0, 0, 1, 1, 0]) == [None, "0", "0", "4", "3", "3"]
+    for rewards in product([0.0, 1.0], repeat=6):
+        for i, text in enumerate(show(list(rewards))):
+            peers = [j for j in range(i - i % 3, i - i % 3 + 3) if j != i and rewards[j]]
+            assert text == (str(peers[0]) if peers else None)
+
+
+def test_failure_is_shown_beside_a_success_only_and_feedback_always():
+    wrong = "\n\nA wrong attempt:\n"
+    assert show([0, 1, 0], with_failed=True) == ["1" + wrong + "2", None, "1" + wrong + "0"]
+    assert show([0, 0, 0], with_failed=True) == [None] * 3
+    assert show([0, 0, 1], feedback=["a", None, "b"]) == [
+        "2\n\nFeedback:\na",
+        "2",
+        "Feedback:\nb",
+    ]
+
+
+def test_an_unscorable_rollout_is_neither_success_nor_failure(tmp_path):
+    nan = float("nan")
+    assert show([nan, nan, 0.5], threshold=0.0) == ["2", "2", None]
+    assert show([1, nan, 1], with_failed=True) == ["2", "0", "0"]
+    trainer = make(
+        tmp_path,
+        "sdpo",
+        reward=lambda completions, **_: [None, 0.0, 0.0, 0.0] * (len(completions) // 4),
+        success_reward_threshold=0.0,
+        max_steps=1,
+    )
+    trainer.train()
+    assert [reward != reward for reward in trainer._rewards] == [True, False, False, False] * 2
+
+
+def test_groups_must_be_whole():
+    with pytest.raises(ValueError, match="4 completions, 4 rewards and 4 feedback texts"):
+        show([1, 0, 0, 1])
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+# The spine's tests kill and resume rlsd with every teacher; here is every other method.
+RESUMED = [(m, k) for m in TAUGHT if m not in ("rlsd", "opd") for k in TEACHER_KINDS]
+RESUMED += [("opd", "external"), ("grpo", "none"), ("opsd", "ema lora"), ("sdpo", "snapshot lora")]
+
+
+@pytest.mark.parametrize(("method", "kind"), RESUMED)
+def test_resume_is_bit_identical(tmp_path, method, kind):
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 4,
+        "teacher_sync_steps": 2,
+        "teacher_update_rate": 0.3,
+    }
+    if kind.split()[0] in TEACHER_KINDS:
+        settings["teacher_model_kind"] = kind.split()[0]
+
+    def built(name: str) -> RLSDTrainer:
+        student = lora_student() if "lora" in kind else None
+        return make(tmp_path / name, method, student, **settings)
+
+    whole, resumed = built("whole"), built("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    left, right = (trainer.model.state_dict() for trainer in (whole, resumed))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    ours, theirs = ([r for r in t.state.log_history if "loss" in r] for t in (resumed, whole))
+    assert len(ours) == len(theirs) == 6
+    for row, other in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in row.items() if k not in ("step_time", "epoch")} == {
+            k: v for k, v in other.items() if k not in ("step_time", "epoch")
+        }
+
+
+# --- clear errors --------------------------------------------------------------------------------
+
+SAMPLED = {"distillation_mode": "sampled_token"}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "grpo_opsd without weight": ("grpo_opsd", {}, "needs distillation_weight, the factor"),
+    "weight of nothing": ("grpo_opsd", {"distillation_weight": 0.0}, "distillation_weight=0.0"),
+    "no distillation term": ("rlsd", {"distillation_weight": 0.5}, "has no distillation term"),
+    "no distillation mode": ("grpo", SAMPLED, "distillation_mode='sampled_token' means nothing"),
+    "no tail": ("rlsd_neutral", {"distillation_add_tail": False}, "means nothing for"),
+    "unknown mode": ("opsd", {"distillation_mode": "topk"}, "Did you mean 'topk_logits'"),
+    "k of full logits": (
+        "sdpo",
+        {"distillation_mode": "full_logits", "distillation_topk": 5},
+        "mean nothing with distillation_mode='full_logits'. Use 'topk_logits'",
+    ),
+    "tail of one token": ("sdpo", {**SAMPLED, "distillation_add_tail": True}, "Use 'topk_logits'"),
+    "alpha of one token": ("sdpo", {**SAMPLED, "distillation_alpha": 0.5}, "log P_T - log P_S"),
+    "weight of one token": ("opsd", {**SAMPLED, "distillation_weight": 2.0}, "Leave it at None"),
+    "clip of one token": ("opd", {**SAMPLED, "distillation_token_clip": 1.0}, "Leave it at None"),
+    "no k": ("opsd", {"distillation_mode": "topk_logits"}, "needs distillation_topk, e.g. 100"),
+    "tail without k": ("opsd", {"distillation_add_tail": True}, "set top_k"),
+    "alpha out of range": ("opsd", {"distillation_alpha": 1.5}, "expected 0 (forward KL) to 1"),
+    "alpha of a top-1": ("opsd_teacher_top1", {"distillation_alpha": 0.5}, "Use method='opsd'"),
+    "sampled top-1": ("opsd_student_top1", SAMPLED, "Use method='opsd' with it"),
+    "k of a top-1": ("opsd_student_top1", {"distillation_topk": 5}, "means nothing for"),
+    "sampled mixture": ("grpo_opsd", {**SAMPLED, "distillation_weight": 1.0}, "full or top-k"),
+    "peers of opsd": ("opsd", {"include_failed_rollout": True}, "an option of method='sdpo'"),
+    "feedback of rlsd": ("rlsd", {"include_environment_feedback": True}, "option of method='sdpo'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_that_mean_nothing_are_refused(tmp_path, case):
+    method, settings, message = REFUSED[case]
+    with pytest.raises(ValueError) as error:
+        tiny.config(tmp_path, method=method, **settings)
+    assert message in str(error.value)
+
+
+def build(folder: Path, method: str, **changes: Any) -> RLSDTrainer:
+    """An RLSDTrainer with its arguments changed one by one."""
+    given = {"model": tiny.model(), "reward_funcs": tiny.reward, "train_dataset": tiny.dataset()}
+    args = tiny.config(
+        folder, method=method, **{**EXTRA.get(method, {}), **changes.pop("args", {})}
+    )
+    return RLSDTrainer(args=args, processing_class=tiny.tokenizer(), **{**given, **changes})
+
+
+def test_opd_needs_a_teacher_and_no_other_method_takes_one(tmp_path):
+    with pytest.raises(ValueError, match="method='opd' needs teacher_model="):
+        build(tmp_path, "opd")
+    for method in set(METHODS) - {"opd"}:
+        with pytest.raises(ValueError, match="teacher_model= is for method='opd' only"):
+            build(tmp_path, method, teacher_model=tiny.model(1))
+
+
+def test_opd_refuses_another_vocabulary(tmp_path):
+    with pytest.raises(ValueError, match="vocabulary has 120 tokens and the student's 106"):
+        build(tmp_path, "opd", teacher_model=tiny.model(1, vocab_size=120))
+
+
+def test_opd_refuses_another_tokenizer_of_the_same_size(tmp_path):
+    tiny.model(1).save_pretrained(tmp_path / "teacher")
+    other = tiny.tokenizer()
+    vocabulary = other.get_vocab()
+    vocabulary["7"], vocabulary["8"] = vocabulary["8"], vocabulary["7"]
+    other.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token="<unk>")
+    other.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"gives '7' the id \d+, the student's \d+"):
+        build(tmp_path, "opd", teacher_model=str(tmp_path / "teacher"))
+
+
+def test_opd_learns_from_a_larger_model(tmp_path):
+    larger = {"hidden_size": 48, "num_hidden_layers": 3}
+    trainer = build(tmp_path, "opd", teacher_model=tiny.model(1, **larger), args={"max_steps": 2})
+    plain = tiny.model(1, **larger).double().eval()
+    for step in record(script(trainer), LOSSES):
+        by_hand = reference("opd", teacher_model=plain)
+        dense.assert_equal(step.losses, by_hand.losses(step, LOSSES))
+
+
+def test_opd_leaves_the_callers_teacher_alone_and_asks_its_current_weights(tmp_path):
+    """Also one that a trainer has patched, whose plain copy would answer with old weights."""
+    taught = make(tmp_path, "rlsd", max_steps=1)
+    taught.train()
+    teacher = taught.model
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    trainer = script(build(tmp_path, "opd", teacher_model=teacher, args={"max_steps": 2}))
+    steps = record(trainer, ["dapo"])
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+    for step in steps:
+        step.generation.teacher = {name: p.double() for name, p in before.items()}
+        dense.assert_equal(step.losses, reference("opd").losses(step, ["dapo"]))
+
+
+def test_sdpo_needs_rewards_and_the_feedback_it_is_to_show(tmp_path):
+    for rewards in (None, []):
+        with pytest.raises(ValueError, match="'sdpo' needs reward_funcs: they decide which"):
+            build(tmp_path, "sdpo", reward_funcs=rewards)
+    bare = tiny.dataset().remove_columns("privileged_context")
+    with pytest.raises(ValueError, match="include_environment_feedback=True needs a 'privileged"):
+        build(tmp_path, "sdpo", train_dataset=bare, args={"include_environment_feedback": True})
+    build(tmp_path, "sdpo", train_dataset=bare)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("final_logit_softcapping", 30.0), ("logit_scale", 0.5)]
+)
+def test_a_model_that_changes_its_logits_is_refused(tmp_path, field, value):
+    """The divergence multiplies head and state; TRL's log-probabilities apply the change."""
+
+    def changed() -> Any:
+        model = tiny.model()
+        setattr(model.config, field, value)
+        return model
+
+    for method in set(DIVERGENCES) - {"opd"}:
+        with pytest.raises(ValueError, match=f"changes its logits by config.{field}={value}"):
+            build(tmp_path, method, model=changed())
+    with pytest.raises(ValueError, match=f"changes its logits by config.{field}={value}"):
+        build(tmp_path, "opd", teacher_model=changed())
+    build(tmp_path, "opsd", model=changed(), args=SAMPLED)
+    build(tmp_path, "opd", teacher_model=changed(), args=SAMPLED)
+    build(tmp_path, "rlsd", model=changed())
