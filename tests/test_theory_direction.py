@@ -6,22 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_theory import same, seeds
 
 from rlsd_lib import credit
 from rlsd_lib.theory import direction as di
 from rlsd_lib.theory import worlds as wo
 from rlsd_lib.theory.worlds import table
 
-TIGHT = {"rtol": 0, "atol": 1e-10}
 few = settings(deadline=None, max_examples=40, derandomize=True, database=None)
-seeds = st.integers(0, 2**31 - 1)
 lams = st.floats(0, 1)
 epsilons = st.floats(0.01, 3)
-
-
-def same(actual, expected, **kwargs):
-    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
-    torch.testing.assert_close(actual, expected, **(TIGHT | kwargs))
 
 
 def normal(seed, *shape):
