@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 		{ echo "$(PYTHON) is older than 3.11: set PYTHON to a newer one" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --editable ".[peft,gguf,vlm,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[gguf,vlm,dev]"
 	touch $@
 
 demo: $(STAMP)

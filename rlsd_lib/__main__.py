@@ -1,4 +1,4 @@
-"""The `rlsd` command: run a notebook, run a suite, read runs back as a table."""
+"""The `rlsd` command: run a notebook or a suite, read runs back as a table, measure the cost."""
 
 import argparse
 import sys
@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
     table.set_defaults(command=_table)
+
+    bench = commands.add_parser("bench", help="step time and memory of RLSD beside GRPO, as ratios")
+    bench.add_argument("--preset", default="lab")
+    bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
+    bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -128,6 +134,13 @@ def _table(options: argparse.Namespace) -> int:
     for path in runs.runs["path"] if options.paths and not runs.runs.empty else ():
         files = [*Path(path).glob("*.ipynb"), *sorted(Path(path).glob("figures/*"))]
         print("\n" + "\n".join(str(file) for file in files))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from rlsd_lib.bench import compare
+
+    print(compare(options.preset, options.steps, options.rounds).round(3).to_string())
     return 0
 
 

@@ -16,7 +16,7 @@ import rlsd_lib
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-INSTALLED = ("peft", "gguf", "vlm", "dev")  # what `make` and conda install
+INSTALLED = ("gguf", "vlm", "dev")  # what `make` and conda install
 
 
 def _by_name(lines: list[str]) -> dict[str, SpecifierSet]:

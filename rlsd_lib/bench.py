@@ -1,0 +1,142 @@
+"""What RLSD costs beside GRPO: step time, teacher pass and peak memory, side by side in one run.
+
+Ratios are of steps measured in turn within one process, so that a machine that speeds up or slows
+down does so for both.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from rlsd_lib import provenance
+from rlsd_lib.models import load_model
+from rlsd_lib.presets import PRESETS, resolve_config
+from rlsd_lib.tasks import load_task
+from rlsd_lib.trainer import RLSDTrainer
+
+WARM_UP = 2
+
+
+class _Clock(TrainerCallback):
+    """Seconds per optimiser step, and the seconds of each teacher pass."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.passes: list[float] = []
+        self.begun = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun = _now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps.append(_now() - self.begun)
+
+    def watch(self, trainer: RLSDTrainer) -> None:
+        """Time the trainer's teacher passes."""
+        score = trainer.scorer.score
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begun = _now()
+            result = score(*args, **kwargs)
+            self.passes.append(_now() - begun)
+            return result
+
+        trainer.scorer.score = timed
+
+
+def measure(method: str, preset: str, steps: int, **overrides: Any) -> _Clock:
+    """Train `steps` + 2 steps from the preset's start and return the times of the last `steps`."""
+    chosen = PRESETS[preset]
+    model, tokenizer = load_model(
+        chosen.model, provenance.outputs_root() / "cache", **chosen.model_options
+    )
+    task = load_task(
+        chosen.task,
+        train_size=chosen.train_size,
+        test_size=1,
+        seed=chosen.data_seed,
+        **chosen.task_options,
+    )
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = resolve_config(
+            method,
+            preset,
+            0,
+            Path(folder),
+            template=task.privileged_template,
+            max_steps=steps + WARM_UP,
+            overrides={**overrides, "lambda_decay_steps": 0},
+        )
+        trainer = RLSDTrainer(model, task.reward, config, task.train, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(clock)
+        clock.watch(trainer)
+        trainer.train()
+    clock.steps = clock.steps[WARM_UP:]
+    clock.passes = clock.passes[WARM_UP:]
+    return clock
+
+
+def compare(preset: str, steps: int = 10, rounds: int = 3) -> pd.Series:
+    """GRPO against RLSD in turn, `rounds` times; medians over all steps, and peak memory of each.
+
+    The teacher is a full copy (`snapshot`) and lambda is constant, so that every step pays.
+    """
+    clocks: dict[str, list[_Clock]] = {"grpo": [], "rlsd": []}
+    for _ in range(rounds):
+        for method, runs in clocks.items():
+            runs.append(measure(method, preset, steps))
+    grpo, rlsd = (
+        statistics.median(s for clock in clocks[method] for s in clock.steps) for method in clocks
+    )
+    teacher = statistics.median(s for clock in clocks["rlsd"] for s in clock.passes)
+    memory = {method: peak_memory(method, preset) for method in clocks}
+    return pd.Series(
+        {
+            "GRPO, seconds per step": grpo,
+            "RLSD, seconds per step": rlsd,
+            "RLSD / GRPO": rlsd / grpo,
+            "teacher pass, seconds": teacher,
+            "teacher pass / RLSD step": teacher / rlsd,
+            "(RLSD - GRPO) / teacher pass": (rlsd - grpo) / teacher,
+            "GRPO, peak MiB": memory["grpo"],
+            "RLSD, peak MiB": memory["rlsd"],
+            "RLSD / GRPO, peak memory": memory["rlsd"] / memory["grpo"],
+        },
+        name=preset,
+    )
+
+
+def peak_memory(method: str, preset: str, steps: int = 2) -> float:
+    """Peak memory of a training process of its own, in MiB: device memory on a GPU, else resident."""
+    code = f"from rlsd_lib import bench; bench._report_peak({method!r}, {preset!r}, {steps})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])["mib"]
+
+
+def _report_peak(method: str, preset: str, steps: int) -> None:
+    measure(method, preset, steps)
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        # Kibibytes on Linux, bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    sys.stdout.write(json.dumps({"mib": peak / 2**20}) + "\n")
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

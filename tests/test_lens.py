@@ -1,0 +1,130 @@
+"""The lens agrees with the trainer: same prompts, same gap, same credit."""
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+
+from rlsd_lib import controls, lens
+from rlsd_lib.methods import METHODS
+from rlsd_lib.tasks import Task
+
+TEMPLATE = "{prompt}|{privileged_context}"
+
+
+def task() -> Task:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i}?"}], "privileged_context": "7", "answer": "7"}
+        for i in range(4)
+    ]
+    return Task(
+        name="letters",
+        train=Dataset.from_list(rows),
+        test=Dataset.from_list(rows),
+        verify=lambda completion, row: sum(map(ord, completion)) % 2 == 0,
+        reference_pattern="ref",
+        first_error=lambda completion, row: 1,
+    )
+
+
+def group(method: str = "rlsd", **changes) -> list[lens.Rollout]:
+    settings = {"lam": 0.5, "epsilon_w": 0.2, "max_new_tokens": 6, "template": TEMPLATE}
+    return lens.look(
+        tiny.model().eval(), tiny.tokenizer(), task(), 1, method=method, **{**settings, **changes}
+    )
+
+
+def test_gap_and_credit_follow_the_definitions():
+    model, tokenizer = tiny.model().eval(), tiny.tokenizer()
+    for rollout in group():
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in rollout.tokens]
+        scores = {}
+        for name, prompt in (
+            ("student", "<user>1?</s><assistant>"),
+            ("teacher", "<user>1?|7</s><assistant>"),
+        ):
+            prefix = tokenizer.encode(prompt)
+            logits = model(torch.tensor([prefix + ids])).logits[0, len(prefix) - 1 : -1]
+            scores[name] = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        gap = (scores["teacher"] - scores["student"]).detach()
+        torch.testing.assert_close(torch.tensor(rollout.gap), gap, rtol=1e-4, atol=1e-4)
+        sign = 1 if rollout.advantage > 0 else -1
+        expected = rollout.advantage * (0.5 + 0.5 * (sign * gap).exp().clamp(0.8, 1.2))
+        torch.testing.assert_close(torch.tensor(rollout.credit), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_looked_at(method):
+    rollouts = group(method)
+    assert len(rollouts) == 8
+    assert {r.reward for r in rollouts} == {0.0, 1.0}
+    assert all(len(r.tokens) == len(r.gap) == len(r.credit) for r in rollouts)
+    frame = lens.token_frame(rollouts)
+    assert len(frame) == sum(len(r.tokens) for r in rollouts)
+
+
+def test_looking_leaves_the_random_state_alone():
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    before = torch.random.get_rng_state()
+    lens.look(
+        model,
+        tokenizer,
+        task(),
+        0,
+        method="rlsd",
+        template=TEMPLATE,
+        lam=0.5,
+        epsilon_w=0.2,
+        max_new_tokens=4,
+    )
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_first_errors_rank_the_gap():
+    rollouts = group()
+    frame = lens.first_errors(task(), rollouts)
+    assert set(frame["rollout"]) == {i for i, r in enumerate(rollouts) if r.reward == 0}
+    for _, row in frame.iterrows():
+        gap = rollouts[row["rollout"]].gap
+        assert row["gap"] == gap[1]
+        assert row["rank"] == sorted(gap).index(gap[1])
+
+
+@pytest.mark.parametrize("control", controls.CONTROLS)
+def test_controls_change_the_reference_and_nothing_else(control):
+    data = Dataset.from_dict(
+        {
+            "prompt": [f"{i}?" for i in range(50)],
+            "privileged_context": [f"{i} apples" for i in range(50)],
+        }
+    )
+    changed = controls.apply_control(data, control, seed=1)
+    again = controls.apply_control(data, control, seed=1)
+    before, after = data["privileged_context"][:], changed["privileged_context"][:]
+    assert after == again["privileged_context"][:]
+    assert changed["prompt"][:] == data["prompt"][:]
+    if control == "none":
+        assert after == before
+    elif control == "empty":
+        assert set(after) == {""}
+    else:
+        assert all(new != old for new, old in zip(after, before, strict=True)) or control == "noise"
+    if control == "wrong":
+        assert all(
+            new.endswith(" apples") and len(new) == len(old)
+            for new, old in zip(after, before, strict=True)
+        )
+    if control == "noise":
+        assert [len(text) for text in after] == [len(text) for text in before]
+    if control == "shuffled":
+        assert set(after) <= set(before)
+
+
+def test_unknown_controls_and_hopeless_references_are_refused():
+    same = Dataset.from_dict({"privileged_context": ["4", "4"]})
+    with pytest.raises(ValueError, match="Did you mean 'shuffled'"):
+        controls.apply_control(same, "shufled", seed=0)
+    with pytest.raises(ValueError, match="two different references"):
+        controls.apply_control(same, "shuffled", seed=0)
+    with pytest.raises(ValueError, match="digit or a letter"):
+        controls.apply_control(Dataset.from_dict({"privileged_context": ["?!"]}), "wrong", seed=0)

@@ -1,0 +1,39 @@
+"""Every training notebook, executed under `preset=smoke` from a foreign working directory."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlsd_lib.execute import execute_notebook
+
+NOTEBOOKS = ("00_tour", "10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
+
+
+@pytest.fixture(scope="session")
+def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One place for all workers, so that the small lab is pretrained once."""
+    return tmp_path_factory.getbasetemp().parent / "smoke-outputs"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_training_notebook_runs_from_anywhere(name, tmp_path, monkeypatch, shared_outputs):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
+    folder = tmp_path / "run"
+    execute_notebook(name, {"preset": "smoke"}, run_dir=folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["config"]["method"] == json.loads(json.dumps(manifest["parameters"]["method"]))
+    assert manifest["data"]["train"] != manifest["data"]["test"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics
+    assert list((folder / "figures").glob("*.png"))
+    assert (folder / "samples.jsonl").read_text().count("\n") >= 8
+    if name != "00_tour":
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2]
+        assert metrics["accuracy_before_low"] <= metrics["accuracy_before"]
+    assert not list(elsewhere.iterdir()), "a notebook wrote into the working directory"
