@@ -49,10 +49,12 @@ def rlsd(advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float, epsilon_w
 def rlsd_neutral(
     advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float, epsilon_w: float
 ) -> Tensor:
-    """Drift-free RLSD: the weight is exp(abs(Delta)), clipped alike, and blind to the sign of A.
+    """RLSD with a weight that is blind to the sign of A: exp(abs(Delta)), clipped alike.
 
-    If A is independent of a token and has mean zero, E[A w] = E[A] w = 0: the token is not moved.
-    Under `rlsd` the same token drifts towards the teacher by E|A| sinh(Delta). Shapes as in `rlsd`.
+    At a token where A has mean zero and is uncorrelated with the weight, E[A w] = 0 and the token
+    is not moved; under `rlsd` the same token drifts towards the teacher by E|A| sinh(Delta)
+    (unclipped, lam = 1). Group normalisation gives mean zero over a group and not at each prefix,
+    so on real rollouts lam * Cov(A, w) remains. Shapes as in `rlsd`.
     """
     return _reweight(neutral_evidence, advantages, gap, mask, lam, epsilon_w)
 

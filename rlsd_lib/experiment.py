@@ -31,20 +31,10 @@ from rlsd_lib.runs import Run
 from rlsd_lib.tasks import load_task
 from rlsd_lib.trainer import RLSDTrainer
 
-# Means over the last steps that go into metrics.json, by their short names.
+# Of these, metrics.json holds the mean over the last steps; of everything under rlsd/, the mean
+# over the steps at which the teacher was asked.
 LAST_STEPS = 10
-FINAL_MEANS = (
-    "reward",
-    "rewards/leak/mean",
-    "entropy",
-    "completions/mean_length",
-    "rlsd/gap_abs_mean",
-    "rlsd/weight_mean",
-    "rlsd/clip_low_frac",
-    "rlsd/clip_high_frac",
-    "rlsd/intervention",
-    "rlsd/divergence",
-)
+LAST_MEANS = ("reward", "rewards/leak/mean", "entropy", "completions/mean_length")
 
 
 class Experiment:
@@ -248,8 +238,10 @@ class Experiment:
         steps = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
         self.metrics["steps"] = result.global_step
         self.metrics["seconds_per_step"] = result.metrics["train_runtime"] / result.global_step
-        last = steps.tail(LAST_STEPS)
-        self.metrics |= {name: last[name].mean() for name in FINAL_MEANS if name in last}
+        self.metrics |= steps[list(LAST_MEANS)].tail(LAST_STEPS).mean().to_dict()
+        if "rlsd/gap_mean" in steps:
+            asked = steps[steps["rlsd/gap_mean"].notna()]
+            self.metrics |= asked.filter(like="rlsd/").mean().to_dict()
         if self.preset.save_model:
             trainer.save_model(str(self.run.path / "model"))
         return steps.assign(method=self.method, path=self.run.path.name)

@@ -1,0 +1,39 @@
+"""The README's TRL example runs as written, with the tiny model in the place of the hub's."""
+
+import re
+from pathlib import Path
+
+import tiny
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def example() -> str:
+    return re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+
+
+def test_the_example_is_short():
+    lines = [line for line in example().splitlines() if line.strip()]
+    assert len(lines) < 20
+
+
+def test_the_example_runs_as_written(tmp_path, monkeypatch):
+    """The model id becomes a local folder that holds the tiny model; nothing else changes."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "Qwen" / "Qwen3-0.6B"
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    names: dict = {"__name__": "example"}
+    exec(compile(example(), "README.md", "exec"), names)
+    history = names["trainer"].state.log_history
+    assert history[0]["rlsd/lambda"] == 0.5
+
+
+def test_every_method_and_module_is_in_the_readme():
+    from rlsd_lib.methods import METHODS
+
+    for method in METHODS:
+        assert f"| `{method}` |" in README
+    package = Path(__file__).parent.parent / "rlsd_lib"
+    for path in package.glob("*.py"):
+        assert path.name == "__init__.py" or path.name in README, f"{path.name} is not in the tree"
