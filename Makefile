@@ -1,5 +1,5 @@
 # Each target makes its own environment in .venv on a fresh machine.
-#   make demo       GRPO and RLSD on the lab, then the table of both and the paths of what they made
+#   make demo       GRPO, OPSD and RLSD on the lab, their table, and the paths of what they made
 #   make test       the tests, offline once the environment exists
 #   make lint       ruff
 #   make notebook   JupyterLab
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/rlsd suite demo
+	$(BIN)/rlsd suite demo --jobs 2
 	$(BIN)/rlsd table outputs/demo --paths
 
 test: export HF_HUB_OFFLINE = 1

@@ -78,7 +78,9 @@ def measure(method: str, preset: str, steps: int, **overrides: Any) -> _Clock:
             max_steps=steps + WARM_UP,
             overrides={**overrides, "lambda_decay_steps": 0},
         )
-        trainer = RLSDTrainer(model, task.reward, config, task.train, processing_class=tokenizer)
+        trainer = RLSDTrainer(
+            model, [task.reward, task.leak], config, task.train, processing_class=tokenizer
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         clock.watch(trainer)

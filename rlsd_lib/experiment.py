@@ -150,9 +150,7 @@ class Experiment:
         texts["answer"] = problem["answer"]
         return pd.Series(texts, name=f"test problem {row}").to_frame()
 
-    def look_at_mixed(
-        self, first: int = 0, rows: int = 20, **changes: Any
-    ) -> list[lens.Rollout]:
+    def look_at_mixed(self, first: int = 0, rows: int = 20, **changes: Any) -> list[lens.Rollout]:
         """The first group from `first` on in which some rollouts succeed and some fail.
 
         Such a group is what a policy gradient learns from. Two of each kind come first. Falls
@@ -208,8 +206,7 @@ class Experiment:
         return results
 
     def trainer(self) -> RLSDTrainer:
-        """The trainer of this run. The leak rate of the rollouts is logged as a reward of weight 0."""
-        self.config.reward_weights = [1.0, 0.0]
+        """The trainer of this run, which logs every step into the run directory."""
         external = {}
         if METHODS[self.method].teacher_sees == PROMPT:
             preset = self.preset

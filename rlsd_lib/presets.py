@@ -143,6 +143,8 @@ def resolve_config(
         "report_to": "none",
         "disable_tqdm": True,
         "logging_steps": 1,
+        # Of the task's rewards: accuracy counts, the leak rate is only logged.
+        "reward_weights": [1.0, 0.0],
         "save_strategy": "no",
         **chosen.training,
         **chosen.by_method.get(method, {}),

@@ -37,10 +37,29 @@ class Suite:
     grids: Sequence[Grid]
 
 
+LAB = {"preset": ("lab",)}
+BASELINES = ("10_grpo", "15_rlsd", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd")
+OPSD_VARIANTS = Grid(
+    ("12_opsd",), {"method": ("opsd_teacher_top1", "opsd_student_top1"), **LAB, "seed": (0, 1, 2)}
+)
+
 SUITES: dict[str, Suite] = {
     "demo": Suite(
-        purpose="GRPO and RLSD on the lab from the same start: the main job, in minutes",
-        grids=(Grid(("10_grpo", "15_rlsd"), {"preset": ("lab",), "seed": (0,)}),),
+        purpose="GRPO, OPSD and RLSD on the lab from the same start: the main job, in minutes",
+        grids=(
+            Grid(
+                ("10_grpo", "15_rlsd", "12_opsd"),
+                {**LAB, "seed": (0,), "max_steps": (100,)},
+            ),
+        ),
+    ),
+    "baselines": Suite(
+        purpose="every method on the lab, three seeds, the paper's hyper-parameters",
+        grids=(Grid(BASELINES, {**LAB, "seed": (0, 1, 2)}), OPSD_VARIANTS),
+    ),
+    "smollm2": Suite(
+        purpose="GRPO and RLSD on a real instruct model",
+        grids=(Grid(("10_grpo", "15_rlsd"), {"preset": ("smollm2",), "seed": (0,)}),),
     ),
 }
 
