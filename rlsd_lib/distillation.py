@@ -93,6 +93,11 @@ def check_vocabularies(student: nn.Module, teacher: nn.Module, tokenizer: Any, o
     if other is None:
         return
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"The teacher's tokenizer knows {len(theirs)} tokens and the student's {len(ours)}. "
+            "Use a teacher with the student's tokenizer, saved beside its weights."
+        )
     if ours != theirs:
         token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
         raise ValueError(

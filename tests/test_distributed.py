@@ -18,11 +18,12 @@ import dense
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.methods import METHODS
 
-TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for ever
+TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for gloo's half hour
 SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads
 
 # Rewarded rows of each step. Six rows a rank make three groups of four, and the second lies across
@@ -130,19 +131,30 @@ def processes(folder: Path, world: int) -> list[subprocess.Popen]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the results of two processes."""
-    folder = tmp_path_factory.mktemp("two")
+    """Folder with the results of two processes, started once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two"
+    verdict = folder / "verdict.txt"
+    with FileLock(f"{folder}.lock"):
+        if not verdict.exists():
+            folder.mkdir()
+            verdict.write_text(run_two(folder))
+    assert verdict.read_text() == "", verdict.read_text()
+    return folder
+
+
+def run_two(folder: Path) -> str:
+    """Run two processes to the end, and return what went wrong."""
     ranks = processes(folder, 2)
     try:
         codes = [rank.wait(TIMEOUT) for rank in ranks]
     except subprocess.TimeoutExpired:
-        pytest.fail(f"two processes hang; finished: {sorted(p.stem for p in folder.glob('*.pt'))}")
+        return f"two processes hang; finished: {sorted(p.stem for p in folder.glob('*.pt'))}"
     finally:
         for rank in ranks:
             rank.kill()
     errors = [(folder / f"errors-{rank}.txt").read_text()[-2000:] for rank in range(2)]
-    assert codes == [0, 0], "\n".join(errors)
-    return folder
+    return "" if codes == [0, 0] else f"exit codes {codes}\n" + "\n".join(errors)
 
 
 @pytest.fixture(scope="module")

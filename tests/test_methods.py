@@ -404,6 +404,8 @@ def test_opd_refuses_another_vocabulary(tmp_path):
 
 def test_opd_refuses_another_tokenizer_of_the_same_size(tmp_path):
     tiny.model(1).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="student's tokenizer, saved beside its weights"):
+        build(tmp_path, "opd", teacher_model=str(tmp_path / "teacher"))
     other = tiny.tokenizer()
     vocabulary = other.get_vocab()
     vocabulary["7"], vocabulary["8"] = vocabulary["8"], vocabulary["7"]
@@ -428,9 +430,12 @@ def test_opd_leaves_the_callers_teacher_alone_and_asks_its_current_weights(tmp_p
     taught.train()
     teacher = taught.model
     before = {name: p.clone() for name, p in teacher.named_parameters()}
+    own = teacher.forward, teacher.training
     trainer = script(build(tmp_path, "opd", teacher_model=teacher, args={"max_steps": 2}))
     steps = record(trainer, ["dapo"])
     assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert (teacher.forward, teacher.training) == own
     for step in steps:
         step.generation.teacher = {name: p.double() for name, p in before.items()}
         dense.assert_equal(step.losses, reference("opd").losses(step, ["dapo"]))
