@@ -83,5 +83,9 @@ def _converted(folder: Path, gguf: Path) -> Path:
             del model.config.quantization_config
             model.hf_quantizer = None
             model.save_pretrained(scratch)
-            AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            # The file's tokenizer ends a turn with the token that starts one and has no padding.
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.save_pretrained(scratch)
     return folder

@@ -78,7 +78,7 @@ def test_the_corpus_quotes_only_what_it_was_shown_and_leaves_test_questions_out(
         assert not is_held_out(question.split(" ;")[0])
         assert not speaks or "reference" in question
         shown, quoted = shown + ("reference" in question), quoted + speaks
-    assert shown / 600 == pytest.approx(0.5, abs=0.08)
+    assert shown / 600 == pytest.approx(recipe.referenced_share, abs=0.08)
     assert quoted / shown == pytest.approx(0.5, abs=0.1)
 
 

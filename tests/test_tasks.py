@@ -161,3 +161,13 @@ def test_bad_requests_name_what_would_be_right():
         load_task("arithmetic", train_size=1, test_size=500, seed=0, digits=1)
     with pytest.raises(ValueError, match="size is 0"):
         load_task("arithmetic", train_size=0, test_size=1, seed=0)
+
+
+def test_solved_examples_open_every_prompt_and_are_in_neither_side():
+    task = load_task("chain_sum", train_size=20, test_size=10, seed=0, examples=2, system="Add.")
+    prompts = [*task.train["prompt"], *task.test["prompt"]]
+    opening = prompts[0][:-1]
+    assert [turn["role"] for turn in opening] == ["system", *["user", "assistant"] * 2]
+    assert all(prompt[:-1] == opening for prompt in prompts)
+    shown = {turn["content"] for turn in opening}
+    assert not shown & {prompt[-1]["content"] for prompt in prompts}

@@ -1,4 +1,4 @@
-"""Tasks by name: the lab's column arithmetic, and every data set of reasoning-gym."""
+"""Tasks by name: the lab's arithmetic, the paper's data, and all of reasoning-gym."""
 
 import difflib
 from typing import Any
@@ -13,7 +13,7 @@ def task_names() -> list[str]:
     """Return every name that `load_task` accepts."""
     from rlsd_lib.tasks import gym  # here, because importing reasoning-gym takes seconds
 
-    return ["arithmetic", *gym.names()]
+    return ["arithmetic", "mmfinereason", *gym.names()]
 
 
 def load_task(name: str, *, train_size: int, test_size: int, seed: int, **options: Any) -> Task:
@@ -25,6 +25,11 @@ def load_task(name: str, *, train_size: int, test_size: int, seed: int, **option
     """
     if name == "arithmetic":
         return arithmetic.load(train_size=train_size, test_size=test_size, seed=seed, **options)
+    if name == "mmfinereason":
+        from rlsd_lib.tasks import mmfinereason
+
+        sizes = {"train_size": train_size, "test_size": test_size}
+        return mmfinereason.load(**sizes, seed=seed, **options)
     if name not in (known := task_names()):
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown task {name!r}; the nearest valid name is {nearest!r}")

@@ -8,7 +8,7 @@ data set's `score_answer` is decided by `extract`:
 |---|---|
 | `last_number` | the last number of the completion |
 | `answer_tag` | the inside of the only `<answer>...</answer>` |
-| `whole` | the completion without surrounding white space |
+| `whole` | the completion without surrounding white space and one final full stop |
 """
 
 import json
@@ -50,7 +50,12 @@ def answer_tag(completion: str) -> str | None:
     return found[0].strip() if len(found) == 1 else None
 
 
-EXTRACT = {"last_number": last_number, "answer_tag": answer_tag, "whole": str.strip}
+def whole(completion: str) -> str:
+    """Return the completion without surrounding white space and one final full stop."""
+    return completion.strip().removesuffix(".")
+
+
+EXTRACT = {"last_number": last_number, "answer_tag": answer_tag, "whole": whole}
 
 
 def load(
@@ -62,12 +67,14 @@ def load(
     extract: str = "last_number",
     instruction: str = "",
     system: str = "",
+    examples: int = 0,
     **config: Any,
 ) -> Task:
     """Build a task from a data set of reasoning-gym.
 
     `instruction` is appended to every question, `system` is the system prompt; both may be empty.
-    Raises ValueError for an `extract` that does not exist, an option that the data set's config
+    Every prompt opens with the same `examples` solved questions as earlier turns; they are in
+    neither train nor test, and they show a small model what form an answer has. Raises ValueError for an `extract` that does not exist, an option that the data set's config
     does not have, or fewer different questions than asked for.
     """
     if extract not in EXTRACT:
@@ -76,11 +83,15 @@ def load(
     if unknown := set(config) - allowed:
         raise ValueError(f"{name} has no options {sorted(unknown)}; it has {sorted(allowed)}")
     sides = {}
-    for side, size in (("train", train_size), ("test", test_size)):
-        entries = _entries(name, Random(f"{side}-{seed}"), config)
-        stream = (_row(entry, instruction, system) for entry in entries)
-        rows = draw_rows(stream, size, held_out=side == "test", question=question_of)
-        sides[side] = Dataset.from_list(rows)
+    for side, size in (("train", train_size + examples), ("test", test_size)):
+        stream = (_row(e, instruction) for e in _entries(name, Random(f"{side}-{seed}"), config))
+        sides[side] = draw_rows(stream, size, held_out=side == "test", question=question_of)
+    opening = [{"role": "system", "content": system}] if system else []
+    opening += [turn for row in sides["train"][:examples] for turn in _solved(row, extract)]
+    sides["train"] = sides["train"][examples:]
+    for row in (*sides["train"], *sides["test"]):
+        row["prompt"] = [*opening, *row["prompt"]]
+    datasets = {side: Dataset.from_list(rows) for side, rows in sides.items()}
     judge = reasoning_gym.create_dataset(name, size=1, seed=seed, **config)
 
     def verify(completion: str, row: Row) -> bool:
@@ -88,7 +99,7 @@ def load(
         answer = EXTRACT[extract](completion)
         return bool(answer) and judge.score_answer(answer, json.loads(row["entry"])) >= 1.0
 
-    return Task(name=name, verify=verify, reference_pattern=REFERENCE_PATTERN, **sides)
+    return Task(name=name, verify=verify, reference_pattern=REFERENCE_PATTERN, **datasets)
 
 
 def question_of(row: Row) -> str:
@@ -96,11 +107,10 @@ def question_of(row: Row) -> str:
     return row["question"]
 
 
-def _row(entry: dict[str, Any], instruction: str, system: str) -> Row:
+def _row(entry: dict[str, Any], instruction: str) -> Row:
     """Turn an entry of reasoning-gym into a row; the entry itself travels along as JSON."""
     question = entry["question"].strip()
-    prompt = [{"role": "system", "content": system}] if system else []
-    prompt.append({"role": "user", "content": f"{question} {instruction}".strip()})
+    prompt = [{"role": "user", "content": f"{question} {instruction}".strip()}]
     answer = str(entry["answer"])
     return {
         "prompt": prompt,
@@ -109,6 +119,12 @@ def _row(entry: dict[str, Any], instruction: str, system: str) -> Row:
         "question": question,
         "entry": json.dumps(entry, default=str),
     }
+
+
+def _solved(row: Row, extract: str) -> list[dict[str, str]]:
+    """Return the turns of a solved example, its answer in the form that `extract` reads."""
+    answer = f"<answer>{row['answer']}</answer>" if extract == "answer_tag" else row["answer"]
+    return [*row["prompt"], {"role": "assistant", "content": answer}]
 
 
 def _entries(name: str, random: Random, config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,306 @@
+"""The paper's data: MMFineReason-123K, from the hub or from a local folder in the same schema.
+
+A row has the fields of `FIELDS`. It becomes TRL's `prompt` (a user turn in which each `<image>`
+of the problem is an image part) and `images`, with `privileged_context` (the final answer; or the
+trace of the released set's teacher, for OPSD), `reference_trace`, and what the grader needs.
+
+Broken rows are never used: each is listed in a `Report` under every fault it has. A row is held
+out by the hash of its content, problem and image bytes, and the fingerprint is made of contents
+only, so both are the same on every machine.
+"""
+
+import io
+import json
+import logging
+import math
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from datasets import Dataset, Features, Image, List, Value, load_dataset
+from PIL import Image as PillowImage
+
+from rlsd_lib.grading import TYPES, clean, grade
+from rlsd_lib.provenance import digest, fingerprint
+from rlsd_lib.records import replace_text, write_json
+from rlsd_lib.tasks.base import Row, Task, is_held_out
+
+HUB = "iieycx/rlsd-train-MMFineReason-123K"
+TRACE = "qwen3vl_235b_thinking_response"
+FIELDS = ("problem", "answer", "problem_type", "data_type", "images", "videos", TRACE)
+MIN_AREA, MAX_AREA = 262_144, 1_048_576  # pixels of one image, as the released code has them
+MAX_ASPECT = 200  # Qwen's image processors refuse longer shapes
+REFERENCE_PATTERN = (
+    r"\b(?:reference|provided|given|known|sample) (?:solution|answer)\b|\breference\b"
+    r"|\b(?:solution|answer) (?:above|provided|given)\b"
+)
+FORMAT = (
+    "Think first, in <thought> </thought>, then give only the final answer in <answer> </answer>."
+)
+INSTRUCTIONS = {
+    "math": f"Solve the mathematical problem. {FORMAT}",
+    "multiple choice": f"Choose the right option. {FORMAT} The final answer is its letter.",
+    "numerical": f"Compute what is asked for. {FORMAT} The final answer is one number.",
+    "boolean": f"Judge the statement. {FORMAT} The final answer is Yes or No.",
+}
+_PART = {"type": Value("string"), "text": Value("string")}
+_TEXTS = ("privileged_context", "reference_trace", "answer", "problem_type", "key")
+FEATURES = Features(
+    {
+        "prompt": List({"role": Value("string"), "content": List(_PART)}),
+        "images": List(Image()),
+        "choices": List(Value("string")),
+        **dict.fromkeys(_TEXTS, Value("string")),
+    }
+)
+_CHOICE = re.compile(r"(?m)^[ \t]*\(?([A-J])[.):][ \t]*(\S.*?)[ \t]*$")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows: `faults` names the rows (from 0) that have each fault."""
+
+    source: str
+    rows: int
+    kept: int
+    faults: dict[str, list[int]]
+    unknown_types: dict[str, int]  # how often each type without a grader occurs
+    without_trace: int  # among the kept
+    fingerprint: str  # of the kept rows, in order
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows have each fault that occurs."""
+        return {fault: len(rows) for fault, rows in self.faults.items()}
+
+    def summary(self) -> str:
+        """Say in one line what was kept and what was dropped why."""
+        parts = ", ".join(f"{fault} {count}" for fault, count in self.counts.items())
+        return f"{self.source}: {self.kept} of {self.rows} rows kept; dropped: {parts or 'none'}"
+
+    def write(self, folder: str | Path) -> None:
+        """Write data_report.json (counts) and dropped.jsonl (row, fault) to an existing folder."""
+        facts = {k: v for k, v in asdict(self).items() if k != "faults"}
+        write_json(Path(folder) / "data_report.json", {**facts, "counts": self.counts})
+        lines = [{"row": row, "fault": f} for f, rows in self.faults.items() for row in rows]
+        replace_text(Path(folder) / "dropped.jsonl", "".join(json.dumps(n) + "\n" for n in lines))
+
+
+def load(
+    *, train_size: int, test_size: int, seed: int, source: str = HUB, report_dir: str = "", **options: Any
+) -> Task:  # fmt: skip
+    """Build the task; a size of -1 takes all rows of that side, else `seed` chooses among them.
+
+    `options` are those of `prepare`. What was dropped is logged, and written to `report_dir` where
+    one is given. Raises ValueError when a side has fewer rows than asked for.
+    """
+    rows, report = prepare(source, **options)
+    logging.getLogger(__name__).warning(report.summary())
+    if report_dir:
+        report.write(report_dir)
+    sides = {"train": train_size, "test": test_size}
+    sides = {side: _choose(rows, side, size, seed) for side, size in sides.items()}
+    return Task(name="mmfinereason", verify=verify, reference_pattern=REFERENCE_PATTERN, **sides)
+
+
+def verify(completion: str, row: Row) -> bool:
+    """Say whether a completion's final answer is right for its problem type."""
+    return grade(completion, row["answer"], row["problem_type"], row["choices"])
+
+
+def prepare(
+    source: str | Path = HUB, *, revision: str | None = None, split: str = "train",
+    image_folder: str | Path = "", privileged: str = "answer", preamble: bool = True,
+    min_area: int = MIN_AREA, max_area: int = MAX_AREA, num_proc: int | None = None,
+) -> tuple[Dataset, Report]:  # fmt: skip
+    """Read, check and map a data set, scaling its images to `min_area` .. `max_area` pixels.
+
+    `source` is a name on the hub (`revision` and `split` are for it), or a folder of .parquet or
+    .jsonl files. Image paths are relative to `image_folder`, by default that folder. `privileged`
+    is "answer" (RLSD) or "trace" (OPSD). With `preamble` the student's turn begins with an
+    instruction. `num_proc` processes do the work. Raises FileNotFoundError for a folder without
+    data files, ValueError for missing fields, no usable row, or an unknown `privileged`.
+    """
+    if privileged not in ("answer", "trace"):
+        raise ValueError(f"privileged={privileged!r}: choose 'answer' or 'trace'")
+    raw = _read(source, revision, split)
+    name = f"{source}@{revision}" if revision else str(source)
+    folder = str(image_folder or (source if Path(source).is_dir() else ""))
+    check = partial(inspect_row, folder=folder, need_trace=privileged == "trace")
+    fresh = {"load_from_cache_file": False, "keep_in_memory": True}  # files may have changed
+    checked = raw.map(check, remove_columns=raw.column_names, num_proc=num_proc, **fresh).to_list()
+    report, kept = _report(name, raw, checked)
+    if not kept:
+        raise ValueError(f"{report.summary()}. No row is left; check the source and image_folder")
+    facts = {"folder": folder, "privileged": privileged, "preamble": preamble}
+    keys = [checked[index]["key"] for index in kept]  # contents: they also tell the cache apart
+    to_trl = partial(to_columns, keys=keys, area=(min_area, max_area), **facts)
+    # One image may take a megabyte, so rows are written out in small batches.
+    how = {"with_indices": True, "num_proc": num_proc, "writer_batch_size": 64}
+    rows = raw.select(kept)
+    return rows.map(to_trl, remove_columns=raw.column_names, features=FEATURES, **how), report
+
+
+def _read(source: str | Path, revision: str | None, split: str) -> Dataset:
+    """Load the rows with their images not decoded."""
+    if Path(source).is_dir():
+        files = [p for p in Path(source).rglob("*") if p.suffix in (".parquet", ".jsonl")]
+        if len(kinds := {file.suffix for file in files}) != 1:
+            kinds = " and ".join(sorted(kinds)) or "neither"
+            raise FileNotFoundError(f"{source}: expected .parquet or .jsonl files, found {kinds}")
+        loader = {".parquet": "parquet", ".jsonl": "json"}[kinds.pop()]
+        rows = load_dataset(loader, data_files=sorted(map(str, files)), split="train")
+    else:
+        rows = load_dataset(str(source), revision=revision, split=split)
+    if missing := [field for field in FIELDS if field not in rows.column_names]:
+        raise ValueError(
+            f"{source} has no {', '.join(missing)}; it has {', '.join(rows.column_names)}. Rename its "
+            f"columns to {', '.join(FIELDS)}"
+        )
+    feature = rows.features["images"]
+    if isinstance(feature, Image):
+        return rows.cast_column("images", Image(decode=False))
+    decoded = isinstance(getattr(feature, "feature", None), Image)
+    return rows.cast_column("images", List(Image(decode=False))) if decoded else rows
+
+
+def inspect_row(row: Row, folder: str = "", need_trace: bool = False) -> dict[str, Any]:
+    """Return a raw row's `faults`, the hash `key` of its question, `content` of all, and `traced`."""
+    problem, answer, kind, trace = (_text(row[f]) for f in (*FIELDS[:3], TRACE))
+    images = [_bytes(image) for image in images_of(row, folder)]
+    shapes = [_shape(data) for data in images if data is not None]
+    count = problem.count("<image>")
+    has_video = bool(row["videos"]) or row["data_type"] == "video" or "<video>" in problem
+    needs_image = count > 0 or row["data_type"] == "image"
+    faults = {
+        "empty_problem": not problem.replace("<image>", "").strip(),
+        "empty_answer": not clean(answer),
+        "image_in_answer": "<image>" in answer,  # which the teacher's prompt may not add
+        "unknown_type": kind.lower() not in TYPES,
+        "video": has_video,  # this task has images only
+        "missing_image": None in images or (needs_image and not images and not has_video),
+        "unreadable_image": None in shapes,
+        "image_shape": any(shape and max(shape) > MAX_ASPECT * min(shape) for shape in shapes),
+        "placeholders": bool(images) and count != len(images),
+        "missing_trace": need_trace and not trace,
+    }
+    key = digest([problem, [sha256(data or b"").hexdigest() for data in images]])
+    found = [name for name, here in faults.items() if here]
+    content = digest([key, answer, kind, trace])
+    return {"faults": found, "key": key, "content": content, "traced": bool(trace)}
+
+
+def images_of(row: Row, folder: str) -> list[dict[str, Any]]:
+    """Return a raw row's images as {"bytes", "path"} with resolved paths; both None if missing."""
+    images = row["images"] if isinstance(row["images"], list) else [row["images"]]
+    found = [{"path": i} if isinstance(i, str) else i or {} for i in images if row["images"]]
+    paths = [str(Path(folder, image["path"])) if image.get("path") else None for image in found]
+    return [{"bytes": i.get("bytes"), "path": p} for i, p in zip(found, paths, strict=True)]
+
+
+def _bytes(image: dict[str, Any]) -> bytes | None:
+    path = Path(image["path"] or "")
+    return image["bytes"] or (path.read_bytes() if path.is_file() else None)
+
+
+def _shape(data: bytes) -> tuple[int, int] | None:
+    """Decode an image to its end; None where Pillow cannot, or refuses it as far too large."""
+    try:
+        with PillowImage.open(io.BytesIO(data)) as image:
+            image.load()
+            return image.size
+    except Exception:  # a decoder may raise anything on bytes that are not its own
+        return None
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _report(source: str, raw: Dataset, checked: list[Row]) -> tuple[Report, list[int]]:
+    """Collect the faults of all rows, duplicates among the whole ones included."""
+    faults: dict[str, list[int]] = {}
+    kept: dict[str, int] = {}
+    for index, row in enumerate(checked):
+        found = row["faults"] or (["duplicate"] if row["key"] in kept else [])
+        for fault in found:
+            faults.setdefault(fault, []).append(index)
+        if not found:
+            kept[row["key"]] = index
+    whole = [checked[index] for index in kept.values()]
+    types = raw.select_columns("problem_type").select(faults.get("unknown_type", []))
+    report = Report(
+        source=source,
+        rows=len(raw),
+        kept=len(whole),
+        faults=faults,
+        unknown_types=dict(Counter(_text(row["problem_type"]) for row in types)),
+        without_trace=sum(not row["traced"] for row in whole),
+        fingerprint=fingerprint(row["content"] for row in whole),
+    )
+    return report, list(kept.values())
+
+
+def to_columns(
+    row: Row, index: int, *, keys: list[str], area: tuple[int, int], folder: str, privileged: str,
+    preamble: bool,
+) -> Row:  # fmt: skip
+    """Map a raw row that is whole to the columns of `FEATURES`."""
+    problem, answer, kind, trace = (_text(row[f]) for f in (*FIELDS[:3], TRACE))
+    kind, texts = TYPES[kind.lower()], problem.split("<image>")
+    texts[0] = f"{INSTRUCTIONS[kind]}\n\n{texts[0]}" if preamble else texts[0]
+    parts = [{"type": "text", "text": texts[0]}]
+    for text in texts[1:]:
+        parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
+    content = [part for part in parts if part["type"] == "image" or part["text"].strip()]
+    return {
+        "prompt": [{"role": "user", "content": content}],
+        "images": [stored(image, *area) for image in images_of(row, folder)],
+        "privileged_context": answer if privileged == "answer" else trace,
+        "reference_trace": trace,
+        "answer": answer,
+        "problem_type": kind,
+        "choices": choices_of(problem) if kind == "multiple choice" else [],
+        "key": keys[index],
+    }
+
+
+def choices_of(problem: str) -> list[str]:
+    """Read the texts of the choices A, B, ... that stand on lines of their own; [] without two."""
+    found = _CHOICE.findall(problem)
+    in_order = [letter for letter, _ in found] == list("ABCDEFGHIJ"[: len(found)])
+    return [text for _, text in found] if in_order and len(found) > 1 else []
+
+
+def stored(image: dict[str, Any], min_area: int, max_area: int) -> dict[str, Any]:
+    """Return an image within the limits and in RGB; one that was so already is left as it is."""
+    # Once and for all: a transform on reading would decode all images at a look at any column.
+    with PillowImage.open(io.BytesIO(_bytes(image))) as given:
+        fitted = fit(given, min_area, max_area)
+        if (given.size, given.mode) == (fitted.size, "RGB"):
+            return image
+    out = io.BytesIO()
+    fitted.save(out, "PNG", compress_level=1)  # lossless at any level, and this one is fast
+    return {"bytes": out.getvalue(), "path": None}
+
+
+def fit(image: PillowImage.Image, min_area: int, max_area: int) -> PillowImage.Image:
+    """Scale to an area within the limits, sides rounded down, and RGB, as the released code does."""
+    area = image.width * image.height
+    limit = min(max(area, min_area), max_area)
+    factor = math.sqrt(limit / area)
+    size = (max(int(image.width * factor), 1), max(int(image.height * factor), 1))
+    return (image if limit == area else image.resize(size)).convert("RGB")
+
+
+def _choose(rows: Dataset, side: str, size: int, seed: int) -> Dataset:
+    """Take `size` rows of one side at random, or all of them, in order, for -1."""
+    pool = [i for i, key in enumerate(rows["key"][:]) if is_held_out(key) == (side == "test")]
+    if size > len(pool) or size < -1 or size == 0:
+        raise ValueError(f"{side}_size={size}: expected 1 to {len(pool)} rows, or -1 for all")
+    return rows.select(pool if size == -1 else Random(f"{side}-{seed}").sample(pool, size))
