@@ -1,7 +1,7 @@
 """The self-distillation losses against TRL 1.16.0's own trainers, and where the two differ.
 
 SDFTTrainer is OPSD and SDPOTrainer is SDPO: same model, same prompts, same scripted rollouts.
-Both are used as references only; `TRL.md`'s reasons are the tests at the end.
+Both are references only; the tests at the end say why they are not the baselines.
 """
 
 from pathlib import Path
