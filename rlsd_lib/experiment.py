@@ -197,7 +197,10 @@ class Experiment:
             self.model, self.tokenizer, self.task, **self._sampling(), seed=self.seed
         )
         once = results.loc[results["sample"] == 0, "completion"]
-        accuracy = bootstrap_interval(per_problem(results))
+        shares = per_problem(results)
+        # Kept per problem, so that runs can be compared problem by problem.
+        self.run.add_evaluation(when, shares.tolist())
+        accuracy = bootstrap_interval(shares)
         leak = phrase_leakage(once, self.task.reference_pattern)
         for name, value in (("accuracy", accuracy), ("leak_rate", leak)):
             self.metrics[f"{name}_{when}"] = value[0]

@@ -6,13 +6,14 @@ of them back into tidy frames. Layout of a run directory:
     manifest.json   what ran, on what, how it ended     metrics.jsonl   one line per step
     metrics.json    the final numbers                   samples.jsonl   rollouts with token credit
     figures/        pictures                            <name>.ipynb    the executed notebook
+    evaluation_before.json, evaluation_after.json       share correct, problem by problem
 """
 
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,6 +158,10 @@ class Run:
         """Append rollouts (text, tokens, credit, ...) to samples.jsonl, one line each."""
         self._check_mine()
         append_lines(self.path / "samples.jsonl", rows)
+
+    def add_evaluation(self, when: str, correct: Sequence[float]) -> None:
+        """Write each problem's share of correct completions to evaluation_<when>.json, in order."""
+        write_json(self.path / f"evaluation_{when}.json", {"correct": list(correct)})
 
     def save_figure(self, figure: "Figure", name: str) -> Path:
         """Save a figure as figures/<name>.png and return its path."""
