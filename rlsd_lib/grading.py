@@ -3,10 +3,11 @@ r"""Graders for verifiable answers: is the one answer that a completion commits 
 The answer is what stands in `<answer>` tags or in `\boxed{}`, else what follows "the answer is",
 else a completion of one short line. Two different answers are a hedge, and a hedge is wrong.
 
-No model output is ever run. Mathematics goes to math-verify's LaTeX grammar (never to its
-expression parser, which calls `eval`) in a worker process with a deadline and a memory limit:
-math-verify's own limits need the main thread, and do not stop a long integer power. The reward
-weights are those of the released code, section 2 of PAPER.md.
+No model output is ever run. Mathematics goes to math-verify's LaTeX grammar, in a worker process
+with a deadline and a memory limit: math-verify's own limits need the main thread, and do not stop
+a long integer power. Its other parser calls `eval` and is not used; sympy calls `eval` even for
+the digits of a number, and in the worker `_literal` stands in its place. The reward weights are
+those of the code released with arXiv 2604.03128.
 """
 
 import json
@@ -325,12 +326,24 @@ def _equal(gold: str, answer: str, tolerance: float) -> bool:
     return any(same(gold, p) for p in parts) and all(near(parts[0], p, 0.01) for p in parts)
 
 
+def _literal(code: str, *_: Any) -> Any:
+    """Read a number or a name as sympy's tokenizer writes it, in place of sympy's `eval`."""
+    import sympy
+
+    if (found := re.fullmatch(r"(Integer|Float|Symbol) \('?([\w.+-]+)'? \)", code.strip())) is None:
+        raise ValueError(f"{code!r} is neither a number nor a name")
+    return getattr(sympy, found[1])(found[2])
+
+
 def _serve() -> None:
     """Answer questions, one JSON list a line, until the input ends."""
     import resource
 
     import math_verify  # noqa: F401  (before the limit, and before saying ready)
+    import sympy.parsing.sympy_parser as sympy_parser
+    import sympy.physics.units  # noqa: F401  (evaluates names of its own when first imported)
 
+    sympy_parser.eval_expr = _literal
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.write(1, b"ready\n")

@@ -7,6 +7,8 @@ import threading
 import time
 
 import pytest
+import sympy.physics.units  # the worker has it loaded, too
+from sympy.parsing import sympy_parser
 
 from rlsd_lib import grading
 from rlsd_lib.grading import final_answer, grade
@@ -217,12 +219,31 @@ HOSTILE = {
 def test_hostile_text_is_wrong_in_time(
     completion: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    monkeypatch.setattr(grading, "SECONDS", 0.5)
+    monkeypatch.setattr(grading, "SECONDS", 0.3)
     gold = {"multiple choice": "B", "boolean": "yes"}.get(kind, "42")
     begun = time.monotonic()
     assert grade(completion, gold, kind, CHOICES) is False
-    assert time.monotonic() - begun < 4.0  # the deadline, and a start of the worker's process
+    assert time.monotonic() - begun < 10.0  # the deadline and a new worker, on a busy machine
     assert not os.path.exists("hacked")
+
+
+def test_no_answer_reaches_an_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, float]] = []
+    monkeypatch.setattr(grading._Worker, "equal", lambda _, *q: bool(asked.append(q)))
+    for kind, gold, completion, _ in TABLE:
+        grade(completion, gold, kind, CHOICES)
+    assert len(asked) > 30
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("eval was called")
+
+    monkeypatch.setattr(sympy_parser, "eval", refuse, raising=False)
+    with pytest.raises(AssertionError, match="eval was called"):
+        sympy.sympify("1 + 1")
+    monkeypatch.setattr(sympy_parser, "eval_expr", grading._literal)
+    with pytest.raises(ValueError, match="neither a number nor a name"):
+        sympy.sympify("().__class__")
+    assert sum(grading._equal(*question) for question in asked) > 20
 
 
 def test_verdicts_do_not_need_the_main_thread() -> None:

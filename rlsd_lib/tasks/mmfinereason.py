@@ -4,9 +4,8 @@ A row has the fields of `FIELDS`. It becomes TRL's `prompt` (a user turn in whic
 of the problem is an image part) and `images`, with `privileged_context` (the final answer; or the
 trace of the released set's teacher, for OPSD), `reference_trace`, and what the grader needs.
 
-Broken rows are never used: each is listed in a `Report` under every fault it has. A row is held
-out by the hash of its content, problem and image bytes, and the fingerprint is made of contents
-only, so both are the same on every machine.
+Broken rows are never used: each is listed in a `Report` under every fault it has. The split and
+the fingerprint are made of hashed contents (texts and image files): the same on every machine.
 """
 
 import io
@@ -103,8 +102,7 @@ def load(
     logging.getLogger(__name__).warning(report.summary())
     if report_dir:
         report.write(report_dir)
-    sides = {"train": train_size, "test": test_size}
-    sides = {side: _choose(rows, side, size, seed) for side, size in sides.items()}
+    sides = {s: _choose(rows, s, n, seed) for s, n in (("train", train_size), ("test", test_size))}
     return Task(name="mmfinereason", verify=verify, reference_pattern=REFERENCE_PATTERN, **sides)
 
 
@@ -158,10 +156,8 @@ def _read(source: str | Path, revision: str | None, split: str) -> Dataset:
     else:
         rows = load_dataset(str(source), revision=revision, split=split)
     if missing := [field for field in FIELDS if field not in rows.column_names]:
-        raise ValueError(
-            f"{source} has no {', '.join(missing)}; it has {', '.join(rows.column_names)}. Rename its "
-            f"columns to {', '.join(FIELDS)}"
-        )
+        have = ", ".join(rows.column_names)
+        raise ValueError(f"{source} has no {', '.join(missing)}, only {have}; rename its columns")
     feature = rows.features["images"]
     if isinstance(feature, Image):
         return rows.cast_column("images", Image(decode=False))
@@ -191,8 +187,8 @@ def inspect_row(row: Row, folder: str = "", need_trace: bool = False) -> dict[st
     }
     key = digest([problem, [sha256(data or b"").hexdigest() for data in images]])
     found = [name for name, here in faults.items() if here]
-    content = digest([key, answer, kind, trace])
-    return {"faults": found, "key": key, "content": content, "traced": bool(trace)}
+    facts = {"content": digest([key, answer, kind, trace]), "traced": bool(trace)}
+    return {"faults": found, "key": key, **facts}
 
 
 def images_of(row: Row, folder: str) -> list[dict[str, Any]]:
@@ -234,7 +230,7 @@ def _report(source: str, raw: Dataset, checked: list[Row]) -> tuple[Report, list
             kept[row["key"]] = index
     whole = [checked[index] for index in kept.values()]
     types = raw.select_columns("problem_type").select(faults.get("unknown_type", []))
-    report = Report(
+    return Report(
         source=source,
         rows=len(raw),
         kept=len(whole),
@@ -242,8 +238,7 @@ def _report(source: str, raw: Dataset, checked: list[Row]) -> tuple[Report, list
         unknown_types=dict(Counter(_text(row["problem_type"]) for row in types)),
         without_trace=sum(not row["traced"] for row in whole),
         fingerprint=fingerprint(row["content"] for row in whole),
-    )
-    return report, list(kept.values())
+    ), list(kept.values())
 
 
 def to_columns(
@@ -253,8 +248,7 @@ def to_columns(
     """Map a raw row that is whole to the columns of `FEATURES`."""
     problem, answer, kind, trace = (_text(row[f]) for f in (*FIELDS[:3], TRACE))
     kind, texts = TYPES[kind.lower()], problem.split("<image>")
-    texts[0] = f"{INSTRUCTIONS[kind]}\n\n{texts[0]}" if preamble else texts[0]
-    parts = [{"type": "text", "text": texts[0]}]
+    parts = [{"type": "text", "text": f"{INSTRUCTIONS[kind]}\n\n" * preamble + texts[0]}]
     for text in texts[1:]:
         parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
     content = [part for part in parts if part["type"] == "image" or part["text"].strip()]
