@@ -19,6 +19,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from rlsd_lib import provenance
+from rlsd_lib.methods import look_up
 from rlsd_lib.models import load_model
 from rlsd_lib.presets import PRESETS, resolve_config
 from rlsd_lib.tasks import load_task
@@ -56,7 +57,7 @@ class _Clock(TrainerCallback):
 
 def measure(method: str, preset: str, steps: int, **overrides: Any) -> _Clock:
     """Train `steps` + 2 steps from the preset's start and return the times of the last `steps`."""
-    chosen = PRESETS[preset]
+    chosen = PRESETS[look_up(preset, PRESETS, "preset")]
     model, tokenizer = load_model(
         chosen.model, provenance.outputs_root() / "cache", **chosen.model_options
     )
@@ -76,7 +77,7 @@ def measure(method: str, preset: str, steps: int, **overrides: Any) -> _Clock:
             Path(folder),
             template=task.privileged_template,
             max_steps=steps + WARM_UP,
-            overrides={**overrides, "lambda_decay_steps": 0},
+            overrides={**overrides, "lambda_decay_steps": 0, "save_strategy": "no"},
         )
         trainer = RLSDTrainer(
             model, [task.reward, task.leak], config, task.train, processing_class=tokenizer

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import torch
+from accelerate import Accelerator, DistributedType
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, ProcessorMixin
 
@@ -79,6 +82,28 @@ def check_teacher(
     distillation.check_vocabularies(student, teacher, tokenizer, other)
 
 
+def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator) -> None:
+    """Refuse what has not been shown to work when parameters are sharded over ranks.
+
+    Raises:
+        ValueError: naming the setting and the kinds of teacher that do work.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    kind = accelerator.distributed_type
+    zero3 = kind == DistributedType.DEEPSPEED and plugin is not None and plugin.zero_stage == 3
+    if not zero3 and kind != DistributedType.FSDP:
+        return
+    sharding = "ZeRO-3" if zero3 else "FSDP"
+    copies = args.teacher_model_kind != "live" and not isinstance(model, PeftModel)
+    if copies or args.divergence is not None or args.row.teacher_sees == PROMPT:
+        raise ValueError(
+            f"{sharding} with method={args.method!r} and teacher_model_kind="
+            f"{args.teacher_model_kind!r}: a sharded copy of the teacher, and full-vocabulary "
+            "divergences over a sharded head, are not supported yet. Use rlsd or sampled_token "
+            "with teacher_model_kind='live' or a PEFT student, or DDP or ZeRO-2."
+        )
+
+
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:
     """Refuse dropout, which would put noise into the gap, and processors that pad right.
 
@@ -94,6 +119,13 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
         raise ValueError(
             f"Dropout is active in {noisy[:3]} ({len(noisy)} places) and would put noise into the "
             "gap. Set disable_dropout=True, lora_dropout=0, and attention_dropout=0 in the config."
+        )
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    if args.teacher_model_kind == "ema" and half and not isinstance(model, PeftModel):
+        raise ValueError(
+            f"teacher_model_kind='ema' with weights in {model.dtype}: an average that moves by "
+            f"{args.teacher_update_rate} of a small difference is rounded away. Load the model in "
+            "float32 (with bf16=True for the compute), or use 'snapshot'."
         )
     if isinstance(processing_class, ProcessorMixin):
         side = processing_class.tokenizer.padding_side

@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from rlsd_lib.credit import Credit, lambda_schedule, sampled_distillation
 from rlsd_lib.divergence import Divergence
 from rlsd_lib.methods import METHODS, PEER, PROMPT, Method, look_up
+from rlsd_lib.privileged import DEFAULT_TEMPLATE
 
 __all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "RLSDConfig"]
 
@@ -26,13 +27,6 @@ DISTILLATION_FIELDS = (
     "distillation_weight",
 )
 PEER_FIELDS = ("include_failed_rollout", "include_environment_feedback")
-
-DEFAULT_TEMPLATE = (
-    "{prompt}\n\n"
-    "For this problem a reference solution is known:\n{privileged_context}\n\n"
-    "Use it to check yourself, but solve the problem in your own way and state the final answer "
-    "in the format that was asked for."
-)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import string
 
 from datasets import Dataset
 
-from rlsd_lib.config import look_up
+from rlsd_lib.methods import look_up
 from rlsd_lib.privileged import COLUMN
 
 PLAIN_TEMPLATE = "{prompt}{privileged_context}"
@@ -17,7 +17,7 @@ PLAIN_TEMPLATE = "{prompt}{privileged_context}"
 CONTROLS: dict[str, str] = {
     "none": "the row's own reference",
     "shuffled": "the reference of another problem",
-    "wrong": "the row's own reference with one digit or letter changed",
+    "wrong": "the row's own reference with one digit changed; another row's if it has no digit",
     "noise": "random characters, as many as the reference has and of the same kind",
     "empty": "nothing, in a plain template: teacher and student see the same, the gap must be 0",
 }
@@ -27,7 +27,7 @@ def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
     """Return `data` with its privileged column replaced as `CONTROLS` says.
 
     Raises:
-        ValueError: for an unknown control, or for "shuffled" when all references are equal.
+        ValueError: for an unknown control, or references that it cannot change.
     """
     look_up(control, CONTROLS, "control")
     if control == "none":
@@ -36,7 +36,7 @@ def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
     texts = data[COLUMN][:]
     changed = {
         "shuffled": _shuffled,
-        "wrong": lambda texts, rng: [_wrong(text, rng) for text in texts],
+        "wrong": _wrong,
         "noise": lambda texts, rng: [_noise(text, rng) for text in texts],
         "empty": lambda texts, rng: [""] * len(texts),
     }[control](texts, rng)
@@ -50,32 +50,45 @@ def control_template(control: str, template: str | None) -> str | None:
 
 def _shuffled(texts: list[str], rng: random.Random) -> list[str]:
     """Another row's reference for every row, never one that reads the same."""
-    if len(set(texts)) < 2:
+    distinct = sorted(set(texts))
+    if len(distinct) < 2:
         raise ValueError("control='shuffled' needs at least two different references.")
-    return [rng.choice([other for other in _pick(texts, rng) if other != text]) for text in texts]
+    return [_another(text, distinct, rng) for text in texts]
 
 
-def _pick(texts: list[str], rng: random.Random, tries: int = 64) -> list[str]:
-    """Candidates for one row: a small sample, and every reference should those all be equal."""
-    sample = rng.choices(texts, k=tries)
-    return sample if len(set(sample)) > 1 else texts
+def _another(text: str, distinct: list[str], rng: random.Random) -> str:
+    while (other := rng.choice(distinct)) == text:
+        pass
+    return other
 
 
-def _wrong(text: str, rng: random.Random) -> str:
-    """`text` with one character replaced by another of its kind, digits first."""
-    places = [i for i, char in enumerate(text) if char.isdigit()]
-    places = places or [i for i, char in enumerate(text) if char.isalpha()]
-    if not places:
-        raise ValueError(f"control='wrong' needs a digit or a letter to change in {text!r}.")
-    at = rng.choice(places)
+def _wrong(texts: list[str], rng: random.Random) -> list[str]:
+    others = _shuffled(texts, rng) if any(not _digits(text) for text in texts) else texts
+    pairs = zip(texts, others, strict=True)
+    return [_misprint(text, rng) if _digits(text) else other for text, other in pairs]
+
+
+def _misprint(text: str, rng: random.Random) -> str:
+    """`text` with one digit replaced by another."""
+    at = rng.choice(_digits(text))
     # A number that begins with 0 would give itself away.
     leads = at == 0 and text[at + 1 : at + 2].isdigit()
-    kind = [char for char in _kind(text[at]) if char != text[at] and not (leads and char == "0")]
+    kind = [char for char in string.digits if char != text[at] and not (leads and char == "0")]
     return text[:at] + rng.choice(kind) + text[at + 1 :]
 
 
+def _digits(text: str) -> list[int]:
+    return [i for i, char in enumerate(text) if char.isdigit()]
+
+
 def _noise(text: str, rng: random.Random) -> str:
-    return "".join(rng.choice(_kind(char)) if char.isalnum() else char for char in text)
+    """Other characters of the same kinds; never the reference itself."""
+    if not any(char.isalnum() for char in text):
+        raise ValueError(f"control='noise' needs a letter or a digit to change in {text!r}.")
+    noise = text
+    while noise == text:
+        noise = "".join(rng.choice(_kind(char)) if char.isalnum() else char for char in text)
+    return noise
 
 
 def _kind(char: str) -> str:

@@ -1,4 +1,4 @@
-"""The distillation term inside the loss: hidden states, heads, and the mean over tokens."""
+"""The distillation term inside the loss: hidden states, heads, masks, and the mean over tokens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -145,3 +145,17 @@ def gradient_norms(terms: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor
         name: torch.autograd.grad(term, hidden, retain_graph=True)[0].flatten(1).norm(dim=1).sum()
         for name, term in terms.items()
     }
+
+
+def policy_mask(inputs: dict[str, Any]) -> Tensor:
+    """1 on the tokens (N, T) that the policy wrote: TRL's mask, over which every mean is taken."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """1 on the tokens (N, T) that the policy wrote and that the method may move."""
+    mask = policy_mask(inputs)
+    if "has_demonstration" in inputs:
+        mask = mask * inputs["has_demonstration"][:, None]
+    return mask

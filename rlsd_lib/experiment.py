@@ -10,13 +10,15 @@ Everything is written under `experiment.run.path`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from IPython import get_ipython
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from rlsd_lib import lens, provenance
 from rlsd_lib.controls import apply_control, control_template
@@ -90,6 +92,7 @@ class Experiment:
         self.model, self.tokenizer = load_model(
             self.preset.model, self.cache, **self.preset.model_options
         )
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.task = load_task(
             self.preset.task,
             train_size=self.preset.train_size,
@@ -99,14 +102,18 @@ class Experiment:
         )
         template = control_template(control, self.task.privileged_template)
         self.config = self._resolve(parameters, self.run.path / "checkpoints", template)
-        self.train_data = apply_control(self.task.train, control, seed)
+        # On both sides: what the notebooks show of the teacher is what the run does.
+        sides = {name: getattr(self.task, name) for name in ("train", "test")}
+        controlled = {name: apply_control(rows, control, seed) for name, rows in sides.items()}
+        self.task = replace(self.task, **controlled)
+        self.teacher_model = self._external_teacher()
         self.metrics: dict[str, Any] = {}
         self.run.record(
             config=_plain(self.config.to_dict()),
             preset=_plain(asdict(self.preset)),
             model=self.model.name_or_path or self.preset.model,
             data={
-                "train": provenance.fingerprint(self.train_data),
+                "train": provenance.fingerprint(self.task.train),
                 "test": provenance.fingerprint(self.task.test),
             },
             evaluation=self._sampling(),
@@ -123,14 +130,27 @@ class Experiment:
                 "rollouts per prompt": config.num_generations,
                 "steps": config.max_steps,
                 "learning rate": config.learning_rate,
-                "teacher": config.teacher_model_kind if config.uses_teacher else "none",
-                "lambda": f"{config.lambda_init} over {config.lambda_decay_steps} steps",
-                "epsilon_w": config.epsilon_w,
+                "teacher": self._teacher_in_words(),
+                **self._weight_in_words(),
                 "parameters": f"{self.model.num_parameters():,}",
                 "run directory": self.run.path.name,
             },
             name="value",
         ).to_frame()
+
+    def _teacher_in_words(self) -> str:
+        if not self.config.uses_teacher:
+            return "none"
+        external = self.config.row.teacher_sees == PROMPT
+        return self.preset.teacher_model if external else self.config.teacher_model_kind
+
+    def _weight_in_words(self) -> dict[str, str]:
+        """The rows of `summary` that mean something only for a method with a weight."""
+        config = self.config
+        if config.row.evidence is None:
+            return {}
+        decay = f" over {config.lambda_decay_steps} steps" if config.lambda_decay_steps else ""
+        return {"lambda": f"{config.lambda_init}{decay}", "epsilon_w": str(config.epsilon_w)}
 
     def prompts(self, row: int = 0) -> pd.DataFrame:
         """What student and teacher read for test problem `row`, side by side."""
@@ -184,6 +204,7 @@ class Experiment:
             "max_new_tokens": self.config.max_completion_length,
             "temperature": self.config.temperature,
             "seed": self.seed,
+            "teacher": self.teacher_model,
         }
         return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
 
@@ -193,9 +214,11 @@ class Experiment:
         `when` ("before", "after") names their mean and 95 % interval in metrics.json. Problems are
         resampled for the accuracy; the leak rate counts one completion per problem.
         """
-        results = evaluate(
-            self.model, self.tokenizer, self.task, **self._sampling(), seed=self.seed
-        )
+        # Training leaves its autocast on the model's forward; before and after must not differ.
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.bf16):
+            results = evaluate(
+                self.model, self.tokenizer, self.task, **self._sampling(), seed=self.seed
+            )
         once = results.loc[results["sample"] == 0, "completion"]
         shares = per_problem(results)
         # Kept per problem, so that runs can be compared problem by problem.
@@ -210,17 +233,12 @@ class Experiment:
 
     def trainer(self) -> RLSDTrainer:
         """The trainer of this run, which logs every step into the run directory."""
-        external = {}
-        if METHODS[self.method].teacher_sees == PROMPT:
-            preset = self.preset
-            external["teacher_model"], _ = load_model(
-                preset.teacher_model, self.cache, **preset.teacher_options
-            )
+        external = {"teacher_model": self.teacher_model} if self.teacher_model else {}
         trainer = RLSDTrainer(
             self.model,
             [self.task.reward, self.task.leak],
             self.config,
-            self.train_data,
+            self.task.train,
             processing_class=self.tokenizer,
             **external,
         )
@@ -231,9 +249,10 @@ class Experiment:
         return trainer
 
     def train(self) -> pd.DataFrame:
-        """Train; returns the logged steps, one row each."""
+        """Train, from the last checkpoint if the run was resumed; returns a row per logged step."""
         trainer = self.trainer()
-        result = trainer.train()
+        checkpoint = get_last_checkpoint(self.config.output_dir) if self.run.resumed else None
+        result = trainer.train(resume_from_checkpoint=checkpoint)
         self.model.eval()
         steps = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
         self.metrics["steps"] = result.global_step
@@ -254,6 +273,14 @@ class Experiment:
         """Write metrics.json, mark the run finished, and return the metrics."""
         self.run.finish(self.metrics)
         return pd.Series(self.metrics, name="value").to_frame()
+
+    def _external_teacher(self) -> PreTrainedModel | None:
+        if METHODS[self.method].teacher_sees != PROMPT:
+            return None
+        if not self.preset.teacher_model:
+            raise ValueError(f"method={self.method!r} needs a preset with a teacher_model.")
+        model, _ = load_model(self.preset.teacher_model, self.cache, **self.preset.teacher_options)
+        return model.to(self.model.device)
 
     def _sampling(self) -> dict[str, Any]:
         return {

@@ -1,21 +1,22 @@
 """Rollouts under the lens: one group of rollouts with gap, weight and credit of every token.
 
 What a training step computes in passing is computed here for a handful of rollouts and kept, for
-the notebooks' heat maps. It uses the trainer's own prompt and credit functions, and the model as
-student and as teacher (a `live` teacher).
+the notebooks' heat maps, with the trainer's own functions for prompts, demonstrations, credit and
+divergence. The teacher is the model itself (a `live` teacher), or the external one of `opd`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlsd_lib.config import METHODS
 from rlsd_lib.credit import clipped_weight
+from rlsd_lib.methods import METHODS, PEER, PROMPT, Method
+from rlsd_lib.peers import demonstrations
 from rlsd_lib.privileged import COLUMN, Prompt, teacher_prompt
 from rlsd_lib.tasks import Task
 
@@ -34,6 +35,12 @@ class Rollout:
     gap: list[float]  # Delta_t = log P_T(y_t) - log P_S(y_t), nats
     weight: list[float]  # after clipping; 1 for a method without a weight
     credit: list[float]  # the token advantage A_hat_t
+    divergence: list[float]  # D(P_T, P_S) at each token; empty without a distillation term
+
+    @property
+    def signal(self) -> list[float]:
+        """What moves each token: the divergence of a pure distillation method, else the credit."""
+        return self.credit if any(self.credit) or not self.divergence else self.divergence
 
     @property
     def reference(self) -> str:
@@ -57,6 +64,7 @@ def look(
     lam: float,
     epsilon_w: float,
     max_new_tokens: int,
+    teacher: PreTrainedModel | None = None,
     num_generations: int = 8,
     temperature: float = 1.0,
     seed: int = 0,
@@ -64,23 +72,23 @@ def look(
     """Sample one group for test problem `row` and give every token its credit under `method`.
 
     Advantages are normalised within the group as TRL does (Eq. 1, sample standard deviation).
-    torch's global random state is left as it was.
+    torch's global random state is left as it was. `teacher` is another model, for `opd`.
     """
-    problem = task.test[row]
-    prompt = problem["prompt"]
-    seen = teacher_prompt(prompt, problem[COLUMN], template)
+    problem, chosen = task.test[row], METHODS[method]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         completions = _sample(
-            model, tokenizer, prompt, num_generations, max_new_tokens, temperature
+            model, tokenizer, problem["prompt"], num_generations, max_new_tokens, temperature
         )
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = torch.tensor([float(task.verify(text, problem)) for text in texts])
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-    student = score(model, tokenizer, prompt, completions, temperature)
-    teacher = score(model, tokenizer, seen, completions, temperature)
-    gap, mask = _padded([t - s for t, s in zip(teacher, student, strict=True)])
-    chosen = METHODS[method]
+    seen = _teacher_prompts(chosen, problem, texts, rewards.tolist(), template)
+    pairs = [
+        _compare(model, teacher or model, tokenizer, problem["prompt"], *both, temperature, chosen)
+        for both in zip(seen, completions, strict=True)
+    ]
+    gap, mask = _padded([pair.gap for pair in pairs])
     credit = chosen.credit(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w)
     weight = torch.ones_like(gap)
     if chosen.evidence is not None:
@@ -88,38 +96,82 @@ def look(
     return [
         Rollout(
             problem=problem,
-            teacher_prompt=seen,
+            teacher_prompt=seen[i],
             completion=texts[i],
             tokens=[tokenizer.decode([token]) for token in ids],
             reward=rewards[i].item(),
             advantage=advantages[i].item(),
-            student_logp=student[i].tolist(),
-            gap=gap[i, : len(ids)].tolist(),
+            student_logp=pairs[i].student_logp.tolist(),
+            gap=pairs[i].gap.tolist(),
             weight=weight[i, : len(ids)].tolist(),
             credit=credit[i, : len(ids)].tolist(),
+            divergence=pairs[i].divergence.tolist(),
         )
         for i, ids in enumerate(completions)
     ]
 
 
-@torch.no_grad()
-def score(
+def _teacher_prompts(
+    method: Method, problem: dict[str, Any], texts: list[str], rewards: list[float], template: str
+) -> list[Prompt]:
+    """What the teacher reads before each completion of the group, by what the method shows it."""
+    prompt, contexts = problem["prompt"], [problem[COLUMN]] * len(texts)
+    if method.teacher_sees == PROMPT:
+        contexts = [None] * len(texts)
+    elif method.teacher_sees == PEER:
+        contexts = demonstrations(
+            texts,
+            rewards,
+            [None] * len(texts),
+            slice(None),
+            group_size=len(texts),
+            threshold=1.0,
+            with_failed=False,
+        ).texts
+    return [prompt if c is None else teacher_prompt(prompt, c, template) for c in contexts]
+
+
+class _Pair(NamedTuple):
+    student_logp: Tensor  # (T,)
+    gap: Tensor  # (T,)
+    divergence: Tensor  # (T,), or empty
+
+
+def _compare(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    seen: Prompt,
+    ids: list[int],
+    temperature: float,
+    method: Method,
+) -> _Pair:
+    log_p_s = _log_probabilities(student, tokenizer, prompt, ids, temperature)
+    log_p_t = _log_probabilities(teacher, tokenizer, seen, ids, temperature)
+    chosen = torch.tensor(ids)[:, None]
+    ours, theirs = (log_p.gather(1, chosen)[:, 0] for log_p in (log_p_s, log_p_t))
+    distances = torch.empty(0)
+    if method.divergence is not None:
+        top_k = method.divergence.top_k
+        spec = replace(method.divergence, top_k=top_k and min(top_k, log_p_s.shape[1]))
+        distances = spec(log_p_t, log_p_s)
+    return _Pair(ours, theirs - ours, distances)
+
+
+def _log_probabilities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    completions: Sequence[list[int]],
-    temperature: float = 1.0,
-) -> list[Tensor]:
-    """Log-probability of each token of each completion after `prompt`: (T_i,) tensors, nats."""
+    ids: list[int],
+    temperature: float,
+) -> Tensor:
+    """log P(. | prompt, y_<t) before each token of one completion: (T, V) on the CPU, nats."""
     prefix = _prompt_ids(tokenizer, prompt)
-    scores = []
-    for ids in completions:
-        tokens = torch.tensor([[*prefix, *ids]], device=model.device)
-        # Only the completion's positions go through the vocabulary.
-        logits = model(tokens, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
-        logps = (logits / temperature).log_softmax(-1)
-        scores.append(logps.gather(1, tokens[0, len(prefix) :, None])[:, 0].cpu())
-    return scores
+    tokens = torch.tensor([[*prefix, *ids]], device=model.device)
+    # Only the completion's positions go through the vocabulary.
+    logits = model(tokens, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
+    return (logits / temperature).log_softmax(-1).cpu()
 
 
 def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:

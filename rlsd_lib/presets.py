@@ -86,6 +86,8 @@ LAB_BY_METHOD = {
     "grpo_opsd": {"distillation_weight": 0.1},
 }
 
+IDENTITY = ("method", "seed", "max_steps", "output_dir")
+
 PRESETS: dict[str, Preset] = {
     "smoke": Preset(
         "a lab of one digit, two steps: does everything run?",
@@ -143,6 +145,11 @@ def resolve_config(
     known = [f.name for f in fields(RLSDConfig) if f.init]
     for name in overrides or {}:
         look_up(name, known, "override")
+        if name in IDENTITY:
+            raise ValueError(
+                f"overrides may not set {name!r}: it is a parameter of the run itself, by which its "
+                "directory and tables name it."
+            )
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -155,7 +162,9 @@ def resolve_config(
         "logging_steps": 1,
         # Of the task's rewards: accuracy counts, the leak rate is only logged.
         "reward_weights": [1.0, 0.0],
-        "save_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 50,
+        "save_total_limit": 1,
         **chosen.training,
         **chosen.by_method.get(method, {}),
     }

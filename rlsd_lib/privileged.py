@@ -15,10 +15,17 @@ Prompt = str | list[dict[str, Any]]
 
 COLUMN = "privileged_context"
 SEVERAL_WORDS = 3
+DEFAULT_TEMPLATE = (
+    "{prompt}\n\n"
+    "For this problem a reference solution is known:\n{privileged_context}\n\n"
+    "Use it to check yourself, but solve the problem in your own way and state the final answer "
+    "in the format that was asked for."
+)
 _PLACEHOLDER = re.compile(r"\{(prompt|privileged_context)\}")
+# Placeholders of the processors in transformers. HTML tags such as <img> are ordinary text.
 _IMAGE_TOKEN = re.compile(
-    r"<\|(?:image|video|vision)[^|>]*\|>|<(?:image|video|img|IMG_CONTEXT|start_of_image|"
-    r"image_soft_token|fake_token_around_image)>|\[IMG\]"
+    r"<\|(?:image|video|vision)[^|>]*\|>|\[IMG\]"
+    r"|<(?:image|IMG_CONTEXT|start_of_image|image_soft_token|fake_token_around_image)>"
 )
 
 

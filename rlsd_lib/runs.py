@@ -133,6 +133,11 @@ class Run:
         """The manifest as it stands on disk."""
         return read_manifest(self.path)
 
+    @property
+    def resumed(self) -> bool:
+        """Whether this run goes on where an earlier attempt stopped."""
+        return bool(self.manifest["resumed"])
+
     def record(self, **facts: Any) -> None:
         """Add facts to the manifest, such as `config=...`, `data=...` or `seeds=...`.
 

@@ -13,7 +13,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from rlsd_lib import privileged
-from rlsd_lib.distillation import hidden_states, predicting
+from rlsd_lib.distillation import causal_lm, head_of, hidden_states, predicting
+from rlsd_lib.methods import PROMPT
 
 if TYPE_CHECKING:
     from rlsd_lib.trainer import RLSDTrainer
@@ -41,10 +42,11 @@ class TeacherPrompts(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """log P_T of the sampled tokens (N, T), and the states (N, T, H) that predicted them."""
+    """log P_T of the sampled tokens (N, T), the states (N, T, H) that predicted them, the head."""
 
     logps: Tensor
     hidden: Tensor | None
+    head: tuple[Tensor, Tensor | None] | None
 
 
 class Scorer:
@@ -86,7 +88,11 @@ class Scorer:
                 **images,
                 **seen.type_ids,
             )
-        return Scores(logps, torch.cat(hidden) if hidden else None)
+            # Inside the block, where an adapter's own head would be the active one.
+            head = head_of(teacher) if want_hidden else None
+        if head is not None:
+            head = tuple(None if part is None else part.detach() for part in head)
+        return Scores(logps, torch.cat(hidden) if hidden else None, head)
 
     def prompts(
         self,
@@ -101,6 +107,7 @@ class Scorer:
             for prompt, context in zip(prompts, self._fit(prompts, contexts), strict=True)
         ]
         ids, _, fields = self.trainer._tokenize_prompts(seen)
+        self._check_positions(max(map(len, ids)) + completion_ids.size(1))
         type_ids = {
             name: torch.cat(
                 [self._pad_left(fields[name], 0), torch.zeros_like(completion_ids)], dim=1
@@ -112,30 +119,62 @@ class Scorer:
         pad_id = self.trainer._tokenizer.pad_token_id
         return TeacherPrompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), type_ids)
 
+    def _check_positions(self, length: int) -> None:
+        config = causal_lm(self.trainer.accelerator.unwrap_model(self.trainer.model)).config
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and length > most:
+            raise ValueError(
+                f"The teacher's prompt and completion take {length} positions, the model has "
+                f"{most}. Set max_teacher_prompt_length (and max_completion_length) to fit."
+            )
+
+    def check_lengths(self, prompts: Sequence[privileged.Prompt]) -> None:
+        """Refuse questions that leave `max_teacher_prompt_length` no room, before any compute.
+
+        Raises:
+            ValueError: naming the rows.
+        """
+        limit = self.trainer.args.max_teacher_prompt_length
+        if limit is None or self.trainer.args.row.teacher_sees == PROMPT:
+            return
+        template = self.trainer.args.privileged_template
+        bare = [privileged.teacher_prompt(prompt, "", template) for prompt in prompts]
+        rows = [i for i, prompt in enumerate(bare) if self._count(prompt) >= limit]
+        if rows:
+            raise ValueError(
+                f"max_teacher_prompt_length={limit} leaves no room for the privileged text in "
+                f"{len(rows)} dataset rows (rows {rows[:10]}): question and template alone fill "
+                "it. Raise the limit or drop the rows."
+            )
+
     def _fit(
         self, prompts: Sequence[privileged.Prompt], contexts: Sequence[str | None]
     ) -> Sequence[str | None]:
         """Shorten contexts to `max_teacher_prompt_length`, and log the share shortened."""
-        trainer, args = self.trainer, self.trainer.args
-        limit, template = args.max_teacher_prompt_length, args.privileged_template
-        if limit is None:
+        if self.trainer.args.max_teacher_prompt_length is None:
             return contexts
-
-        def count_tokens(prompt: privileged.Prompt) -> int:
-            return len(trainer._tokenize_prompts([prompt])[0][0])
-
-        fitted = [
-            context
-            if context is None
-            or count_tokens(privileged.teacher_prompt(prompt, context, template)) <= limit
-            else privileged.shorten_to_fit(
-                prompt, context, template, limit, trainer._tokenizer, count_tokens
-            )
-            for prompt, context in zip(prompts, contexts, strict=True)
-        ]
+        # Rollouts of a group ask the same thing; each question is measured once.
+        known: dict[tuple[str, str | None], str | None] = {}
+        for prompt, context in zip(prompts, contexts, strict=True):
+            key = (repr(prompt), context)
+            if key not in known:
+                known[key] = context if context is None else self._shortened(prompt, context)
+        fitted = [known[repr(p), context] for p, context in zip(prompts, contexts, strict=True)]
         cut = sum(new != old for new, old in zip(fitted, contexts, strict=True))
-        trainer.log_means({"context_shortened_frac": (cut, len(fitted))})
+        self.trainer.log_means({"context_shortened_frac": (cut, len(fitted))})
         return fitted
+
+    def _shortened(self, prompt: privileged.Prompt, context: str) -> str:
+        args = self.trainer.args
+        limit, template = args.max_teacher_prompt_length, args.privileged_template
+        if self._count(privileged.teacher_prompt(prompt, context, template)) <= limit:
+            return context
+        return privileged.shorten_to_fit(
+            prompt, context, template, limit, self.trainer._tokenizer, self._count
+        )
+
+    def _count(self, prompt: privileged.Prompt) -> int:
+        return len(self.trainer._tokenize_prompts([prompt])[0][0])
 
     def _pad_left(self, rows: list[list[int]], value: int) -> Tensor:
         return pad(

@@ -1,13 +1,16 @@
 """Run directories as one table: a row per method, seeds taken together, nothing left out."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy import stats
 
+from rlsd_lib.evaluate import paired_interval
 from rlsd_lib.provenance import settings
-from rlsd_lib.records import Runs, is_number
+from rlsd_lib.records import Runs, is_number, read_manifest
 
 DASH = "-"
 # Column of metrics.json -> heading, digits. An interval stands beside accuracy alone.
@@ -67,6 +70,46 @@ def make_table(runs: Runs) -> Table:
     notes += [f"finished, no metrics: {p}" for p in finished.drop(measured.index)["path"]]
     notes += [_incomplete(run) for _, run in frame[frame["status"] != "finished"].iterrows()]
     return Table(_drop_constant(rows), notes)
+
+
+def paired_differences(runs: Runs, baseline: str = "grpo") -> pd.DataFrame:
+    """Accuracy after training minus the baseline's, on the same problems and the same seeds.
+
+    A row per method and settings: mean difference with the 95 % interval of `paired_interval`
+    (the wider of resampling problems and resampling seeds), and the number of shared seeds.
+
+    Raises:
+        ValueError: no finished run of `baseline`, or runs that were judged on other problems.
+    """
+    frame = runs.runs[runs.runs["status"] == "finished"]
+    marks = frame.assign(settings=[settings_of(p) for p in frame["parameters"]])
+    base = {
+        run["seed"]: _evaluation(run) for _, run in marks[marks["method"] == baseline].iterrows()
+    }
+    if not base:
+        raise ValueError(f"no finished run of {baseline!r} to compare with")
+    rows = []
+    for (method, changes), cells in marks.groupby(["method", "settings"]):
+        shared = [run for _, run in cells.iterrows() if run["seed"] in base]
+        if method == baseline or not shared:
+            continue
+        ours, theirs = [_evaluation(run) for run in shared], [base[run["seed"]] for run in shared]
+        if len({one.problems for one in (*ours, *theirs)}) > 1:
+            raise ValueError(f"{method} and {baseline} were not judged on the same problems")
+        found = paired_interval([one.correct for one in theirs], [one.correct for one in ours])
+        rows.append((method, changes, found.mean, found.low, found.high, len(shared)))
+    columns = ["method", "settings", f"accuracy - {baseline}", "low", "high", "seeds"]
+    return pd.DataFrame(rows, columns=columns).sort_values(columns[2], ascending=False)
+
+
+class _Evaluation(NamedTuple):
+    problems: str  # fingerprint of the test rows
+    correct: list[float]  # share correct, problem by problem
+
+
+def _evaluation(run: pd.Series) -> _Evaluation:
+    shares = json.loads((Path(run["path"]) / "evaluation_after.json").read_text())["correct"]
+    return _Evaluation(read_manifest(run["path"])["data"]["test"], shares)
 
 
 def settings_of(parameters: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@
 """
 
 import copy
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +21,12 @@ import torch
 from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from safetensors.torch import load_model, save_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
 from rlsd_lib.config import RLSDConfig
-from rlsd_lib.distillation import head_of
 
 if TYPE_CHECKING:
     from rlsd_lib.trainer import RLSDTrainer
@@ -87,14 +87,10 @@ class Teacher:
         else:
             yield student if self.kind == "live" else self.model
 
-    def head(self, student: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """LM head of the teacher, (V, H) and (V,) or None, detached. PEFT never adapts the head."""
-        shared = self.adapter is not None or self.kind == "live"
-        weight, bias = head_of(student if shared else self.model)
-        return weight.detach(), None if bias is None else bias.detach()
-
-    def age(self, step: int) -> int:
-        """Optimiser steps since the teacher's weights were the policy's (0 for `live`)."""
+    def age(self, step: int) -> int | None:
+        """Optimiser steps since the teacher's weights were the policy's; None if they never were."""
+        if self.kind == EXTERNAL:
+            return None
         return 0 if self.kind == "live" else step - self.last_sync_step
 
     @torch.no_grad()
@@ -112,6 +108,10 @@ class Teacher:
     def release(self) -> None:
         """Drop a full copy for good: lambda has reached 0 and will not come back."""
         self.model = None
+        # The copy holds itself in a cycle (its patched forward); memory should not wait for luck.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def save(self, folder: Path, step: int) -> None:
         """Write the teacher's state into a checkpoint folder (adapters are saved by PEFT).
@@ -192,8 +192,9 @@ class TeacherCallback(TrainerCallback):
 
     def on_step_end(self, args: RLSDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer on every rank, before a checkpoint of the same step is written."""
-        if args.teacher_is_over(state.global_step):
-            self.trainer.teacher.release()
+        teacher = self.trainer.teacher
+        if args.teacher_is_over(state.global_step) and teacher.model is not None:
+            teacher.release()
         else:
             self.trainer.teacher.sync(self.trainer.model, state.global_step)
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from rlsd_lib import distillation, privileged
-from rlsd_lib.checks import check_arguments, check_model, check_teacher
+from rlsd_lib.checks import check_arguments, check_model, check_sharding, check_teacher
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.credit import gap_sums, weight_sums
 from rlsd_lib.divergence import divergence
@@ -29,6 +30,8 @@ from rlsd_lib.teacher import Teacher, TeacherCallback
 
 class RLSDTrainer(GRPOTrainer):
     """GRPO whose token advantages are shaped by a teacher that sees privileged information.
+
+    Evaluation runs no teacher: the evaluation loss is GRPO's for every method.
 
     A drop-in for [`~trl.GRPOTrainer`] with one more dataset column, `privileged_context` (str).
     With `method="grpo"`, or while lambda is 0, every step is bit-identical to the parent's.
@@ -46,7 +49,7 @@ class RLSDTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: RLSDConfig | None = None,
         train_dataset: Any = None,
-        *,
+        *others: Any,
         teacher_model: "str | PreTrainedModel | None" = None,
         **kwargs: Any,
     ) -> None:
@@ -61,9 +64,12 @@ class RLSDTrainer(GRPOTrainer):
         self._rewards: list[float] = []
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
         check_arguments(reward_funcs, args, train_dataset, teacher_model, kwargs)
-        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+        super().__init__(model, reward_funcs, args, train_dataset, *others, **kwargs)
         if args.uses_teacher:
             check_model(self.model, self.processing_class, args)
+            check_sharding(self.model, args, self.accelerator)
+            if isinstance(train_dataset, Dataset) and self.environment_factories is None:
+                self.scorer.check_lengths(train_dataset["prompt"][:])
             self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
             if teacher_model is not None:
                 external = self.teacher.model
@@ -94,15 +100,15 @@ class RLSDTrainer(GRPOTrainer):
         contexts = self._contexts(inputs)
         dense = self.args.divergence is not None
         scores = self.scorer.score(self._final_prompts, contexts, output, want_hidden=dense)
-        self._check_finite(scores.logps, "teacher")
+        self._check_finite(scores.logps, output["prompt_ids"], "teacher")
         output["teacher_per_token_logps"] = scores.logps
         if dense:
             output["teacher_hidden"] = scores.hidden
             # Reused rollouts outlive an optimiser step; the head must stay that of their states.
-            weight, bias = self.teacher.head(self.model)
-            if self._steps_served() > 1:
-                weight, bias = weight.clone(), None if bias is None else bias.clone()
-            self._teacher_head = (weight, bias)
+            keep = self._steps_served() > 1
+            self._teacher_head = tuple(
+                t.clone() if keep and t is not None else t for t in scores.head
+            )
         if self.args.row.teacher_sees == PEER:
             shown = [context is not None for context in contexts]
             output["has_demonstration"] = torch.tensor(shown, device=self.accelerator.device)
@@ -180,13 +186,13 @@ class RLSDTrainer(GRPOTrainer):
         # log-probabilities cost nothing extra.
         if self._pending is not None:
             inputs, self._pending = self._pending, None
-            self._check_finite(logps, "student")
+            self._check_finite(logps, inputs["prompt_ids"], "student")
             inputs["advantages"] = self._token_advantages(inputs, logps.detach())
         return logps, entropies, aux_loss
 
     def _token_advantages(self, inputs: dict[str, Any], logps: Tensor) -> Tensor:
         """A (N,) -> A_hat (N, T) by the method's credit function, and the metrics of it."""
-        advantages, mask = inputs["advantages"], _loss_mask(inputs)
+        advantages, mask = inputs["advantages"], distillation.loss_mask(inputs)
         if advantages.dim() != 1:
             raise RuntimeError(f"Advantages were reweighted already: {tuple(advantages.shape)}.")
         # P_S is the policy that wrote the rollout: credit belongs to the rollout, as A does.
@@ -198,15 +204,15 @@ class RLSDTrainer(GRPOTrainer):
             log_weight = self.args.row.evidence(advantages, gap)
             sums |= weight_sums(credited, log_weight, advantages, mask, epsilon_w)
         self.log_means(sums)
-        age = self.teacher.age(self.state.global_step)
-        self._metrics["train"]["rlsd/teacher_age"].append(age)
+        if (age := self.teacher.age(self.state.global_step)) is not None:
+            self._metrics["train"]["rlsd/teacher_age"].append(age)
         return credited
 
     def _distillation_loss(
         self, model: nn.Module, hidden: Tensor, policy_loss: Tensor, inputs: dict[str, Any]
     ) -> Tensor:
         """The weighted mean over tokens of D(P_T, P_S), with the gradient through P_S only."""
-        mask = _loss_mask(inputs)
+        mask = distillation.loss_mask(inputs)
         student, teacher = distillation.head_of(model), self._teacher_head
         per_token = divergence(
             self.args.divergence,
@@ -221,7 +227,7 @@ class RLSDTrainer(GRPOTrainer):
         )
         loss = distillation.token_mean(
             per_token,
-            _policy_mask(inputs),
+            distillation.policy_mask(inputs),
             self.args,
             num_items=inputs["num_items_in_batch"],
             num_processes=self.accelerator.num_processes,
@@ -229,12 +235,16 @@ class RLSDTrainer(GRPOTrainer):
         )
         loss = (self.args.distillation_weight or 1.0) * loss
         self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
-        if self.args.row.needs_weight:
+        if self.args.row.needs_weight and self._logs_this_step():
             terms = {"policy": policy_loss, "distillation": loss}
             norms = distillation.gradient_norms(terms, hidden)
             share = (norms["distillation"], norms["policy"] + norms["distillation"])
             self.log_means({"distillation_gradient_frac": share})
         return loss
+
+    def _logs_this_step(self) -> bool:
+        """Whether the step under way is logged; what costs extra is measured only then."""
+        return (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
 
     def log_means(self, sums: dict[str, tuple[Any, Any]]) -> None:
         """Log numerator / denominator under rlsd/, both summed over all ranks.
@@ -245,16 +255,22 @@ class RLSDTrainer(GRPOTrainer):
         flat = [torch.as_tensor(v, device=device).float() for pair in sums.values() for v in pair]
         totals = self.accelerator.reduce(torch.stack(flat).view(-1, 2), reduction="sum")
         for name, (total, count) in zip(sums, totals.tolist(), strict=True):
-            if count:
-                self._metrics["train"][f"rlsd/{name}"].append(total / count)
+            # NaN where there was nothing to average: the column stays, and TRL's means skip it.
+            self._metrics["train"][f"rlsd/{name}"].append(total / count if count else float("nan"))
 
-    def _check_finite(self, logps: Tensor, whose: str) -> None:
+    def _check_finite(self, logps: Tensor, prompt_ids: Tensor, whose: str) -> None:
+        """Stop on every rank when any rank has a log-probability that is no number."""
         bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        if bad:
+        prompts = [self._tokenizer.decode(prompt_ids[row], skip_special_tokens=True) for row in bad]
+        # Gathered before anyone raises: a rank that stopped alone would leave the others waiting.
+        found = gather_object(
+            [(self.accelerator.process_index, text[-200:]) for text in prompts[:3]]
+        )
+        if found:
             raise FloatingPointError(
                 f"Non-finite {whose} log-probabilities at step {self.state.global_step}, in samples "
-                f"{bad[:10]} of the batch on rank {self.accelerator.process_index}. Training stops "
-                f"here; checkpoints under {self.args.output_dir} are intact."
+                f"(rank, prompt) {found}. Training stops here; checkpoints under "
+                f"{self.args.output_dir} are intact."
             )
 
     # Checkpoints
@@ -278,17 +294,3 @@ class RLSDTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.teacher is not None and checkpoint is not None:
             self.teacher.load(Path(checkpoint), self.model)
-
-
-def _policy_mask(inputs: dict[str, Any]) -> Tensor:
-    """1 on the tokens (N, T) that the policy wrote: TRL's mask, over which every mean is taken."""
-    mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _loss_mask(inputs: dict[str, Any]) -> Tensor:
-    """1 on the tokens (N, T) that the policy wrote and that the method may move."""
-    mask = _policy_mask(inputs)
-    if "has_demonstration" in inputs:
-        mask = mask * inputs["has_demonstration"][:, None]
-    return mask

@@ -108,7 +108,7 @@ def test_controls_change_the_reference_and_nothing_else(control):
     elif control == "empty":
         assert set(after) == {""}
     else:
-        assert all(new != old for new, old in zip(after, before, strict=True)) or control == "noise"
+        assert all(new != old for new, old in zip(after, before, strict=True))
     if control == "wrong":
         assert all(
             new.endswith(" apples") and len(new) == len(old)
@@ -126,5 +126,15 @@ def test_unknown_controls_and_hopeless_references_are_refused():
         controls.apply_control(same, "shufled", seed=0)
     with pytest.raises(ValueError, match="two different references"):
         controls.apply_control(same, "shuffled", seed=0)
-    with pytest.raises(ValueError, match="digit or a letter"):
-        controls.apply_control(Dataset.from_dict({"privileged_context": ["?!"]}), "wrong", seed=0)
+    with pytest.raises(ValueError, match="letter or a digit"):
+        controls.apply_control(Dataset.from_dict({"privileged_context": ["?!"]}), "noise", seed=0)
+
+
+def test_a_wrong_word_is_another_rows():
+    words = Dataset.from_dict(
+        {"prompt": ["a", "b", "c", "d"], "privileged_context": ["yes", "no", "A", "7"]}
+    )
+    changed = controls.apply_control(words, "wrong", seed=0)["privileged_context"][:]
+    assert all(word in ("yes", "no", "A", "7") for word in changed[:3])
+    assert changed[:3] != ["yes", "no", "A"]
+    assert changed[3].isdigit() and changed[3] != "7"
