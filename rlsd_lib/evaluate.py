@@ -14,6 +14,7 @@ from scipy.special import comb
 from scipy.stats import bootstrap, ttest_1samp
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlsd_lib.privileged import COLUMN, teacher_prompt
 from rlsd_lib.tasks import Task
 
 Messages = list[dict[str, str]]
@@ -126,7 +127,7 @@ def evaluate(
     the privileged prompt is measured: what the teacher can do.
     """
     rows = list(task.test.select(range(num_problems)) if num_problems else task.test)
-    prompts = [_with_reference(row, privileged_template) for row in rows]
+    prompts = [_prompt(row, privileged_template) for row in rows]
     samples = generate(
         model,
         tokenizer,
@@ -151,13 +152,11 @@ def evaluate(
     )
 
 
-def _with_reference(row: dict, template: str | None) -> Messages:
-    """Return the row's prompt, its last turn rewritten by the template where there is one."""
+def _prompt(row: dict, template: str | None) -> Messages:
+    """Return the row's prompt, as the teacher sees it where there is a template."""
     if template is None:
         return row["prompt"]
-    *before, last = row["prompt"]
-    text = template.format(prompt=last["content"], privileged_context=row["privileged_context"])
-    return [*before, {**last, "content": text}]
+    return teacher_prompt(row["prompt"], row[COLUMN], template)
 
 
 def pass_at_k(results: pd.DataFrame, k: int) -> pd.Series:

@@ -10,7 +10,7 @@ import pytest
 import sympy.physics.units  # the worker has it loaded, too
 from sympy.parsing import sympy_parser
 
-from rlsd_lib import grading
+from rlsd_lib import grading, symbolic
 from rlsd_lib.grading import final_answer, grade
 
 CHOICES = ["red", "12 cm", "a triangle", "Vitamin B"]
@@ -219,7 +219,7 @@ HOSTILE = {
 def test_hostile_text_is_wrong_in_time(
     completion: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    monkeypatch.setattr(grading, "SECONDS", 0.3)
+    monkeypatch.setattr(symbolic, "SECONDS", 0.3)
     gold = {"multiple choice": "B", "boolean": "yes"}.get(kind, "42")
     begun = time.monotonic()
     assert grade(completion, gold, kind, CHOICES) is False
@@ -229,7 +229,7 @@ def test_hostile_text_is_wrong_in_time(
 
 def test_no_answer_reaches_an_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str, float]] = []
-    monkeypatch.setattr(grading._Worker, "equal", lambda _, *q: bool(asked.append(q)))
+    monkeypatch.setattr(symbolic.Worker, "equal", lambda _, *q: bool(asked.append(q)))
     for kind, gold, completion, _ in TABLE:
         grade(completion, gold, kind, CHOICES)
     assert len(asked) > 30
@@ -240,10 +240,10 @@ def test_no_answer_reaches_an_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sympy_parser, "eval", refuse, raising=False)
     with pytest.raises(AssertionError, match="eval was called"):
         sympy.sympify("1 + 1")
-    monkeypatch.setattr(sympy_parser, "eval_expr", grading._literal)
+    monkeypatch.setattr(sympy_parser, "eval_expr", symbolic.literal)
     with pytest.raises(ValueError, match="neither a number nor a name"):
         sympy.sympify("().__class__")
-    assert sum(grading._equal(*question) for question in asked) > 20
+    assert sum(symbolic.compare(*question) for question in asked) > 20
 
 
 def test_verdicts_do_not_need_the_main_thread() -> None:
@@ -261,13 +261,13 @@ def test_verdicts_do_not_need_the_main_thread() -> None:
 
 def test_a_killed_worker_is_replaced() -> None:
     assert grade("7+7", "14", "math")
-    os.kill(grading._WORKER._process.pid, signal.SIGKILL)
-    grading._WORKER._process.wait()
+    os.kill(symbolic._WORKER._process.pid, signal.SIGKILL)
+    symbolic._WORKER._process.wait()
     assert grade("8+8", "16", "math")
 
 
 def _in_child(queue: multiprocessing.Queue) -> None:
-    queue.put([grade("9+9", "18", "math"), grading._WORKER._process.pid])
+    queue.put([grade("9+9", "18", "math"), symbolic._WORKER._process.pid])
 
 
 def test_a_forked_process_has_a_worker_of_its_own() -> None:
@@ -279,17 +279,17 @@ def test_a_forked_process_has_a_worker_of_its_own() -> None:
     verdict, worker = queue.get(timeout=60)
     child.join()
     assert verdict
-    assert worker != grading._WORKER._process.pid
+    assert worker != symbolic._WORKER._process.pid
     assert grade("5+5", "10", "math")
 
 
 def test_a_timeout_says_so_and_is_not_remembered(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(grading, "SECONDS", 0.2)
+    monkeypatch.setattr(symbolic, "SECONDS", 0.2)
     assert not grade("9^{9^{9^{7}}}", "5", "math")
     assert "no verdict" in caplog.text
-    assert not any("9^{7}" in question for question in grading._WORKER._known)
+    assert not any("9^{7}" in question for question in symbolic._WORKER._known)
 
 
 @pytest.mark.parametrize(
