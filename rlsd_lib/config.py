@@ -10,23 +10,12 @@ from trl import GRPOConfig
 
 from rlsd_lib.credit import Credit, lambda_schedule, sampled_distillation
 from rlsd_lib.divergence import Divergence
-from rlsd_lib.methods import METHODS, PEER, PROMPT, Method, look_up
+from rlsd_lib.methods import METHODS, PROMPT, Method, check_distillation, look_up
 from rlsd_lib.privileged import DEFAULT_TEMPLATE
 
 __all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "RLSDConfig"]
 
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
-DISTILLATION_MODES = ("full_logits", "topk_logits", "sampled_token")
-# Fields that mean something for methods with a distillation term only; None is the method's own.
-DISTILLATION_FIELDS = (
-    "distillation_mode",
-    "distillation_alpha",
-    "distillation_topk",
-    "distillation_add_tail",
-    "distillation_token_clip",
-    "distillation_weight",
-)
-PEER_FIELDS = ("include_failed_rollout", "include_environment_feedback")
 
 
 @dataclass
@@ -223,61 +212,12 @@ class RLSDConfig(GRPOConfig):
         for name in ("distillation_weight", "distillation_token_clip"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "None or a number > 0")
-        self._check_distillation()
+        check_distillation(self)
         for placeholder in ("{prompt}", "{privileged_context}"):
             if placeholder not in self.privileged_template:
                 raise ValueError(
                     f"privileged_template has no {placeholder}: {self.privileged_template!r}. "
                     "The teacher's turn must hold both {prompt} and {privileged_context}."
-                )
-
-    def _check_distillation(self) -> None:
-        given = [name for name in DISTILLATION_FIELDS if getattr(self, name) is not None]
-        if given and self.row.divergence is None:
-            raise ValueError(
-                f"{given[0]}={getattr(self, given[0])!r} means nothing for "
-                f"method={self.method!r}, which has no distillation term. Leave it at None."
-            )
-        foreign = [name for name in PEER_FIELDS if getattr(self, name)]
-        if foreign and self.row.teacher_sees != PEER:
-            raise ValueError(
-                f"{foreign[0]}=True is an option of method='sdpo', not {self.method!r}."
-            )
-        if self.row.needs_weight and self.distillation_weight is None:
-            raise ValueError(
-                f"method={self.method!r} needs distillation_weight, the factor of its "
-                "distillation term: the paper does not report one. Try 0.1."
-            )
-        mode = self.distillation_mode
-        if mode is not None:
-            look_up(mode, DISTILLATION_MODES, "distillation_mode")
-        if mode == "sampled_token" and self.row.needs_weight:
-            raise ValueError("grpo_opsd mixes a loss with a divergence: use full or top-k logits.")
-        topk = self.distillation_topk is not None or self.distillation_add_tail is not None
-        if topk and mode in ("full_logits", "sampled_token"):
-            raise ValueError(
-                f"distillation_topk and distillation_add_tail mean nothing with "
-                f"distillation_mode={mode!r}. Use 'topk_logits'."
-            )
-        if mode == "sampled_token" and given != ["distillation_mode"]:
-            raise ValueError(
-                f"{given[-1]}={getattr(self, given[-1])!r} means nothing with distillation_mode="
-                "'sampled_token', whose token advantage is log P_T - log P_S. Leave it at None."
-            )
-        if self.row.divergence is not None and self.row.divergence.kind.endswith("_top1"):
-            self._check_top1()
-        spec = self.divergence  # built here, so that its own checks come now
-        if mode == "topk_logits" and spec.top_k is None:
-            raise ValueError("distillation_mode='topk_logits' needs distillation_topk, e.g. 100.")
-
-    def _check_top1(self) -> None:
-        """The top-1 methods are one fixed function: another divergence would be another method."""
-        for name in ("distillation_mode", "distillation_alpha"):
-            value = getattr(self, name)
-            if value not in (None, "full_logits"):
-                raise ValueError(
-                    f"{name}={value!r} means nothing for method={self.method!r}, which looks at "
-                    "one token. Use method='opsd' with it."
                 )
 
     def _check_combinations(self) -> None:

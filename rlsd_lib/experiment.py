@@ -109,8 +109,8 @@ class Experiment:
         self.teacher_model = self._external_teacher()
         self.metrics: dict[str, Any] = {}
         self.run.record(
-            config=_plain(self.config.to_dict()),
-            preset=_plain(asdict(self.preset)),
+            config=self.config.to_dict(),
+            preset=asdict(self.preset),
             model=self.model.name_or_path or self.preset.model,
             data={
                 "train": provenance.fingerprint(self.task.train),
@@ -251,12 +251,16 @@ class Experiment:
     def train(self) -> pd.DataFrame:
         """Train, from the last checkpoint if the run was resumed; returns a row per logged step."""
         trainer = self.trainer()
-        checkpoint = get_last_checkpoint(self.config.output_dir) if self.run.resumed else None
+        resumed = self.run.manifest["resumed"]
+        checkpoint = get_last_checkpoint(self.config.output_dir) if resumed else None
+        begun = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         result = trainer.train(resume_from_checkpoint=checkpoint)
         self.model.eval()
         steps = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
         self.metrics["steps"] = result.global_step
-        self.metrics["seconds_per_step"] = result.metrics["train_runtime"] / result.global_step
+        self.metrics["seconds_per_step"] = result.metrics["train_runtime"] / (
+            result.global_step - begun
+        )
         self.metrics |= steps[list(LAST_MEANS)].tail(LAST_STEPS).mean().to_dict()
         if "rlsd/gap_mean" in steps:
             asked = steps[steps["rlsd/gap_mean"].notna()]
@@ -277,8 +281,6 @@ class Experiment:
     def _external_teacher(self) -> PreTrainedModel | None:
         if METHODS[self.method].teacher_sees != PROMPT:
             return None
-        if not self.preset.teacher_model:
-            raise ValueError(f"method={self.method!r} needs a preset with a teacher_model.")
         model, _ = load_model(self.preset.teacher_model, self.cache, **self.preset.teacher_options)
         return model.to(self.model.device)
 
@@ -301,12 +303,3 @@ class Experiment:
             max_steps=parameters["max_steps"],
             overrides=parameters["overrides"],
         )
-
-
-def _plain(value: Any) -> Any:
-    """JSON-like: what JSON has no type for becomes its string."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlsd_lib.config import RLSDConfig
-from rlsd_lib.methods import METHODS, look_up
+from rlsd_lib.methods import METHODS, PROMPT, look_up
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,10 @@ def resolve_config(
     """
     look_up(method, METHODS, "method")
     chosen = PRESETS[look_up(preset, PRESETS, "preset")]
+    if METHODS[method].teacher_sees == PROMPT and not chosen.teacher_model:
+        raise ValueError(
+            f"method={method!r} needs a preset with a teacher_model; {preset!r} has none."
+        )
     known = [f.name for f in fields(RLSDConfig) if f.init]
     for name in overrides or {}:
         look_up(name, known, "override")

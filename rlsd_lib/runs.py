@@ -12,11 +12,12 @@ of them back into tidy frames. Layout of a run directory:
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from IPython import get_ipython
 
 from rlsd_lib import provenance
 from rlsd_lib.claims import Claim, claim_path, latest_claim, make_claim
@@ -110,7 +111,7 @@ class Run:
         """Claim the directory; returns the run and the attempts that it continues."""
         owner = latest_claim(path)  # first: whoever claims after this makes `make_claim` fail
         state = state_of(path)
-        again = _shell() is not None and owner is not None and owner.is_mine()
+        again = get_ipython() is not None and owner is not None and owner.is_mine()
         _check_allowed(path, state, if_exists, owner, again=again and state != "finished")
         claim = make_claim(path, owner.attempt + 1 if owner else 1)
         run = cls(path, claim.attempt, attached=False)
@@ -132,11 +133,6 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """The manifest as it stands on disk."""
         return read_manifest(self.path)
-
-    @property
-    def resumed(self) -> bool:
-        """Whether this run goes on where an earlier attempt stopped."""
-        return bool(self.manifest["resumed"])
 
     def record(self, **facts: Any) -> None:
         """Add facts to the manifest, such as `config=...`, `data=...` or `seeds=...`.
@@ -223,7 +219,7 @@ class Run:
         return manifest
 
     def _watch_cells(self) -> None:
-        if shell := _shell():
+        if shell := get_ipython():
             shell.events.register("post_run_cell", self._after_cell)
 
     def _after_cell(self, result: Any) -> None:
@@ -273,15 +269,6 @@ def _empty(path: Path) -> None:
 
 def _seeds(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if "seed" in name}
-
-
-def _shell() -> Any:
-    """The IPython shell of this process, or None outside of one."""
-    if "IPython" not in sys.modules:
-        return None
-    from IPython import get_ipython
-
-    return get_ipython()
 
 
 def _manifest(
