@@ -37,3 +37,10 @@ def test_every_method_and_module_is_in_the_readme():
     package = Path(__file__).parent.parent / "rlsd_lib"
     for path in package.glob("*.py"):
         assert path.name == "__init__.py" or path.name in README, f"{path.name} is not in the tree"
+
+
+def test_every_link_leads_to_a_file_and_nothing_is_left_open():
+    root = Path(__file__).parent.parent
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (root / target).exists(), target
+    assert "@@" not in README
