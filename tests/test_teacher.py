@@ -71,8 +71,8 @@ def test_base_never_moves_and_ema_moves_by_its_rate(tmp_path):
         torch.testing.assert_close(averaged[name], 0.75 * start[name] + 0.25 * end[name])
 
 
-def test_a_full_copy_answers_with_its_own_weights(tmp_path):
-    """Trap 2: a plain deep copy of the patched model would answer with the live student's."""
+def test_trap_2_a_full_copy_answers_with_its_own_weights(tmp_path):
+    """A plain deep copy of the patched model would answer with the live student's."""
     trainer = tiny.trainer(tmp_path, method="grpo")
     teacher = copy_for_scoring(trainer.model, trainer.args)
     ids = torch.randint(6, 40, (1, 9))
@@ -84,7 +84,7 @@ def test_a_full_copy_answers_with_its_own_weights(tmp_path):
     assert not teacher.training
 
 
-def test_the_teacher_adapter_is_frozen_and_never_the_active_one(tmp_path):
+def test_trap_17_the_teacher_adapter_is_frozen_and_never_the_active_one(tmp_path):
     trainer = tiny.trainer(
         tmp_path, lora_student(), max_steps=3, save_strategy="steps", save_steps=1
     )
@@ -139,7 +139,7 @@ def run_until_killed(folder: Path, variant: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("variant", RESUME)
-def test_a_killed_run_resumes_bit_identically(tmp_path, variant):
+def test_trap_20_a_killed_run_resumes_bit_identically(tmp_path, variant):
     whole = resumable(tmp_path / "whole", variant)
     whole.train()
     killed = tmp_path / "killed"

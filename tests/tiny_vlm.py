@@ -1,7 +1,7 @@
 """A random Qwen3-VL of two text and two vision layers, with the family's own processor: offline."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tiny
@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from transformers import (
+    BaseVideoProcessor,
     PreTrainedTokenizerFast,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -29,6 +30,15 @@ CHAT_TEMPLATE = (
 )
 
 
+class NoVideos(BaseVideoProcessor):
+    """Stands where the family's video processor, which needs torchvision, would stand."""
+
+    model_input_names: ClassVar = []
+
+    def __init__(self) -> None:
+        pass
+
+
 def tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
     """The character tokenizer of `tiny`, with the tokens that stand for images."""
     made = tiny.tokenizer()
@@ -42,7 +52,9 @@ def processor(padding_side: str = "left") -> Qwen3VLProcessor:
     images = Qwen2VLImageProcessorPil(
         patch_size=4, size={"shortest_edge": 64, "longest_edge": 1024}, merge_size=2
     )
-    return Qwen3VLProcessor(images, tokenizer(padding_side), None, chat_template=CHAT_TEMPLATE)
+    return Qwen3VLProcessor(
+        images, tokenizer(padding_side), NoVideos(), chat_template=CHAT_TEMPLATE
+    )
 
 
 def model(seed: int = 0, **text: Any) -> Qwen3VLForConditionalGeneration:

@@ -1,0 +1,182 @@
+"""Images (trap 16): the teacher sees the student's, in the same places, and reads more text."""
+
+import pytest
+import tiny
+import tiny_vlm
+import torch
+from peft import LoraConfig, get_peft_model
+from test_trainer import run_and_capture
+from trl.data_utils import prepare_multimodal_messages
+
+from rlsd_lib import RLSDTrainer
+from rlsd_lib.scoring import IMAGE_FIELDS
+
+ONE = [1] * 8
+SEVERAL = [1, 2, 3, 1, 2, 1, 1, 2]
+# Taken in order, two rows a step: the second step has no image at all. (Rows with and without
+# images in one batch stop in TRL 1.16.0's own call of the processor.)
+TEXT_STEP = [1, 2, 0, 0]
+NULL = {"privileged_template": "{prompt}{privileged_context}"}
+
+
+def test_every_part_of_the_model_learns(tmp_path):
+    trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(SEVERAL), max_steps=2, learning_rate=0.1)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    stuck = [n for n, p in trainer.model.named_parameters() if torch.equal(p, before[n])]
+    assert not stuck
+    assert trainer.state.log_history[0]["rlsd/gap_abs_mean"] > 0.1
+
+
+def reference_scores(trainer: RLSDTrainer, data, micro: dict, row: int) -> tuple:
+    """log P_T of one rollout, alone: family's processor, plain forward, no padding, no fused head."""
+    tokenizer = trainer._tokenizer
+    prompt = tokenizer.decode(micro["prompt_ids"][row], skip_special_tokens=True)
+    source = data[int(prompt.removesuffix("?"))]
+    turn = f"{prompt}|{source['privileged_context']}"
+    message = [{"role": "user", "content": turn}]
+    if source["images"]:
+        message = prepare_multimodal_messages(message, images=source["images"])
+    inputs = trainer.processing_class.apply_chat_template(
+        message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    length = int(micro["completion_mask"][row].sum())
+    completion = micro["completion_ids"][row, :length][None]
+    types = inputs["mm_token_type_ids"]
+    logits = trainer.teacher.model(
+        **{k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")},
+        input_ids=torch.cat([inputs["input_ids"], completion], dim=1),
+        mm_token_type_ids=torch.cat([types, torch.zeros_like(completion)], dim=1),
+    ).logits[0, -length - 1 : -1]
+    wanted = logits.log_softmax(-1).gather(1, completion[0][:, None])[:, 0]
+    return wanted, micro["teacher_per_token_logps"][row, :length]
+
+
+@pytest.mark.parametrize("counts", [ONE, SEVERAL, TEXT_STEP], ids=["one", "several", "text step"])
+def test_trap_16_every_rollout_is_scored_with_its_own_images(tmp_path, counts):
+    """After TRL's shuffle and split, against the model's plain forward on one row at a time."""
+    data = tiny_vlm.dataset(counts)
+    trainer = tiny_vlm.trainer(
+        tmp_path, data, max_steps=2, teacher_model_kind="base", shuffle_dataset=False
+    )
+    seen = run_and_capture(trainer)
+    assert ["pixel_values" in micro for micro in seen] == [True] * 2 + [counts[2] > 0] * 2
+    for micro in seen:
+        for row in range(len(micro["prompt_ids"])):
+            with torch.no_grad():
+                wanted, scored = reference_scores(trainer, data, micro, row)
+            torch.testing.assert_close(scored, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_trap_16_same_pixels_and_type_ids_of_the_longer_prompt(tmp_path):
+    trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(SEVERAL), max_steps=1)
+    outputs, calls = [], []
+    score, forward = trainer.scorer.score, trainer._get_per_token_logps_and_entropies
+
+    def score_spy(prompts, contexts, output, **kwargs):
+        outputs.append(output)
+        return score(prompts, contexts, output, **kwargs)
+
+    def forward_spy(model, ids, *args, **kwargs):
+        if model is trainer.teacher.model:
+            calls.append((ids, kwargs))
+        return forward(model, ids, *args, **kwargs)
+
+    trainer.scorer.score = score_spy
+    trainer._get_per_token_logps_and_entropies = forward_spy
+    trainer.train()
+    (output,), ((ids, seen),) = outputs, calls
+    present = [name for name in IMAGE_FIELDS if name in output]
+    assert present == ["pixel_values", "image_grid_thw", "num_images"]
+    assert all(seen[name] is output[name] for name in present)
+    # The prompt grew by the reference, and the image tokens moved with it.
+    length = output["completion_ids"].size(1)
+    assert ids.size(1) - length > output["prompt_ids"].size(1)
+    image_token = trainer.model.config.image_token_id
+    assert torch.equal(seen["mm_token_type_ids"], (ids == image_token).long())
+    assert (seen["mm_token_type_ids"].sum(1) == output["mm_token_type_ids"].sum(1)).all()
+
+
+def lora_student():
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "qkv", "down_proj"])
+    return get_peft_model(tiny_vlm.model(), config)
+
+
+CASES = {
+    "one image": (ONE, {}),
+    "several images": (SEVERAL, {}),
+    "text step": (TEXT_STEP, {"shuffle_dataset": False, "max_steps": 2, "learning_rate": 0.0}),
+    "live": (SEVERAL, {"teacher_model_kind": "live"}),
+    "lora": (SEVERAL, {}),
+    "reused rollouts": (SEVERAL, {"num_iterations": 2}),
+    "large generation batch": (SEVERAL, {"steps_per_generation": 4}),
+    "padded widths": (SEVERAL, {"pad_to_multiple_of": 8}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_null_gap_is_exactly_zero_with_images(tmp_path, case):
+    counts, settings = CASES[case]
+    data = tiny_vlm.dataset(counts, privileged_context=[""] * len(counts))
+    student = lora_student() if case == "lora" else None
+    trainer = tiny_vlm.trainer(tmp_path, data, student, **{"max_steps": 1, **NULL, **settings})
+    seen = run_and_capture(trainer)
+    gaps = [m["teacher_per_token_logps"] - m["student"] for m in seen]
+    masks = [m["completion_mask"].bool() for m in seen]
+    assert sum(mask.sum() for mask in masks) > 0
+    assert all((gap[mask] == 0).all() for gap, mask in zip(gaps, masks, strict=True))
+
+
+def test_full_vocabulary_divergence_with_images(tmp_path):
+    """Null: no divergence between equal models; with a reference there is one, and it trains."""
+    for context, apart in (("", False), ("the answer is seven", True)):
+        data = tiny_vlm.dataset(SEVERAL, privileged_context=[context] * 8)
+        trainer = tiny_vlm.trainer(tmp_path, data, method="opsd", max_steps=1, **NULL)
+        trainer.train()
+        logged = trainer.state.log_history[0]["rlsd/divergence"]
+        assert logged > 0.01 if apart else abs(logged) < 1e-6
+
+
+def test_trap_16_a_placeholder_in_the_reference_is_refused(tmp_path):
+    contexts = ["fine"] * 7 + [f"see {tiny_vlm.IMAGE}"]
+    with pytest.raises(ValueError, match=r"image placeholder in privileged_context \(rows 7\)"):
+        tiny_vlm.trainer(
+            tmp_path, tiny_vlm.dataset(ONE, privileged_context=contexts), "no/such-model"
+        )
+
+
+def test_trap_13_a_processor_that_pads_right_is_refused(tmp_path):
+    def build(side, **overrides):
+        return RLSDTrainer(
+            tiny_vlm.model(),
+            tiny.reward,
+            tiny.config(tmp_path, **overrides),
+            tiny_vlm.dataset(ONE),
+            processing_class=tiny_vlm.processor(side),
+        )
+
+    with pytest.raises(ValueError, match=r"processor pads 'right'.*padding_side='left'"):
+        build("right")
+    build("left")
+    # Without a teacher it is TRL's own affair.
+    build("right", method="grpo")
+
+
+def test_trap_15_the_limit_counts_image_tokens_and_cuts_text_only(tmp_path):
+    data = tiny_vlm.dataset(SEVERAL, privileged_context=["x" * 60] * 8)
+    trainer = tiny_vlm.trainer(tmp_path, data, max_steps=2, max_teacher_prompt_length=40)
+    widths, types = [], []
+    prompts_of = trainer.scorer.prompts
+
+    def spy(*args):
+        seen = prompts_of(*args)
+        widths.append(seen.ids.size(1))
+        types.append((seen.type_ids["mm_token_type_ids"] == 1).sum())
+        return seen
+
+    trainer.scorer.prompts = spy
+    trainer.train()
+    assert max(widths) == 40
+    assert trainer.state.log_history[0]["rlsd/context_shortened_frac"] == 1.0
+    assert all(count > 0 for count in types)
