@@ -68,7 +68,7 @@ class Scorer:
         trainer, args = self.trainer, self.trainer.args
         completion_ids, completion_mask = output["completion_ids"], output["completion_mask"]
         length = completion_ids.size(1)
-        seen = self.prompts(prompts, contexts, completion_ids)
+        seen = self.prompts(prompts, contexts, output)
         images = {name: output[name] for name in IMAGE_FIELDS if name in output}
 
         def keep(states: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Scorer:
         self,
         prompts: Sequence[privileged.Prompt],
         contexts: Sequence[str | None],
-        completion_ids: Tensor,
+        output: dict[str, Any],
     ) -> TeacherPrompts:
         """What the teacher reads before each completion, tokenised as TRL does the student's."""
         template = self.trainer.args.privileged_template
@@ -107,17 +107,26 @@ class Scorer:
             for prompt, context in zip(prompts, self._fit(prompts, contexts), strict=True)
         ]
         ids, _, fields = self.trainer._tokenize_prompts(seen)
-        self._check_positions(max(map(len, ids)) + completion_ids.size(1))
+        self._check_positions(max(map(len, ids)) + output["completion_ids"].size(1))
         type_ids = {
-            name: torch.cat(
-                [self._pad_left(fields[name], 0), torch.zeros_like(completion_ids)], dim=1
-            )
+            name: self._type_ids(name, fields[name], output)
             for name in TYPE_ID_FIELDS
             if name in fields
         }
         mask = [[1] * len(row) for row in ids]
         pad_id = self.trainer._tokenizer.pad_token_id
         return TeacherPrompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), type_ids)
+
+    def _type_ids(self, name: str, rows: list[list[int]], output: dict[str, Any]) -> Tensor:
+        """Type ids of the teacher's prompt, and those that TRL gave the completion."""
+        prompt, completion = self._pad_left(rows, 0), torch.zeros_like(output["completion_ids"])
+        if name in output:
+            # Not all 0 where a tool answered with an image.
+            completion = output[name][:, -completion.size(1) :]
+            if "pixel_values" not in output:
+                # TRL dropped the images of the batch, because a cut completion held part of one.
+                prompt = torch.zeros_like(prompt)
+        return torch.cat([prompt, completion], dim=1)
 
     def _check_positions(self, length: int) -> None:
         config = causal_lm(self.trainer.accelerator.unwrap_model(self.trainer.model)).config

@@ -97,6 +97,33 @@ def test_trap_16_same_pixels_and_type_ids_of_the_longer_prompt(tmp_path):
     assert (seen["mm_token_type_ids"].sum(1) == output["mm_token_type_ids"].sum(1)).all()
 
 
+def test_trap_16_type_ids_of_images_that_tools_sent_are_kept(tmp_path):
+    """TRL marks images inside completions, and unmarks all where it had to drop them."""
+    trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(ONE), max_steps=1)
+    outputs, prompts = [], []
+    score = trainer.scorer.score
+
+    def spy(given, contexts, output, **kwargs):
+        outputs.append(output)
+        prompts.append(given)
+        return score(given, contexts, output, **kwargs)
+
+    trainer.scorer.score = spy
+    trainer.train()
+    output, given = outputs[0], prompts[0]
+    length = output["completion_ids"].size(1)
+    marked = output["mm_token_type_ids"].clone()
+    marked[:, -2] = 1
+    output = {**output, "mm_token_type_ids": marked}
+    kept = trainer.scorer.prompts(given, ["hint"] * len(given), output).type_ids
+    assert torch.equal(kept["mm_token_type_ids"][:, -length:], marked[:, -length:])
+    assert (kept["mm_token_type_ids"][:, :-length].sum(1) > 0).all()
+    output["mm_token_type_ids"] = torch.zeros_like(marked)
+    del output["pixel_values"]
+    dropped = trainer.scorer.prompts(given, ["hint"] * len(given), output).type_ids
+    assert dropped["mm_token_type_ids"].sum() == 0
+
+
 def lora_student():
     torch.manual_seed(0)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "qkv", "down_proj"])
