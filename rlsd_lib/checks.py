@@ -104,6 +104,22 @@ def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator)
         )
 
 
+def check_images(prompts: list[privileged.Prompt]) -> None:
+    """Refuse a batch of final prompts of which some have images and others none.
+
+    TRL 1.16.0 generates for such a batch and then fails in its call of the processor.
+
+    Raises:
+        ValueError: naming how many have none.
+    """
+    bare = sum(privileged.count_images(prompt) == 0 for prompt in prompts)
+    if 0 < bare < len(prompts):
+        raise ValueError(
+            f"{bare} of {len(prompts)} prompts in a batch have no image and the others have. TRL "
+            "cannot mix them: give every row an image, or train on the two kinds apart."
+        )
+
+
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:
     """Refuse dropout, which would put noise into the gap, and processors that pad right.
 

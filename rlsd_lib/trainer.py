@@ -18,7 +18,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from rlsd_lib import distillation, privileged
-from rlsd_lib.checks import check_arguments, check_model, check_sharding, check_teacher
+from rlsd_lib.checks import (
+    check_arguments,
+    check_images,
+    check_model,
+    check_sharding,
+    check_teacher,
+)
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.credit import gap_sums, weight_sums
 from rlsd_lib.divergence import divergence
@@ -81,6 +87,8 @@ class RLSDTrainer(GRPOTrainer):
     def _generate(self, prompts: list) -> tuple:
         # The final messages: observations appended, images in place. TRL does not hand them back.
         self._final_prompts = prompts
+        if self._is_vlm and not self.tools:
+            check_images(prompts)
         generated = super()._generate(prompts)
         self._completions = generated[3]
         return generated

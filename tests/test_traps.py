@@ -321,8 +321,9 @@ TOOL_TEMPLATE = tiny.CHAT_TEMPLATE.replace(
 )
 
 
-def test_the_teacher_reads_what_an_environment_observed(tmp_path):
+def test_the_teacher_reads_what_an_environment_observed(tmp_path, monkeypatch):
     """Observations are in no dataset row: only the final messages hold them, one per rollout."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TOOL_TEMPLATE
     args = tiny.config(tmp_path, max_steps=1)

@@ -13,8 +13,7 @@ from rlsd_lib.scoring import IMAGE_FIELDS
 
 ONE = [1] * 8
 SEVERAL = [1, 2, 3, 1, 2, 1, 1, 2]
-# Taken in order, two rows a step: the second step has no image at all. (Rows with and without
-# images in one batch stop in TRL 1.16.0's own call of the processor.)
+# Taken in order, two rows a step: the second step has no image at all.
 TEXT_STEP = [1, 2, 0, 0]
 NULL = {"privileged_template": "{prompt}{privileged_context}"}
 
@@ -171,6 +170,14 @@ def test_trap_16_a_placeholder_in_the_reference_is_refused(tmp_path):
         tiny_vlm.trainer(
             tmp_path, tiny_vlm.dataset(ONE, privileged_context=contexts), "no/such-model"
         )
+
+
+def test_rows_with_and_without_images_in_one_batch_are_refused(tmp_path):
+    data = tiny_vlm.dataset([1, 0, 2, 0])
+    trainer = tiny_vlm.trainer(tmp_path, data, max_steps=1, shuffle_dataset=False)
+    trainer._generate_single_turn = None  # refused before anything is generated
+    with pytest.raises(ValueError, match=r"4 of 8 prompts in a batch have no image"):
+        trainer.train()
 
 
 def test_trap_13_a_processor_that_pads_right_is_refused(tmp_path):
