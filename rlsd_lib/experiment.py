@@ -24,7 +24,7 @@ from rlsd_lib import lens, provenance
 from rlsd_lib.controls import apply_control, control_template
 from rlsd_lib.evaluate import bootstrap_interval, evaluate, per_problem
 from rlsd_lib.leakage import phrase_leakage
-from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT
+from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.models import load_model
 from rlsd_lib.presets import PRESETS, resolve_config
 from rlsd_lib.privileged import COLUMN, prompt_text, teacher_prompt
@@ -33,9 +33,8 @@ from rlsd_lib.runs import Run
 from rlsd_lib.tasks import load_task
 from rlsd_lib.trainer import RLSDTrainer
 
-# Of these, metrics.json holds the mean over the last steps; of everything under rlsd/, the mean
+# Of these, metrics.json holds the mean over the last ten steps; of everything under rlsd/, the mean
 # over the steps at which the teacher was asked.
-LAST_STEPS = 10
 LAST_MEANS = ("reward", "rewards/leak/mean", "entropy", "completions/mean_length")
 
 
@@ -112,10 +111,7 @@ class Experiment:
             config=self.config.to_dict(),
             preset=asdict(self.preset),
             model=self.model.name_or_path or self.preset.model,
-            data={
-                "train": provenance.fingerprint(self.task.train),
-                "test": provenance.fingerprint(self.task.test),
-            },
+            data={name: provenance.fingerprint(rows) for name, rows in controlled.items()},
             evaluation=self._sampling(),
         )
 
@@ -124,7 +120,7 @@ class Experiment:
         config = self.config
         return pd.Series(
             {
-                "method": f"{self.method}: {METHODS[self.method].summary}",
+                "method": f"{self.method}: {self.config.row.summary}",
                 "preset": self.preset.summary,
                 "rollouts per step": config.generation_batch_size,
                 "rollouts per prompt": config.num_generations,
@@ -139,10 +135,9 @@ class Experiment:
         ).to_frame()
 
     def _teacher_in_words(self) -> str:
-        if not self.config.uses_teacher:
-            return "none"
-        external = self.config.row.teacher_sees == PROMPT
-        return self.preset.teacher_model if external else self.config.teacher_model_kind
+        if self.teacher_model is not None:
+            return self.preset.teacher_model
+        return self.config.teacher_model_kind if self.config.uses_teacher else "none"
 
     def _weight_in_words(self) -> dict[str, str]:
         """The rows of `summary` that mean something only for a method with a weight."""
@@ -155,7 +150,7 @@ class Experiment:
     def prompts(self, row: int = 0) -> pd.DataFrame:
         """What student and teacher read for test problem `row`, side by side."""
         problem = self.task.test[row]
-        sees = METHODS[self.method].teacher_sees
+        sees = self.config.row.teacher_sees
         context = {
             None: None,
             PROMPT: None,
@@ -258,10 +253,9 @@ class Experiment:
         self.model.eval()
         steps = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
         self.metrics["steps"] = result.global_step
-        self.metrics["seconds_per_step"] = result.metrics["train_runtime"] / (
-            result.global_step - begun
-        )
-        self.metrics |= steps[list(LAST_MEANS)].tail(LAST_STEPS).mean().to_dict()
+        seconds = result.metrics["train_runtime"]
+        self.metrics["seconds_per_step"] = seconds / (result.global_step - begun)
+        self.metrics |= steps[list(LAST_MEANS)].tail(10).mean().to_dict()
         if "rlsd/gap_mean" in steps:
             asked = steps[steps["rlsd/gap_mean"].notna()]
             self.metrics |= asked.filter(like="rlsd/").mean().to_dict()
@@ -279,7 +273,7 @@ class Experiment:
         return pd.Series(self.metrics, name="value").to_frame()
 
     def _external_teacher(self) -> PreTrainedModel | None:
-        if METHODS[self.method].teacher_sees != PROMPT:
+        if self.config.row.teacher_sees != PROMPT:
             return None
         model, _ = load_model(self.preset.teacher_model, self.cache, **self.preset.teacher_options)
         return model.to(self.model.device)

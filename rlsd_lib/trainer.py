@@ -243,22 +243,17 @@ class RLSDTrainer(GRPOTrainer):
         )
         loss = (self.args.distillation_weight or 1.0) * loss
         self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
-        if self.args.row.needs_weight and self._logs_this_step():
+        # Costs two backward passes of the head, so only where the step is logged.
+        logged = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
+        if self.args.row.needs_weight and logged:
             terms = {"policy": policy_loss, "distillation": loss}
             norms = distillation.gradient_norms(terms, hidden)
             share = (norms["distillation"], norms["policy"] + norms["distillation"])
             self.log_means({"distillation_gradient_frac": share})
         return loss
 
-    def _logs_this_step(self) -> bool:
-        """Whether the step under way is logged; what costs extra is measured only then."""
-        return (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
-
     def log_means(self, sums: dict[str, tuple[Any, Any]]) -> None:
-        """Log numerator / denominator under rlsd/, both summed over all ranks.
-
-        Every rank must call it, whatever it has to report.
-        """
+        """Log numerator / denominator under rlsd/, summed over ranks; every rank must call it."""
         device = self.accelerator.device
         flat = [torch.as_tensor(v, device=device).float() for pair in sums.values() for v in pair]
         totals = self.accelerator.reduce(torch.stack(flat).view(-1, 2), reduction="sum")
