@@ -75,8 +75,8 @@ def make_table(runs: Runs) -> Table:
 def paired_differences(runs: Runs, baseline: str = "grpo") -> pd.DataFrame:
     """Accuracy after training minus the baseline's, on the same problems and the same seeds.
 
-    A row per method and settings: mean difference with the 95 % interval of `paired_interval`
-    (the wider of resampling problems and resampling seeds), and the number of shared seeds.
+    A row per method and settings: the mean difference, its 95 % interval over problems (a bootstrap)
+    and over seeds (Student's t; NaN for one seed), and the number of shared seeds.
 
     Raises:
         ValueError: no finished run of `baseline`, or runs that were judged on other problems.
@@ -96,9 +96,11 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> pd.DataFrame:
         ours, theirs = [_evaluation(run) for run in shared], [base[run["seed"]] for run in shared]
         if len({one.problems for one in (*ours, *theirs)}) > 1:
             raise ValueError(f"{method} and {baseline} were not judged on the same problems")
-        found = paired_interval([one.correct for one in theirs], [one.correct for one in ours])
-        rows.append((method, changes, found.mean, found.low, found.high, len(shared)))
-    columns = ["method", "settings", f"accuracy - {baseline}", "low", "high", "seeds"]
+        pair = [one.correct for one in theirs], [one.correct for one in ours]
+        problems, seeds = (paired_interval(*pair, over=over) for over in ("problems", "seeds"))
+        rows.append((method, changes, problems.mean, *problems[1:], *seeds[1:], len(shared)))
+    ends = [f"{end}, {over}" for over in ("problems", "seeds") for end in ("low", "high")]
+    columns = ["method", "settings", f"accuracy - {baseline}", *ends, "n seeds"]
     return pd.DataFrame(rows, columns=columns).sort_values(columns[2], ascending=False)
 
 

@@ -37,3 +37,17 @@ def test_a_training_notebook_runs_from_anywhere(name, tmp_path, monkeypatch, sha
         assert [line["step"] for line in lines] == [1, 2]
         assert metrics["accuracy_before_low"] <= metrics["accuracy_before"]
     assert not list(elsewhere.iterdir()), "a notebook wrote into the working directory"
+
+
+def test_the_comparison_reads_runs_and_hides_none(tmp_path, monkeypatch, shared_outputs):
+    monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
+    runs = tmp_path / "runs"
+    for name in ("10_grpo", "15_rlsd", "12_opsd"):
+        execute_notebook(name, {"preset": "smoke"}, run_dir=runs / name)
+    (runs / "12_opsd" / "manifest.json").write_text(
+        (runs / "12_opsd" / "manifest.json").read_text().replace('"finished"', '"failed"')
+    )
+    execute_notebook("20_compare", {"runs_dir": str(runs)}, run_dir=tmp_path / "compare")
+    metrics = json.loads((tmp_path / "compare" / "metrics.json").read_text())
+    assert metrics == {"runs": 2, "incomplete": 1}
+    assert "12_opsd" in (tmp_path / "compare" / "20_compare.ipynb").read_text()
