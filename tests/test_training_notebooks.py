@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rlsd_lib.__main__ import main
 from rlsd_lib.execute import execute_notebook
 
 NOTEBOOKS = ("00_tour", "10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
@@ -51,3 +52,16 @@ def test_the_comparison_reads_runs_and_hides_none(tmp_path, monkeypatch, shared_
     metrics = json.loads((tmp_path / "compare" / "metrics.json").read_text())
     assert metrics == {"runs": 2, "incomplete": 1}
     assert "12_opsd" in (tmp_path / "compare" / "20_compare.ipynb").read_text()
+
+
+def test_the_benchmark_prints_ratios(monkeypatch, shared_outputs, capsys):
+    monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
+    assert main(["bench", "--preset", "smoke", "--steps", "2", "--rounds", "1"]) == 0
+    printed = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines())
+    numbers = {name: float(value) for name, value in printed.items()}
+    assert numbers["RLSD / GRPO"] == pytest.approx(
+        numbers["RLSD, seconds per step"] / numbers["GRPO, seconds per step"], rel=0.05
+    )
+    assert 0 < numbers["teacher pass / RLSD step"] < 1
+    assert numbers["RLSD, peak MiB"] > 0
+    assert main(["bench", "--preset", "smok"]) == 2
