@@ -196,6 +196,7 @@ class Experiment:
             "template": self.config.privileged_template,
             "lam": self.config.lambda_init,
             "epsilon_w": self.config.epsilon_w,
+            "credit": self.config.credit,
             "max_new_tokens": self.config.max_completion_length,
             "temperature": self.config.temperature,
             "seed": self.seed,

@@ -7,6 +7,7 @@ divergence. The teacher is the model itself (a `live` teacher), or the external 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlsd_lib.credit import clipped_weight
+from rlsd_lib.credit import Credit
 from rlsd_lib.methods import METHODS, PEER, PROMPT, Method
 from rlsd_lib.peers import demonstrations
 from rlsd_lib.privileged import COLUMN, Prompt, teacher_prompt
@@ -64,6 +65,7 @@ def look(
     lam: float,
     epsilon_w: float,
     max_new_tokens: int,
+    credit: Credit | None = None,
     teacher: PreTrainedModel | None = None,
     num_generations: int = 8,
     temperature: float = 1.0,
@@ -72,7 +74,8 @@ def look(
     """Sample one group for test problem `row` and give every token its credit under `method`.
 
     Advantages are normalised within the group as TRL does (Eq. 1, sample standard deviation).
-    torch's global random state is left as it was. `teacher` is another model, for `opd`.
+    torch's global random state is left as it was. `credit` is the method's with options of its own
+    (`RLSDConfig.credit`), and `teacher` another model, for `opd`.
     """
     problem, chosen = task.test[row], METHODS[method]
     with torch.random.fork_rng():
@@ -89,10 +92,12 @@ def look(
         for both in zip(seen, completions, strict=True)
     ]
     gap, mask = _padded([pair.gap for pair in pairs])
-    credit = chosen.credit(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w)
+    assign = partial(credit or chosen.credit, gap=gap, mask=mask, epsilon_w=epsilon_w)
+    credited = assign(advantages, lam=lam)
     weight = torch.ones_like(gap)
     if chosen.evidence is not None:
-        weight = clipped_weight(chosen.evidence(advantages, gap), epsilon_w)
+        sign = advantages.sign()[:, None]
+        weight = torch.where(sign == 0, weight, assign(advantages.sign(), lam=1.0) * sign)
     return [
         Rollout(
             problem=problem,
@@ -104,7 +109,7 @@ def look(
             student_logp=pairs[i].student_logp.tolist(),
             gap=pairs[i].gap.tolist(),
             weight=weight[i, : len(ids)].tolist(),
-            credit=credit[i, : len(ids)].tolist(),
+            credit=credited[i, : len(ids)].tolist(),
             divergence=pairs[i].divergence.tolist(),
         )
         for i, ids in enumerate(completions)

@@ -23,7 +23,7 @@ from rlsd_lib.records import state_of
 
 @dataclass(frozen=True)
 class Grid:
-    """Every notebook with every combination of the listed values."""
+    """Every notebook with every combination of the listed values, the first parameter outermost."""
 
     notebooks: Sequence[str]
     parameters: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -38,10 +38,35 @@ class Suite:
 
 
 LAB = {"preset": ("lab",)}
+SEEDS = (0, 1, 2)
+FIVE_SEEDS = (0, 1, 2, 3, 4)
 BASELINES = ("10_grpo", "15_rlsd", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd")
-OPSD_VARIANTS = Grid(
-    ("12_opsd",), {"method": ("opsd_teacher_top1", "opsd_student_top1"), **LAB, "seed": (0, 1, 2)}
+TOP1 = ("opsd_teacher_top1", "opsd_student_top1")
+# A hundred steps: where lambda has decayed to 0 a run is GRPO, and the constant ones show it by then.
+SHORT = {"max_steps": (100,)}
+# Credit at its strongest: what the paper's lambda and clip hold back.
+STRONG = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 0.9}
+ABLATIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"lambda_decay_steps": 0},
+    {"lambda_init": 1.0, "lambda_decay_steps": 0},
+    STRONG,
+    {**STRONG, "epsilon_w": 9.0},
+    {**STRONG, "epsilon_w": 9.0, "weight_clip": "log"},
+    {**STRONG, "epsilon_w": 9.0, "weight_clip": "log", "conserve_credit": True},
+    {**STRONG, "teacher_model_kind": "live"},
+    {**STRONG, "teacher_model_kind": "base"},
+    {**STRONG, "teacher_model_kind": "ema"},
 )
+# The live teacher of Algorithm 1 and a constant lambda; clips that reach as far down as up.
+DRIFT = {
+    "lambda_init": 1.0,
+    "lambda_decay_steps": 0,
+    "teacher_model_kind": "live",
+    "weight_clip": "log",
+}
+NEUTRALS = ("rlsd", "rlsd_neutral")
+CLIPS = (0.2, 1.0, 9.0)
 
 SUITES: dict[str, Suite] = {
     "demo": Suite(
@@ -53,13 +78,71 @@ SUITES: dict[str, Suite] = {
             ),
         ),
     ),
-    "baselines": Suite(
-        purpose="every method on the lab, three seeds, the paper's hyper-parameters",
-        grids=(Grid(BASELINES, {**LAB, "seed": (0, 1, 2)}), OPSD_VARIANTS),
+    "paper": Suite(
+        purpose="the paper's table on the lab: every method, five seeds, 200 steps, as printed",
+        grids=(
+            Grid(BASELINES, {"seed": FIVE_SEEDS, **LAB}),
+            Grid(("12_opsd",), {"seed": FIVE_SEEDS, **LAB, "method": TOP1}),
+            Grid(("10_grpo",), {"seed": FIVE_SEEDS, **LAB, "max_steps": (400,)}),
+        ),
+    ),
+    "ablations": Suite(
+        purpose="lambda, its decay, the clip, the teacher's freshness, and what it is shown",
+        grids=(
+            Grid(("10_grpo",), {"seed": SEEDS, **LAB, **SHORT}),
+            Grid(("15_rlsd",), {"seed": SEEDS, **LAB, **SHORT, "overrides": ABLATIONS}),
+            Grid(
+                ("15_rlsd",),
+                {"seed": SEEDS, "preset": ("lab-trace",), **SHORT, "overrides": ({}, STRONG)},
+            ),
+        ),
+    ),
+    "controls": Suite(
+        purpose="what RLSD's teacher must not be able to do without: the true reference",
+        grids=(
+            Grid(
+                ("15_rlsd",),
+                {
+                    "seed": SEEDS,
+                    **LAB,
+                    **SHORT,
+                    "control": ("none", "shuffled", "wrong", "noise", "empty"),
+                    "overrides": ({}, STRONG),
+                },
+            ),
+            Grid(("12_opsd",), {"seed": SEEDS, **LAB, **SHORT, "control": ("none", "shuffled")}),
+        ),
+    ),
+    "drift": Suite(
+        purpose="RLSD and its sign-free twin at equal clips: who drifts to the teacher, and when",
+        grids=(
+            Grid(
+                ("15_rlsd",),
+                {
+                    "seed": SEEDS,
+                    "preset": ("lab", "lab-bare"),
+                    **SHORT,
+                    "overrides": [{**DRIFT, "epsilon_w": clip} for clip in CLIPS],
+                    "method": NEUTRALS,
+                },
+            ),
+            Grid(
+                ("15_rlsd",),
+                {
+                    "seed": FIVE_SEEDS,
+                    **LAB,
+                    "overrides": [{**DRIFT, "epsilon_w": CLIPS[-1]}],
+                    "method": NEUTRALS,
+                },
+            ),
+        ),
     ),
     "smollm2": Suite(
-        purpose="GRPO and RLSD on a real instruct model",
-        grids=(Grid(("10_grpo", "15_rlsd"), {"preset": ("smollm2",), "seed": (0,)}),),
+        purpose="GRPO, RLSD, OPSD, and RLSD with a shuffled reference, on a real instruct model",
+        grids=(
+            Grid(("10_grpo", "15_rlsd", "12_opsd"), {"seed": (0, 1), "preset": ("smollm2",)}),
+            Grid(("15_rlsd",), {"seed": (0, 1), "preset": ("smollm2",), "control": ("shuffled",)}),
+        ),
     ),
 }
 
@@ -119,7 +202,8 @@ def jobs_of(name: str, changes: Mapping[str, Any] | None = None) -> list[Job]:
 
 def _cells(suite: Suite, changes: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for grid in suite.grids:
-        for notebook, *values in product(grid.notebooks, *grid.parameters.values()):
+        # The first parameter outermost: with the seed there, an interrupted suite is still balanced.
+        for *values, notebook in product(*grid.parameters.values(), grid.notebooks):
             yield notebook, {**dict(zip(grid.parameters, values, strict=True)), **changes}
 
 
