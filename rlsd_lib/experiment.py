@@ -107,11 +107,14 @@ class Experiment:
         self.task = replace(self.task, **controlled)
         self.teacher_model = self._external_teacher()
         self.metrics: dict[str, Any] = {}
+        # Under a control the references differ and the problems do not: runs stay comparable.
+        problems = sides["test"].remove_columns(COLUMN)
+        data = {**controlled, "problems": problems}
         self.run.record(
             config=self.config.to_dict(),
             preset=asdict(self.preset),
             model=self.model.name_or_path or self.preset.model,
-            data={name: provenance.fingerprint(rows) for name, rows in controlled.items()},
+            data={name: provenance.fingerprint(rows) for name, rows in data.items()},
             evaluation={**self._sampling(), "greedy_samples": 1},
         )
 
