@@ -199,24 +199,6 @@ def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
-    """Where each failed rollout first went wrong, and what the gap says there; a row per rollout.
-
-    `rank` 0 means that no token of the rollout has a more negative gap. Rollouts whose first error
-    is that they stopped too early have no such token and are left out.
-    """
-    rows = []
-    for number, rollout in enumerate(rollouts):
-        place = task.first_error(rollout.completion, rollout.problem) if task.first_error else None
-        if rollout.reward or place is None or place >= len(rollout.gap):
-            continue
-        gap = rollout.gap[place]
-        rank = sum(other < gap for other in rollout.gap)
-        token = rollout.tokens[place]
-        rows.append({"rollout": number, "place": place, "token": token, "gap": gap, "rank": rank})
-    return pd.DataFrame(rows, columns=["rollout", "place", "token", "gap", "rank"])
-
-
 def _sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
