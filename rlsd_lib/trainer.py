@@ -15,20 +15,20 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from rlsd_lib import checks, distillation, privileged
+from rlsd_lib.checkpoints import checkpoint_name
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.credit import drift_sums, gap_sums, weight_sums
 from rlsd_lib.divergence import divergence
 from rlsd_lib.methods import PEER, PROMPT
 from rlsd_lib.peers import demonstrations
 from rlsd_lib.scoring import Scorer
+from rlsd_lib.steady import SteadyTrainer
 from rlsd_lib.teacher import Teacher, TeacherCallback
 
 
-class RLSDTrainer(GRPOTrainer):
+class RLSDTrainer(SteadyTrainer):
     """GRPO whose token advantages are shaped by a teacher that sees privileged information.
 
     Evaluation runs no teacher: the evaluation loss is GRPO's for every method.
@@ -248,38 +248,14 @@ class RLSDTrainer(GRPOTrainer):
             self.log_means({"distillation_gradient_frac": share})
         return loss
 
-    def log_means(self, sums: dict[str, tuple[Any, Any]]) -> None:
-        """Log numerator / denominator under rlsd/, summed over ranks; every rank must call it."""
-        device = self.accelerator.device
-        flat = [torch.as_tensor(v, device=device).float() for pair in sums.values() for v in pair]
-        totals = self.accelerator.reduce(torch.stack(flat).view(-1, 2), reduction="sum")
-        for name, (total, count) in zip(sums, totals.tolist(), strict=True):
-            # NaN where there was nothing to average: the column stays, and TRL's means skip it.
-            self._metrics["train"][f"rlsd/{name}"].append(total / count if count else float("nan"))
-
-    def _check_finite(self, logps: Tensor, prompt_ids: Tensor, whose: str) -> None:
-        """Stop on every rank when any rank has a log-probability that is no number."""
-        bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        prompts = [self._tokenizer.decode(prompt_ids[row], skip_special_tokens=True) for row in bad]
-        # Gathered before anyone raises: a rank that stopped alone would leave the others waiting.
-        found = gather_object(
-            [(self.accelerator.process_index, text[-200:]) for text in prompts[:3]]
-        )
-        if found:
-            raise FloatingPointError(
-                f"Non-finite {whose} log-probabilities at step {self.state.global_step}, in samples "
-                f"(rank, prompt) {found}. Training stops here; checkpoints under "
-                f"{self.args.output_dir} are intact."
-            )
-
     # Checkpoints
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._write_checkpoint(model, trial)
         if self.teacher is not None:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder = Path(self._get_output_dir(trial=trial)) / name
-            self.teacher.save(folder, self.state.global_step)
+            step = self.state.global_step
+            folder = Path(self._get_output_dir(trial)) / checkpoint_name(step)
+            self.teacher.save(folder, step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
