@@ -1,6 +1,7 @@
 """The `rlsd` command: run a notebook or a suite, read runs back as a table, measure the cost."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one notebook in a run directory of its own")
     run.add_argument("notebook", help='a path, or a name such as "15_rlsd"')
     _add_parameters(run)
+    run.add_argument("--num-processes", type=int, metavar="N", help="as -p num_processes=N")
+    run.add_argument(
+        "--accelerate",
+        metavar="CONFIG",
+        help="multi_gpu, multi_cpu, fsdp2, zero3, or a file; default: multi_gpu where there is one",
+    )
     run.add_argument("--run-dir", default="", help="default: from the notebook and its parameters")
     run.add_argument(
         "--if-exists",
@@ -82,7 +89,11 @@ def _run(options: argparse.Namespace) -> int:
 
     source = find_notebook(options.notebook)
     declared = read_parameters(source)
-    given = _parse_pairs(options.pairs, declared)
+    count = options.num_processes
+    pairs = [*options.pairs, *([f"num_processes={count}"] if count is not None else [])]
+    given = _parse_pairs(pairs, declared)
+    if options.accelerate:
+        os.environ["RLSD_ACCELERATE"] = options.accelerate  # read by `launch`, in the kernel
     check_parameters(source, declared, given)
     full = {**{p.name: p.default for p in declared.values()}, **given}
     chosen = options.run_dir or full.get("run_dir") or default_run_dir(source.stem, full)

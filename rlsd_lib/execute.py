@@ -9,12 +9,15 @@ import json
 import logging
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
+import psutil
 import yaml
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
@@ -211,7 +214,7 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
         str(p).replace("{", "{{").replace("}", "}}") for p in (source, run.path / source.name)
     )
     variables = {HANDED_ON: handed, "RLSD_OUTPUTS": str(outputs_root()), **KERNEL}
-    with _environment(variables), _errors_only("papermill"):
+    with _environment(variables), _errors_only("papermill"), _sigterm_to_children():
         papermill.execute_notebook(
             source_path,
             target,
@@ -238,6 +241,24 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, NotebookError):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _sigterm_to_children() -> Iterator[None]:
+    """Hand a SIGTERM to the kernel, which may save and stop; its end then ends this run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hand_on(*_: Any) -> None:
+        for child in psutil.Process().children():
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -18,24 +18,21 @@ import pandas as pd
 import torch
 from IPython import get_ipython
 from transformers import PreTrainedModel, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from rlsd_lib import lens, provenance
+from rlsd_lib import lens, provenance, shown, training
+from rlsd_lib.config import RLSDConfig
 from rlsd_lib.controls import apply_control, control_template
 from rlsd_lib.evaluate import accuracies, evaluate, per_problem
+from rlsd_lib.launch import accelerate_config
 from rlsd_lib.leakage import phrase_leakage
-from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
+from rlsd_lib.methods import PROMPT
 from rlsd_lib.models import load_model
-from rlsd_lib.presets import PRESETS, resolve_config
-from rlsd_lib.privileged import COLUMN, prompt_text, teacher_prompt
+from rlsd_lib.presets import PRESETS, resolve_config, shared_batch
+from rlsd_lib.privileged import COLUMN
 from rlsd_lib.progress import LiveCurve, Recorder
 from rlsd_lib.runs import Run
 from rlsd_lib.tasks import load_task
 from rlsd_lib.trainer import RLSDTrainer
-
-# Of these, metrics.json holds the mean over the last ten steps; of everything under rlsd/, the mean
-# over the steps at which the teacher was asked.
-LAST_MEANS = ("reward", "rewards/leak/mean", "entropy", "completions/mean_length")
 
 
 class Experiment:
@@ -48,6 +45,7 @@ class Experiment:
         max_steps: -1 for the preset's.
         overrides: any `RLSDConfig` fields.
         control: a key of `CONTROLS`, applied to what the teacher is shown.
+        num_processes: processes to train on, which share the batch of one; see `launch`.
         run_dir: where everything is written; "" for the default directory.
         notebook: the notebook that runs this, for the manifest.
         if_exists: as in `Run.start`.
@@ -55,6 +53,7 @@ class Experiment:
     Raises:
         ValueError: for unknown names or bad values, before a run directory is claimed.
         FileExistsError: if the run directory holds a run already.
+        FileNotFoundError: for an unknown accelerate config.
     """
 
     def __init__(
@@ -66,6 +65,7 @@ class Experiment:
         max_steps: int = -1,
         overrides: Mapping[str, Any] | None = None,
         control: str = "none",
+        num_processes: int = 1,
         run_dir: str = "",
         notebook: str | None = None,
         if_exists: str = "raise",
@@ -77,39 +77,26 @@ class Experiment:
             "max_steps": max_steps,
             "overrides": dict(overrides or {}),
             "control": control,
+            "num_processes": num_processes,
         }
         # Resolved once into nowhere, so that a bad value costs no directory.
-        self._resolve(parameters, Path("unused"), None)
+        config = self._resolve(parameters, Path("unused"), None)
+        shared_batch(config.to_dict(), num_processes)
+        if num_processes > 1:
+            accelerate_config()
         self.run = Run.start(
             run_dir,
             parameters={**parameters, "run_dir": run_dir},
             notebook=notebook,
             if_exists=if_exists,
         )
-        self.method, self.preset, self.seed = method, PRESETS[preset], seed
-        self.cache = provenance.outputs_root() / "cache"
-        self.model, self.tokenizer = load_model(
-            self.preset.model, self.cache, **self.preset.model_options
-        )
+        self._prepare(parameters)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.task = load_task(
-            self.preset.task,
-            train_size=self.preset.train_size,
-            test_size=self.preset.test_size,
-            seed=self.preset.data_seed,
-            **self.preset.task_options,
-        )
-        template = control_template(control, self.task.privileged_template)
-        self.config = self._resolve(parameters, self.run.path / "checkpoints", template)
-        # On both sides: what the notebooks show of the teacher is what the run does.
-        sides = {name: getattr(self.task, name) for name in ("train", "test")}
-        controlled = {name: apply_control(rows, control, seed) for name, rows in sides.items()}
-        self.task = replace(self.task, **controlled)
-        self.teacher_model = self._external_teacher()
-        self.metrics: dict[str, Any] = {}
+        if self.teacher_model is not None:
+            self.teacher_model.to(self.model.device)
         # Under a control the references differ and the problems do not: runs stay comparable.
-        problems = sides["test"].remove_columns(COLUMN)
-        data = {**controlled, "problems": problems}
+        problems = self.task.test.remove_columns(COLUMN)
+        data = {"train": self.task.train, "test": self.task.test, "problems": problems}
         self.run.record(
             config=self.config.to_dict(),
             preset=asdict(self.preset),
@@ -118,55 +105,51 @@ class Experiment:
             evaluation={**self._sampling(), "greedy_samples": 1},
         )
 
-    def summary(self) -> pd.Series:
+    @classmethod
+    def attach(cls, run_dir: str | Path) -> "Experiment":
+        """The experiment of a run that another process began, as one of its processes trains it.
+
+        Raises:
+            FileNotFoundError: there is no run in `run_dir`.
+        """
+        self = cls.__new__(cls)
+        self.run = Run.attach(run_dir)
+        parameters = self.run.manifest["parameters"]
+        self._prepare(parameters, parameters["num_processes"])
+        return self
+
+    def _prepare(self, parameters: Mapping[str, Any], sharing: int = 1) -> None:
+        """Load models and rows, and resolve the configuration for one of `sharing` processes."""
+        self.method, self.seed = parameters["method"], parameters["seed"]
+        self.preset, control = PRESETS[parameters["preset"]], parameters["control"]
+        self.num_processes = parameters["num_processes"]
+        self.metrics: dict[str, Any] = {}
+        self.cache = provenance.outputs_root() / "cache"
+        self.model, self.tokenizer = load_model(
+            self.preset.model, self.cache, **self.preset.model_options
+        )
+        self.task = load_task(
+            self.preset.task,
+            train_size=self.preset.train_size,
+            test_size=self.preset.test_size,
+            seed=self.preset.data_seed,
+            **self.preset.task_options,
+        )
+        template = control_template(control, self.task.privileged_template)
+        self.config = self._resolve(parameters, self.run.path / "checkpoints", template, sharing)
+        # On both sides: what the notebooks show of the teacher is what the run does.
+        sides = {name: getattr(self.task, name) for name in ("train", "test")}
+        controlled = {name: apply_control(rows, control, self.seed) for name, rows in sides.items()}
+        self.task = replace(self.task, **controlled)
+        self.teacher_model = self._external_teacher()
+
+    def summary(self) -> pd.DataFrame:
         """What decides this run, in a few lines."""
-        config = self.config
-        return pd.Series(
-            {
-                "method": f"{self.method}: {self.config.row.summary}",
-                "preset": self.preset.summary,
-                "rollouts per step": config.generation_batch_size,
-                "rollouts per prompt": config.num_generations,
-                "steps": config.max_steps,
-                "learning rate": config.learning_rate,
-                "teacher": self._teacher_in_words(),
-                **self._weight_in_words(),
-                "parameters": f"{self.model.num_parameters():,}",
-                "run directory": self.run.path.name,
-            },
-            name="value",
-        ).to_frame()
-
-    def _teacher_in_words(self) -> str:
-        if self.teacher_model is not None:
-            return self.preset.teacher_model
-        return self.config.teacher_model_kind if self.config.uses_teacher else "none"
-
-    def _weight_in_words(self) -> dict[str, str]:
-        """The rows of `summary` that mean something only for a method with a weight."""
-        config = self.config
-        if config.row.evidence is None:
-            return {}
-        decay = f" over {config.lambda_decay_steps} steps" if config.lambda_decay_steps else ""
-        return {"lambda": f"{config.lambda_init}{decay}", "epsilon_w": str(config.epsilon_w)}
+        return shown.summary(self)
 
     def prompts(self, row: int = 0) -> pd.DataFrame:
         """What student and teacher read for test problem `row`, side by side."""
-        problem = self.task.test[row]
-        sees = self.config.row.teacher_sees
-        context = {
-            None: None,
-            PROMPT: None,
-            PRIVILEGED: problem[COLUMN],
-            PEER: "<a successful rollout of the same group>",
-        }[sees]
-        seen = problem["prompt"]
-        if context is not None:
-            seen = teacher_prompt(seen, context, self.config.privileged_template)
-        texts = {"student reads": prompt_text(problem["prompt"])}
-        texts["teacher reads"] = "(no teacher)" if sees is None else prompt_text(seen)
-        texts["answer"] = problem["answer"]
-        return pd.Series(texts, name=f"test problem {row}").to_frame()
+        return shown.prompts(self, row)
 
     def look_at_mixed(self, first: int = 0, rows: int = 20, **changes: Any) -> list[lens.Rollout]:
         """The first group from `first` on in which some rollouts succeed and some fail.
@@ -246,23 +229,18 @@ class Experiment:
         return trainer
 
     def train(self) -> pd.DataFrame:
-        """Train, from the last checkpoint if the run was resumed; returns a row per logged step."""
-        trainer = self.trainer()
-        resumed = self.run.manifest["resumed"]
-        checkpoint = get_last_checkpoint(self.config.output_dir) if resumed else None
-        begun = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        """Train, from the last checkpoint if the run was resumed; returns a row per logged step.
+
+        One process trains here. Several are launched, and the trained weights are loaded back.
+        """
+        if self.num_processes == 1:
+            folder = self.run.path / training.MODEL if self.preset.save_model else None
+            trained = training.train_here(self, folder)
+        else:
+            trained = training.train_launched(self)
         self.model.eval()
-        steps = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
-        self.metrics["steps"] = result.global_step
-        seconds = result.metrics["train_runtime"]
-        self.metrics["seconds_per_step"] = seconds / (result.global_step - begun)
-        self.metrics |= steps[list(LAST_MEANS)].tail(10).mean().to_dict()
-        if "rlsd/gap_mean" in steps:
-            asked = steps[steps["rlsd/gap_mean"].notna()]
-            self.metrics |= asked.filter(like="rlsd/").mean().to_dict()
-        if self.preset.save_model:
-            trainer.save_model(str(self.run.path / "model"))
+        self.metrics |= training.metrics_of(trained)
+        steps = pd.DataFrame(trained["steps"])
         return steps.assign(method=self.method, path=self.run.path.name)
 
     def keep(self, rollouts: Sequence[lens.Rollout]) -> None:
@@ -278,7 +256,7 @@ class Experiment:
         if self.config.row.teacher_sees != PROMPT:
             return None
         model, _ = load_model(self.preset.teacher_model, self.cache, **self.preset.teacher_options)
-        return model.to(self.model.device)
+        return model
 
     def _sampling(self) -> dict[str, Any]:
         return {
@@ -288,7 +266,9 @@ class Experiment:
         }
 
     @staticmethod
-    def _resolve(parameters: Mapping[str, Any], output_dir: Path, template: str | None) -> Any:
+    def _resolve(
+        parameters: Mapping[str, Any], output_dir: Path, template: str | None, sharing: int = 1
+    ) -> RLSDConfig:
         control_template(parameters["control"], template)
         return resolve_config(
             parameters["method"],
@@ -298,4 +278,5 @@ class Experiment:
             template=template,
             max_steps=parameters["max_steps"],
             overrides=parameters["overrides"],
+            num_processes=sharing,
         )

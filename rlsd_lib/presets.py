@@ -1,5 +1,6 @@
 """Presets: model, task and sizes of a run. A run is a preset, a method, a seed, and overrides."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -165,11 +166,15 @@ def resolve_config(
     template: str | None = None,
     max_steps: int = -1,
     overrides: Mapping[str, Any] | None = None,
+    num_processes: int = 1,
 ) -> RLSDConfig:
     """The full configuration of a run: preset, then the task's template, then overrides.
 
+    Batch sizes are those of one process; `num_processes` of them share the same batch.
+
     Raises:
-        ValueError: for an unknown method, preset or override, naming the nearest valid one.
+        ValueError: for an unknown method, preset or override, naming the nearest valid one, or a
+            batch that the processes cannot share.
     """
     look_up(method, METHODS, "method")
     chosen = PRESETS[look_up(preset, PRESETS, "preset")]
@@ -207,4 +212,34 @@ def resolve_config(
         settings["privileged_template"] = template
     if max_steps > 0:
         settings["max_steps"] = max_steps
-    return RLSDConfig(**{**settings, **(overrides or {})})
+    settings |= overrides or {}
+    return RLSDConfig(**{**settings, **shared_batch(settings, num_processes)})
+
+
+def shared_batch(settings: Mapping[str, Any], num_processes: int) -> dict[str, int]:
+    """The batch settings of each of `num_processes` that together make the batch of one.
+
+    The rows of a micro-batch are shared first; what they do not divide by is taken from the number
+    of micro-batches. Then every optimiser step and every generation batch has the same rows.
+
+    Raises:
+        ValueError: the batch does not divide; the message names the values.
+    """
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+    batch = {name: settings.get(name) or getattr(RLSDConfig, name) for name in names}
+    rows = batch.pop("per_device_train_batch_size")
+    by_rows = math.gcd(rows, max(num_processes, 1))
+    by_steps = num_processes // by_rows
+    counts = {name: count for name, count in batch.items() if count}
+    generated = settings.get("generation_batch_size") or rows * by_steps
+    whole = all(count % by_steps == 0 for count in (*counts.values(), generated // rows))
+    if num_processes < 1 or not whole:
+        values = ", ".join(f"{name}={count}" for name, count in counts.items())
+        raise ValueError(
+            f"num_processes={num_processes} does not divide the batch of "
+            f"per_device_train_batch_size={rows}, {values}, generation_batch_size="
+            f"{settings.get('generation_batch_size')}: choose a number that divides the first, or "
+            "whose remaining factor divides the others."
+        )
+    shared = {name: count // by_steps for name, count in counts.items()}
+    return {"per_device_train_batch_size": rows // by_rows, **shared}

@@ -1,12 +1,14 @@
 """What a training run shows while it runs, and what it writes down at every step."""
 
 import time
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import display
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from rlsd_lib import plots
 from rlsd_lib.runs import Run
@@ -80,3 +82,24 @@ class LiveCurve(TrainerCallback):
         if self.rows:
             figure = plots.training_curve(pd.DataFrame(self.rows), self.metric, window=5)
             self.handles[1].update(figure)
+
+
+class Followed:
+    """The live curve of a training that runs in other processes, from the lines they log."""
+
+    def __init__(self, max_steps: int, method: str) -> None:
+        self.state = TrainerState(max_steps=max_steps)
+        self.curve = LiveCurve("reward", method) if get_ipython() is not None else None
+        if self.curve:
+            self.curve.on_train_begin(None, self.state, None)
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Show one line of metrics.jsonl."""
+        self.state.global_step = row["step"]
+        if self.curve:
+            self.curve.on_log(None, self.state, None, dict(row))
+
+    def end(self) -> None:
+        """Draw the last state."""
+        if self.curve:
+            self.curve.on_train_end(None, self.state, None)

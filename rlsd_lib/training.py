@@ -1,0 +1,77 @@
+"""The training of an experiment: in this process, or on several that are launched for it.
+
+Both end in the same dictionary: `begun` and `last` step, `seconds`, and the logged `steps`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from rlsd_lib.checkpoints import last_checkpoint
+from rlsd_lib.launch import run_workers
+from rlsd_lib.progress import Followed
+
+if TYPE_CHECKING:
+    from rlsd_lib.experiment import Experiment
+
+MODEL = "model"  # folder of the trained model in the run directory
+# Of these, metrics.json holds the mean over the last ten steps; of everything under rlsd/, the mean
+# over the steps at which the teacher was asked.
+LAST_MEANS = ("reward", "rewards/leak/mean", "entropy", "completions/mean_length")
+
+
+def train_here(experiment: "Experiment", model_dir: Path | None) -> dict[str, Any]:
+    """Train in this process, which may be one of several, from the last checkpoint on a resume.
+
+    The trained model is left in `model_dir` if there is one; every process must call this.
+
+    Raises:
+        Stopped: after a SIGTERM; a checkpoint is written, and the run can be resumed.
+    """
+    trainer = experiment.trainer()
+    resumed = experiment.run.manifest["resumed"]
+    checkpoint = last_checkpoint(experiment.config.output_dir) if resumed else None
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if model_dir is not None:
+        trainer.save_model(str(model_dir))
+    return {
+        "begun": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0,
+        "last": result.global_step,
+        "seconds": result.metrics["train_runtime"],
+        "steps": [row for row in trainer.state.log_history if "loss" in row],
+    }
+
+
+def train_launched(experiment: "Experiment") -> dict[str, Any]:
+    """Train on launched processes; this one's model waits on the CPU, then takes the weights.
+
+    Raises:
+        LaunchError: a process failed.
+        Stopped: as `train_here`.
+    """
+    device, folder = experiment.model.device, experiment.run.path / MODEL
+    experiment.model.to("cpu")
+    watched = Followed(experiment.config.max_steps, experiment.method)
+    trained = run_workers(experiment.run, experiment.num_processes, watched.show)
+    watched.end()
+    model = type(experiment.model).from_pretrained(folder, dtype=experiment.model.dtype)
+    experiment.model.load_state_dict(model.state_dict())
+    experiment.model.to(device)
+    if not experiment.preset.save_model:
+        shutil.rmtree(folder)
+    return trained
+
+
+def metrics_of(trained: dict[str, Any]) -> dict[str, Any]:
+    """What metrics.json keeps of a training."""
+    steps, done = pd.DataFrame(trained["steps"]), trained["last"] - trained["begun"]
+    metrics: dict[str, Any] = {"steps": trained["last"]}
+    # A run that was stopped after its last step has nothing left to time.
+    metrics["seconds_per_step"] = trained["seconds"] / done if done else None
+    metrics |= steps[list(LAST_MEANS)].tail(10).mean().to_dict()
+    if "rlsd/gap_mean" in steps:
+        asked = steps[steps["rlsd/gap_mean"].notna()]
+        metrics |= asked.filter(like="rlsd/").mean().to_dict()
+    return metrics
