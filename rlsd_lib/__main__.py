@@ -4,14 +4,14 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsd_lib.provenance import default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
-    from rlsd_lib.suites import Job
+    from rlsd_lib.suites import Job, Outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,9 +53,25 @@ def _parser() -> argparse.ArgumentParser:
     suite = commands.add_parser("suite", help="run a named set of runs; finished ones are kept")
     suite.add_argument("name")
     _add_parameters(suite)
-    suite.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    suite.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: 1, on slurm all)"
+    )
     suite.add_argument("--list", action="store_true", help="show how each run stands; run nothing")
     suite.add_argument("--retry-failed", action="store_true", help="make failed runs again")
+    suite.add_argument(
+        "--resume", action="store_true", help="go on with unfinished runs from their checkpoints"
+    )
+    suite.add_argument(
+        "--submitit", choices=("slurm", "local"), help="hand the runs to a cluster through submitit"
+    )
+    suite.add_argument(
+        "--submitit-options",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what submitit asks the cluster for: timeout_min, gpus_per_node, slurm_partition, ...",
+    )
     suite.set_defaults(command=_suite)
 
     table = commands.add_parser("table", help="a table with intervals over run directories")
@@ -121,27 +137,48 @@ def _execute(source: Path, given: dict[str, Any], folder: Path, mode: str) -> in
 
 
 def _suite(options: argparse.Namespace) -> int:
-    from rlsd_lib.suites import Outcome, get_suite, jobs_of, run_jobs
+    from rlsd_lib.signals import on_sigterm, terminate_children_and_leave
+    from rlsd_lib.suites import get_suite, jobs_of
 
     print(f"{options.name}: {get_suite(options.name).purpose}")
     jobs = jobs_of(options.name, _parse_pairs(options.pairs, {}))
+    if options.jobs is None:
+        options.jobs = len(jobs) if options.submitit == "slurm" else 1
     _say_what_stands(jobs, options)
     if options.list:
         return 0
     missing: list[Outcome] = []
-    outcomes = run_jobs(jobs, options.jobs, retry_failed=options.retry_failed)
-    for count, outcome in enumerate(outcomes, 1):
-        took = f" in {_duration(outcome.seconds)}" if outcome.seconds else ""
-        left = f", about {_duration(outcome.left)} left" if outcome.left else ""
-        name = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}"
-        print(f"{name}: {outcome.status}{took}{left}", flush=True)
-        missing += [outcome] if outcome.status not in ("done", "kept") else []
+    with on_sigterm(terminate_children_and_leave):
+        for count, outcome in enumerate(_outcomes(options, jobs), 1):
+            took = f" in {_duration(outcome.seconds)}" if outcome.seconds else ""
+            left = f", about {_duration(outcome.left)} left" if outcome.left else ""
+            name = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}"
+            print(f"{name}: {outcome.status}{took}{left}", flush=True)
+            missing += [outcome] if outcome.status not in ("done", "kept") else []
     for outcome in missing:
         why = outcome.error or "another process writes it"
         print(f"{outcome.status}: {outcome.job.run_dir}\n{why}", file=sys.stderr)
     if any(outcome.status == "failed before" for outcome in missing):
         print("failed before: --retry-failed makes them again", file=sys.stderr)
     return 1 if missing else 0
+
+
+def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":
+    """The runs as they end, made here or on a cluster."""
+    from rlsd_lib.suites import run_jobs
+
+    given = _parse_pairs(options.options, {})
+    if given and not options.submitit:
+        raise ValueError("--submitit-options: only with --submitit")
+    wishes = {
+        "retry_failed": options.retry_failed,
+        "if_exists": "resume" if options.resume else "skip",
+    }
+    if not options.submitit:
+        return run_jobs(jobs, options.jobs, **wishes)
+    from rlsd_lib.cluster import run_submitted
+
+    return run_submitted(jobs, options.jobs, options.submitit, given, **wishes)
 
 
 def _say_what_stands(jobs: "Sequence[Job]", options: argparse.Namespace) -> None:

@@ -9,15 +9,12 @@ import json
 import logging
 import os
 import re
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
-import psutil
 import yaml
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
@@ -25,6 +22,7 @@ from jupyter_client.manager import AsyncKernelManager
 
 from rlsd_lib.provenance import default_run_dir, find_notebook, nearest, outputs_root
 from rlsd_lib.runs import HANDED_ON, Run
+from rlsd_lib.signals import on_sigterm, terminate_children
 
 KERNEL = {
     "TQDM_DISABLE": "1",  # a bar in a saved notebook is a line per update
@@ -214,16 +212,28 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
         str(p).replace("{", "{{").replace("}", "}}") for p in (source, run.path / source.name)
     )
     variables = {HANDED_ON: handed, "RLSD_OUTPUTS": str(outputs_root()), **KERNEL}
-    with _environment(variables), _errors_only("papermill"), _sigterm_to_children():
-        papermill.execute_notebook(
-            source_path,
-            target,
-            parameters,
-            kernel_name="python3",
-            cwd=str(run.path),
-            progress_bar=False,
-            kernel_manager_class=_OwnInterpreter,
-        )
+    told: list[str] = []
+
+    def hand_on() -> None:  # the kernel may save and stop; its end then ends this run
+        told.append("SIGTERM")
+        terminate_children()
+
+    with _environment(variables), _errors_only("papermill"), on_sigterm(hand_on):
+        try:
+            papermill.execute_notebook(
+                source_path,
+                target,
+                parameters,
+                kernel_name="python3",
+                cwd=str(run.path),
+                progress_bar=False,
+                kernel_manager_class=_OwnInterpreter,
+            )
+        except Exception as error:
+            reason = _reason(error)
+            if told and not reason.startswith("Stopped: "):
+                raise NotebookError(f"Stopped: SIGTERM outside of training ({reason})") from error
+            raise
 
 
 def _check_finished(run: Run) -> None:
@@ -241,24 +251,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, NotebookError):
         return str(error)
     return f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def _sigterm_to_children() -> Iterator[None]:
-    """Hand a SIGTERM to the kernel, which may save and stop; its end then ends this run."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def hand_on(*_: Any) -> None:
-        for child in psutil.Process().children():
-            child.terminate()
-
-    before = signal.signal(signal.SIGTERM, hand_on)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

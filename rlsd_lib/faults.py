@@ -5,8 +5,6 @@ puts them into the training loop.
 """
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from rlsd_lib.signals import on_sigterm
 
 if TYPE_CHECKING:
     from trl.generation.vllm_client import VLLMClient
@@ -45,14 +45,8 @@ class StopOnSigterm(TrainerCallback):
     def watching(self) -> Iterator[None]:
         """Answer SIGTERM inside; only a main thread can, elsewhere nothing is changed."""
         self.asked = self.stopped = False
-        if threading.current_thread() is not threading.main_thread():
+        with on_sigterm(lambda: setattr(self, "asked", True)):
             yield
-            return
-        before = signal.signal(signal.SIGTERM, self._ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Agree with the other ranks on whether anyone was asked to stop; called on every rank."""
@@ -63,9 +57,6 @@ class StopOnSigterm(TrainerCallback):
         if asked:
             logger.warning("SIGTERM: saving after step %s, then stopping", state.global_step)
             self.stopped = control.should_save = control.should_training_stop = True
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
 
 
 def reward_error(

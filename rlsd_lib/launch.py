@@ -10,14 +10,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 
@@ -26,6 +24,7 @@ from rlsd_lib.faults import Stopped
 from rlsd_lib.provenance import nearest, outputs_root
 from rlsd_lib.records import read_lines
 from rlsd_lib.runs import HANDED_ON, Run
+from rlsd_lib.signals import kill_tree, on_sigterm
 
 CONFIG = "RLSD_ACCELERATE"  # environment variable: name of a shipped config, or path of one
 LAUNCHER = "RLSD_LAUNCHER"  # environment variable: the process that the workers must not outlive
@@ -112,38 +111,11 @@ def _running(command: list[str], log: Any, folder: Path) -> Iterator[subprocess.
         command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True
     )
     try:
-        with _passing_on(process):
+        with on_sigterm(process.terminate):
             yield process
     finally:
         kill_tree(process.pid)
         process.wait()
-
-
-@contextmanager
-def _passing_on(process: subprocess.Popen) -> Iterator[None]:
-    """Pass a SIGTERM on to the launched processes, which save and stop; outside of a thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process and all that it started; nothing happens where it is gone."""
-    try:
-        parent = psutil.Process(pid)
-        family = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 def _follow(run: Run, seen: int, on_step: Callable[[Mapping[str, Any]], None]) -> int:

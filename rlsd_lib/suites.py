@@ -41,6 +41,8 @@ class Suite:
     grids: Sequence[Grid]
 
 
+INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons begin
+
 LAB = {"preset": ("lab",)}
 SEEDS = (0, 1, 2)
 FIVE_SEEDS = (0, 1, 2, 3, 4)
@@ -159,11 +161,11 @@ class Job:
     parameters: dict[str, Any]
     run_dir: Path
 
-    def command(self) -> list[str]:
-        """The command line that makes this run."""
+    def command(self, if_exists: str = "skip") -> list[str]:
+        """The command line that makes this run, or with "resume" goes on with an unfinished one."""
         pairs = [f"{name}={_text(value)}" for name, value in self.parameters.items()]
         flags = [word for pair in pairs for word in ("-p", pair)]
-        place = ["--run-dir", str(self.run_dir), "--if-exists", "skip"]
+        place = ["--run-dir", str(self.run_dir), "--if-exists", if_exists]
         return [sys.executable, "-m", "rlsd_lib", "run", self.notebook, *flags, *place]
 
     @property
@@ -174,10 +176,11 @@ class Job:
     def state(self) -> str:
         """finished, failed, running (by another process), or to run.
 
-        A run that was killed or interrupted from the keyboard is to run: nothing is wrong with it.
+        A run that was killed, or interrupted by the keyboard or a cluster, is to run: nothing is
+        wrong with it.
         """
         found = state_of(self.run_dir)
-        if found == "failed" and read_manifest(self.run_dir)["error"] == "KeyboardInterrupt":
+        if found == "failed" and read_manifest(self.run_dir)["error"].startswith(INTERRUPTED):
             return "to run"
         return found if found in ("finished", "failed", "running") else "to run"
 
@@ -242,24 +245,29 @@ def _job(suite: str, notebook: str, parameters: dict[str, Any]) -> Job:
 
 
 def run_jobs(
-    jobs: Sequence[Job], workers: int = 1, *, retry_failed: bool = False
+    jobs: Sequence[Job],
+    workers: int = 1,
+    *,
+    retry_failed: bool = False,
+    if_exists: str = "skip",
 ) -> Iterator[Outcome]:
     """Work through jobs with at most `workers` at a time; outcomes come as they end.
 
-    Finished runs are kept, and failed ones too unless `retry_failed`.
+    Finished runs are kept, and failed ones too unless `retry_failed`. Of the rest, `if_exists` says
+    what becomes of what is there: "skip" begins again, "resume" goes on from the last checkpoint.
 
     Raises:
         ValueError: `workers` is below 1.
     """
     if workers < 1:
         raise ValueError(f"jobs={workers}: expected 1 or more")
-    settled = [_settled(job, retry_failed) for job in jobs]
+    settled = [settle(job, retry_failed) for job in jobs]
     yield from (outcome for outcome in settled if outcome)
     rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]
     begun: dict[Path, float] = {}
     took = seconds_taken(jobs)
     with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(_run_job, job, workers, begun): job for job in rest}
+        waiting = {pool.submit(_run_job, job, workers, if_exists, begun): job for job in rest}
         try:
             for done in as_completed(list(waiting)):
                 ended = waiting.pop(done)
@@ -307,7 +315,7 @@ def _elapsed(begun: Mapping[Path, float]) -> dict[Path, float]:
     return {path: time.monotonic() - since for path, since in list(begun.items())}
 
 
-def _settled(job: Job, retry_failed: bool) -> Outcome | None:
+def settle(job: Job, retry_failed: bool) -> Outcome | None:
     """The outcome of a job that needs no run, or None."""
     state = job.state()
     if state == "finished":
@@ -319,12 +327,12 @@ def _settled(job: Job, retry_failed: bool) -> Outcome | None:
     return None
 
 
-def _run_job(job: Job, workers: int, begun: dict[Path, float]) -> Outcome:
+def _run_job(job: Job, workers: int, if_exists: str, begun: dict[Path, float]) -> Outcome:
     begun[job.run_dir] = time.monotonic()
     # Side by side, processes that each take all cores slow one another down.
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    done = subprocess.run(job.command(), env=environment, capture_output=True, text=True)
+    done = subprocess.run(job.command(if_exists), env=environment, capture_output=True, text=True)
     seconds = time.monotonic() - begun[job.run_dir]
     if done.returncode == 0:
         return Outcome(job, "done", seconds)
