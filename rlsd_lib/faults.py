@@ -61,20 +61,20 @@ class StopOnSigterm(TrainerCallback):
 
 def reward_error(
     error: Exception, names: Sequence[str], call: Callable[[int, int], None], rows: int, where: str
-) -> RuntimeError:
+) -> Exception:
     """The error to raise after a reward function raised `error`: which function, and which row.
 
     Args:
-        error: what TRL's reward loop let through.
+        error: what TRL's reward loop let through; returned as it is if no function raised it.
         names: the reward functions, by name.
         call: `call(function, row)` asks one function for one row, and raises if it cannot.
         rows: rows of the batch.
         where: step and rank, in words.
     """
     name = _function_of(error)
-    row = None
-    if name in names:
-        row = _first_failing(lambda row: call(list(names).index(name), row), rows)
+    if name not in names:
+        return error
+    row = _first_failing(lambda row: call(list(names).index(name), row), rows)
     at = f"row {row}" if row is not None else f"its batch of {rows} rows"
     return RuntimeError(
         f"Reward function {name!r} failed on {at} at {where}: {type(error).__name__}: {error}"
@@ -85,9 +85,12 @@ def _function_of(error: Exception) -> str | None:
     """Name of the reward function that TRL was calling, from the frames that the error crossed."""
     trace, name = error.__traceback__, None
     while trace is not None:
-        local = trace.tb_frame.f_locals
-        if trace.tb_frame.f_code.co_name in ("_calculate_rewards", "_invoke_async"):
+        local, code = trace.tb_frame.f_locals, trace.tb_frame.f_code
+        if code.co_name in ("_calculate_rewards", "_invoke_async"):
             name = local.get("reward_func_name") or local.get("func_name") or name
+            below = trace.tb_next and trace.tb_next.tb_frame.f_globals["__name__"]
+            if below and below.startswith("accelerate."):
+                return None  # another rank was lost while the rewards were gathered
         trace = trace.tb_next
     return name
 
@@ -105,13 +108,13 @@ def _first_failing(call: Callable[[int], None], rows: int) -> int | None:
     return None
 
 
-def check_rewards(rewards: Tensor, names: Sequence[str], step: int) -> float:
+def check_rewards(rewards: Tensor, names: Sequence[str], step: int, *, training: bool) -> float:
     """Judge the rewards (N, functions) of all ranks; returns the share of rows without any.
 
     None (NaN here) means "not mine to judge" and is TRL's: the row's advantage is 0.
 
     Raises:
-        FloatingPointError: an infinite reward, or not one row with a reward.
+        FloatingPointError: an infinite reward or, in training, not one row with a reward.
     """
     if rewards.isinf().any():
         row, function = rewards.isinf().nonzero()[0].tolist()
@@ -120,7 +123,7 @@ def check_rewards(rewards: Tensor, names: Sequence[str], step: int) -> float:
             f"{row} of all ranks' batch at step {step}. A reward is a finite number or None."
         )
     unscored = rewards.isnan().all(dim=1)
-    if unscored.all():
+    if training and unscored.all():
         raise FloatingPointError(
             f"At step {step} none of {len(rewards)} rows got a reward: {', '.join(names)} returned "
             "None or NaN for all of them, so that there is nothing to learn from."

@@ -228,12 +228,12 @@ def shared_batch(settings: Mapping[str, Any], num_processes: int) -> dict[str, i
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
     batch = {name: settings.get(name) or getattr(RLSDConfig, name) for name in names}
     rows = batch.pop("per_device_train_batch_size")
-    by_rows = math.gcd(rows, max(num_processes, 1))
+    by_rows = math.gcd(rows, num_processes)
     by_steps = num_processes // by_rows
     counts = {name: count for name, count in batch.items() if count}
     generated = settings.get("generation_batch_size") or rows * by_steps
-    whole = all(count % by_steps == 0 for count in (*counts.values(), generated // rows))
-    if num_processes < 1 or not whole:
+    shares = (*counts.values(), generated // rows)
+    if num_processes < 1 or any(count % by_steps for count in shares):
         values = ", ".join(f"{name}={count}" for name, count in counts.items())
         raise ValueError(
             f"num_processes={num_processes} does not divide the batch of "

@@ -73,13 +73,14 @@ class SteadyTrainer(GRPOTrainer):
         except Exception as error:
             given = {name: [row[name] for row in inputs] for name in inputs[0]}
             columns = {**given, "prompts": prompts, "completions": completions}
-            raise self._reward_error(error, {**columns, "completion_ids": ids}) from error
-        share = faults.check_rewards(rewards, self.reward_func_names, self.state.global_step)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["rewards/unscored_frac"].append(share)
+            named = self._reward_error(error, {**columns, "completion_ids": ids})
+            raise named from (error if named is not error else error.__cause__)
+        names, step, training = self.reward_func_names, self.state.global_step, self.model.training
+        share = faults.check_rewards(rewards, names, step, training=training)
+        self._metrics["train" if training else "eval"]["rewards/unscored_frac"].append(share)
         return rewards
 
-    def _reward_error(self, error: Exception, columns: dict[str, list]) -> RuntimeError:
+    def _reward_error(self, error: Exception, columns: dict[str, list]) -> Exception:
         rows = len(columns["prompts"])
         for name in ("prompt", "completion"):
             columns.pop(name, None)

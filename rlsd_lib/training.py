@@ -12,6 +12,7 @@ import pandas as pd
 from rlsd_lib.checkpoints import last_checkpoint
 from rlsd_lib.launch import run_workers
 from rlsd_lib.progress import Followed
+from rlsd_lib.records import read_lines
 
 if TYPE_CHECKING:
     from rlsd_lib.experiment import Experiment
@@ -52,16 +53,19 @@ def train_launched(experiment: "Experiment") -> dict[str, Any]:
         Stopped: as `train_here`.
     """
     device, folder = experiment.model.device, experiment.run.path / MODEL
-    experiment.model.to("cpu")
+    kept = [m for m in (experiment.model, experiment.teacher_model) if m is not None]
+    for model in kept:
+        model.to("cpu")  # the memory of the accelerator is the workers'
     watched = Followed(experiment.config.max_steps, experiment.method)
     trained = run_workers(experiment.run, experiment.num_processes, watched.show)
     watched.end()
     model = type(experiment.model).from_pretrained(folder, dtype=experiment.model.dtype)
     experiment.model.load_state_dict(model.state_dict())
-    experiment.model.to(device)
+    for model in kept:
+        model.to(device)
     if not experiment.preset.save_model:
         shutil.rmtree(folder)
-    return trained
+    return {**trained, "steps": read_lines(experiment.run.path / "metrics.jsonl")}
 
 
 def metrics_of(trained: dict[str, Any]) -> dict[str, Any]:

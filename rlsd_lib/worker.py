@@ -33,6 +33,7 @@ def main(run_dir: str) -> None:
         append_lines(folder / ERRORS, [line])
         raise
     if int(os.environ.get("RANK", 0)) == 0:
+        del trained["steps"]  # metrics.jsonl holds them
         write_json(folder / RESULT, trained)
 
 

@@ -6,6 +6,7 @@ All runs of the two processes share one start-up.
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -19,9 +20,12 @@ import pytest
 import tiny
 import torch
 from filelock import FileLock
+from transformers import TrainerCallback
 
 from rlsd_lib import RLSDTrainer
+from rlsd_lib.faults import Stopped
 from rlsd_lib.methods import METHODS
+from rlsd_lib.presets import shared_batch
 
 TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for gloo's half hour
 SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads
@@ -43,6 +47,8 @@ RUNS |= {
     "sdpo grpo": {"method": "sdpo", "loss_type": "grpo"},
     "grpo_opsd grpo": {**RUNS["grpo_opsd"], "loss_type": "grpo", "teacher_sync_steps": 1},
     "grpo_opsd accumulated": {**RUNS["grpo_opsd"], "gradient_accumulation_steps": 2},
+    # Three rows cannot be shared by two: the processes share the micro-batches instead.
+    "rlsd accumulated": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
 }
 
 
@@ -61,7 +67,7 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def train(folder: Path, world: int, settings: dict[str, Any]) -> dict[str, Any]:
     """One run, and what must not depend on the number of processes."""
     config = {
-        "per_device_train_batch_size": 12 // world,
+        "per_device_train_batch_size": 12,
         "gradient_accumulation_steps": 1,
         "max_steps": len(GOOD),
         # Adam would turn a rounding error of a vanishing gradient into a step of full size.
@@ -69,11 +75,12 @@ def train(folder: Path, world: int, settings: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": 0.5,
         "teacher_sync_steps": 2,
     }
-    teacher = {"teacher_model": tiny.model(1)} if settings["method"] == "opd" else {}
+    config |= settings
+    teacher = {"teacher_model": tiny.model(1)} if config.get("method") == "opd" else {}
     trainer = RLSDTrainer(
         tiny.model(),
         reward,
-        tiny.config(folder, **{**config, **settings}),
+        tiny.config(folder, **{**config, **shared_batch(config, world)}),
         tiny.dataset(),
         processing_class=tiny.tokenizer(),
         **teacher,
@@ -104,6 +111,27 @@ def train_all(folder: Path, world: int) -> None:
     rank = int(os.environ.get("RANK", 0))
     for name, settings in RUNS.items():
         torch.save(train(folder / "scratch", world, settings), folder / f"{name}-{rank}.pt")
+    torch.save(stop_one(folder / "stopped", rank), folder / f"stopped-{rank}.pt")
+
+
+class Sigterm(TrainerCallback):
+    """Sends this process a SIGTERM in the middle of the second optimiser step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_one(folder: Path, rank: int) -> dict[str, Any]:
+    """A run of which only rank 1 is told to stop."""
+    trainer = tiny.trainer(folder, max_steps=4)
+    if rank == 1:
+        trainer.add_callback(Sigterm())
+    try:
+        trainer.train()
+    except Stopped as error:
+        return {"said": str(error), "step": trainer.state.global_step}
+    return {"said": "", "step": trainer.state.global_step}
 
 
 def processes(folder: Path, world: int) -> list[subprocess.Popen]:
@@ -183,6 +211,14 @@ def test_two_processes_give_the_result_of_one(one, two, name):
             assert empty[0] == empty[1]
             numbers = [{k: v for k, v in m.items() if v is not None} for m in (ours, theirs)]
             assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5)
+
+
+def test_a_sigterm_to_one_rank_stops_both_after_the_same_step(two):
+    for rank in of_ranks(two, "stopped"):
+        assert rank["step"] == 2
+        assert "stopped by SIGTERM after step 2 of 4, resumable" in rank["said"]
+    saved = {path.name for path in (two / "stopped" / "checkpoint-2").iterdir()}
+    assert {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= saved
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("sdpo")])

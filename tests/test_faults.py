@@ -193,6 +193,19 @@ def test_a_coroutine_that_raises_is_named_and_not_asked_again(tmp_path: Path) ->
         with_rewards(tmp_path, tiny.reward, slow_judge).train()
 
 
+def test_a_lost_rank_is_not_blamed_on_a_reward_function(tmp_path: Path, monkeypatch: Any) -> None:
+    def lost(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    trainer = with_rewards(tmp_path, tiny.reward)
+    # What `gather` calls: the error comes out of accelerate, after the functions have answered.
+    monkeypatch.setattr("accelerate.utils.operations.PartialState", lost)
+    with pytest.raises(RuntimeError, match=r"^Connection closed by peer"):
+        trainer._calculate_rewards(
+            [{"prompt": "a"}], [[{"role": "user", "content": "a"}]], ["b"], [[1]]
+        )
+
+
 def test_a_row_without_a_reward_teaches_nothing_and_is_counted(tmp_path: Path) -> None:
     def only_some(completions: list, **_: Any) -> list[float | None]:
         return [None if i % 4 == 0 else float(i) for i in range(len(completions))]
