@@ -38,7 +38,7 @@ def test_a_suite_runs_through_submitit_unchanged(
     # The same folders as without a cluster: nothing that is finished is made again.
     assert [job.run_dir.parent for job in suites.jobs_of("tiny")] == [folder, folder]
     kept = suites.jobs_of("tiny")[:1]
-    assert list(cluster.run_submitted(kept, "local", {})) == [Outcome(kept[0], 0.0, None)]
+    assert list(cluster.run_submitted(kept, 1, "local", {})) == [Outcome(kept[0], "kept")]
 
 
 def test_a_job_that_is_pre_empted_goes_on_where_it_was(
@@ -55,10 +55,12 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(
         time.sleep(0.1)
     again = first.checkpoint(job, "skip")
     thread.join()
-    assert outcomes[0].error
-    assert state_of(job.run_dir) == "failed"
+    assert outcomes[0].status == "failed"
+    reason = json.loads((job.run_dir / "manifest.json").read_text())["error"]
+    assert reason.startswith("Stopped: SIGTERM outside of training (")
+    assert job.state() == "to run", "nothing is wrong with a run that a cluster stopped"
     assert again.args == (job, "resume")
-    assert again.function(*again.args).error is None
+    assert again.function(*again.args).status == "done"
     manifest = json.loads((job.run_dir / "manifest.json").read_text())
     assert (manifest["status"], manifest["attempt"], manifest["resumed"]) == ("finished", 2, True)
 
@@ -68,9 +70,9 @@ def test_wrong_options_cost_a_line_and_no_job(
 ) -> None:
     job = Job(str(make_notebook()), {}, tmp_path / "a")
     with pytest.raises(ValueError, match=r"--submitit-options: .*gpu_per_node"):
-        cluster.run_submitted([job], "local", {"gpu_per_node": 1})
+        cluster.run_submitted([job], 1, "local", {"gpu_per_node": 1})
     with pytest.raises(ValueError, match="jobs=0"):
-        cluster.run_submitted([job], "local", {}, workers=0)
+        cluster.run_submitted([job], 0, "local", {})
     assert main(["suite", "demo", "--submitit-options", "timeout_min=5"]) == 2
     assert "only with --submitit" in capsys.readouterr().err
     assert not job.run_dir.exists()
