@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
 from rlsd_lib import checkpoints, distillation, faults
@@ -32,7 +32,9 @@ class SteadyTrainer(GRPOTrainer):
             client = self.vllm_generation.vllm_client
             faults.guard_server(client, lambda: self.state.global_step, seconds)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """As the parent's; `True` means the last complete checkpoint.
 
         Raises:
@@ -67,7 +69,9 @@ class SteadyTrainer(GRPOTrainer):
             self._metrics[mode]["sampling/missing_logp_frac"].append(share)
         return output
 
-    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, ids: list):
+    def _calculate_rewards(
+        self, inputs: list, prompts: list, completions: list, ids: list
+    ) -> Tensor:
         try:
             rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
         except Exception as error:
