@@ -170,8 +170,7 @@ def _table(options: argparse.Namespace) -> int:
 
     runs = read_runs(options.folder or outputs_root())
     table = make_table(runs)
-    csv = options.format == "csv"
-    print(table.rows.to_csv(index=False).rstrip() if csv else table.markdown())
+    print(table.csv() if options.format == "csv" else table.markdown())
     for path in runs.runs["path"] if options.paths and not runs.runs.empty else ():
         files = [*Path(path).glob("*.ipynb"), *sorted(Path(path).glob("figures/*"))]
         print("\n" + "\n".join(str(file) for file in files))

@@ -53,7 +53,7 @@ def training_curve(
     """
     if window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
-    lines = ["path", hue]
+    lines = list(dict.fromkeys(["path", hue]))
     data = _present(steps, ["step", *lines, metric], metric).sort_values([*lines, "step"])
     smooth = data.groupby(lines)[metric].rolling(window, min_periods=1).mean()
     data[metric] = smooth.droplevel(lines)

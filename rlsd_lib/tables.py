@@ -44,6 +44,11 @@ class Table(NamedTuple):
         notes = "\n".join(f"- {note}" for note in self.notes)
         return "\n\n".join(part for part in (_markdown(self.rows), notes) if part)
 
+    def csv(self) -> str:
+        """The rows as CSV, and a comment line (#) where runs are left out of them."""
+        notes = [f"\n# {note}" for note in self.notes if "INCOMPLETE" in note]
+        return self.rows.to_csv(index=False).rstrip() + "".join(notes)
+
     def _repr_markdown_(self) -> str:
         """What a notebook shows: the table is never seen without its notes."""
         return self.markdown()
@@ -85,8 +90,8 @@ def source_notes(runs: Runs) -> list[str]:
 def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
     """Accuracy after training minus the baseline's, on the same problems and the same seeds.
 
-    A run is compared with the baseline's run of the same preset, seed and settings, or, where there
-    is none, with its run of the same preset, seed and length that changes nothing else. A row per
+    A run is compared with the baseline's run of the same preset, seed and settings; where there is
+    no other, with that without its control, or else with that which sets its length alone. A row per
     method and settings: the mean difference, its 95 % interval over problems (a bootstrap) and over
     seeds (Student's t; NaN for one seed), the smallest difference that so many seeds would find with
     80 % power, and the number of shared seeds. What has no partner stands in the notes.
@@ -95,17 +100,18 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
         ValueError: no finished run of `baseline`, or runs that were judged on other problems.
     """
     frame = runs.runs[runs.runs["status"] == "finished"]
-    base = {_place(run): run for _, run in frame.iterrows() if run["method"] == baseline}
+    rows_of_base = frame[frame["method"] == baseline]
+    base = {_place(run, run["parameters"]): run for _, run in rows_of_base.iterrows()}
     if not base:
         raise ValueError(f"no finished run of {baseline!r} to compare with")
     rows, alone = [], []
     for arm, cells in with_arms(frame).groupby("arm"):
         pairs = [(run, _partner(run, base)) for _, run in cells.iterrows()]
         pairs = [(run, other) for run, other in pairs if other is not None]
-        if not pairs and (cells["method"] != baseline).any():
-            alone.append(f"no {baseline} run of the same preset, length and seed as {arm}")
-        elif pairs and not any(run["path"] == other["path"] for run, other in pairs):
+        if pairs:
             rows.append((arm, *_compared(pairs), len(pairs)))
+        elif (cells["method"] != baseline).any():
+            alone.append(f"no {baseline} run of the same preset, length and seed as {arm}")
     ends = [f"{end}, {over}" for over in ("problems", "seeds") for end in ("low", "high")]
     columns = ["method", f"accuracy - {baseline}", *ends, "detectable", "n seeds"]
     table = pd.DataFrame(rows, columns=columns).sort_values(columns[1], ascending=False)
@@ -118,17 +124,20 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
     return Table(table, [*notes, *alone, *source_notes(runs)])
 
 
-def _place(run: pd.Series, *, plain: bool = False) -> tuple[Any, ...]:
-    """What must agree with the baseline's run; `plain` keeps the length of the settings alone."""
-    parameters = run["parameters"]
-    if plain:
-        parameters = {k: v for k, v in parameters.items() if k == "max_steps"}
-    return (run.get("preset"), run["seed"], settings_of(parameters))
-
-
 def _partner(run: pd.Series, base: Mapping[tuple[Any, ...], pd.Series]) -> pd.Series | None:
-    same = base.get(_place(run))
-    return base.get(_place(run, plain=True)) if same is None else same
+    """The baseline's run that differs least: in the method, else the control, else all settings."""
+    given = run["parameters"]
+    uncontrolled = {name: value for name, value in given.items() if name != "control"}
+    plain = {name: value for name, value in given.items() if name == "max_steps"}
+    for parameters in (given, uncontrolled, plain):
+        other = base.get(_place(run, parameters))
+        if other is not None and other["path"] != run["path"]:
+            return other
+    return None
+
+
+def _place(run: pd.Series, parameters: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (run.get("preset"), run["seed"], settings_of(parameters))
 
 
 def _compared(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> tuple[float, ...]:
@@ -155,26 +164,30 @@ def _evaluation(run: pd.Series) -> _Evaluation:
 
 def settings_of(parameters: Mapping[str, Any]) -> str:
     """What sets a run apart beside method, preset and seed, as one line."""
-    rest = settings(parameters)
-    flat = {**rest.pop("overrides", {}), **rest}
+    flat = _flat(parameters)
     return ", ".join(f"{name}={flat[name]}" for name in sorted(flat))
 
 
+def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, overrides among them."""
+    rest = settings(parameters)
+    return {**rest.pop("overrides", {}), **rest}
+
+
 def with_arms(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add a column `arm`: the method, and what else sets runs apart where they are not all alike.
+    """Add a column `arm`: the method, and of its preset and settings what is not alike in all runs.
 
     `frame` is `Runs.runs`; runs without parameters (killed at once, never started) have no arm.
     """
     known = frame[frame["parameters"].notna()]
-    apart = pd.DataFrame({"settings": known["parameters"].map(settings_of)})
-    if "preset" in known:
-        apart.insert(0, "preset", known["preset"])
-    apart = apart[[name for name in apart if apart[name].nunique() > 1]]
-    extra = [", ".join(part for part in parts if part) for parts in apart.itertuples(index=False)]
-    labels = [
-        f"{method} ({more})" if more else method
-        for method, more in zip(known["method"], extra, strict=True)
-    ]
+    given = [{"preset": p.get("preset"), **_flat(p)} for p in known["parameters"]]
+    names = {name for settings in given for name in settings}
+    apart = {n for n in names if len({repr(settings.get(n)) for settings in given}) > 1}
+    labels = []
+    for method, found in zip(known["method"], given, strict=True):
+        told = [found["preset"]] if "preset" in apart else []
+        told += [f"{name}={found[name]}" for name in sorted(apart - {"preset"}) if name in found]
+        labels.append(f"{method} ({', '.join(told)})" if told else method)
     return frame.assign(arm=pd.Series(labels, index=known.index, dtype=object))
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 from rlsd_lib.arms import Arms
 from rlsd_lib.estimates import Estimate, estimate
 from rlsd_lib.records import Runs
-from rlsd_lib.tables import Table, source_notes
+from rlsd_lib.tables import DASH, Table, source_notes
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 NOT_SETTLED, NO_RUNS, NOT_TESTABLE = "not settled", "no runs", "not testable at this scale"
@@ -100,7 +100,7 @@ def claims_table(claims: Sequence[Claim], lab: Runs, real: Runs) -> Table:
         row = {"#": str(number), "claim": claim.statement, "the paper": claim.paper}
         for where, runs in arms.items():
             parts = claim.parts(runs)
-            row[where] = "; ".join(map(str, parts))
+            row[where] = _told(parts)
             row[f"verdict, {where}"] = verdict(parts)
         rows.append(row)
     notes = [f"{where}: {_described(chosen)}" for where, chosen in arms.items()]
@@ -108,10 +108,16 @@ def claims_table(claims: Sequence[Claim], lab: Runs, real: Runs) -> Table:
         "[low, high]: Student's 95 % interval of the mean over seeds. Each stands alone: among "
         "twenty verdicts one may be wrong by chance",
         *(f"claim {n} is reproduced if {c.rule}" for n, c in enumerate(claims, 1)),
-        *source_notes(lab),
-        *source_notes(real),
+        *(note for runs in (lab, real) if len(runs.runs) for note in source_notes(runs)),
     ]
     return Table(pd.DataFrame(rows), notes)
+
+
+def _told(parts: list[Part]) -> str:
+    """The parts of a claim as a cell; where none was measured, the reason if it is not lack of runs."""
+    if any(len(part.values) for part in parts):
+        return "<br>".join(map(str, parts))
+    return next((part.why_not for part in parts if part.why_not), DASH)
 
 
 def _described(arms: Arms) -> str:

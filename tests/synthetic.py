@@ -60,7 +60,7 @@ def write_run(
     given = {"method": method, "preset": "lab", "seed": seed, "max_steps": -1, "overrides": {}}
     given |= {"control": "none", **(parameters or {})}
     run = Run.start(path, parameters=given)
-    run.record(data={"test": "the same problems"})
+    run.record(data={"problems": "the same"})
     seen = {"after": 0.7, "leak_after": 0.0, "seconds": 1.0, **DEFAULT, **PAPER[method], **look}
     shift = 0.002 * (seed - 1)  # seeds differ
     curves = {name: curve for name, curve in seen.items() if callable(curve)}
