@@ -20,7 +20,11 @@ def curve(runs: Runs, metric: str, *, window: int = 1, title: str = "") -> Figur
     Raises:
         ValueError: no finished run logged it.
     """
-    figure = plots.training_curve(_lines(runs), metric, hue="arm", window=window, title=title)
+    frame = with_arms(runs.runs)
+    names = list(dict.fromkeys(frame.loc[frame["status"] == "finished", "arm"]))
+    figure = plots.training_curve(
+        _lines(runs), metric, hue="arm", names=names, window=window, title=title
+    )
     return plots.footnote(figure, described(runs))
 
 

@@ -91,7 +91,7 @@ def run_jobs(
             for done in as_completed(list(waiting)):
                 ended = waiting.pop(done)
                 outcome = done.result()
-                took[ended.kind].append(outcome.seconds)
+                took[ended.kind] += [outcome.seconds] if outcome.status == "done" else []
                 left = time_left(list(waiting.values()), took, workers, _elapsed(begun))
                 yield replace(outcome, left=left)
         finally:

@@ -5,7 +5,7 @@ dashes, points in colour and in place, so that a print in grey can be read too.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 import seaborn as sns
@@ -29,6 +29,17 @@ __all__ = [
 SIZE = (6.4, 3.8)
 PALETTE = "colorblind"
 MARKERS = "os^DvPX"
+# Ten colours and eight dashes: forty names before a pair comes again.
+DASHES = (
+    "",
+    (4, 1.5),
+    (1, 1),
+    (3, 1.2, 1.5, 1.2),
+    (6, 2),
+    (5, 1, 1, 1),
+    (2, 2),
+    (3, 1, 1, 1, 1, 1),
+)
 
 
 def training_curve(
@@ -36,6 +47,7 @@ def training_curve(
     metric: str,
     *,
     hue: str = "method",
+    names: Sequence[str] = (),
     window: int = 1,
     title: str = "",
 ) -> Figure:
@@ -45,6 +57,8 @@ def training_curve(
         steps: a row per run and step, with columns `step`, `path`, `hue` and the metric.
         metric: the column to show.
         hue: the column whose values get a colour each.
+        names: values of `hue` in the order in which they get colours and dashes, so that a name
+            looks alike in several figures; those that are not in it come after.
         window: average over this many steps within each run before anything else.
         title: defaults to the metric's name.
 
@@ -58,13 +72,15 @@ def training_curve(
     smooth = data.groupby(lines)[metric].rolling(window, min_periods=1).mean()
     data[metric] = smooth.droplevel(lines)
     figure, axes = _canvas(title or metric)
+    ordered = list(dict.fromkeys([*names, *data[hue]]))
     sns.lineplot(
         data=data,
         x="step",
         y=metric,
         hue=hue,
         style=hue,
-        palette=_colours(data[hue]),
+        palette=_colours(ordered),
+        dashes={name: DASHES[i % len(DASHES)] for i, name in enumerate(ordered)},
         errorbar=("ci", 95),
         seed=0,
         ax=axes,
@@ -158,7 +174,7 @@ def means(values: Mapping[str, pd.Series], *, ylabel: str, title: str) -> Figure
     if not found:
         raise ValueError(f"no value for {', '.join(values)}: nothing to show")
     figure, axes = _canvas(title)
-    colours = _colours(pd.Series(list(found)))
+    colours = _colours(found)
     for place, (name, (mean, low, high)) in enumerate(found.items()):
         if low is not None:
             axes.vlines(place, low, high, color=colours[name], linewidth=1.5)
@@ -201,7 +217,7 @@ def footnote(figure: Figure, text: str) -> Figure:
     return figure
 
 
-def _colours(names: pd.Series) -> dict[object, tuple[float, ...]]:
+def _colours(names: Iterable[object]) -> dict[object, tuple[float, ...]]:
     """A colour per name, in order of appearance."""
     unique = list(dict.fromkeys(names))
     return dict(zip(unique, sns.color_palette(PALETTE, len(unique)), strict=True))

@@ -154,3 +154,13 @@ def test_lines_can_be_told_apart_without_colour(tmp_path: Path) -> None:
     [axes] = figures.curve(runs, "reward").axes
     lines = [line for line in axes.lines if len(line.get_ydata())]
     assert len({str(line._dash_pattern) for line in lines}) == 3
+
+
+def test_a_method_looks_alike_in_every_figure(tmp_path: Path) -> None:
+    runs = read_runs(write_folder(tmp_path, ["grpo", "opd", "opsd"], seeds=1))
+    looks = []
+    for metric in ("reward", "rlsd/divergence"):  # which GRPO does not log
+        [axes] = figures.curve(runs, metric).axes
+        last = [line for line in axes.lines if len(line.get_ydata())][-1]
+        looks.append((last.get_color(), last._dash_pattern))
+    assert looks[0] == looks[1]
