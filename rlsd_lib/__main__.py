@@ -123,9 +123,9 @@ def _suite(options: argparse.Namespace) -> int:
     _say_what_stands(jobs, options)
     if options.list:
         return 0
+    outcomes = run_jobs(jobs, options.jobs, retry_failed=options.retry_failed)
     record_plan(options.name, changes, jobs)
     missing: list[Outcome] = []
-    outcomes = run_jobs(jobs, options.jobs, retry_failed=options.retry_failed)
     for count, outcome in enumerate(outcomes, 1):
         took = f" in {_duration(outcome.seconds)}" if outcome.seconds else ""
         left = f", about {_duration(outcome.left)} left" if outcome.left else ""

@@ -80,6 +80,10 @@ def run_jobs(
     """
     if workers < 1:
         raise ValueError(f"jobs={workers}: expected 1 or more")
+    return _work(jobs, workers, retry_failed)
+
+
+def _work(jobs: Sequence[Job], workers: int, retry_failed: bool) -> Iterator[Outcome]:
     settled = [_settled(job, retry_failed) for job in jobs]
     yield from (outcome for outcome in settled if outcome)
     rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from rlsd_lib.estimates import estimate
 from rlsd_lib.heatmap import TokenHeatmap, new_figure, token_heatmap
-from rlsd_lib.records import left_out, unfinished
+from rlsd_lib.records import is_finished, left_out
 
 __all__ = [
     "TokenHeatmap",
@@ -199,15 +199,12 @@ def _present(frame: pd.DataFrame, columns: Sequence[str], needed: str) -> pd.Dat
     absent = [name for name in columns if name not in frame]
     if absent:
         raise ValueError(f"no column {', '.join(absent)}; there are {', '.join(map(str, frame))}")
-    missing = unfinished(frame)
-    rows = frame.drop(missing.index)
-    data = rows.loc[rows[needed].notna(), list(dict.fromkeys(columns))].reset_index(drop=True)
+    finished = is_finished(frame)
+    data = frame.loc[finished & frame[needed].notna(), list(dict.fromkeys(columns))]
     if data.empty:
-        also = (
-            f"; {len(unfinished)} rows of unfinished runs are left out" if len(unfinished) else ""
-        )
+        also = "" if finished.all() else "; rows of unfinished runs are left out"
         raise ValueError(f"no value in column {needed}: nothing to show{also}")
-    return data
+    return data.reset_index(drop=True)
 
 
 def footnote(figure: Figure, text: str) -> Figure:

@@ -66,9 +66,9 @@ def _not_started(path: Path) -> dict[str, Any]:
     return {**identity, "status": "not started", "error": None, "parameters": None}
 
 
-def unfinished(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of runs that did not finish; a frame without a status is one run at work."""
-    return frame[frame["status"] != "finished"] if "status" in frame else frame.iloc[:0]
+def is_finished(frame: pd.DataFrame) -> pd.Series:
+    """Whether a row is of a finished run; a frame without a status is one run at work, and counts."""
+    return frame["status"] == "finished" if "status" in frame else pd.Series(True, frame.index)
 
 
 def left_out(frame: pd.DataFrame) -> str:
@@ -77,7 +77,7 @@ def left_out(frame: pd.DataFrame) -> str:
     `frame` has columns `name` (or `path`) and `status`, a row per run or several.
     """
     column = "name" if "name" in frame else "path"
-    rows = unfinished(frame)
+    rows = frame[~is_finished(frame)]
     if rows.empty:
         return ""
     names = [
@@ -92,7 +92,7 @@ def described(runs: Runs) -> str:
     frame = runs.runs
     if frame.empty:
         return "no runs"
-    finished = frame.drop(unfinished(frame).index)
+    finished = frame[is_finished(frame)]
     folders = ", ".join(dict.fromkeys(frame["group"]))
     seeds = sorted(finished["seed"].dropna().unique()) if "seed" in finished else []
     commits = dict.fromkeys(str(commit)[:7] for commit in finished.get("commit", ()))

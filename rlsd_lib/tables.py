@@ -11,7 +11,7 @@ import pandas as pd
 from rlsd_lib.estimates import Estimate, estimate, smallest_detectable
 from rlsd_lib.evaluate import paired_interval
 from rlsd_lib.provenance import settings
-from rlsd_lib.records import Runs, described, is_number, read_manifest, unfinished
+from rlsd_lib.records import Runs, described, is_finished, is_number, read_manifest
 
 DASH = "-"
 MOST_LINES = 12  # of runs named one by one under a table
@@ -82,7 +82,8 @@ def source_notes(runs: Runs) -> list[str]:
 
     Runs did so that failed, still run, were killed, or were planned and never started.
     """
-    lines = [_incomplete(run) for _, run in unfinished(runs.runs).iterrows()]
+    missing = runs.runs[~is_finished(runs.runs)]
+    lines = [_incomplete(run) for _, run in missing.iterrows()]
     more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
     return [described(runs), *lines[:MOST_LINES], *more]
 
