@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlsd_lib.provenance import default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
-    from rlsd_lib.suites import Job, Outcome
+    from rlsd_lib.jobs import Job, Outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
     table.set_defaults(command=_table)
 
+    report = commands.add_parser("report", help="one page with a suite's tables and figures")
+    report.add_argument("suite", help="a suite that was run, or a folder of runs")
+    report.set_defaults(command=_report)
+
     bench = commands.add_parser("bench", help="step time and memory of RLSD beside GRPO, as ratios")
     bench.add_argument("--preset", default="lab")
     bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
@@ -138,15 +142,17 @@ def _execute(source: Path, given: dict[str, Any], folder: Path, mode: str) -> in
 
 def _suite(options: argparse.Namespace) -> int:
     from rlsd_lib.signals import on_sigterm, terminate_children_and_leave
-    from rlsd_lib.suites import get_suite, jobs_of
+    from rlsd_lib.suites import get_suite, jobs_of, record_plan
 
     print(f"{options.name}: {get_suite(options.name).purpose}")
-    jobs = jobs_of(options.name, _parse_pairs(options.pairs, {}))
+    changes = _parse_pairs(options.pairs, {})
+    jobs = jobs_of(options.name, changes)
     if options.jobs is None:
         options.jobs = len(jobs) if options.submitit == "slurm" else 1
     _say_what_stands(jobs, options)
     if options.list:
         return 0
+    record_plan(options.name, changes, jobs)
     missing: list[Outcome] = []
     with on_sigterm(terminate_children_and_leave):
         for count, outcome in enumerate(_outcomes(options, jobs), 1):
@@ -165,7 +171,7 @@ def _suite(options: argparse.Namespace) -> int:
 
 def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":
     """The runs as they end, made here or on a cluster."""
-    from rlsd_lib.suites import run_jobs
+    from rlsd_lib.jobs import run_jobs
 
     given = _parse_pairs(options.options, {})
     if given and not options.submitit:
@@ -183,7 +189,7 @@ def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[O
 
 def _say_what_stands(jobs: "Sequence[Job]", options: argparse.Namespace) -> None:
     """How many runs stand how, and what the rest will take if finished ones are a guide."""
-    from rlsd_lib.suites import seconds_taken, time_left
+    from rlsd_lib.jobs import seconds_taken, time_left
 
     states = [job.state() for job in jobs]
     if options.list:
@@ -211,11 +217,22 @@ def _table(options: argparse.Namespace) -> int:
 
     runs = read_runs(options.folder or outputs_root())
     table = make_table(runs)
-    csv = options.format == "csv"
-    print(table.rows.to_csv(index=False).rstrip() if csv else table.markdown())
+    print(table.csv() if options.format == "csv" else table.markdown())
     for path in runs.runs["path"] if options.paths and not runs.runs.empty else ():
         files = [*Path(path).glob("*.ipynb"), *sorted(Path(path).glob("figures/*"))]
         print("\n" + "\n".join(str(file) for file in files))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from rlsd_lib.execute import NotebookError
+    from rlsd_lib.report import write_report
+
+    try:
+        print(write_report(options.suite))
+    except NotebookError as error:
+        print(f"rlsd: failed: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import submitit
 
+from rlsd_lib.jobs import Job, Outcome, settle
 from rlsd_lib.provenance import outputs_root
 from rlsd_lib.signals import kill_tree
-from rlsd_lib.suites import Job, Outcome, settle
 
 TIMEOUT_MIN = 24 * 60  # of a job that names none; submitit's own is five minutes
 TICK_SECONDS = 0.5

@@ -1,24 +1,45 @@
-"""One figure per function, from the tidy frames of `read_runs`; every function returns its Figure."""
+"""One figure per function, from the tidy frames of `read_runs`; every function returns its Figure.
 
-from collections.abc import Sequence
+Rows of a run that did not finish are left out, and the figure says so. Lines differ in colour and in
+dashes, points in colour and in place, so that a print in grey can be read too.
+"""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rlsd_lib.estimates import estimate
 from rlsd_lib.heatmap import TokenHeatmap, new_figure, token_heatmap
+from rlsd_lib.records import is_finished, left_out
 
 __all__ = [
     "TokenHeatmap",
     "before_after",
+    "footnote",
     "histogram",
+    "means",
     "token_heatmap",
     "training_curve",
 ]
 
 SIZE = (6.4, 3.8)
 PALETTE = "colorblind"
+MARKERS = "os^DvPX"
+# Ten colours and eight dashes: forty names before a pair comes again.
+DASHES = (
+    "",
+    (4, 1.5),
+    (1, 1),
+    (3, 1.2, 1.5, 1.2),
+    (6, 2),
+    (5, 1, 1, 1),
+    (2, 2),
+    (3, 1, 1, 1, 1, 1),
+)
 
 
 def training_curve(
@@ -26,6 +47,7 @@ def training_curve(
     metric: str,
     *,
     hue: str = "method",
+    names: Sequence[str] = (),
     window: int = 1,
     title: str = "",
 ) -> Figure:
@@ -35,6 +57,8 @@ def training_curve(
         steps: a row per run and step, with columns `step`, `path`, `hue` and the metric.
         metric: the column to show.
         hue: the column whose values get a colour each.
+        names: values of `hue` in the order in which they get colours and dashes, so that a name
+            looks alike in several figures; those that are not in it come after.
         window: average over this many steps within each run before anything else.
         title: defaults to the metric's name.
 
@@ -43,23 +67,27 @@ def training_curve(
     """
     if window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
-    data = _present(steps, ["step", "path", hue, metric], metric).sort_values(["path", "step"])
-    smooth = data.groupby("path")[metric].rolling(window, min_periods=1).mean()
-    data[metric] = smooth.droplevel(0)
+    lines = list(dict.fromkeys(["path", hue]))
+    data = _present(steps, ["step", *lines, metric], metric).sort_values([*lines, "step"])
+    smooth = data.groupby(lines)[metric].rolling(window, min_periods=1).mean()
+    data[metric] = smooth.droplevel(lines)
     figure, axes = _canvas(title or metric)
+    ordered = list(dict.fromkeys([*names, *data[hue]]))
     sns.lineplot(
         data=data,
         x="step",
         y=metric,
         hue=hue,
-        palette=_colours(data[hue]),
+        style=hue,
+        palette=_colours(ordered),
+        dashes={name: DASHES[i % len(DASHES)] for i, name in enumerate(ordered)},
         errorbar=("ci", 95),
         seed=0,
         ax=axes,
     )
     axes.set(xlabel="optimiser step", ylabel=metric)
     _name_legend(axes, data.groupby(hue)["path"].nunique())
-    return figure
+    return footnote(figure, left_out(steps))
 
 
 def histogram(
@@ -101,7 +129,7 @@ def histogram(
     for mark in marks:
         axes.axvline(mark, color="0.3", linestyle="--", linewidth=1)
     axes.set(xlabel=column, ylabel="tokens")
-    return figure
+    return footnote(figure, left_out(values))
 
 
 def before_after(runs: pd.DataFrame, *, hue: str = "method", title: str = "") -> Figure:
@@ -128,8 +156,32 @@ def before_after(runs: pd.DataFrame, *, hue: str = "method", title: str = "") ->
             shift = place + 0.5 * (number - (len(chosen) - 1) / 2) / len(chosen)
             _interval(axes, shift - 0.06, run, "before", colours[name], hollow=True)
             _interval(axes, shift + 0.06, run, "after", colours[name], hollow=False)
-    axes.set_xticks(range(len(names)), [str(name) for name in names])
-    axes.set(xlabel=hue, ylabel="accuracy", xlim=(-0.6, len(names) - 0.4))
+    turned = {"rotation": 30, "ha": "right"} if len(names) > 4 else {}
+    axes.set_xticks(range(len(names)), [str(name) for name in names], **turned)
+    axes.set(ylabel="accuracy", xlim=(-0.6, len(names) - 0.4))
+    return footnote(figure, left_out(runs))
+
+
+def means(values: Mapping[str, pd.Series], *, ylabel: str, title: str) -> Figure:
+    """The mean of each series of independent values, with Student's 95 % interval.
+
+    `values` holds one number per seed under the name of each group, such as a method.
+
+    Raises:
+        ValueError: every series is empty.
+    """
+    found = {name: estimate(series.tolist()) for name, series in values.items() if len(series)}
+    if not found:
+        raise ValueError(f"no value for {', '.join(values)}: nothing to show")
+    figure, axes = _canvas(title)
+    colours = _colours(found)
+    for place, (name, (mean, low, high)) in enumerate(found.items()):
+        if low is not None:
+            axes.vlines(place, low, high, color=colours[name], linewidth=1.5)
+        axes.plot([place], [mean], MARKERS[place % len(MARKERS)], color=colours[name], markersize=7)
+    names = [f"{name}\n(n={len(values[name])})" for name in found]
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylabel=ylabel, xlim=(-0.6, len(names) - 0.4))
     return figure
 
 
@@ -147,13 +199,22 @@ def _present(frame: pd.DataFrame, columns: Sequence[str], needed: str) -> pd.Dat
     absent = [name for name in columns if name not in frame]
     if absent:
         raise ValueError(f"no column {', '.join(absent)}; there are {', '.join(map(str, frame))}")
-    data = frame.loc[frame[needed].notna(), list(dict.fromkeys(columns))].reset_index(drop=True)
+    finished = is_finished(frame)
+    data = frame.loc[finished & frame[needed].notna(), list(dict.fromkeys(columns))]
     if data.empty:
-        raise ValueError(f"no value in column {needed}: nothing to show")
-    return data
+        also = "" if finished.all() else "; rows of unfinished runs are left out"
+        raise ValueError(f"no value in column {needed}: nothing to show{also}")
+    return data.reset_index(drop=True)
 
 
-def _colours(names: pd.Series) -> dict[object, tuple[float, ...]]:
+def footnote(figure: Figure, text: str) -> Figure:
+    """Write small text under a figure, such as which runs it shows; returns the figure."""
+    lines = "\n".join(textwrap.wrap(text, 120, break_on_hyphens=False))
+    figure.text(0.01, -0.01, lines, fontsize=7, color="0.35", va="top", parse_math=False)
+    return figure
+
+
+def _colours(names: Iterable[object]) -> dict[object, tuple[float, ...]]:
     """A colour per name, in order of appearance."""
     unique = list(dict.fromkeys(names))
     return dict(zip(unique, sns.color_palette(PALETTE, len(unique)), strict=True))
@@ -169,7 +230,16 @@ def _canvas(title: str) -> tuple[Figure, Axes]:
 
 
 def _name_legend(axes: Axes, runs: pd.Series) -> None:
-    """Say in the legend how many runs each line stands for."""
+    """Say in the legend how many runs each line stands for; many lines have it under the axes."""
     handles, names = axes.get_legend_handles_labels()
     counted = {str(name): count for name, count in runs.items()}
-    axes.legend(handles, [f"{name} (n={counted[name]})" for name in names], title=None)
+    labels = [f"{name} (n={counted[name]})" for name in names]
+    if len(labels) <= 4:
+        axes.legend(handles, labels, title=None)
+        return
+    columns = 2 if max(map(len, labels)) < 44 else 1
+    rows = -(-len(labels) // columns)
+    figure = axes.get_figure()
+    figure.set_size_inches(SIZE[0], SIZE[1] + 0.18 * rows)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns}
+    axes.legend(handles, labels, title=None, fontsize=8, frameon=False, handlelength=3, **place)

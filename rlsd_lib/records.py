@@ -11,6 +11,8 @@ import pandas as pd
 
 from rlsd_lib.claims import latest_claim
 
+PLAN = "suite.json"  # in a suite's folder: the runs that it is to have, and the commands
+
 
 class Runs(NamedTuple):
     """Tidy frames: `runs` has a row per run, `steps` a row per run and step."""
@@ -24,9 +26,9 @@ def read_runs(folder: str | Path) -> Runs:
 
     A row of `runs` holds path, group (the folder above), name, status, error, notebook, each
     parameter (and all of them as `parameters`), commit, dirty, started, seconds, and the final
-    metrics. Runs that did not finish
-    are rows too; their status says so: "failed", "running", or "running/killed" where the owner is
-    gone. A row of `steps` holds the same identity and one logged line.
+    metrics. Runs that did not finish are rows too; their status says so: "failed", "running",
+    "running/killed" where the owner is gone, or "not started" where a suite has planned them. A row
+    of `steps` holds the same identity and one logged line.
 
     Raises:
         FileNotFoundError: `folder` does not exist.
@@ -45,7 +47,60 @@ def read_runs(folder: str | Path) -> Runs:
         rows.append({**(_read_json(metrics) if metrics.exists() else {}), **facts})
         identity = {k: v for k, v in facts.items() if k not in ("error", "started", "parameters")}
         lines += [{**line, **identity} for line in _steps(path)]
+    rows += [_not_started(path) for path in _planned(root) if path not in paths]
     return Runs(pd.DataFrame(rows), pd.DataFrame(lines))
+
+
+def _planned(root: Path) -> list[Path]:
+    """The run directories that suites below `root` are to fill."""
+    return [
+        file.parent / name
+        for file in sorted(root.rglob(PLAN))
+        for plan in _read_json(file)["plans"]
+        for name in plan["runs"]
+    ]
+
+
+def _not_started(path: Path) -> dict[str, Any]:
+    identity = {"path": str(path), "group": path.parent.name, "name": path.name}
+    return {**identity, "status": "not started", "error": None, "parameters": None}
+
+
+def is_finished(frame: pd.DataFrame) -> pd.Series:
+    """Whether a row is of a finished run; a frame without a status is one run at work, and counts."""
+    return frame["status"] == "finished" if "status" in frame else pd.Series(True, frame.index)
+
+
+def left_out(frame: pd.DataFrame) -> str:
+    """Which runs a table or figure does not show because they did not finish; "" where all did.
+
+    `frame` has columns `name` (or `path`) and `status`, a row per run or several.
+    """
+    column = "name" if "name" in frame else "path"
+    rows = frame[~is_finished(frame)]
+    if rows.empty:
+        return ""
+    names = [
+        f"{row[column]} ({row['status']})" for _, row in rows.drop_duplicates(column).iterrows()
+    ]
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"INCOMPLETE, {len(names)} left out: {shown}"
+
+
+def described(runs: Runs) -> str:
+    """Folders, finished runs, seeds and commits in a line; what is left out in capitals."""
+    frame = runs.runs
+    if frame.empty:
+        return "no runs"
+    finished = frame[is_finished(frame)]
+    folders = ", ".join(dict.fromkeys(frame["group"]))
+    seeds = sorted(finished["seed"].dropna().unique()) if "seed" in finished else []
+    commits = dict.fromkeys(str(commit)[:7] for commit in finished.get("commit", ()))
+    line = f"{folders}: {len(finished)} of {len(frame)} runs"
+    line += f", seeds {' '.join(f'{seed:g}' for seed in seeds)}" if seeds else ""
+    line += f", commit {' '.join(commits)}" if commits else ""
+    missing = left_out(frame)
+    return f"{line}. {missing}" if missing else line
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -99,7 +154,7 @@ def _facts(path: Path) -> dict[str, Any]:
     facts = {"path": str(path), "group": path.parent.name, "name": path.name, "status": state}
     manifest = manifest_or_none(path)
     if manifest is None:  # killed between the claim and the manifest
-        return {**facts, "error": None}
+        return {**facts, "error": None, "parameters": None}
     kept = {k: manifest[k] for k in ("error", "notebook", "started", "seconds")}
     parameters = manifest["parameters"]
     return {**parameters, **facts, **kept, **manifest["git"], "parameters": parameters}

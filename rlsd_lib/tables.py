@@ -5,18 +5,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
-from scipy import stats
 
+from rlsd_lib.estimates import Estimate, estimate, smallest_detectable
 from rlsd_lib.evaluate import paired_interval
 from rlsd_lib.provenance import settings
-from rlsd_lib.records import Runs, is_number, read_manifest
+from rlsd_lib.records import Runs, described, is_finished, is_number, read_manifest
 
 DASH = "-"
+MOST_LINES = 12  # of runs named one by one under a table
 # Column of metrics.json -> heading, digits. An interval stands beside accuracy alone.
 METRICS = {
     "accuracy_before": ("accuracy before", 3),
     "accuracy_after": ("accuracy after", 3),
+    "accuracy_greedy_after": ("greedy after", 3),
+    "pass@4_after": ("pass@4 after", 3),
+    "pass@8_after": ("pass@8 after", 3),
     "reward": ("reward", 3),
     "entropy": ("entropy", 3),
     "rlsd/clip_low_frac": ("clip low", 4),
@@ -26,14 +31,6 @@ METRICS = {
     "leak_rate_after": ("leak after", 3),
     "seconds_per_step": ("s / step", 2),
 }
-
-
-class Estimate(NamedTuple):
-    """A mean with its 95 % interval; the ends are None where there is no interval."""
-
-    mean: float
-    low: float | None
-    high: float | None
 
 
 class Table(NamedTuple):
@@ -46,6 +43,15 @@ class Table(NamedTuple):
         """The table and its notes as aligned Markdown."""
         notes = "\n".join(f"- {note}" for note in self.notes)
         return "\n\n".join(part for part in (_markdown(self.rows), notes) if part)
+
+    def csv(self) -> str:
+        """The rows as CSV, and a comment line (#) where runs are left out of them."""
+        notes = [f"\n# {note}" for note in self.notes if "INCOMPLETE" in note]
+        return self.rows.to_csv(index=False).rstrip() + "".join(notes)
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows: the table is never seen without its notes."""
+        return self.markdown()
 
 
 def make_table(runs: Runs) -> Table:
@@ -68,40 +74,83 @@ def make_table(runs: Runs) -> Table:
     notes = [note for cells in groups for note in _warnings(cells)]
     notes += _interval_note(groups)
     notes += [f"finished, no metrics: {p}" for p in finished.drop(measured.index)["path"]]
-    notes += [_incomplete(run) for _, run in frame[frame["status"] != "finished"].iterrows()]
-    return Table(_drop_constant(rows), notes)
+    return Table(_drop_constant(rows), [*dict.fromkeys(notes), *source_notes(runs)])
 
 
-def paired_differences(runs: Runs, baseline: str = "grpo") -> pd.DataFrame:
+def source_notes(runs: Runs) -> list[str]:
+    """Which runs a table is made from, and a line for each that gave it nothing.
+
+    Runs did so that failed, still run, were killed, or were planned and never started.
+    """
+    missing = runs.runs[~is_finished(runs.runs)]
+    lines = [_incomplete(run) for _, run in missing.iterrows()]
+    more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+    return [described(runs), *lines[:MOST_LINES], *more]
+
+
+def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
     """Accuracy after training minus the baseline's, on the same problems and the same seeds.
 
-    A row per method and settings: the mean difference, its 95 % interval over problems (a bootstrap)
-    and over seeds (Student's t; NaN for one seed), and the number of shared seeds.
+    A run is compared with the baseline's run of the same preset, seed and settings; where there is
+    no other, with that without its control, or else with that which sets its length alone. A row per
+    method and settings: the mean difference, its 95 % interval over problems (a bootstrap) and over
+    seeds (Student's t; NaN for one seed), the smallest difference that so many seeds would find with
+    80 % power, and the number of shared seeds. What has no partner stands in the notes.
 
     Raises:
         ValueError: no finished run of `baseline`, or runs that were judged on other problems.
     """
     frame = runs.runs[runs.runs["status"] == "finished"]
-    marks = frame.assign(settings=[settings_of(p) for p in frame["parameters"]])
-    base = {
-        run["seed"]: _evaluation(run) for _, run in marks[marks["method"] == baseline].iterrows()
-    }
+    rows_of_base = frame[frame["method"] == baseline]
+    base = {_place(run, run["parameters"]): run for _, run in rows_of_base.iterrows()}
     if not base:
         raise ValueError(f"no finished run of {baseline!r} to compare with")
-    rows = []
-    for (method, changes), cells in marks.groupby(["method", "settings"]):
-        shared = [run for _, run in cells.iterrows() if run["seed"] in base]
-        if method == baseline or not shared:
-            continue
-        ours, theirs = [_evaluation(run) for run in shared], [base[run["seed"]] for run in shared]
-        if len({one.problems for one in (*ours, *theirs)}) > 1:
-            raise ValueError(f"{method} and {baseline} were not judged on the same problems")
-        pair = [one.correct for one in theirs], [one.correct for one in ours]
-        problems, seeds = (paired_interval(*pair, over=over) for over in ("problems", "seeds"))
-        rows.append((method, changes, problems.mean, *problems[1:], *seeds[1:], len(shared)))
+    rows, alone = [], []
+    for arm, cells in with_arms(frame).groupby("arm"):
+        pairs = [(run, _partner(run, base)) for _, run in cells.iterrows()]
+        pairs = [(run, other) for run, other in pairs if other is not None]
+        if pairs:
+            rows.append((arm, *_compared(pairs), len(pairs)))
+        elif (cells["method"] != baseline).any():
+            alone.append(f"no {baseline} run of the same preset, length and seed as {arm}")
     ends = [f"{end}, {over}" for over in ("problems", "seeds") for end in ("low", "high")]
-    columns = ["method", "settings", f"accuracy - {baseline}", *ends, "n seeds"]
-    return pd.DataFrame(rows, columns=columns).sort_values(columns[2], ascending=False)
+    columns = ["method", f"accuracy - {baseline}", *ends, "detectable", "n seeds"]
+    table = pd.DataFrame(rows, columns=columns).sort_values(columns[1], ascending=False)
+    notes = [
+        "intervals are of 95 %: over problems a bootstrap, over seeds Student's t; one that holds 0 "
+        "settles nothing",
+        "detectable: the smallest true difference that a repetition with so many seeds would find "
+        "in four cases of five, from the spread between these seeds",
+    ]
+    return Table(table, [*notes, *alone, *source_notes(runs)])
+
+
+def _partner(run: pd.Series, base: Mapping[tuple[Any, ...], pd.Series]) -> pd.Series | None:
+    """The baseline's run that differs least: in the method, else the control, else all settings."""
+    given = run["parameters"]
+    uncontrolled = {name: value for name, value in given.items() if name != "control"}
+    plain = {name: value for name, value in given.items() if name == "max_steps"}
+    for parameters in (given, uncontrolled, plain):
+        other = base.get(_place(run, parameters))
+        if other is not None and other["path"] != run["path"]:
+            return other
+    return None
+
+
+def _place(run: pd.Series, parameters: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (run.get("preset"), run["seed"], settings_of(parameters))
+
+
+def _compared(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> tuple[float, ...]:
+    """Mean difference of paired runs, four ends of intervals, and what could have been seen."""
+    ours, theirs = ([_evaluation(run) for run in side] for side in zip(*pairs, strict=True))
+    if len({one.problems for one in (*ours, *theirs)}) > 1:
+        names = " and ".join(sorted({run["name"] for pair in pairs for run in pair}))
+        raise ValueError(f"{names} were not judged on the same problems")
+    scores = [one.correct for one in theirs], [one.correct for one in ours]
+    problems, seeds = (paired_interval(*scores, over=over) for over in ("problems", "seeds"))
+    seen = smallest_detectable(np.subtract(scores[1], scores[0]).mean(axis=1))
+    return (problems.mean, *problems[1:], *seeds[1:], seen)
 
 
 class _Evaluation(NamedTuple):
@@ -116,18 +165,31 @@ def _evaluation(run: pd.Series) -> _Evaluation:
 
 def settings_of(parameters: Mapping[str, Any]) -> str:
     """What sets a run apart beside method, preset and seed, as one line."""
-    rest = settings(parameters)
-    flat = {**rest.pop("overrides", {}), **rest}
+    flat = _flat(parameters)
     return ", ".join(f"{name}={flat[name]}" for name in sorted(flat))
 
 
-def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean and Student interval of values that are independent, such as one per seed."""
-    mean = float(pd.Series(values).mean())
-    if len(values) < 2:
-        return Estimate(mean, None, None)
-    half = float(stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1))
-    return Estimate(mean, mean - half, mean + half)
+def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, overrides among them."""
+    rest = settings(parameters)
+    return {**rest.pop("overrides", {}), **rest}
+
+
+def with_arms(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add a column `arm`: the method, and of its preset and settings what is not alike in all runs.
+
+    `frame` is `Runs.runs`; runs without parameters (killed at once, never started) have no arm.
+    """
+    known = frame[frame["parameters"].notna()]
+    given = [{"preset": p.get("preset"), **_flat(p)} for p in known["parameters"]]
+    names = {name for settings in given for name in settings}
+    apart = {n for n in names if len({repr(settings.get(n)) for settings in given}) > 1}
+    labels = []
+    for method, found in zip(known["method"], given, strict=True):
+        told = [found["preset"]] if "preset" in apart else []
+        told += [f"{name}={found[name]}" for name in sorted(apart - {"preset"}) if name in found]
+        labels.append(f"{method} ({', '.join(told)})" if told else method)
+    return frame.assign(arm=pd.Series(labels, index=known.index, dtype=object))
 
 
 def _row(cells: pd.DataFrame, keys: list[str], metrics: list[str]) -> dict[str, str]:
@@ -187,10 +249,16 @@ def _drop_constant(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.drop(columns=plain + same).fillna(DASH)
 
 
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}" if is_number(value) else DASH
+    return str(value) or DASH
+
+
 def _markdown(rows: pd.DataFrame) -> str:
     if rows.empty:
         return ""
-    lines = [list(rows.columns), *rows.astype(str).replace("", DASH).values.tolist()]
+    lines = [list(rows.columns), *([_text(v) for v in row] for row in rows.values.tolist())]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
     rule = ["-" * width for width in widths]

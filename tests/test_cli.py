@@ -14,7 +14,7 @@ from rlsd_lib.__main__ import main
 from rlsd_lib.records import read_runs, state_of
 from rlsd_lib.runs import Run
 from rlsd_lib.suites import Grid, Suite, jobs_of
-from rlsd_lib.tables import estimate, make_table, settings_of
+from rlsd_lib.tables import make_table, settings_of
 
 MEASURE = (
     'run.finish({"accuracy_before": 0.5, "accuracy_before_low": 0.4, "accuracy_before_high": 0.6,'
@@ -99,7 +99,7 @@ def test_a_parameter_given_twice_and_a_missing_notebook_are_refused(
 
 
 def test_the_command_is_installed_and_explains_itself() -> None:
-    for command in ([], ["run"], ["suite"], ["table"]):
+    for command in ([], ["run"], ["suite"], ["table"], ["report"]):
         words = [sys.executable, "-m", "rlsd_lib", *command, "--help"]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         assert "usage: rlsd" in done.stdout
@@ -138,9 +138,12 @@ def test_a_suite_keeps_what_is_finished_and_lists_what_failed(
     [broken] = [p for p in folder.iterdir() if p.name.startswith("rlsd-s1")]
     assert f"failed: {broken}" in said.err
     assert "seed 1 fails" in said.err
-    states = {p.name: state_of(p) for p in folder.iterdir()}
+    states = {p.name: state_of(p) for p in folder.iterdir() if p.is_dir()}
     assert sorted(states.values()) == ["failed", "finished", "finished"]
 
+    [plan] = json.loads((folder / "suite.json").read_text())["plans"]
+    assert plan["command"] == "rlsd suite tiny"
+    assert set(plan["runs"]) == set(states)
     first = read_runs(folder).runs.set_index("name")["started"]
     assert main(["suite", "tiny", "--list"]) == 0
     assert f"failed    {broken}" in capsys.readouterr().out
@@ -268,9 +271,3 @@ def test_an_empty_folder_says_so_and_an_absent_one_is_refused(
     assert "no runs here yet" in capsys.readouterr().out
     assert main(["table", str(tmp_path / "absent")]) == 2
     assert "no such folder" in capsys.readouterr().err
-
-
-def test_the_interval_of_a_mean() -> None:
-    assert estimate([0.5]) == (0.5, None, None)
-    mean, low, high = estimate([0.0, 1.0])
-    assert (mean, round(high - low, 3)) == (0.5, 12.706)

@@ -11,8 +11,9 @@ from conftest import START, NotebookMaker
 from rlsd_lib import cluster, suites
 from rlsd_lib.__main__ import main
 from rlsd_lib.cluster import ClusterRun
+from rlsd_lib.jobs import Job, Outcome
 from rlsd_lib.records import state_of
-from rlsd_lib.suites import Grid, Job, Outcome, Suite
+from rlsd_lib.suites import Grid, Suite
 
 DONE = 'run.finish({"accuracy_after": 0.5})'
 

@@ -53,6 +53,18 @@ def test_what_cannot_be_shown_is_refused(steps: pd.DataFrame) -> None:
         plots.training_curve(steps, "reward", window=0)
     with pytest.raises(ValueError, match="nothing to show"):
         plots.training_curve(steps.assign(reward=np.nan), "reward")
+    with pytest.raises(ValueError, match="rows of unfinished runs are left out"):
+        plots.training_curve(steps.assign(status="failed"), "reward")
+
+
+def test_a_run_that_did_not_finish_is_left_out_and_named(steps: pd.DataFrame) -> None:
+    killed = (steps["path"] == "rlsd1").map({True: "running/killed", False: "finished"})
+    figure = plots.training_curve(steps.assign(status=killed, name=steps["path"]), "reward")
+    legend = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    assert legend == {"grpo (n=2)", "rlsd (n=1)"}
+    assert [t.get_text() for t in figure.texts] == [
+        "INCOMPLETE, 1 left out: rlsd1 (running/killed)"
+    ]
 
 
 def test_a_histogram_counts_every_token_and_marks_the_bounds() -> None:

@@ -12,9 +12,10 @@ from conftest import START, NotebookMaker
 
 from rlsd_lib import suites
 from rlsd_lib.__main__ import main
+from rlsd_lib.jobs import Job, run_jobs, seconds_taken, time_left
 from rlsd_lib.records import read_manifest, read_runs, state_of
 from rlsd_lib.runs import Run
-from rlsd_lib.suites import Grid, Job, Suite, jobs_of, run_jobs, seconds_taken, time_left
+from rlsd_lib.suites import Grid, Suite, jobs_of
 from rlsd_lib.tables import make_table
 
 
@@ -81,7 +82,7 @@ BEGIN = """
 import sys
 from rlsd_lib import suites
 from rlsd_lib.__main__ import main
-grid = suites.Grid((sys.argv[1],), {"gate": (sys.argv[2],), "seed": (0, 1, 2)})
+grid = suites.Grid((sys.argv[1],), {"gate": (sys.argv[2],), "seed": (0, 1, 2, 3)})
 suites.SUITES["tiny"] = suites.Suite("for a test", (grid,))
 sys.exit(main(["suite", "tiny", "--jobs", "2"]))
 """
@@ -105,25 +106,26 @@ def test_a_killed_suite_redoes_nothing_and_ends_in_the_same_table(
     parameters = ("seed: int = 0", 'gate: str = ""', 'run_dir: str = ""')
     start = START.replace("method=method, seed=seed, rate=rate, overrides=overrides", "seed=seed")
     source = make_notebook(cells=(start, WAIT, FINISH), parameters=parameters)
-    grid = Grid((str(source),), {"gate": (str(gate),), "seed": (0, 1, 2)})
+    grid = Grid((str(source),), {"gate": (str(gate),), "seed": (0, 1, 2, 3)})
     monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", (grid,)))
     folders = [job.run_dir for job in jobs_of("tiny")]
 
     words = [sys.executable, "-c", BEGIN, str(source), str(gate)]
     suite = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
-    expected = ["finished", "running", "running"]
+    expected = ["finished", "running", "running", None]
     _wait_until(lambda: [state_of(folder) for folder in folders] == expected)
     os.killpg(suite.pid, signal.SIGKILL)
     suite.wait()
-    _wait_until(lambda: [state_of(f) for f in folders[1:]] == ["running/killed"] * 2)
+    _wait_until(lambda: [state_of(f) for f in folders[1:3]] == ["running/killed"] * 2)
     before = {folder: _files(folder) for folder in folders[:1]}
     half = make_table(read_runs(tmp_path / "outputs"))
-    assert len([note for note in half.notes if "running/killed, not in the table" in note]) == 2
+    left = [note for note in half.notes if "not in the table" in note]
+    assert sorted(note.split(",")[0] for note in left) == ["not started", *["running/killed"] * 2]
 
     gate.touch()
     assert main(["suite", "tiny", "--jobs", "2"]) == 0
     assert {folder: _files(folder) for folder in folders[:1]} == before
-    assert [read_manifest(folder)["attempt"] for folder in folders] == [1, 2, 2]
+    assert [read_manifest(folder)["attempt"] for folder in folders] == [1, 2, 2, 1]
 
     never_killed = tmp_path / "never-killed" / "tiny"
     for seed, folder in enumerate(folders):

@@ -1,6 +1,7 @@
 """Every training notebook, executed under `preset=smoke` from a foreign working directory."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +46,34 @@ def test_a_training_notebook_runs_from_anywhere(name, tmp_path, monkeypatch, sha
     assert not list(elsewhere.iterdir()), "a notebook wrote into the working directory"
 
 
-def test_the_comparison_reads_runs_and_hides_none(tmp_path, monkeypatch, shared_outputs):
+def test_the_report_shows_every_table_and_figure_and_hides_no_run(
+    tmp_path, monkeypatch, shared_outputs, capsys
+):
     monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
-    runs = tmp_path / "runs"
+    runs = tmp_path / "some-runs"
     for name in ("10_grpo", "15_rlsd", "12_opsd"):
         execute_notebook(name, {"preset": "smoke"}, run_dir=runs / name)
     (runs / "12_opsd" / "manifest.json").write_text(
         (runs / "12_opsd" / "manifest.json").read_text().replace('"finished"', '"failed"')
     )
-    execute_notebook("20_compare", {"runs_dir": str(runs)}, run_dir=tmp_path / "compare")
-    metrics = json.loads((tmp_path / "compare" / "metrics.json").read_text())
-    assert metrics == {"runs": 2, "incomplete": 1}
-    assert "12_opsd" in (tmp_path / "compare" / "20_compare.ipynb").read_text()
+    assert main(["report", str(runs)]) == 0
+    page = Path(capsys.readouterr().out.strip())
+    assert json.loads((page.parent / "metrics.json").read_text()) == {"runs": 2, "incomplete": 1}
+    assert "| RLSD is above GRPO" in (page.parent / "claims.md").read_text()
+    text = page.read_text()
+    assert text.count("INCOMPLETE, 1 left out: 12_opsd (failed)") >= 6  # above, and at every table
+    assert text.count('src="data:image/png;base64,') >= 5
+    assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []  # nothing from elsewhere
+    assert "experiment.train" not in text
+    assert "import pandas" not in text  # no code
+    assert "rlsd run 15_rlsd -p method=rlsd -p preset=smoke -p seed=0" in text
+
+
+def test_there_is_no_report_without_a_finished_run(tmp_path, capsys):
+    assert main(["report", "papr"]) == 2
+    assert "papr: no such folder" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no finished run to report on" in capsys.readouterr().err
 
 
 def test_the_benchmark_prints_ratios(monkeypatch, shared_outputs, capsys):
