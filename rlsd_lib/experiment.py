@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from rlsd_lib import lens, provenance
-from rlsd_lib.controls import apply_control, control_template
+from rlsd_lib.controls import apply_control, control_overrides, control_template
 from rlsd_lib.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.leakage import phrase_leakage
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
@@ -108,8 +108,7 @@ class Experiment:
         self.teacher_model = self._external_teacher()
         self.metrics: dict[str, Any] = {}
         # Under a control the references differ and the problems do not: runs stay comparable.
-        problems = sides["test"].remove_columns(COLUMN)
-        data = {**controlled, "problems": problems}
+        data = {**controlled, "problems": sides["test"].remove_columns(COLUMN)}
         self.run.record(
             config=self.config.to_dict(),
             preset=asdict(self.preset),
@@ -203,6 +202,7 @@ class Experiment:
             "temperature": self.config.temperature,
             "seed": self.seed,
             "teacher": self.teacher_model,
+            "peer_context": self.config.peer_context,
         }
         return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
 
@@ -289,7 +289,6 @@ class Experiment:
 
     @staticmethod
     def _resolve(parameters: Mapping[str, Any], output_dir: Path, template: str | None) -> Any:
-        control_template(parameters["control"], template)
         return resolve_config(
             parameters["method"],
             parameters["preset"],
@@ -297,5 +296,5 @@ class Experiment:
             output_dir,
             template=template,
             max_steps=parameters["max_steps"],
-            overrides=parameters["overrides"],
+            overrides={**control_overrides(parameters["control"]), **parameters["overrides"]},
         )
