@@ -173,20 +173,28 @@ def report(
 
     Returns the frame of `summarise`. Raises ValueError for prompts with images.
     """
-    rows, known = _subject(task, num_problems)
-    judged = [
-        judge(
-            _sample(each, tokenizer, rows, max_new_tokens, seed),
-            rows,
-            tokenizer,
-            base_model=base_model,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            **{**known, **settings},
-        )
-        for each in (model, base_model)
-    ]
+    settings |= {"base_model": base_model, "max_new_tokens": max_new_tokens}
+    settings |= {"num_problems": num_problems, "seed": seed}
+    judged = [measure(each, tokenizer, task, **settings) for each in (model, base_model)]
     return summarise(*judged, alpha=alpha)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | Dataset,
+    *,
+    max_new_tokens: int,
+    num_problems: int | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Sample one completion per problem from `model` and judge it: the frame of `judge`."""
+    rows, known = _subject(task, num_problems)
+    prompts = [row["prompt"] for row in rows]
+    samples = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
+    settings = {**known, **settings, "max_new_tokens": max_new_tokens, "seed": seed}
+    return judge([texts[0] for texts in samples], rows, tokenizer, **settings)
 
 
 def _subject(task: Task | Dataset, num_problems: int | None) -> tuple[list[Row], dict[str, Any]]:
@@ -199,18 +207,6 @@ def _subject(task: Task | Dataset, num_problems: int | None) -> tuple[list[Row],
         return rows, {}
     known = {"pattern": task.reference_pattern, "underived": task.underived}
     return rows, {**known, "template": task.privileged_template or DEFAULT_TEMPLATE}
-
-
-def _sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    max_new_tokens: int,
-    seed: int,
-) -> list[str]:
-    prompts = [row["prompt"] for row in rows]
-    samples = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
-    return [texts[0] for texts in samples]
 
 
 def summarise(judged: pd.DataFrame, base: pd.DataFrame, *, alpha: float = 0.05) -> pd.DataFrame:
