@@ -34,7 +34,8 @@ def check_arguments(
         )
     if sees == PEER and not reward_funcs:
         raise ValueError(
-            "method='sdpo' needs reward_funcs: they decide which rollouts are demonstrations."
+            f"method={args.method!r} needs reward_funcs: they decide which rollouts are shown to "
+            "their peers."
         )
     if args.uses_teacher and kwargs.get("rollout_func") is not None:
         raise ValueError(

@@ -11,7 +11,7 @@ from trl import GRPOConfig
 
 from rlsd_lib.credit import Credit, lambda_schedule, sampled_distillation
 from rlsd_lib.divergence import Divergence
-from rlsd_lib.methods import METHODS, PROMPT, Method, check_distillation, look_up
+from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT, Method, check_distillation, look_up
 from rlsd_lib.privileged import DEFAULT_TEMPLATE
 
 __all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "RLSDConfig"]
@@ -54,6 +54,9 @@ class RLSDConfig(GRPOConfig):
         privileged_template (`str`, *optional*):
             The teacher's user turn. Must contain `{prompt}` and `{privileged_context}`; other
             braces are left alone.
+        peer_context (`bool`, *optional*, defaults to `False`):
+            Shows the teacher a successful rollout of the same group instead of the row's
+            `privileged_context`, as `sdpo` always does. A rollout without one keeps GRPO's credit.
         max_teacher_prompt_length (`int`, *optional*):
             Tokens allowed for the teacher's prompt. A longer one has its privileged text shortened,
             never its question; the share of shortened rows is logged. `None` sets no limit.
@@ -71,11 +74,11 @@ class RLSDConfig(GRPOConfig):
         distillation_weight (`float`, *optional*):
             Factor of the distillation term. Required for `grpo_opsd`, whose paper gives none.
         success_reward_threshold (`float`, *optional*, defaults to `1.0`):
-            `sdpo`: the reward from which a rollout may serve as a demonstration.
+            Peers: the reward from which a rollout may serve as a demonstration.
         include_failed_rollout (`bool`, *optional*, defaults to `False`):
-            `sdpo`: also show the teacher a failed rollout of the group.
+            Peers: also show the teacher a failed rollout of the group.
         include_environment_feedback (`bool`, *optional*, defaults to `False`):
-            `sdpo`: also show the teacher the row's `privileged_context`, as feedback.
+            Peers: also show the teacher the row's `privileged_context`, as feedback.
     """
 
     vllm_importance_sampling_mode: str = field(
@@ -119,6 +122,9 @@ class RLSDConfig(GRPOConfig):
         default=DEFAULT_TEMPLATE,
         metadata={"help": "Teacher's user turn, with {prompt} and {privileged_context}."},
     )
+    peer_context: bool = field(
+        default=False, metadata={"help": "Show the teacher a peer rollout, not the reference."}
+    )
     max_teacher_prompt_length: int | None = field(
         default=None, metadata={"help": "Token limit of the teacher's prompt; None = no limit."}
     )
@@ -141,13 +147,13 @@ class RLSDConfig(GRPOConfig):
         default=None, metadata={"help": "Factor of the distillation term."}
     )
     success_reward_threshold: float = field(
-        default=1.0, metadata={"help": "sdpo: reward from which a rollout is a demonstration."}
+        default=1.0, metadata={"help": "Reward from which a rollout may be shown to a peer."}
     )
     include_failed_rollout: bool = field(
-        default=False, metadata={"help": "sdpo: also show a failed rollout of the group."}
+        default=False, metadata={"help": "Peers: also show a failed rollout of the group."}
     )
     include_environment_feedback: bool = field(
-        default=False, metadata={"help": "sdpo: also show privileged_context, as feedback."}
+        default=False, metadata={"help": "Peers: also show privileged_context, as feedback."}
     )
 
     def __post_init__(self) -> None:
@@ -157,8 +163,9 @@ class RLSDConfig(GRPOConfig):
 
     @property
     def row(self) -> Method:
-        """The method's row in `METHODS`."""
-        return METHODS[self.method]
+        """The method's row in `METHODS`, with what its teacher sees in this run."""
+        row = METHODS[self.method]
+        return replace(row, teacher_sees=PEER) if self.peer_context else row
 
     @property
     def divergence(self) -> Divergence | None:
@@ -218,6 +225,11 @@ class RLSDConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         look_up(self.method, METHODS, "method")
+        if self.peer_context and METHODS[self.method].teacher_sees != PRIVILEGED:
+            raise ValueError(
+                f"peer_context=True means nothing for method={self.method!r}, whose teacher sees "
+                "no privileged_context that a peer could replace. Leave it at False."
+            )
         look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
         _require(0 <= self.lambda_init <= 1, "lambda_init", self.lambda_init, "a number in [0, 1]")
         _require(self.epsilon_w >= 0, "epsilon_w", self.epsilon_w, "a number >= 0")

@@ -1,11 +1,13 @@
 """Controls: what the teacher is shown instead of the true reference.
 
 A credit signal that survives a wrong reference does not come from the reference. Each control
-changes the `privileged_context` column only, so it can be put on any method.
+changes what the teacher is shown and nothing else, so it can be put on any method with a teacher
+that sees the reference.
 """
 
 import random
 import string
+from typing import Any
 
 from datasets import Dataset
 
@@ -20,6 +22,7 @@ CONTROLS: dict[str, str] = {
     "wrong": "the row's own reference with one digit changed; another row's if it has no digit",
     "noise": "random characters, as many as the reference has and of the same kind",
     "empty": "nothing, in a plain template: teacher and student see the same, the gap must be 0",
+    "peer": "a successful rollout of the same group, as SDPO shows; nothing where there is none",
 }
 
 
@@ -30,7 +33,7 @@ def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
         ValueError: for an unknown control, or references that it cannot change.
     """
     look_up(control, CONTROLS, "control")
-    if control == "none":
+    if control in ("none", "peer"):  # peers are known when rollouts are: see `control_overrides`
         return data
     rng = random.Random(seed)
     texts = data[COLUMN][:]
@@ -41,6 +44,11 @@ def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
         "empty": lambda texts, rng: [""] * len(texts),
     }[control](texts, rng)
     return data.remove_columns(COLUMN).add_column(COLUMN, changed)
+
+
+def control_overrides(control: str) -> dict[str, Any]:
+    """The `RLSDConfig` fields that a control sets. Raises ValueError for an unknown control."""
+    return {"peer_context": True} if look_up(control, CONTROLS, "control") == "peer" else {}
 
 
 def control_template(control: str, template: str | None) -> str | None:

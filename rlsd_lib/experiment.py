@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from rlsd_lib import lens, provenance, shown, training
 from rlsd_lib.config import RLSDConfig
-from rlsd_lib.controls import apply_control, control_template
+from rlsd_lib.controls import apply_control, control_overrides, control_template
 from rlsd_lib.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.launch import accelerate_config
 from rlsd_lib.leakage import phrase_leakage
@@ -186,6 +186,7 @@ class Experiment:
             "temperature": self.config.temperature,
             "seed": self.seed,
             "teacher": self.teacher_model,
+            "peer_context": self.config.peer_context,
         }
         return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
 
@@ -269,7 +270,6 @@ class Experiment:
     def _resolve(
         parameters: Mapping[str, Any], output_dir: Path, template: str | None, sharing: int = 1
     ) -> RLSDConfig:
-        control_template(parameters["control"], template)
         return resolve_config(
             parameters["method"],
             parameters["preset"],
@@ -277,6 +277,6 @@ class Experiment:
             output_dir,
             template=template,
             max_steps=parameters["max_steps"],
-            overrides=parameters["overrides"],
+            overrides={**control_overrides(parameters["control"]), **parameters["overrides"]},
             num_processes=sharing,
         )

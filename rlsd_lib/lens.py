@@ -67,6 +67,7 @@ def look(
     max_new_tokens: int,
     credit: Credit | None = None,
     teacher: PreTrainedModel | None = None,
+    peer_context: bool = False,
     num_generations: int = 8,
     temperature: float = 1.0,
     seed: int = 0,
@@ -75,9 +76,12 @@ def look(
 
     Advantages are normalised within the group as TRL does (Eq. 1, sample standard deviation).
     torch's global random state is left as it was. `credit` is the method's with options of its own
-    (`RLSDConfig.credit`), and `teacher` another model, for `opd`.
+    (`RLSDConfig.credit`), and `teacher` another model, for `opd`; with `peer_context` the teacher
+    reads a successful rollout of the group in place of the reference.
     """
     problem, chosen = task.test[row], METHODS[method]
+    if peer_context:
+        chosen = replace(chosen, teacher_sees=PEER)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         completions = _sample(

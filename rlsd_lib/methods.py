@@ -138,7 +138,10 @@ def check_distillation(args: "RLSDConfig") -> None:
         )
     foreign = [name for name in PEER_FIELDS if getattr(args, name)]
     if foreign and args.row.teacher_sees != PEER:
-        raise ValueError(f"{foreign[0]}=True is an option of method='sdpo', not {args.method!r}.")
+        raise ValueError(
+            f"{foreign[0]}=True is an option of method='sdpo' and of peer_context=True, not of "
+            f"method={args.method!r} with the row's own reference."
+        )
     if args.row.needs_weight and args.distillation_weight is None:
         raise ValueError(
             f"method={args.method!r} needs distillation_weight, the factor of its "

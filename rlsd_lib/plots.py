@@ -21,6 +21,7 @@ __all__ = [
     "before_after",
     "footnote",
     "histogram",
+    "leak_measures",
     "means",
     "token_heatmap",
     "training_curve",
@@ -243,3 +244,44 @@ def _name_legend(axes: Axes, runs: pd.Series) -> None:
     figure.set_size_inches(SIZE[0], SIZE[1] + 0.18 * rows)
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns}
     axes.legend(handles, labels, title=None, fontsize=8, frameon=False, handlelength=3, **place)
+
+
+def leak_measures(frame: pd.DataFrame, *, by: str = "method", title: str = "") -> Figure:
+    """Every measure of leakage in a panel: a point per run with its own 95 % interval.
+
+    The band is the base model's interval, the dashed line the null value.
+
+    Args:
+        frame: rows of `leakage.summarise` for one run or several, with a column `by`.
+        by: the column whose values get a row and a colour each.
+        title: stands above the figure.
+
+    Raises:
+        ValueError: an absent column, or no row of a model.
+    """
+    ends = ["mean", "low", "high"]
+    data = _present(frame, [by, "measure", "of", "null", *ends], "mean")
+    names, measures = (list(dict.fromkeys(data[column])) for column in (by, "measure"))
+    colours = _colours(data[by])
+    figure = new_figure((2.6 * len(measures) + 1.4, 0.34 * len(names) + 1.6))
+    with sns.axes_style("whitegrid"):
+        panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
+        rows = data[data["measure"] == measure]
+        base, model = (rows[rows["of"] == of] for of in ("base", "model"))
+        axes.axvspan(base["low"].min(), base["high"].max(), color="0.85", label="base model")
+        for null in model["null"].dropna().head(1):  # an accuracy has none
+            axes.axvline(null, color="0.3", linestyle="--", linewidth=1, label="null")
+        for place, name in enumerate(names):
+            chosen = model[model[by] == name]
+            for number, (_, run) in enumerate(chosen.iterrows()):
+                height = place + 0.6 * ((number + 0.5) / len(chosen) - 0.5)
+                axes.hlines(height, run["low"], run["high"], color=colours[name], linewidth=1.2)
+                axes.plot([run["mean"]], [height], "o", color=colours[name], markersize=4)
+        axes.set_title(measure, loc="left", fontsize=10)
+        axes.set(xlabel="nats" if measure == "evidence" else "share")
+    panels[0].set_yticks(range(len(names)), [str(name) for name in names])
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    panels[0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure

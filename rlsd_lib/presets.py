@@ -124,6 +124,7 @@ PRESETS: dict[str, Preset] = {
         train_size=40,
         test_size=8,
         num_samples=2,
+        save_model=True,
     ),
     "lab": Preset("three-digit column addition, 0.5 M parameters: minutes on a CPU", **LAB_PRESET),
     "lab-bare": Preset(

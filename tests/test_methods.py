@@ -146,7 +146,7 @@ def reference(method: str, **settings: Any) -> Reference:
     weight = EXTRA.get(method, {}).get("distillation_weight", 1.0)
     return Reference(
         method,
-        partial(teacher_turns, method),
+        settings.pop("turns", partial(teacher_turns, method)),
         **{"divergence": DIVERGENCES.get(method), "weight": weight, **settings},
     )
 
@@ -158,6 +158,18 @@ def test_loss_and_gradient_equal_the_dense_reference(tmp_path, method):
     assert len(steps) == 4
     for step in steps:
         dense.assert_equal(step.losses, reference(method).losses(step, LOSSES))
+
+
+@pytest.mark.parametrize("method", ["rlsd", "opsd"])
+def test_a_peer_in_place_of_the_reference_equals_the_dense_reference(tmp_path, method):
+    settings = {"peer_context": True, "success_reward_threshold": 0.5}
+    trainer = script(make(tmp_path, method, max_steps=2, teacher_model_kind="base", **settings))
+    steps = record(trainer, LOSSES)
+    shown = [flag for step in steps for _, flag in peer_turns(step.generation)]
+    assert {True, False} == set(shown), "some rollouts have no successful peer"
+    by_hand = reference(method, turns=peer_turns)
+    for step in steps:
+        dense.assert_equal(step.losses, by_hand.losses(step, LOSSES))
 
 
 def lora_student() -> Any:
@@ -367,7 +379,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sampled top-1": ("opsd_student_top1", SAMPLED, "Use method='opsd' with it"),
     "k of a top-1": ("opsd_student_top1", {"distillation_topk": 5}, "means nothing for"),
     "sampled mixture": ("grpo_opsd", {**SAMPLED, "distillation_weight": 1.0}, "full or top-k"),
-    "peers of opsd": ("opsd", {"include_failed_rollout": True}, "an option of method='sdpo'"),
+    "peers of opsd": ("opsd", {"include_failed_rollout": True}, "option of method='sdpo'"),
     "feedback of rlsd": ("rlsd", {"include_environment_feedback": True}, "option of method='sdpo'"),
 }
 

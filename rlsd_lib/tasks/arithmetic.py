@@ -121,6 +121,14 @@ def first_error(completion: str, row: Row) -> int | None:
     return None if position == len(expected) else len(tokens)
 
 
+def underived(completion: str, row: Row) -> str:
+    """Return the text before the sum of the last column, where no answer can be known yet.
+
+    A completion that adds fewer columns than the numbers have derives nothing: all of it.
+    """
+    return "=".join(completion.split("=")[: len(str(row["first"]))])
+
+
 def _expected(row: Row) -> list[set[str]]:
     """List, for each place of the bare chain, the tokens that are right there."""
     places: list[set[str]] = []
@@ -170,6 +178,7 @@ def load(
         privileged_template=PRIVILEGED_TEMPLATE,
         first_error=first_error,
         nuisance_mask=nuisance_mask,
+        underived=underived,
         **sides,
     )
 

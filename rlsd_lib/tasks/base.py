@@ -15,6 +15,11 @@ from datasets import Dataset
 
 TEST_BUCKETS = 5  # one question in five is held out
 DRAWS_PER_ROW = 200  # duplicates and the other side's questions are skipped, up to this many draws
+# How models speak of a reference that they were shown, where a task has no words of its own.
+REFERENCE_PATTERN = (
+    r"\b(reference|provided|given|above|model|sample) (solution|answer)\b"
+    r"|\b(solution|answer) (above|provided|given)\b|\breference\b"
+)
 
 Completion = str | list[dict[str, str]]
 Row = dict[str, Any]
@@ -29,7 +34,8 @@ class Task:
     text of the teacher's user turn, with the placeholders `{prompt}` and `{privileged_context}`;
     None stands for the trainer's default. `first_error` gives the index of the first wrong token
     of a completion (None when there is none) and `nuisance_mask` marks the tokens that do not bear
-    on the answer; both are None where a task cannot know.
+    on the answer; `underived` cuts a completion off where its answer can first have been derived.
+    All three are None where a task cannot know.
     """
 
     name: str
@@ -40,6 +46,7 @@ class Task:
     privileged_template: str | None = None
     first_error: Callable[[str, Row], int | None] | None = None
     nuisance_mask: Callable[[str], list[bool]] | None = None
+    underived: Callable[[str, Row], str] | None = None
 
     def reward(self, completions: list[Completion], **columns: Any) -> list[float]:
         """Return 1.0 for each verified completion and 0.0 for the others, as TRL expects.

@@ -22,13 +22,9 @@ import reasoning_gym
 from datasets import Dataset
 from reasoning_gym.factory import DATASETS
 
-from rlsd_lib.tasks.base import Row, Task, draw_rows
+from rlsd_lib.tasks.base import REFERENCE_PATTERN, Row, Task, draw_rows
 
 CHUNK = 256  # questions drawn from reasoning-gym at a time
-REFERENCE_PATTERN = (
-    r"\b(reference|provided|given|above|model|sample) (solution|answer)\b"
-    r"|\b(solution|answer) (above|provided|given)\b|\breference\b"
-)
 _NUMBER = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])", re.ASCII)
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
