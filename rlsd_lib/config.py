@@ -14,10 +14,11 @@ from rlsd_lib.divergence import Divergence
 from rlsd_lib.methods import METHODS, PROMPT, Method, check_distillation, look_up
 from rlsd_lib.privileged import DEFAULT_TEMPLATE
 
-__all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "RLSDConfig"]
+__all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "TEACHER_PASSES", "RLSDConfig"]
 
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
 WEIGHT_CLIPS = ("linear", "log")
+TEACHER_PASSES = AUTO, PLAIN, SHARED = "auto", "plain", "shared"
 
 
 @dataclass
@@ -51,6 +52,14 @@ class RLSDConfig(GRPOConfig):
             Optimiser steps between two updates of an `"ema"` or `"snapshot"` teacher.
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Weight of the student in one `"ema"` update, in (0, 1].
+        teacher_pass (`str`, *optional*, defaults to `"auto"`):
+            `"plain"` computes the teacher's prompt for each rollout, `"shared"` once for all
+            rollouts that have it, with the same result up to rounding. `"auto"` shares where that
+            is known to be exact and saves a quarter of the token positions; `"shared"` raises where
+            it cannot. A teacher that sees just what the student sees is always scored plainly, so
+            that its gap is exactly 0.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Keeps a full-copy teacher in CPU memory, and on the device only while it scores.
         privileged_template (`str`, *optional*):
             The teacher's user turn. Must contain `{prompt}` and `{privileged_context}`; other
             braces are left alone.
@@ -114,6 +123,13 @@ class RLSDConfig(GRPOConfig):
     )
     teacher_update_rate: float = field(
         default=0.05, metadata={"help": "Weight of the student in one 'ema' update, in (0, 1]."}
+    )
+    teacher_pass: str = field(
+        default=AUTO,
+        metadata={"help": "'auto', 'plain' or 'shared': prompts once per rollout or once."},
+    )
+    teacher_offload: bool = field(
+        default=False, metadata={"help": "Keep a full-copy teacher on the CPU between its passes."}
     )
     privileged_template: str = field(
         default=DEFAULT_TEMPLATE,
@@ -219,6 +235,7 @@ class RLSDConfig(GRPOConfig):
     def _check_values(self) -> None:
         look_up(self.method, METHODS, "method")
         look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
+        look_up(self.teacher_pass, TEACHER_PASSES, "teacher_pass")
         _require(0 <= self.lambda_init <= 1, "lambda_init", self.lambda_init, "a number in [0, 1]")
         _require(self.epsilon_w >= 0, "epsilon_w", self.epsilon_w, "a number >= 0")
         look_up(self.weight_clip, WEIGHT_CLIPS, "weight_clip")
