@@ -249,6 +249,10 @@ class RLSDConfig(GRPOConfig):
         _require(0 < rate <= 1, "teacher_update_rate", rate, "a number in (0, 1]")
         for name in ("lambda_warmup_steps", "lambda_decay_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a step count >= 0")
+        kinds = [kind for kind in TEACHER_KINDS if kind != "live"]
+        copied = self.teacher_model_kind in kinds or not self.teacher_offload
+        what = f"one of {kinds} with teacher_offload=True (a live teacher is the policy itself)"
+        _require(copied, "teacher_model_kind", self.teacher_model_kind, what)
         sync = self.teacher_sync_steps
         _require(sync >= 1, "teacher_sync_steps", sync, "a step count >= 1")
         limit = self.max_teacher_prompt_length
