@@ -69,19 +69,21 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)",
     )
     bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
-    _add_parameters(bench)
+    _add_parameters(bench, "a size of the synthetic rollouts, such as prompt=1024; again for more")
     bench.set_defaults(command=_bench)
     return parser
 
 
-def _add_parameters(parser: argparse.ArgumentParser) -> None:
+def _add_parameters(
+    parser: argparse.ArgumentParser, what: str = "a parameter of the notebook; again for more"
+) -> None:
     parser.add_argument(
         "-p",
         dest="pairs",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a parameter of the notebook; again for more",
+        help=what,
     )
 
 
@@ -197,7 +199,8 @@ def _bench(options: argparse.Namespace) -> int:
     if options.sweep:
         print(sweep(setting, names, outputs_root(), options.steps).to_csv(index=False))
     else:
-        print(report(setting, names, options.steps, options.rounds))
+        for part in report(setting, names, options.steps, options.rounds):
+            print(part, flush=True)
     return 0
 
 

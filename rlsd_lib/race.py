@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,18 +178,13 @@ def passes(setting: Setting, rounds: int = 3) -> pd.Series:
     )
 
 
-def report(setting: Setting, names: Sequence[str], steps: int, rounds: int) -> str:
-    """The teacher pass by itself, and the race, as text."""
+def report(setting: Setting, names: Sequence[str], steps: int, rounds: int) -> Iterator[str]:
+    """The teacher pass by itself, then the race, as text: each part once it has been measured."""
     clock = "processor" if torch.get_num_threads() == 1 else "wall clock"
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {clock}"
-    return "\n".join(
-        [
-            f"{setting}\n{where}\n",
-            passes(setting, rounds).map("{:.5g}".format).to_string(),
-            "",
-            race(setting, names, steps, rounds).map("{:.3f}".format).to_string(),
-        ]
-    )
+    yield f"{setting}\n{where}\n"
+    yield passes(setting, rounds).map("{:.5g}".format).to_string() + "\n"
+    yield race(setting, names, steps, rounds).map("{:.3f}".format).to_string()
 
 
 def sweep(setting: Setting, names: Sequence[str], outputs: Path, steps: int) -> pd.DataFrame:

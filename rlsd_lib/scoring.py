@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
@@ -103,14 +104,14 @@ class Scorer:
     ) -> tuple[Tensor, Tensor | None] | None:
         """Each distinct prompt once; None where the plain pass is to be taken."""
         accelerator, args = self.trainer.accelerator, self.trainer.args
-        same = torch.equal(seen.ids, output["prompt_ids"])
-        if args.teacher_pass == PLAIN or (same and torch.equal(seen.mask, output["prompt_mask"])):
-            # The same prompts as the student's: only the same computation gives a gap of exactly 0.
+        if args.teacher_pass == PLAIN:
             return None
         images = _images(output)
         reason = prefix.why_not(teacher, accelerator) or prefix.why_not_batch(seen, images)
-        if reason is not None:
-            self._refuse_if_asked(reason)
+        self._refuse_if_asked(reason)
+        same = torch.equal(seen.ids, output["prompt_ids"])
+        # The same prompts as the student's: only the same computation gives a gap of exactly 0.
+        if reason is not None or (same and torch.equal(seen.mask, output["prompt_mask"])):
             return None
         ids, mask = output["completion_ids"], output["completion_mask"]
         rollouts = prefix.Rollouts(seen, ids, mask, prefix.pictures(images))
@@ -132,14 +133,17 @@ class Scorer:
         Raises:
             ValueError: naming the reason.
         """
-        reason = prefix.why_not(self.trainer.teacher.model, self.trainer.accelerator)
-        if reason is not None:
-            self._refuse_if_asked(reason)
+        accelerator = self.trainer.accelerator
+        self._refuse_if_asked(prefix.why_not(self.trainer.teacher.model, accelerator))
 
-    def _refuse_if_asked(self, reason: str) -> None:
-        if self.trainer.args.teacher_pass == SHARED:
+    def _refuse_if_asked(self, reason: str | None) -> None:
+        """Raise on every rank if sharing was asked for and one of them has a reason against it."""
+        if self.trainer.args.teacher_pass != SHARED:
+            return
+        reasons = [text for text in gather_object([reason]) if text is not None]
+        if reasons:
             raise ValueError(
-                f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain', or 'auto', "
+                f"teacher_pass='shared' cannot be used here: {reasons[0]}. Use 'plain', or 'auto', "
                 "which shares prompts where it can."
             )
 

@@ -105,9 +105,8 @@ def test_every_family_that_is_let_in_is_exact(name):
 
 
 QWEN3 = family("qwen3")
-ROWS = st.lists(
-    st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=10
-)  # (group, completion length) of each row, groups in any order
+# (group, completion length) of each row, groups in any order.
+ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=10)
 
 
 @settings(deadline=None, max_examples=40)
@@ -262,6 +261,13 @@ def test_batches_that_cannot_be_shared_are_named():
     flat = {"pixel_values": images["pixel_values"]}
     assert "without image_grid_thw" in prefix.why_not_batch(work.prompts, flat)
     assert "one token" in prefix.why_not_batch(rollouts([0, 1], [1, 4], [2, 2]).prompts, {})
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_or_scored_plainly(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix, "why_not_batch", lambda *_: "of a reason")
+    with pytest.raises(ValueError, match=r"teacher_pass='shared' cannot be used here: of a reason"):
+        tiny.trainer(tmp_path, teacher_pass="shared", max_steps=1).train()
+    assert plan_of(tiny.trainer(tmp_path, max_steps=1)) == []
 
 
 # In the trainer
