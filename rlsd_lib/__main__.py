@@ -1,6 +1,7 @@
 """The `rlsd` command: run a notebook or a suite, read runs back as a table, measure the cost."""
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -88,18 +89,28 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--preset", default="lab")
     bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
     bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
+    bench.add_argument(
+        "--against",
+        nargs="*",
+        metavar="TRAINER",
+        help="instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)",
+    )
+    bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
+    _add_parameters(bench, "a size of the synthetic rollouts, such as prompt=1024; again for more")
     bench.set_defaults(command=_bench)
     return parser
 
 
-def _add_parameters(parser: argparse.ArgumentParser) -> None:
+def _add_parameters(
+    parser: argparse.ArgumentParser, what: str = "a parameter of the notebook; again for more"
+) -> None:
     parser.add_argument(
         "-p",
         dest="pairs",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a parameter of the notebook; again for more",
+        help=what,
     )
 
 
@@ -237,9 +248,24 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from rlsd_lib.bench import compare
+    if options.against is None and not options.sweep:
+        from rlsd_lib.bench import compare
 
-    print(compare(options.preset, options.steps, options.rounds).round(3).to_string())
+        print(compare(options.preset, options.steps, options.rounds).round(3).to_string())
+        return 0
+    from rlsd_lib.contenders import Setting, contenders
+    from rlsd_lib.methods import look_up
+    from rlsd_lib.race import report, sweep
+
+    given = _parse_pairs(options.pairs, {})
+    known = [field.name for field in dataclasses.fields(Setting)]
+    setting = Setting(**{look_up(name, known, "size"): value for name, value in given.items()})
+    names = options.against or list(contenders())
+    if options.sweep:
+        print(sweep(setting, names, outputs_root(), options.steps).to_csv(index=False))
+    else:
+        for part in report(setting, names, options.steps, options.rounds):
+            print(part, flush=True)
     return 0
 
 

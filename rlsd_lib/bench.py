@@ -1,7 +1,7 @@
 """What RLSD costs beside GRPO: step time, teacher pass and peak memory, side by side in one run.
 
 Ratios are of steps measured in turn within one process, so that a machine that speeds up or slows
-down does so for both.
+down does so for both. `race` does the same for all trainers, TRL's included.
 """
 
 import json
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,37 @@ from rlsd_lib.trainer import RLSDTrainer
 WARM_UP = 2
 
 
-class _Clock(TrainerCallback):
-    """Seconds per optimiser step, and the seconds of each teacher pass."""
+class Clock(TrainerCallback):
+    """Seconds per optimiser step, of each teacher pass and of each generation, warm-up included."""
 
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.passes: list[float] = []
+    def __init__(self, warm_up: int = WARM_UP) -> None:
+        self.warm_up = warm_up
+        self.seconds: dict[str, list[float]] = {"steps": [], "passes": [], "generations": []}
         self.begun = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.begun = _now()
+        self.begun = now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(_now() - self.begun)
+        self.seconds["steps"].append(now() - self.begun)
 
-    def watch(self, trainer: RLSDTrainer) -> None:
-        """Time the trainer's teacher passes."""
-        score = trainer.scorer.score
+    def watch(self, call: Callable, name: str) -> Callable:
+        """`call`, with its seconds kept under `name`."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begun = _now()
-            result = score(*args, **kwargs)
-            self.passes.append(_now() - begun)
+            begun = now()
+            result = call(*args, **kwargs)
+            self.seconds[name].append(now() - begun)
             return result
 
-        trainer.scorer.score = timed
+        return timed
+
+    def timed(self, name: str) -> list[float]:
+        """The seconds kept under `name`, without those of the warm-up steps."""
+        return self.seconds[name][self.warm_up :]
 
 
-def measure(method: str, preset: str, steps: int, **overrides: Any) -> _Clock:
+def measure(method: str, preset: str, steps: int, **overrides: Any) -> Clock:
     """Train `steps` + 2 steps from the preset's start and return the times of the last `steps`."""
     chosen = PRESETS[look_up(preset, PRESETS, "preset")]
     model, tokenizer = load_model(
@@ -68,7 +72,7 @@ def measure(method: str, preset: str, steps: int, **overrides: Any) -> _Clock:
         seed=chosen.data_seed,
         **chosen.task_options,
     )
-    clock = _Clock()
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = resolve_config(
             method,
@@ -84,10 +88,8 @@ def measure(method: str, preset: str, steps: int, **overrides: Any) -> _Clock:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
-        clock.watch(trainer)
+        trainer.scorer.score = clock.watch(trainer.scorer.score, "passes")
         trainer.train()
-    clock.steps = clock.steps[WARM_UP:]
-    clock.passes = clock.passes[WARM_UP:]
     return clock
 
 
@@ -96,14 +98,15 @@ def compare(preset: str, steps: int = 10, rounds: int = 3) -> pd.Series:
 
     The teacher is a full copy (`snapshot`) and lambda is constant, so that every step pays.
     """
-    clocks: dict[str, list[_Clock]] = {"grpo": [], "rlsd": []}
+    clocks: dict[str, list[Clock]] = {"grpo": [], "rlsd": []}
     for _ in range(rounds):
         for method, runs in clocks.items():
             runs.append(measure(method, preset, steps))
     grpo, rlsd = (
-        statistics.median(s for clock in clocks[method] for s in clock.steps) for method in clocks
+        statistics.median(s for clock in clocks[method] for s in clock.timed("steps"))
+        for method in clocks
     )
-    teacher = statistics.median(s for clock in clocks["rlsd"] for s in clock.passes)
+    teacher = statistics.median(s for clock in clocks["rlsd"] for s in clock.timed("passes"))
     memory = {method: peak_memory(method, preset) for method in clocks}
     return pd.Series(
         {
@@ -130,16 +133,25 @@ def peak_memory(method: str, preset: str, steps: int = 2) -> float:
 
 def _report_peak(method: str, preset: str, steps: int) -> None:
     measure(method, preset, steps)
+    sys.stdout.write(json.dumps({"mib": peak_bytes() / 2**20}) + "\n")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever held: device memory on a GPU, else resident memory."""
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        # Kibibytes on Linux, bytes on macOS.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    sys.stdout.write(json.dumps({"mib": peak / 2**20}) + "\n")
+        return torch.cuda.max_memory_allocated()
+    # Kibibytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds: of the clock on the wall, or of the processor where one thread does all the work.
+
+    A single thread's own seconds are what other programs on the machine lengthen least.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()

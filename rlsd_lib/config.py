@@ -14,10 +14,11 @@ from rlsd_lib.divergence import Divergence
 from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT, Method, check_distillation, look_up
 from rlsd_lib.privileged import DEFAULT_TEMPLATE
 
-__all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "RLSDConfig"]
+__all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "TEACHER_PASSES", "RLSDConfig"]
 
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
 WEIGHT_CLIPS = ("linear", "log")
+TEACHER_PASSES = AUTO, PLAIN, SHARED = "auto", "plain", "shared"
 
 
 @dataclass
@@ -51,6 +52,14 @@ class RLSDConfig(GRPOConfig):
             Optimiser steps between two updates of an `"ema"` or `"snapshot"` teacher.
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Weight of the student in one `"ema"` update, in (0, 1].
+        teacher_pass (`str`, *optional*, defaults to `"auto"`):
+            `"plain"` computes the teacher's prompt for each rollout, `"shared"` once for all
+            rollouts that have it, with the same result up to rounding. `"auto"` shares where that
+            is known to be exact and saves a quarter of the token positions; `"shared"` raises where
+            it cannot. A teacher that sees just what the student sees is always scored plainly, so
+            that its gap is exactly 0.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Keeps a full-copy teacher in CPU memory, and on the device only while it scores.
         privileged_template (`str`, *optional*):
             The teacher's user turn. Must contain `{prompt}` and `{privileged_context}`; other
             braces are left alone.
@@ -117,6 +126,13 @@ class RLSDConfig(GRPOConfig):
     )
     teacher_update_rate: float = field(
         default=0.05, metadata={"help": "Weight of the student in one 'ema' update, in (0, 1]."}
+    )
+    teacher_pass: str = field(
+        default=AUTO,
+        metadata={"help": "'auto', 'plain' or 'shared': prompts once per rollout or once."},
+    )
+    teacher_offload: bool = field(
+        default=False, metadata={"help": "Keep a full-copy teacher on the CPU between its passes."}
     )
     privileged_template: str = field(
         default=DEFAULT_TEMPLATE,
@@ -231,6 +247,7 @@ class RLSDConfig(GRPOConfig):
                 "no privileged_context that a peer could replace. Leave it at False."
             )
         look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
+        look_up(self.teacher_pass, TEACHER_PASSES, "teacher_pass")
         _require(0 <= self.lambda_init <= 1, "lambda_init", self.lambda_init, "a number in [0, 1]")
         _require(self.epsilon_w >= 0, "epsilon_w", self.epsilon_w, "a number >= 0")
         look_up(self.weight_clip, WEIGHT_CLIPS, "weight_clip")
@@ -244,6 +261,10 @@ class RLSDConfig(GRPOConfig):
         _require(0 < rate <= 1, "teacher_update_rate", rate, "a number in (0, 1]")
         for name in ("lambda_warmup_steps", "lambda_decay_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a step count >= 0")
+        kinds = [kind for kind in TEACHER_KINDS if kind != "live"]
+        copied = self.teacher_model_kind in kinds or not self.teacher_offload
+        what = f"one of {kinds} with teacher_offload=True (a live teacher is the policy itself)"
+        _require(copied, "teacher_model_kind", self.teacher_model_kind, what)
         sync = self.teacher_sync_steps
         _require(sync >= 1, "teacher_sync_steps", sync, "a step count >= 1")
         limit = self.max_teacher_prompt_length

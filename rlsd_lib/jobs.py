@@ -88,10 +88,12 @@ def run_jobs(
     """
     if workers < 1:
         raise ValueError(f"jobs={workers}: expected 1 or more")
-    return _work(jobs, workers, retry_failed)
+    return _work(jobs, workers, retry_failed, if_exists)
 
 
-def _work(jobs: Sequence[Job], workers: int, retry_failed: bool) -> Iterator[Outcome]:
+def _work(
+    jobs: Sequence[Job], workers: int, retry_failed: bool, if_exists: str
+) -> Iterator[Outcome]:
     settled = [settle(job, retry_failed) for job in jobs]
     yield from (outcome for outcome in settled if outcome)
     rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]

@@ -1,20 +1,24 @@
 """The teacher pass: what the teacher says of the tokens that the student sampled.
 
-One forward per rollout, on the teacher's own prompt followed by the completion ids as they were
-sampled: nothing is decoded and encoded again.
+The teacher's own prompt is followed by the completion ids as they were sampled: nothing is decoded
+and encoded again. Prompts that several rollouts have in common are computed once where that is
+exact and saves enough, see `prefix`.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
-from rlsd_lib import privileged
+from rlsd_lib import prefix, privileged
+from rlsd_lib.config import AUTO, PLAIN, SHARED
 from rlsd_lib.distillation import causal_lm, head_of, hidden_states, predicting
 from rlsd_lib.methods import PROMPT
+from rlsd_lib.prefix import Prompts
 
 if TYPE_CHECKING:
     from rlsd_lib.trainer import RLSDTrainer
@@ -33,12 +37,8 @@ IMAGE_FIELDS = (
 TYPE_ID_FIELDS = ("token_type_ids", "mm_token_type_ids")
 
 
-class TeacherPrompts(NamedTuple):
-    """Left-padded prompts (N, P) of the teacher, and type ids over prompt + completion."""
-
-    ids: Tensor
-    mask: Tensor
-    type_ids: dict[str, Tensor]
+# Token positions of the shared pass over those of the plain one, up to which "auto" shares.
+WORTH_IT = 0.75
 
 
 class Scores(NamedTuple):
@@ -66,40 +66,93 @@ class Scorer:
     ) -> Scores:
         """Score the completions in TRL's `output`; a context of None leaves the prompt as it is."""
         trainer, args = self.trainer, self.trainer.args
-        completion_ids, completion_mask = output["completion_ids"], output["completion_mask"]
-        length = completion_ids.size(1)
         seen = self.prompts(prompts, contexts, output)
-        images = {name: output[name] for name in IMAGE_FIELDS if name in output}
-
-        def keep(states: Tensor) -> Tensor:
-            return predicting(states, length)
-
         with (
             disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
             trainer.teacher.active(trainer.model) as teacher,
-            hidden_states(teacher, keep if want_hidden else None) as hidden,
         ):
-            logps, _, _ = trainer._get_per_token_logps_and_entropies(
-                teacher,
-                torch.cat([seen.ids, completion_ids], dim=1),
-                torch.cat([seen.mask, completion_mask], dim=1),
-                length,
-                batch_size=args.per_device_train_batch_size,
-                **images,
-                **seen.type_ids,
+            # Inside the block, where an adapter's own layers and head are the active ones.
+            logps, hidden = self._shared(teacher, seen, output, want_hidden) or self._plain(
+                teacher, seen, output, want_hidden
             )
-            # Inside the block, where an adapter's own head would be the active one.
             head = head_of(teacher) if want_hidden else None
         if head is not None:
             head = tuple(None if part is None else part.detach() for part in head)
-        return Scores(logps, torch.cat(hidden) if hidden else None, head)
+        return Scores(logps, hidden, head)
+
+    def _plain(
+        self, teacher: nn.Module, seen: Prompts, output: dict[str, Any], want_hidden: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Every rollout behind its own copy of the prompt, by TRL's own function."""
+        ids, mask = output["completion_ids"], output["completion_mask"]
+        length = ids.size(1)
+        collect = (lambda states: predicting(states, length)) if want_hidden else None
+        with hidden_states(teacher, collect) as hidden:
+            logps, _, _ = self.trainer._get_per_token_logps_and_entropies(
+                teacher,
+                torch.cat([seen.ids, ids], dim=1),
+                torch.cat([seen.mask, mask], dim=1),
+                length,
+                batch_size=self.trainer.args.per_device_train_batch_size,
+                **_images(output),
+                **seen.type_ids,
+            )
+        return logps, torch.cat(hidden) if hidden else None
+
+    def _shared(
+        self, teacher: nn.Module, seen: Prompts, output: dict[str, Any], want_hidden: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Each distinct prompt once; None where the plain pass is to be taken."""
+        accelerator, args = self.trainer.accelerator, self.trainer.args
+        if args.teacher_pass == PLAIN:
+            return None
+        images = _images(output)
+        reason = prefix.why_not(teacher, accelerator) or prefix.why_not_batch(seen, images)
+        self._refuse_if_asked(reason)
+        same = torch.equal(seen.ids, output["prompt_ids"])
+        # The same prompts as the student's: only the same computation gives a gap of exactly 0.
+        if reason is not None or (same and torch.equal(seen.mask, output["prompt_mask"])):
+            return None
+        ids, mask = output["completion_ids"], output["completion_mask"]
+        rollouts = prefix.Rollouts(seen, ids, mask, prefix.pictures(images))
+        chunks = prefix.plan(rollouts, args.per_device_train_batch_size)
+        plain = len(ids) * (seen.ids.size(1) + ids.size(1))
+        if args.teacher_pass == AUTO and prefix.positions_of(chunks) > WORTH_IT * plain:
+            return None
+        return prefix.score(
+            accelerator.unwrap_model(teacher),
+            rollouts,
+            chunks,
+            autocast=accelerator.autocast,
+            want_hidden=want_hidden,
+        )
+
+    def check_pass(self) -> None:
+        """Refuse `teacher_pass="shared"` where the teacher cannot do it, before any compute.
+
+        Raises:
+            ValueError: naming the reason.
+        """
+        accelerator = self.trainer.accelerator
+        self._refuse_if_asked(prefix.why_not(self.trainer.teacher.model, accelerator))
+
+    def _refuse_if_asked(self, reason: str | None) -> None:
+        """Raise on every rank if sharing was asked for and one of them has a reason against it."""
+        if self.trainer.args.teacher_pass != SHARED:
+            return
+        reasons = [text for text in gather_object([reason]) if text is not None]
+        if reasons:
+            raise ValueError(
+                f"teacher_pass='shared' cannot be used here: {reasons[0]}. Use 'plain', or 'auto', "
+                "which shares prompts where it can."
+            )
 
     def prompts(
         self,
         prompts: Sequence[privileged.Prompt],
         contexts: Sequence[str | None],
         output: dict[str, Any],
-    ) -> TeacherPrompts:
+    ) -> Prompts:
         """What the teacher reads before each completion, tokenised as TRL does the student's."""
         template = self.trainer.args.privileged_template
         seen = [
@@ -115,7 +168,7 @@ class Scorer:
         }
         mask = [[1] * len(row) for row in ids]
         pad_id = self.trainer._tokenizer.pad_token_id
-        return TeacherPrompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), type_ids)
+        return Prompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), type_ids)
 
     def _type_ids(self, name: str, rows: list[list[int]], output: dict[str, Any]) -> Tensor:
         """Type ids of the teacher's prompt, and those that TRL gave the completion."""
@@ -192,3 +245,7 @@ class Scorer:
             padding_side="left",
             pad_to_multiple_of=self.trainer.pad_to_multiple_of,
         ).to(self.trainer.accelerator.device)
+
+
+def _images(output: dict[str, Any]) -> dict[str, Any]:
+    return {name: output[name] for name in IMAGE_FIELDS if name in output}

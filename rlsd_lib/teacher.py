@@ -27,6 +27,7 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
 from rlsd_lib.config import RLSDConfig
+from rlsd_lib.offload import check_offload, to_host, visiting
 
 if TYPE_CHECKING:
     from rlsd_lib.trainer import RLSDTrainer
@@ -68,6 +69,10 @@ class Teacher:
             add_teacher_adapter(student)
         elif copies:
             self.model = _prepare(copy_for_scoring(student, args), accelerator)
+        self.offloaded = args.teacher_offload
+        if self.offloaded:
+            check_offload(accelerator, self.adapter)
+            to_host(self.model, accelerator.device)
 
     @property
     def is_refreshed(self) -> bool:
@@ -84,6 +89,9 @@ class Teacher:
         if self.adapter is not None:
             with use_adapter(self.accelerator.unwrap_model(student), self.adapter):
                 yield student
+        elif self.offloaded:
+            with visiting(self.model, self.accelerator.device):
+                yield self.model
         else:
             yield student if self.kind == "live" else self.model
 
@@ -102,7 +110,7 @@ class Teacher:
             if self.rate == 1.0:
                 target.data.copy_(source.data)
             else:
-                target.data.lerp_(source.data.to(target.dtype), self.rate)
+                target.data.lerp_(source.data.to(target.data), self.rate)
         self.last_sync_step = step
 
     def release(self) -> None:

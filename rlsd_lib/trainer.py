@@ -74,6 +74,7 @@ class RLSDTrainer(SteadyTrainer):
             if teacher_model is not None:
                 external = self.teacher.model
                 checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
+            self.scorer.check_pass()
             self.add_callback(TeacherCallback(self))
 
     # Rollouts

@@ -102,7 +102,7 @@ def test_one_teacher_forward_per_rollout_and_no_extra_student_forward(tmp_path, 
     """Rows forwarded through the log-probability hook, outside of generation, over four steps."""
     rows = {}
     for method in ("grpo", "rlsd"):
-        settings = {"max_steps": 4, "logging_steps": 4, **LAYOUTS[layout]}
+        settings = {"max_steps": 4, "logging_steps": 4, "teacher_pass": "plain", **LAYOUTS[layout]}
         trainer = tiny.trainer(tmp_path, method=method, **settings)
         rows[method] = count_rows(trainer)
         trainer.train()
@@ -132,7 +132,9 @@ def count_rows(trainer: RLSDTrainer) -> dict[str, int]:
 
 
 def test_no_teacher_forward_while_lambda_is_zero_and_memory_is_released(tmp_path):
-    trainer = tiny.trainer(tmp_path, max_steps=6, lambda_warmup_steps=2, lambda_decay_steps=2)
+    trainer = tiny.trainer(
+        tmp_path, max_steps=6, lambda_warmup_steps=2, lambda_decay_steps=2, teacher_pass="plain"
+    )
     counts = count_rows(trainer)
     per_step = []
 

@@ -94,7 +94,14 @@ def test_a_teacher_adapter_does_not_change_the_rollouts(tmp_path):
 @pytest.mark.parametrize("method", TAUGHT)
 def test_one_teacher_forward_per_rollout(tmp_path, method):
     rows: dict[str, int] = {"rollouts": 0, "teacher": 0, "student": 0}
-    trainer = make(tmp_path, method, max_steps=4, teacher_model_kind="base", num_iterations=2)
+    trainer = make(
+        tmp_path,
+        method,
+        max_steps=4,
+        teacher_model_kind="base",
+        teacher_pass="plain",
+        num_iterations=2,
+    )
     score, generate = trainer._get_per_token_logps_and_entropies, trainer._generate
 
     def counted(model, input_ids, *args, **kwargs):

@@ -68,7 +68,8 @@ def test_trap_16_every_rollout_is_scored_with_its_own_images(tmp_path, counts):
 
 
 def test_trap_16_same_pixels_and_type_ids_of_the_longer_prompt(tmp_path):
-    trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(SEVERAL), max_steps=1)
+    settings = {"max_steps": 1, "teacher_pass": "plain"}
+    trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(SEVERAL), **settings)
     outputs, calls = [], []
     score, forward = trainer.scorer.score, trainer._get_per_token_logps_and_entropies
 
