@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
+from rlsd_lib import sharded
+
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
 LOGIT_CHANGES = (
     "final_logit_softcapping",
@@ -57,9 +59,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, H) and bias (V,) of the LM head."""
+    """Whole weight (V, H) and bias (V,) of the LM head. Collective if parameters are sharded."""
     head = causal_lm(model).get_output_embeddings()
-    return head.weight, head.bias
+    return sharded.outside_forward(model, head.weight), sharded.outside_forward(model, head.bias)
 
 
 def check_logits(model: nn.Module) -> None:
@@ -84,7 +86,8 @@ def check_vocabularies(student: nn.Module, teacher: nn.Module, tokenizer: Any, o
     Raises:
         ValueError: naming the sizes, or the first token that differs.
     """
-    sizes = [len(head_of(model)[0]) for model in (student, teacher)]
+    heads = [causal_lm(model).get_output_embeddings() for model in (student, teacher)]
+    sizes = [sharded.shape_of(head.weight)[0] for head in heads]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}. "
