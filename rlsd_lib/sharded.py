@@ -6,7 +6,8 @@ communication; saving and restoring make one parameter whole at a time. Function
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -85,6 +86,24 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def before_backward(model: nn.Module) -> Iterator[None]:
+    """Within, gradients can be taken of a loss whose backward pass is still to come.
+
+    FSDP2 would take it for that pass, and free the head that the real one needs.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_is_last_backward(False)
+    model.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        model.set_is_last_backward(True)
+        model.set_reshard_after_backward(True)
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:

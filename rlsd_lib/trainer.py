@@ -244,7 +244,7 @@ class RLSDTrainer(GRPOTrainer):
         logged = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
         if self.args.row.needs_weight and logged:
             terms = {"policy": policy_loss, "distillation": loss}
-            norms = distillation.gradient_norms(terms, hidden)
+            norms = distillation.gradient_norms(model, terms, hidden)
             share = (norms["distillation"], norms["policy"] + norms["distillation"])
             self.log_means({"distillation_gradient_frac": share})
         return loss
