@@ -88,6 +88,14 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def free(model: nn.Module) -> None:
+    """Let go of the parts, though DeepSpeed keeps every module it has prepared for good."""
+    for parameter in model.parameters():
+        if _is_partitioned(parameter):
+            parameter.partition([parameter])
+            parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
+
+
 @contextmanager
 def before_backward(model: nn.Module) -> Iterator[None]:
     """Within, gradients can be taken of a loss whose backward pass is still to come.

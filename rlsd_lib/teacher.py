@@ -112,6 +112,8 @@ class Teacher:
 
     def release(self) -> None:
         """Drop a full copy for good: lambda has reached 0 and will not come back."""
+        if self.kind != "live" and self.adapter is None and self.model is not None:
+            sharded.free(self.accelerator.unwrap_model(self.model))
         self.model = None
         # The copy holds itself in a cycle (its patched forward); memory should not wait for luck.
         gc.collect()

@@ -34,7 +34,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "live": {"teacher_model_kind": "live"},
     "base": {"teacher_model_kind": "base"},
     "null": {"privileged_template": "{prompt}{privileged_context}"},
-    "snapshot lora": {},
     "ema lora": EMA,
     "opsd from a path": {"method": "opsd"},
     "opsd tied": {"method": "opsd", "gradient_accumulation_steps": 2},
@@ -42,7 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "opd from a path": {"method": "opd"},
     "grpo_opsd": {"method": "grpo_opsd", "distillation_weight": 0.3},
 }
-RESUMED = ("snapshot", "ema", "ema lora")
+RESUMED = ("snapshot", "ema lora")
 
 # What a launcher sets. Rank 0 alone loads the weights, as is usual for large models.
 FSDP2_ENV = {
@@ -150,7 +149,8 @@ def result(trainer: RLSDTrainer) -> dict[str, Any]:
 
 
 def train(folder: Path, name: str, world: int) -> tuple[RLSDTrainer, dict[str, Any]]:
-    trainer = build(folder, name, world, save_strategy="steps", save_steps=3)
+    saves = {"save_strategy": "steps", "save_steps": 3} if name in RESUMED else {}
+    trainer = build(folder, name, world, **saves)
     trainer.train()
     return trainer, result(trainer)
 
@@ -199,7 +199,8 @@ def is_freed_by_release(trainer: RLSDTrainer) -> bool:
     del teacher
     trainer.teacher.release()
     gc.collect()
-    return not any(ref() is not None for ref in parameters)
+    left = [ref() for ref in parameters if ref() is not None]
+    return sum(p.data.numel() + getattr(p, "ds_tensor", p).numel() for p in left) == 0
 
 
 def head_gradient_error() -> float:
@@ -301,7 +302,8 @@ def test_sharded_over_two_processes_gives_the_result_of_one(one, two, name):
 
 
 def test_the_same_prompt_leaves_no_gap_between_two_sharded_models(two):
-    assert [row["rlsd/gap_abs_mean"] for row in load(two, "null")["metrics"][:2]] == [0, 0]
+    fresh = [row for row in load(two, "null")["metrics"] if row["rlsd/teacher_age"] == 0]
+    assert [row["rlsd/gap_abs_mean"] for row in fresh] == [0, 0]
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -314,7 +316,9 @@ def test_a_sharded_run_resumes_exactly(two, name):
 
 
 def test_the_saved_teacher_is_that_of_one_process(one, two):
-    files = [folder / "checkpoint-3" / WEIGHTS_FILE for folder in (two / "ema", one("ema")[0])]
+    files = [
+        folder / "checkpoint-3" / WEIGHTS_FILE for folder in (two / "snapshot", one("snapshot")[0])
+    ]
     assert_close(*map(load_file, files))
 
 
