@@ -7,7 +7,7 @@ communication; saving and restoring make one parameter whole at a time. Function
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from trl.models.utils import prepare_deepspeed
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 FSDP1, FSDP2, ZERO3 = "FSDP1", "FSDP2", "ZeRO-3"
 
@@ -194,8 +193,10 @@ def outside_forward(model: nn.Module, parameter: Tensor | None) -> Tensor | None
     if parameter is None:
         return None
     if _is_partitioned(parameter):
-        # The copy is what a backward pass finds after the parts are apart again.
-        with maybe_gather_lm_head_ctx(parameter):
+        # Whole already where embeddings are tied: apart again, the next use would miss it.
+        is_whole = parameter.data.numel() == parameter.ds_numel
+        with nullcontext() if is_whole else _gathered([parameter]):
+            # The copy is what a backward pass finds later.
             return parameter.clone()
     if isinstance(parameter, DTensor):
         # Ranks have different rollouts, and FSDP2 averages their gradients.

@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from rlsd_lib import checks, distillation, privileged
+from rlsd_lib import checks, distillation, privileged, sharded
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.credit import drift_sums, gap_sums, weight_sums
 from rlsd_lib.divergence import divergence
 from rlsd_lib.methods import PEER, PROMPT
 from rlsd_lib.peers import demonstrations
 from rlsd_lib.scoring import Scorer
-from rlsd_lib.sharded import sharding_of
 from rlsd_lib.teacher import Teacher, TeacherCallback
 
 
@@ -284,7 +283,7 @@ class RLSDTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        whole = sharding_of(self.accelerator) is None
+        whole = sharded.sharding_of(self.accelerator) is None
         if self.teacher is not None and self.teacher.adapter is not None and whole:
             # With an adapter in a sub-folder (the teacher's), transformers 5.17 restores only that
             # one and leaves the trained adapter at its initial weights.
