@@ -239,9 +239,10 @@ class RLSDTrainer(GRPOTrainer):
         )
         loss = (self.args.distillation_weight or 1.0) * loss
         self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
-        # Costs two backward passes of the head, so only where the step is logged.
+        # Costs two backward passes of the head, so only where the step is logged; and DeepSpeed
+        # would take them for the backward pass of the step.
         logged = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
-        if self.args.row.needs_weight and logged:
+        if self.args.row.needs_weight and logged and not self.is_deepspeed_enabled:
             terms = {"policy": policy_loss, "distillation": loss}
             norms = distillation.gradient_norms(model, terms, hidden)
             share = (norms["distillation"], norms["policy"] + norms["distillation"])

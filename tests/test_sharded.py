@@ -293,7 +293,9 @@ def test_sharded_over_two_processes_gives_the_result_of_one(one, two, name):
         assert torch.equal(value, done["teacher"][key]), key
     if "tied" in name:  # a micro-step of an accumulated run holds other rows
         return
-    for ours, theirs in zip(done["metrics"], expected["metrics"], strict=True):
+    skipped = {"rlsd/distillation_gradient_frac"} if two.name == sharded.ZERO3 else set()
+    rows = [{k: v for k, v in row.items() if k not in skipped} for row in expected["metrics"]]
+    for ours, theirs in zip(done["metrics"], rows, strict=True):
         assert {k for k, v in ours.items() if v is None} == {
             k for k, v in theirs.items() if v is None
         }
