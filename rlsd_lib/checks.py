@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, ProcessorMixin
 from rlsd_lib import distillation, privileged
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
+from rlsd_lib.sharded import FSDP1, sharding_of
 
 
 def check_arguments(
@@ -87,21 +88,24 @@ def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator)
     """Refuse what has not been shown to work when parameters are sharded over ranks.
 
     Raises:
-        ValueError: naming the setting and the kinds of teacher that do work.
+        ValueError: naming the setting and what does work.
     """
-    plugin = accelerator.state.deepspeed_plugin
-    kind = accelerator.distributed_type
-    zero3 = kind == DistributedType.DEEPSPEED and plugin is not None and plugin.zero_stage == 3
-    if not zero3 and kind != DistributedType.FSDP:
-        return
-    sharding = "ZeRO-3" if zero3 else "FSDP"
-    copies = args.teacher_model_kind != "live" and not isinstance(model, PeftModel)
-    if copies or args.divergence is not None or args.row.teacher_sees == PROMPT:
+    kind = args.teacher_model_kind
+    copies = kind != "live" and not isinstance(model, PeftModel)
+    dense = args.divergence is not None or args.row.teacher_sees == PROMPT
+    if sharding_of(accelerator) == FSDP1 and (copies or dense):
         raise ValueError(
-            f"{sharding} with method={args.method!r} and teacher_model_kind="
-            f"{args.teacher_model_kind!r}: a sharded copy of the teacher, and full-vocabulary "
-            "divergences over a sharded head, are not supported yet. Use rlsd or sampled_token "
-            "with teacher_model_kind='live' or a PEFT student, or DDP or ZeRO-2."
+            f"FSDP1 with method={args.method!r} and teacher_model_kind={kind!r}: a sharded copy of "
+            "the teacher and full-vocabulary divergences need FSDP2. Set fsdp_version: 2, or use "
+            "rlsd or sampled_token with teacher_model_kind='live' or a PEFT student."
+        )
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed and copies and kind == "ema" and accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"teacher_model_kind='ema' under DeepSpeed in {accelerator.mixed_precision}: DeepSpeed "
+            f"keeps the teacher in half precision, where an average that moves by "
+            f"{args.teacher_update_rate} of a small difference is rounded away. Set bf16=False, use "
+            "FSDP2, whose weights stay in float32, or use 'snapshot' or PEFT."
         )
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
+from rlsd_lib import sharded
+
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
 LOGIT_CHANGES = (
     "final_logit_softcapping",
@@ -57,9 +59,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, H) and bias (V,) of the LM head."""
+    """Whole weight (V, H) and bias (V,) of the LM head. Collective if parameters are sharded."""
     head = causal_lm(model).get_output_embeddings()
-    return head.weight, head.bias
+    return sharded.outside_forward(model, head.weight), sharded.outside_forward(model, head.bias)
 
 
 def check_logits(model: nn.Module) -> None:
@@ -84,7 +86,8 @@ def check_vocabularies(student: nn.Module, teacher: nn.Module, tokenizer: Any, o
     Raises:
         ValueError: naming the sizes, or the first token that differs.
     """
-    sizes = [len(head_of(model)[0]) for model in (student, teacher)]
+    heads = [causal_lm(model).get_output_embeddings() for model in (student, teacher)]
+    sizes = [sharded.shape_of(head.weight)[0] for head in heads]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}. "
@@ -135,16 +138,18 @@ def token_mean(
     return mean / accumulation
 
 
-def gradient_norms(terms: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
+def gradient_norms(model: nn.Module, terms: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
     """Norm of each term's gradient in the backbone's output, summed over rollouts: 0-dim tensors.
 
     The backbone is shared by all terms, so this is where their pulls can be compared at the price
     of the head alone. Per rollout, so that ranks can add up their sums.
     """
-    return {
-        name: torch.autograd.grad(term, hidden, retain_graph=True)[0].flatten(1).norm(dim=1).sum()
-        for name, term in terms.items()
-    }
+    norms = {}
+    with sharded.before_backward(model):
+        for name, term in terms.items():
+            gradient = torch.autograd.grad(term, hidden, retain_graph=True)[0]
+            norms[name] = gradient.flatten(1).norm(dim=1).sum()
+    return norms
 
 
 def policy_mask(inputs: dict[str, Any]) -> Tensor:

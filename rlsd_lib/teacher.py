@@ -9,30 +9,37 @@
 | external   | another model, frozen      | another model, frozen           | never                  |
 """
 
-import copy
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import PeftModel
-from safetensors.torch import load_model, save_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
+from trl.trainer.utils import use_adapter
 
+from rlsd_lib import sharded
 from rlsd_lib.config import RLSDConfig
+from rlsd_lib.copies import (
+    ADAPTER,
+    adapter_pairs,
+    add_teacher_adapter,
+    copy_for_scoring,
+    external_for_scoring,
+)
 from rlsd_lib.offload import check_offload, to_host, visiting
 
 if TYPE_CHECKING:
     from rlsd_lib.trainer import RLSDTrainer
 
-ADAPTER = "teacher"
 EXTERNAL = "external"
 STATE_FILE = "rlsd_teacher.json"
 WEIGHTS_FILE = "rlsd_teacher.safetensors"
@@ -64,11 +71,12 @@ class Teacher:
         self.adapter = ADAPTER if copies and isinstance(student, PeftModel) else None
         self.model: nn.Module | None = student
         if external is not None:
-            self.model = _prepare(_for_scoring(_loaded(external, args, student), args), accelerator)
+            model = external_for_scoring(external, args, student)
+            self.model = sharded.prepare(model, accelerator)
         elif self.adapter is not None:
             add_teacher_adapter(student)
         elif copies:
-            self.model = _prepare(copy_for_scoring(student, args), accelerator)
+            self.model = sharded.prepare(copy_for_scoring(student, args), accelerator)
         self.offloaded = args.teacher_offload
         if self.offloaded:
             check_offload(accelerator, self.adapter)
@@ -87,13 +95,19 @@ class Teacher:
         optimiser) ever meets it.
         """
         if self.adapter is not None:
+            # Switching freezes one adapter and thaws the other: on the parameters that last.
+            sharded.reshard(student)
             with use_adapter(self.accelerator.unwrap_model(student), self.adapter):
                 yield student
+                sharded.reshard(student)
+        elif self.kind == "live":
+            yield student
         elif self.offloaded:
             with visiting(self.model, self.accelerator.device):
                 yield self.model
         else:
-            yield student if self.kind == "live" else self.model
+            yield self.model
+            sharded.reshard(self.model)
 
     def age(self, step: int) -> int | None:
         """Optimiser steps since the teacher's weights were the policy's; None if they never were."""
@@ -101,20 +115,18 @@ class Teacher:
             return None
         return 0 if self.kind == "live" else step - self.last_sync_step
 
-    @torch.no_grad()
     def sync(self, student: nn.Module, step: int) -> None:
         """Refresh after optimiser step `step`, if the kind and the interval say so."""
         if self.model is None or not self.is_refreshed or step % self.sync_steps:
             return
         for target, source in self._parameter_pairs(student):
-            if self.rate == 1.0:
-                target.data.copy_(source.data)
-            else:
-                target.data.lerp_(source.data.to(target.data), self.rate)
+            sharded.move(target, source, self.rate)
         self.last_sync_step = step
 
     def release(self) -> None:
         """Drop a full copy for good: lambda has reached 0 and will not come back."""
+        if self.kind != "live" and self.adapter is None and self.model is not None:
+            sharded.free(self.accelerator.unwrap_model(self.model))
         self.model = None
         # The copy holds itself in a cycle (its patched forward); memory should not wait for luck.
         gc.collect()
@@ -122,28 +134,33 @@ class Teacher:
             torch.cuda.empty_cache()
 
     def save(self, folder: Path, step: int) -> None:
-        """Write the teacher's state into a checkpoint folder (adapters are saved by PEFT).
+        """Write the teacher's state into a checkpoint folder. Every rank must call it.
 
-        A snapshot taken at this very step equals the student, so only that fact is written.
+        Parameters are made whole one at a time, on the CPU. A snapshot taken at this very step
+        equals the student, so only that fact is written.
         """
-        weights = None
-        if self.model is not None and self.is_refreshed and self.adapter is None:
-            same = self.kind == "snapshot" and self.last_sync_step == step
-            weights = "student" if same else WEIGHTS_FILE
+        lives = self.model is not None and self.is_refreshed
+        same = lives and self.kind == "snapshot" and self.last_sync_step == step
+        writes = lives and not same
+        whole = {}
+        for name, parameter in self._own_parameters().items() if writes else ():
+            value = sharded.whole(parameter, self.accelerator)
+            if self.accelerator.is_main_process:
+                whole[name] = value.contiguous()
         if not self.accelerator.is_main_process:
             return
-        if weights == WEIGHTS_FILE:
-            save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS_FILE))
-        state = {"kind": self.kind, "last_sync_step": self.last_sync_step, "weights": weights}
+        if writes:
+            save_file(whole, str(folder / WEIGHTS_FILE))
+        state = {"kind": self.kind, "last_sync_step": self.last_sync_step}
+        state["weights"] = WEIGHTS_FILE if writes else "student" if same else None
         state["released"] = self.model is None
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
-    @torch.no_grad()
     def load(self, folder: Path, student: nn.Module) -> None:
         """Restore what `save` wrote. The student must already hold the checkpoint's weights.
 
         Raises:
-            ValueError: if the checkpoint has no teacher state, or that of another kind.
+            ValueError: on every rank, if one finds no teacher state, or that of another teacher.
         """
         state = self._read_state(folder)
         if state is None:
@@ -153,43 +170,62 @@ class Teacher:
         self.last_sync_step = state["last_sync_step"]
         if state["weights"] == "student":
             for target, source in self._parameter_pairs(student):
-                target.data.copy_(source.data)
+                sharded.move(target, source)
         elif state["weights"] is not None:
-            load_model(self.accelerator.unwrap_model(self.model), str(folder / state["weights"]))
+            with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
+                for name, parameter in self._own_parameters().items():
+                    sharded.write(parameter, file.get_tensor(name), self.accelerator)
 
     def _read_state(self, folder: Path) -> dict[str, Any] | None:
+        """The state that `save` wrote, None if there is none and none is needed."""
+        problem = self._problem_with(folder)
+        # Told to all before anyone raises: a rank that stopped alone would leave the others waiting.
+        problems = [text for text in gather_object([problem]) if text is not None]
+        if problems:
+            raise ValueError(problems[0])
+        path = folder / STATE_FILE
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _problem_with(self, folder: Path) -> str | None:
+        """Why this rank cannot restore the teacher from a checkpoint folder."""
         path = folder / STATE_FILE
         if not path.exists():
             if not self.is_refreshed:
                 return None
-            raise ValueError(
+            return (
                 f"{folder} holds no teacher state ({STATE_FILE}), so the {self.kind!r} teacher "
                 "would silently restart from the initial policy. Resume from a checkpoint written "
                 "by RLSDTrainer, or use teacher_model_kind='live' or 'base'."
             )
         state = json.loads(path.read_text())
         if state["kind"] != self.kind:
-            raise ValueError(
+            return (
                 f"{folder} was written with teacher_model_kind={state['kind']!r}, this run has "
                 f"{self.kind!r}. Resume with the same kind."
             )
-        if self.adapter is not None and not (folder / ADAPTER).is_dir():
-            raise ValueError(f"{folder} holds no {ADAPTER!r} adapter to restore the teacher from.")
-        return state
+        if state["weights"] != WEIGHTS_FILE:
+            return None
+        if not (folder / WEIGHTS_FILE).exists():
+            return f"{folder} holds no {WEIGHTS_FILE} to restore the teacher from."
+        with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
+            differ = sorted(set(file.keys()) ^ self._own_parameters().keys())
+        if differ:
+            return f"{folder / WEIGHTS_FILE} is of another model: its parameters differ in {differ[:5]}."
+        return None
 
-    def _parameter_pairs(self, student: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        """What the teacher does not share with the student, by name."""
+        parameters = sharded.named(self.accelerator.unwrap_model(self.model))
+        if self.adapter is None:
+            return parameters
+        return {name: p for name, p in parameters.items() if f".{self.adapter}." in name}
+
+    def _parameter_pairs(self, student: nn.Module) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
         """(teacher, student) parameters, matched by name."""
         student = self.accelerator.unwrap_model(student)
         if self.adapter is not None:
-            yield from adapter_pairs(student)
-            return
-        sources = dict(student.named_parameters())
-        targets = dict(self.accelerator.unwrap_model(self.model).named_parameters())
-        if sources.keys() != targets.keys():
-            differ = sorted(sources.keys() ^ targets.keys())[:5]
-            raise RuntimeError(f"Teacher and student differ in their parameters, e.g. {differ}.")
-        for name, target in targets.items():
-            yield target, sources[name]
+            return adapter_pairs(student)
+        return sharded.pairs(self.accelerator.unwrap_model(self.model), student)
 
 
 class TeacherCallback(TrainerCallback):
@@ -205,79 +241,3 @@ class TeacherCallback(TrainerCallback):
             teacher.release()
         else:
             self.trainer.teacher.sync(self.trainer.model, state.global_step)
-
-
-def copy_for_scoring(student: PreTrainedModel, args: RLSDConfig) -> PreTrainedModel:
-    """A frozen copy of the student that scores tokens through TRL's fused LM head.
-
-    The head's patch keeps the original forward in a closure, so a plain deep copy would answer with
-    the student's live weights. The patch is taken off for the copy and put on anew.
-
-    Raises:
-        ValueError: if the student is spread over several devices.
-    """
-    if len(set(getattr(student, "hf_device_map", {}).values())) > 1:
-        raise ValueError(
-            f"A model split by device_map ({student.hf_device_map}) cannot be copied for a teacher. "
-            "Use teacher_model_kind='live', PEFT, or a single device per process."
-        )
-    patched = student.__dict__.pop("forward")
-    try:
-        teacher = copy.deepcopy(student)
-    finally:
-        student.forward = patched
-    return _for_scoring(teacher, args)
-
-
-def _for_scoring(teacher: PreTrainedModel, args: RLSDConfig) -> PreTrainedModel:
-    """Freeze a model and give it the fused head, at the student's temperature."""
-    add_fused_lm_head(
-        teacher, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32
-    )
-    return teacher.requires_grad_(False).eval()
-
-
-def _loaded(
-    external: PreTrainedModel | str, args: RLSDConfig, student: PreTrainedModel | PeftModel
-) -> PreTrainedModel:
-    if not isinstance(external, str):
-        # A copy: the caller's model keeps its forward, its mode and its gradients.
-        return copy.deepcopy(external)
-    settings = {"dtype": student.dtype, **(args.model_init_kwargs or {}), "device_map": None}
-    return create_model_from_path(external, **settings)
-
-
-def add_teacher_adapter(student: PeftModel) -> None:
-    """Add a frozen adapter that starts as a copy of the active one.
-
-    Raises:
-        ValueError: if the active adapter is not called "default", the name TRL trains.
-    """
-    if student.active_adapter != "default":
-        raise ValueError(
-            f"The active adapter is {student.active_adapter!r}; the teacher copies 'default'. "
-            "Load the adapter to train under the name 'default'."
-        )
-    if ADAPTER not in student.peft_config:
-        # Adapter initialisation draws random numbers; rollouts must not depend on it.
-        with torch.random.fork_rng():
-            student.add_adapter(ADAPTER, student.peft_config["default"])
-    with torch.no_grad():
-        for target, source in adapter_pairs(student):
-            target.data.copy_(source.data)
-            target.requires_grad_(False)
-
-
-def adapter_pairs(student: PeftModel) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """(teacher, trained) adapter parameters, matched by name."""
-    for name, source in student.named_parameters():
-        if ".default." in name:
-            yield student.get_parameter(name.replace(".default.", f".{ADAPTER}.")), source
-
-
-def _prepare(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return prepare_deepspeed(teacher, accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return prepare_fsdp(teacher, accelerator)
-    return accelerator.prepare_model(teacher, evaluation_mode=True)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlsd_lib import checks, distillation, privileged
+from rlsd_lib import checks, distillation, privileged, sharded
 from rlsd_lib.checkpoints import checkpoint_name
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.credit import drift_sums, gap_sums, weight_sums
@@ -240,11 +240,12 @@ class RLSDTrainer(SteadyTrainer):
         )
         loss = (self.args.distillation_weight or 1.0) * loss
         self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
-        # Costs two backward passes of the head, so only where the step is logged.
+        # Costs two backward passes of the head, so only where the step is logged; and DeepSpeed
+        # would take them for the backward pass of the step.
         logged = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
-        if self.args.row.needs_weight and logged:
+        if self.args.row.needs_weight and logged and not self.is_deepspeed_enabled:
             terms = {"policy": policy_loss, "distillation": loss}
-            norms = distillation.gradient_norms(terms, hidden)
+            norms = distillation.gradient_norms(model, terms, hidden)
             share = (norms["distillation"], norms["policy"] + norms["distillation"])
             self.log_means({"distillation_gradient_frac": share})
         return loss
@@ -260,7 +261,8 @@ class RLSDTrainer(SteadyTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.teacher is not None and self.teacher.adapter is not None:
+        whole = sharded.sharding_of(self.accelerator) is None
+        if self.teacher is not None and self.teacher.adapter is not None and whole:
             # With an adapter in a sub-folder (the teacher's), transformers 5.17 restores only that
             # one and leaves the trained adapter at its initial weights.
             student = self.accelerator.unwrap_model(self.model)

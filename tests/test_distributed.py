@@ -134,18 +134,24 @@ def stop_one(folder: Path, rank: int) -> dict[str, Any]:
     return {"said": "", "step": trainer.state.global_step}
 
 
-def processes(folder: Path, world: int) -> list[subprocess.Popen]:
+# What `accelerate launch` sets for use_cpu: true, so that the ranks talk by gloo.
+USE_CPU = {"ACCELERATE_USE_CPU": "true"}
+
+
+def processes(
+    folder: Path, world: int, module: str, settings: dict[str, str]
+) -> list[subprocess.Popen]:
+    """Start `module.train_all` on every rank, with the environment of a launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        f"from pathlib import Path; import test_distributed\n"
-        f"test_distributed.train_all(Path({str(folder)!r}), {world})"
+        f"from pathlib import Path; import {module}\n"
+        f"{module}.train_all(Path({str(folder)!r}), {world})"
     )
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    # What `accelerate launch` sets for use_cpu: true, so that the ranks talk by gloo.
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shared |= {"OMP_NUM_THREADS": "1", **settings}
     return [
         subprocess.Popen(
             [sys.executable, "-c", code],
@@ -159,21 +165,28 @@ def processes(folder: Path, world: int) -> list[subprocess.Popen]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the results of two processes, started once for all workers of pytest-xdist."""
+    """Folder with the results of two processes."""
+    return run_once(tmp_path_factory, "two", "test_distributed", USE_CPU)
+
+
+def run_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, module: str, settings: dict[str, str]
+) -> Path:
+    """Run two processes, once for all workers of pytest-xdist, and return their folder."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     verdict = folder / "verdict.txt"
     with FileLock(f"{folder}.lock"):
         if not verdict.exists():
             folder.mkdir()
-            verdict.write_text(run_two(folder))
+            verdict.write_text(run_two(folder, module, settings))
     assert verdict.read_text() == "", verdict.read_text()
     return folder
 
 
-def run_two(folder: Path) -> str:
+def run_two(folder: Path, module: str, settings: dict[str, str]) -> str:
     """Run two processes to the end, and return what went wrong."""
-    ranks = processes(folder, 2)
+    ranks = processes(folder, 2, module, settings)
     try:
         codes = [rank.wait(TIMEOUT) for rank in ranks]
     except subprocess.TimeoutExpired:

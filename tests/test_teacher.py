@@ -1,5 +1,6 @@
 """The teacher's life: refresh, release, checkpoints, and resuming after a kill."""
 
+import gc
 import json
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
-from rlsd_lib.teacher import STATE_FILE, WEIGHTS_FILE, adapter_pairs, copy_for_scoring
+from rlsd_lib.copies import adapter_pairs, copy_for_scoring
+from rlsd_lib.teacher import STATE_FILE, WEIGHTS_FILE, Teacher
 
 
 def lora_student(seed: int = 0):
@@ -102,6 +104,27 @@ def test_trap_17_the_teacher_adapter_is_frozen_and_never_the_active_one(tmp_path
     assert same(teacher_weights(trainer), start), "no sync was due within three steps"
     trained = [p for g in trainer.optimizer.param_groups for p in g["params"]]
     assert not any(t is p for t, _ in adapter_pairs(trainer.model) for p in trained)
+
+
+def held() -> int:
+    """Bytes of every tensor alive, each storage once."""
+    gc.collect()
+    alive = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("kind", ["base", "snapshot", "ema"])
+@pytest.mark.parametrize("variant", ["full", "lora"])
+def test_an_adapter_teacher_costs_adapter_weights_only(tmp_path, variant, kind):
+    args = tiny.config(tmp_path, teacher_model_kind=kind)
+    trainer = tiny.trainer(tmp_path, student_for(variant), method="grpo")
+    trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    before = held()
+    teacher = Teacher(trainer.model, args, trainer.accelerator)
+    added = held() - before
+    assert trained <= added <= trained + 1024  # and a few buffers, as large as positions are wide
+    assert (teacher.model is trainer.model) == (variant == "lora")
 
 
 RESUME = {

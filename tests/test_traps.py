@@ -16,8 +16,8 @@ from transformers import Qwen3ForCausalLM
 
 from rlsd_lib import RLSDConfig, RLSDTrainer
 from rlsd_lib.checks import check_sharding
+from rlsd_lib.copies import copy_for_scoring
 from rlsd_lib.presets import IDENTITY, PAPER, resolve_config
-from rlsd_lib.teacher import copy_for_scoring
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -194,31 +194,37 @@ def test_trap_24_several_gpus_in_one_process_are_refused_with_the_way_out(tmp_pa
         )
 
 
-FSDP = SimpleNamespace(
-    distributed_type=DistributedType.FSDP, state=SimpleNamespace(deepspeed_plugin=None)
-)
+def fsdp(version: int) -> SimpleNamespace:
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=version == 2)
 
 
-def zero(stage: int) -> SimpleNamespace:
-    plugin = SimpleNamespace(zero_stage=stage)
+def zero(stage: int, precision: str) -> SimpleNamespace:
     return SimpleNamespace(
-        distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+        distributed_type=DistributedType.DEEPSPEED,
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
+        mixed_precision=precision,
     )
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "opsd", "teacher_model_kind": "live"}])
-def test_sharded_parameters_are_refused_where_a_copy_or_the_head_is_needed(tmp_path, settings):
+def test_fsdp1_is_refused_where_a_copy_or_the_head_is_needed(tmp_path, settings):
     args = tiny.config(tmp_path, **settings)
-    for accelerator, name in ((FSDP, "FSDP"), (zero(3), "ZeRO-3")):
-        with pytest.raises(ValueError, match=f"{name} with method='{args.method}'.*ZeRO-2"):
-            check_sharding(tiny.model(), args, accelerator)
-    check_sharding(tiny.model(), args, zero(2))
+    with pytest.raises(ValueError, match=f"FSDP1 with method='{args.method}'.*fsdp_version: 2"):
+        check_sharding(tiny.model(), args, fsdp(1))
+    check_sharding(tiny.model(), args, fsdp(2))
+    live = tiny.config(tmp_path, teacher_model_kind="live")
+    check_sharding(tiny.model(), live, fsdp(1))
+    check_sharding(lora_student(), tiny.config(tmp_path), fsdp(1))
 
 
-def test_sharded_parameters_are_allowed_with_a_live_or_adapter_teacher(tmp_path):
-    for accelerator in (FSDP, zero(3)):
-        check_sharding(tiny.model(), tiny.config(tmp_path, teacher_model_kind="live"), accelerator)
-        check_sharding(lora_student(), tiny.config(tmp_path), accelerator)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_average_that_deepspeed_would_round_away_is_refused(tmp_path, stage):
+    ema = tiny.config(tmp_path, teacher_model_kind="ema")
+    with pytest.raises(ValueError, match=r"'ema' under DeepSpeed in bf16.*bf16=False"):
+        check_sharding(tiny.model(), ema, zero(stage, "bf16"))
+    check_sharding(tiny.model(), ema, zero(stage, "no"))
+    check_sharding(lora_student(), ema, zero(stage, "bf16"))
+    check_sharding(tiny.model(), tiny.config(tmp_path), zero(stage, "bf16"))
 
 
 # Lengths and precision
