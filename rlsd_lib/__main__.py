@@ -57,6 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
     table.set_defaults(command=_table)
 
+    plan = commands.add_parser("plan", help="memory and cost of a preset on GPUs, by arithmetic")
+    plan.add_argument("--preset", required=True)
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU")
+    plan.add_argument("--sharding", default="", help="ddp, fsdp2 or zero3 (default: the preset's)")
+    _add_parameters(plan, "a setting or speed, such as max_completion_length or mfu")
+    plan.set_defaults(command=_plan)
+
     bench = commands.add_parser("bench", help="step time and memory of RLSD beside GRPO, as ratios")
     bench.add_argument("--preset", default="lab")
     bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
@@ -65,14 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_parameters(parser: argparse.ArgumentParser) -> None:
+def _add_parameters(
+    parser: argparse.ArgumentParser, what: str = "a parameter of the notebook"
+) -> None:
     parser.add_argument(
         "-p",
         dest="pairs",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a parameter of the notebook; again for more",
+        help=f"{what}; again for more",
     )
 
 
@@ -175,6 +186,39 @@ def _bench(options: argparse.Namespace) -> int:
     from rlsd_lib.bench import compare
 
     print(compare(options.preset, options.steps, options.rounds).round(3).to_string())
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from rlsd_lib.cost import Speed
+    from rlsd_lib.methods import look_up
+    from rlsd_lib.plan import (
+        SETTING_FIELDS,
+        SPEED_FIELDS,
+        describe,
+        make_plan,
+        setting_of,
+        shape_named,
+    )
+    from rlsd_lib.presets import PRESETS
+
+    given = _parse_pairs(options.pairs, {})
+    for name in given:
+        look_up(name, (*SETTING_FIELDS, *SPEED_FIELDS), "setting")
+    speed = Speed(**{name: given.pop(name) for name in SPEED_FIELDS if name in given})
+    gpus = options.gpus * options.nodes
+    preset = asdict(PRESETS[look_up(options.preset, PRESETS, "preset")])
+    sharding = options.sharding or ("fsdp2" if preset.get("accelerate") else "ddp")
+    setting = setting_of(
+        preset,
+        shape=shape_named(preset["model"]),
+        gpus=gpus,
+        changes={"sharding": sharding if gpus > 1 else "ddp", **given},
+    )
+    plan = make_plan(setting, gpu_memory=options.gpu_memory, speed=speed)
+    print(describe(plan, f"{options.preset}: {preset['model']}"))
     return 0
 
 
