@@ -8,6 +8,7 @@
 
 PYTHON ?= python3
 TORCH_ARGS ?=
+TORCH := "torch==2.13.0"
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -28,7 +29,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11: set PYTHON to a newer one" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[gguf,vlm,dev]"
 	touch $@
 
@@ -44,7 +45,7 @@ test: $(STAMP)
 
 $(VLLM_STAMP): pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/python -m pip install --quiet $(TORCH_ARGS) "torch==2.13.0"
+	$(VLLM_BIN)/python -m pip install --quiet $(TORCH_ARGS) $(TORCH)
 	$(VLLM_BIN)/python -m pip install --quiet --editable ".[dev]" "$(VLLM)"
 	$(if $(findstring cpu,$(VLLM)),$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	touch $@

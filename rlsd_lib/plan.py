@@ -15,10 +15,9 @@ SPEED_FIELDS = tuple(f.name for f in fields(Speed))
 CHANGES: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"vllm_enable_sleep_mode": True}, "vLLM gives its share back while training"),
     ({"gradient_checkpointing": True}, "activations are computed again in the backward"),
-    ({"teacher_offload": True}, "the teacher waits in CPU memory between its passes"),
     ({"sharding": "fsdp2"}, "weights, gradients, optimiser and teacher are spread over the GPUs"),
+    ({"teacher_offload": True}, "the teacher waits in CPU memory between its passes"),
     ({"per_device_train_batch_size": 1}, "more gradient accumulation, the same rollouts per step"),
-    ({"vllm_gpu_memory_utilization": 0.45}, "vLLM's weights and cache need room"),
     ({"dtype": "bfloat16"}, "weights and optimiser in half precision: small updates are rounded"),
     ({"lora_rank": 64}, "an adapter is trained and the teacher is a second one"),
 )
@@ -113,8 +112,15 @@ def shape_named(model: str) -> ModelShape:
 
 def advice(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Changes that help, in order and on top of each other, until the plan fits."""
-    for change, why in CHANGES:
+    for change, why in (*CHANGES, ({}, "")):
         if plan.fits:
+            return
+        if plan.at_once < 1 and (roomy := _best_share(plan)) is not None:
+            share = roomy.setting.vllm_gpu_memory_utilization
+            yield (
+                f"vllm_gpu_memory_utilization={share:g}: vLLM's weights and cache need room",
+                roomy,
+            )
             return
         changed = _changed(plan, change)
         if changed is not None and _helps(changed, plan):
@@ -138,25 +144,35 @@ def _changed(plan: Plan, change: Mapping[str, Any]) -> Plan | None:
 
 
 def faster(plan: Plan) -> Plan | None:
-    """The plan with as much of the GPU for vLLM as fits, None if that saves less than a tenth.
+    """The plan with the best share of the GPU for vLLM, None if that saves less than a tenth."""
+    best = _best_share(plan)
+    slow = best is None or best.cost("rlsd").total > 0.9 * plan.cost("rlsd").total
+    return None if slow else best
+
+
+def _best_share(plan: Plan) -> Plan | None:
+    """The share for vLLM with the least step time of those that fit, None if none does.
 
     More cache is more rollouts decoded at a time, so weights are read for fewer waves of them.
     """
-    setting, best = plan.setting, plan
-    if not setting.shares_gpu:
+    if not plan.setting.shares_gpu:
         return None
-    for percent in range(95, 0, -5):
-        share = percent / 100
-        changed = replace(plan, setting=replace(setting, vllm_gpu_memory_utilization=share))
-        if changed.fits and changed.cost("rlsd").total < best.cost("rlsd").total:
-            best = changed
-    return best if best.cost("rlsd").total < 0.9 * plan.cost("rlsd").total else None
+    shares = [percent / 100 for percent in range(5, 95, 5)]
+    plans = [
+        replace(plan, setting=replace(plan.setting, vllm_gpu_memory_utilization=share))
+        for share in shares
+    ]
+    return min((p for p in plans if p.fits), key=lambda p: p.cost("rlsd").total, default=None)
 
 
 def _helps(new: Plan, old: Plan) -> bool:
-    peaks = [plan.memory("rlsd").peak for plan in (new, old)]
-    makes_room = old.at_once < 1 and new.at_once > old.at_once
-    return makes_room or peaks[0] < peaks[1] - 0.05
+    """Whether a change lowers the peak, or, where only vLLM lacks room, what is kept beside it."""
+    memories = [plan.memory("rlsd") for plan in (new, old)]
+    if old.memory("rlsd").peak <= old.gpu_memory:
+        after, before = (sum(m.kept.values()) for m in memories)
+    else:
+        after, before = (m.peak for m in memories)
+    return after < before - 0.05
 
 
 def describe(plan: Plan, title: str) -> str:

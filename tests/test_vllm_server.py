@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +38,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    # What `vllm serve` runs; that command itself stumbles over the CPU build's name.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
     command += ["--weight-transfer-config", '{"backend": "nccl"}'] if SYNCED else []
     command += ["--logprobs-mode", "processed_logprobs"]
@@ -48,10 +51,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            yield folder, f"http://127.0.0.1:{port}"
+            address = f"http://127.0.0.1:{port}"
+            _wait_for(address, process, folder / "server.log")
+            yield folder, address
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(60)
+
+
+def _wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
+    """Return when the server answers; fail at once when it has died."""
+    for _ in range(600):
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    pytest.fail(f"the server is not there: {log.read_text()[-2000:]}")
 
 
 def test_rollouts_come_over_http_and_the_gap_is_the_policys(server, tmp_path, monkeypatch) -> None:
@@ -67,7 +86,6 @@ def test_rollouts_come_over_http_and_the_gap_is_the_policys(server, tmp_path, mo
         use_vllm=True,
         vllm_mode="server",
         vllm_server_base_url=address,
-        vllm_server_timeout=600.0,
         use_cpu=not torch.cuda.is_available(),
         learning_rate=0.05,
     )
