@@ -53,7 +53,7 @@ $(VLLM_STAMP): pyproject.toml
 test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm: export TRANSFORMERS_OFFLINE = 1
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_BIN)/python -m pytest -m vllm tests/test_vllm.py tests/test_vllm_server.py
+	$(VLLM_BIN)/python -m pytest -m vllm tests/test_vllm.py tests/test_vllm_http.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
