@@ -25,6 +25,7 @@ from rlsd_lib import lens, provenance
 from rlsd_lib.controls import apply_control, control_template
 from rlsd_lib.evaluate import bootstrap_interval, evaluate, per_problem
 from rlsd_lib.leakage import phrase_leakage
+from rlsd_lib.lengths import within
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.models import Loaded, load_model
 from rlsd_lib.presets import resolve_config, resolve_preset
@@ -102,6 +103,10 @@ class Experiment:
         )
         template = control_template(control, self.task.privileged_template)
         self.config = self._resolve(parameters, self.run.path / "checkpoints", template)
+        long = 0
+        if limit := self.preset.max_prompt_length:
+            how = {"chat_template_kwargs": self.config.chat_template_kwargs}
+            self.task, long = within(self.task, self.tokenizer, limit, **how)
         # On both sides: what the notebooks show of the teacher is what the run does.
         sides = {name: getattr(self.task, name) for name in ("train", "test")}
         controlled = {name: apply_control(rows, control, seed) for name, rows in sides.items()}
@@ -114,6 +119,7 @@ class Experiment:
             model=self.model.name_or_path or self.preset.model,
             data={name: provenance.fingerprint(rows) for name, rows in controlled.items()},
             evaluation=self._sampling(),
+            prompts_too_long=long,
         )
 
     def summary(self) -> pd.Series:

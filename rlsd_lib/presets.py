@@ -1,6 +1,5 @@
 """Presets: model, task and sizes of a run. A run is a preset, a method, a seed, and overrides."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -179,11 +178,11 @@ def resolve_config(
     template: str | None = None,
     max_steps: int = -1,
     overrides: Mapping[str, Any] | None = None,
-    processes: int | None = None,
+    num_processes: int = 1,
 ) -> RLSDConfig:
     """The full configuration of a run: preset, then the task's template, then overrides.
 
-    `processes` is how many will train together; None takes the launcher's word (`WORLD_SIZE`).
+    `num_processes` of them share the rollouts of a step.
 
     Raises:
         ValueError: for an unknown method, preset or override, naming the nearest valid one, or
@@ -219,7 +218,7 @@ def resolve_config(
         settings["max_steps"] = max_steps
     settings |= overrides
     if chosen.rollouts_per_step:
-        settings |= _split(chosen, settings, processes or int(os.environ.get("WORLD_SIZE", 1)))
+        settings |= _split(chosen, settings, num_processes)
     return RLSDConfig(**settings)
 
 
