@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         default="raise",
         help="skip: keep a finished run, make an unfinished one again (default: raise)",
     )
+    run.add_argument(
+        "--dry-run", action="store_true", help="resolve and check it, and say what it would do"
+    )
     run.set_defaults(command=_run)
 
     suite = commands.add_parser("suite", help="run a named set of runs; finished ones are kept")
@@ -136,6 +139,8 @@ def _run(options: argparse.Namespace) -> int:
         os.environ["RLSD_ACCELERATE"] = options.accelerate  # read by `launch`, in the kernel
     check_parameters(source, declared, given)
     full = {**{p.name: p.default for p in declared.values()}, **given}
+    if options.dry_run:
+        return _dry_run(source.stem, full)
     chosen = options.run_dir or full.get("run_dir") or default_run_dir(source.stem, full)
     folder = Path(chosen).resolve()
     if options.if_exists == "skip" and state_of(folder) == "finished":
@@ -144,6 +149,15 @@ def _run(options: argparse.Namespace) -> int:
     mode = "overwrite" if options.if_exists == "skip" else options.if_exists
     print(f"{source.name} -> {folder}", flush=True)
     return _execute(source, given, folder, mode)
+
+
+def _dry_run(notebook: str, parameters: dict[str, Any]) -> int:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    from rlsd_lib.dryrun import dry_run  # only now: the libraries read these when imported
+
+    found = dry_run(notebook, parameters)
+    print(found.text())
+    return 2 if found.wrong else 0
 
 
 def _execute(source: Path, given: dict[str, Any], folder: Path, mode: str) -> int:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -12,7 +13,13 @@ from transformers import AutoTokenizer, ProcessorMixin
 from rlsd_lib import distillation, privileged
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
+from rlsd_lib.multimodal import IMAGE_FIELDS
 from rlsd_lib.sharded import FSDP1, sharding_of
+
+VIDEO_ADVICE = (
+    "GRPO in TRL 1.16 would generate with it and train without it. Drop these rows, or give chosen "
+    "frames as images."
+)
 
 
 def check_arguments(
@@ -43,10 +50,23 @@ def check_arguments(
             "rollout_func builds its own prompt ids, which the teacher's prompt cannot be matched "
             "to. Use tools or environment_factory instead."
         )
+    if isinstance(dataset, Dataset):
+        _check_videos(dataset)
     if args.uses_teacher and sees == PRIVILEGED:
         _check_rows(dataset, args)
     if args.include_environment_feedback:
         _check_column(dataset, "include_environment_feedback=True")
+
+
+def _check_videos(dataset: Dataset) -> None:
+    """Refuse rows with a video, in the prompt or in a column of its own, which TRL does not read."""
+    found = set()
+    if "prompt" in dataset.column_names:
+        counts = (privileged.count_images(prompt, "video") for prompt in dataset["prompt"][:])
+        found |= {i for i, count in enumerate(counts) if count}
+    for name in {"video", "videos"} & set(dataset.column_names):
+        found |= {i for i, video in enumerate(dataset[name][:]) if video}
+    privileged.refuse(sorted(found), "hold a video", VIDEO_ADVICE)
 
 
 def _check_rows(dataset: Any, args: RLSDConfig) -> None:
@@ -109,20 +129,45 @@ def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator)
         )
 
 
-def check_images(prompts: list[privileged.Prompt]) -> None:
-    """Refuse a batch of final prompts of which some have images and others none.
+def check_images(prompts: list[privileged.Prompt], accelerator: Accelerator) -> None:
+    """Refuse final prompts that hold a video, and mixed batches where parameters are sharded.
 
-    TRL 1.16.0 generates for such a batch and then fails in its call of the processor.
+    A rank whose rows have no image would not enter the vision tower, whose shards the other ranks
+    wait for. Without sharding, rows with and without images may stand in one batch.
 
     Raises:
-        ValueError: naming how many have none.
+        ValueError: naming how many rows there are of each kind, on every rank.
     """
+    videos = sum(privileged.count_images(prompt, "video") > 0 for prompt in prompts)
     bare = sum(privileged.count_images(prompt) == 0 for prompt in prompts)
-    if 0 < bare < len(prompts):
+    counts = gather_object([(videos, bare, len(prompts))])
+    videos, bare, rows = (sum(column) for column in zip(*counts, strict=True))
+    if videos:
+        raise ValueError(f"{videos} of {rows} prompts in a batch hold a video. {VIDEO_ADVICE}")
+    if 0 < bare < rows and is_sharded(accelerator):
         raise ValueError(
-            f"{bare} of {len(prompts)} prompts in a batch have no image and the others have. TRL "
-            "cannot mix them: give every row an image, or train on the two kinds apart."
+            f"{bare} of {rows} prompts in a batch have no image and the others have: with sharded "
+            "parameters, ranks would wait for one another in the vision tower. Give every row an "
+            "image, train on the two kinds apart, or use DDP or ZeRO-2."
         )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether parameters are spread over the ranks (FSDP, ZeRO-3)."""
+    plugin = accelerator.state.deepspeed_plugin
+    zero3 = plugin is not None and plugin.zero_stage == 3
+    return zero3 or accelerator.distributed_type == DistributedType.FSDP
+
+
+def drop_empty_images(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """Forward pre-hook: a micro-batch in which no row has an image has no pixels to look at.
+
+    TRL slices the pixels of the whole batch, and hands none of them on as an empty tensor.
+    """
+    pixels = kwargs.get("pixel_values")
+    if pixels is not None and pixels.size(0) == 0:
+        kwargs = {k: v for k, v in kwargs.items() if k not in IMAGE_FIELDS}
+    return args, kwargs
 
 
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:

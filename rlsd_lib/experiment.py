@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 from IPython import get_ipython
+from peft import LoraConfig
 from transformers import PreTrainedModel, PrinterCallback
 
 from rlsd_lib import lens, provenance, shown, training
@@ -25,9 +26,10 @@ from rlsd_lib.controls import apply_control, control_overrides, control_template
 from rlsd_lib.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.launch import accelerate_config
 from rlsd_lib.leakage import phrase_leakage
+from rlsd_lib.lengths import within
 from rlsd_lib.methods import PROMPT
-from rlsd_lib.models import load_model
-from rlsd_lib.presets import PRESETS, resolve_config, shared_batch
+from rlsd_lib.models import Loaded, load_model
+from rlsd_lib.presets import resolve_config, resolve_preset
 from rlsd_lib.privileged import COLUMN
 from rlsd_lib.progress import LiveCurve, Recorder
 from rlsd_lib.runs import Run
@@ -80,8 +82,7 @@ class Experiment:
             "num_processes": num_processes,
         }
         # Resolved once into nowhere, so that a bad value costs no directory.
-        config = self._resolve(parameters, Path("unused"), None)
-        shared_batch(config.to_dict(), num_processes)
+        self._resolve(parameters, Path("unused"), None, num_processes)
         if num_processes > 1:
             accelerate_config()
         self.run = Run.start(
@@ -103,6 +104,7 @@ class Experiment:
             model=self.model.name_or_path or self.preset.model,
             data={name: provenance.fingerprint(rows) for name, rows in data.items()},
             evaluation={**self._sampling(), "greedy_samples": 1},
+            prompts_too_long=self.prompts_too_long,
         )
 
     @classmethod
@@ -121,22 +123,26 @@ class Experiment:
     def _prepare(self, parameters: Mapping[str, Any], sharing: int = 1) -> None:
         """Load models and rows, and resolve the configuration for one of `sharing` processes."""
         self.method, self.seed = parameters["method"], parameters["seed"]
-        self.preset, control = PRESETS[parameters["preset"]], parameters["control"]
+        self.preset, _ = resolve_preset(parameters["preset"], parameters["overrides"])
+        control = parameters["control"]
         self.num_processes = parameters["num_processes"]
         self.metrics: dict[str, Any] = {}
         self.cache = provenance.outputs_root() / "cache"
-        self.model, self.tokenizer = load_model(
-            self.preset.model, self.cache, **self.preset.model_options
-        )
+        # A processor, where the model sees images.
+        self.model, self.tokenizer = self._load(self.preset.model, self.preset.model_options)
         self.task = load_task(
             self.preset.task,
             train_size=self.preset.train_size,
             test_size=self.preset.test_size,
             seed=self.preset.data_seed,
-            **self.preset.task_options,
+            **{**self.preset.task_options, **self.preset.task_by_method.get(self.method, {})},
         )
         template = control_template(control, self.task.privileged_template)
         self.config = self._resolve(parameters, self.run.path / "checkpoints", template, sharing)
+        self.prompts_too_long = 0
+        if limit := self.preset.max_prompt_length:
+            how = {"chat_template_kwargs": self.config.chat_template_kwargs}
+            self.task, self.prompts_too_long = within(self.task, self.tokenizer, limit, **how)
         # On both sides: what the notebooks show of the teacher is what the run does.
         sides = {name: getattr(self.task, name) for name in ("train", "test")}
         controlled = {name: apply_control(rows, control, self.seed) for name, rows in sides.items()}
@@ -187,6 +193,7 @@ class Experiment:
             "seed": self.seed,
             "teacher": self.teacher_model,
             "peer_context": self.config.peer_context,
+            "chat_template_kwargs": self.config.chat_template_kwargs,
         }
         return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
 
@@ -221,6 +228,7 @@ class Experiment:
             self.config,
             self.task.train,
             processing_class=self.tokenizer,
+            peft_config=LoraConfig(**self.preset.lora) if self.preset.lora else None,
             **external,
         )
         trainer.remove_callback(PrinterCallback)
@@ -256,14 +264,19 @@ class Experiment:
     def _external_teacher(self) -> PreTrainedModel | None:
         if self.config.row.teacher_sees != PROMPT:
             return None
-        model, _ = load_model(self.preset.teacher_model, self.cache, **self.preset.teacher_options)
+        model, _ = self._load(self.preset.teacher_model, self.preset.teacher_options)
         return model
+
+    def _load(self, name: str, options: Mapping[str, Any]) -> Loaded:
+        return load_model(name, self.cache, sees_images=self.preset.sees_images, **options)
 
     def _sampling(self) -> dict[str, Any]:
         return {
             "num_samples": self.preset.num_samples,
             "temperature": 1.0,
             "max_new_tokens": self.config.max_completion_length,
+            "batch_size": self.preset.evaluation_batch_size,
+            "chat_template_kwargs": self.config.chat_template_kwargs,
         }
 
     @staticmethod

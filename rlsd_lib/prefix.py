@@ -261,6 +261,8 @@ def _read_prompts(
             image_grid_thw=images["image_grid_thw"],
             attention_mask=mask,
         )
+        if not len(images["pixel_values"]):  # rows without an image, in a batch with images
+            images = {}
     cache = DynamicCache(config=backbone.config.get_text_config())
     backbone(
         input_ids=ids[:, :-1],

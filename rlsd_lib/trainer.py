@@ -68,6 +68,8 @@ class RLSDTrainer(SteadyTrainer):
         super().__init__(model, reward_funcs, args, train_dataset, *others, **kwargs)
         if self.use_vllm:
             keep_base_exact(self.model, self.vllm_generation)
+        if self._is_vlm:
+            self.model.register_forward_pre_hook(checks.drop_empty_images, with_kwargs=True)
         if args.uses_teacher:
             checks.check_model(self.model, self.processing_class, args)
             checks.check_sharding(self.model, args, self.accelerator)
@@ -85,9 +87,12 @@ class RLSDTrainer(SteadyTrainer):
     def _generate(self, prompts: list) -> tuple:
         # The final messages: observations appended, images in place. TRL does not hand them back.
         self._final_prompts = prompts
-        if self._is_vlm and not self.tools:
-            checks.check_images(prompts)
+        if self._is_vlm:
+            checks.check_images(prompts, self.accelerator)
         generated = super()._generate(prompts)
+        if generated[6] is not None:
+            # A row without an image is None to TRL and an empty list to the processor TRL asks.
+            generated = (*generated[:6], [found or [] for found in generated[6]], generated[7])
         self._completions = generated[3]
         return generated
 
