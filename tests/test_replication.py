@@ -1,0 +1,105 @@
+"""Table 2: the paper beside ours, whose cells come from finished runs and from nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from rlsd_lib.benchmarks import VISION
+from rlsd_lib.paper_numbers import AVERAGE, BENCHMARKS
+from rlsd_lib.replication import HELD_OUT, compare, open_items
+from rlsd_lib.runs import Run, read_manifest, read_runs
+from rlsd_lib.tables import DASH
+
+PRESET = "smoke-vl"
+
+
+def made(folder: Path, metrics: dict, *, finish: bool = True, **parameters) -> Path:
+    facts = {"method": "rlsd", "preset": PRESET, "seed": 0, "overrides": {}, "max_steps": -1}
+    run = Run.start(folder, parameters={**facts, **parameters})
+    if finish:
+        run.finish(metrics)
+    return folder
+
+
+def shares(**values: float) -> dict[str, float | None]:
+    """Metrics of an evaluation run, with an interval of two points on either side."""
+    ends = (("", 0.0), ("_low", -0.02), ("_high", 0.02))
+    return {f"benchmark/{name}{e}": value + d for name, value in values.items() for e, d in ends}
+
+
+def ours(folder: Path, row: str, column: str, **options) -> str:
+    return compare(read_runs(folder), BENCHMARKS, PRESET, **options).table.loc[
+        row, (column, "ours")
+    ]
+
+
+def test_without_a_run_every_cell_of_ours_is_a_dash(tmp_path):
+    made(tmp_path / "killed", shares(MMMU=0.7), finish=False)
+    table, sources = compare(read_runs(tmp_path), BENCHMARKS, PRESET)
+    assert (table.xs("ours", axis=1, level=1) == DASH).all(axis=None)
+    assert table.loc["rlsd", ("MMMU", "paper")] == "67.22"
+    assert table.loc["base", (AVERAGE, "paper")] == "51.49"
+    assert table.loc["rlsd", (HELD_OUT, "paper")] == DASH
+    assert sources.empty
+
+
+def test_cells_come_from_runs_which_are_named(tmp_path):
+    held = {"accuracy_before": 0.25, "accuracy_after": 0.5}
+    trained = made(
+        tmp_path / "train", {k + e: v for k, v in held.items() for e in ("", "_low", "_high")}
+    )
+    judged = made(trained / "benchmarks", shares(MMMU=0.7, WeMath=0.6), limit=0)
+    table, sources = compare(read_runs(tmp_path), BENCHMARKS, PRESET)
+    assert table.loc["rlsd", ("MMMU", "ours")] == "70.00 [68.0, 72.0]"
+    assert table.loc["rlsd", (HELD_OUT, "ours")] == "50.00 [50.0, 50.0]"
+    assert table.loc["base", (HELD_OUT, "ours")] == "25.00 [25.0, 25.0]"
+    assert table.loc["rlsd", ("MathVista", "ours")] == DASH
+    assert table.loc["rlsd", (AVERAGE, "ours")] == DASH  # three benchmarks are missing
+    assert set(sources["run"]) == {str(trained), str(judged)}
+    filled = (table.xs("ours", axis=1, level=1) != DASH).sum(axis=None)
+    assert filled == len(sources) == 4
+
+
+def test_an_average_needs_every_benchmark(tmp_path):
+    made(
+        tmp_path / "all", shares(MMMU=0.6, MathVista=0.7, MathVision=0.5, ZeroBench=0.2, WeMath=0.5)
+    )
+    assert ours(tmp_path, "rlsd", AVERAGE) == "50.00"
+
+
+def test_seeds_are_taken_together_and_settings_apart(tmp_path):
+    for seed, share in enumerate((0.60, 0.62, 0.64)):
+        made(tmp_path / f"s{seed}", shares(MMMU=share), seed=seed)
+    made(tmp_path / "wide", shares(MMMU=0.9), overrides={"epsilon_w": 0.5})
+    made(tmp_path / "limited", shares(MMMU=0.1), limit=5)
+    made(tmp_path / "other", shares(MMMU=0.1), preset="qwen3-vl-8b")
+    mean, _, count = ours(tmp_path, "rlsd", "MMMU").partition(" ")
+    assert mean == "62.00"
+    assert count.endswith("(n=3)")
+    assert ours(tmp_path, "rlsd (epsilon_w=0.5)", "MMMU").startswith("90.00")
+
+
+def test_a_run_that_is_still_open_counts_only_where_it_is_named(tmp_path):
+    folder = tmp_path / "open"
+    run = Run.start(folder, parameters={"method": "grpo", "preset": PRESET, "seed": 0})
+    run.attached = True  # as under a runner, which closes the run after the last cell
+    run.finish(shares(MMMU=0.5))
+    assert ours(tmp_path, "grpo", "MMMU") == DASH
+    assert ours(tmp_path, "grpo", "MMMU", own=folder) == "50.00 [48.0, 52.0]"
+
+
+def test_what_was_left_open_is_read_from_the_manifest(tmp_path):
+    run = Run.start(tmp_path / "run", parameters={"method": "rlsd", "seed": 4})
+    run.record(
+        config={"privileged_template": None, "max_steps": 200},
+        preset={"task": "mmfinereason", "task_options": {"reward": "binary"}},
+        data={"train": "a" * 64, "test": "b" * 64},
+        evaluation={"temperature": 1.0},
+    )
+    items = open_items(read_manifest(run.path), VISION)["this run"]
+    assert "'seed': 4" in items["seeds"]
+    assert f"test {'b' * 12}" in items["splits"]
+    assert "presence_penalty 1.5" in items["evaluation sampling"]
+    assert "262,144 to 1,048,576" in items["images"]
+    with pytest.raises(KeyError):
+        open_items({**read_manifest(run.path), "packages": {}}, VISION)
