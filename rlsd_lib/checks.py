@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, ProcessorMixin
 from rlsd_lib import distillation, privileged
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
+from rlsd_lib.multimodal import IMAGE_FIELDS
 
 
 def check_arguments(
@@ -104,20 +106,48 @@ def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator)
         )
 
 
-def check_images(prompts: list[privileged.Prompt]) -> None:
-    """Refuse a batch of final prompts of which some have images and others none.
+def check_images(prompts: list[privileged.Prompt], accelerator: Accelerator) -> None:
+    """Refuse final prompts that hold a video, and mixed batches where parameters are sharded.
 
-    TRL 1.16.0 generates for such a batch and then fails in its call of the processor.
+    A rank whose rows have no image would not enter the vision tower, whose shards the other ranks
+    wait for. Without sharding, rows with and without images may stand in one batch.
 
     Raises:
-        ValueError: naming how many have none.
+        ValueError: naming how many rows there are of each kind, on every rank.
     """
+    videos = sum(privileged.count_images(prompt, "video") > 0 for prompt in prompts)
     bare = sum(privileged.count_images(prompt) == 0 for prompt in prompts)
-    if 0 < bare < len(prompts):
+    counts = gather_object([(videos, bare, len(prompts))])
+    videos, bare, rows = (sum(column) for column in zip(*counts, strict=True))
+    if videos:
         raise ValueError(
-            f"{bare} of {len(prompts)} prompts in a batch have no image and the others have. TRL "
-            "cannot mix them: give every row an image, or train on the two kinds apart."
+            f"{videos} of {rows} prompts in a batch hold a video, which TRL's GRPO drops without a "
+            "word. Drop these rows, or give chosen frames as images."
         )
+    if 0 < bare < rows and is_sharded(accelerator):
+        raise ValueError(
+            f"{bare} of {rows} prompts in a batch have no image and the others have: with sharded "
+            "parameters, ranks would wait for one another in the vision tower. Give every row an "
+            "image, train on the two kinds apart, or use DDP or ZeRO-2."
+        )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether parameters are spread over the ranks (FSDP, ZeRO-3)."""
+    plugin = accelerator.state.deepspeed_plugin
+    zero3 = plugin is not None and plugin.zero_stage == 3
+    return zero3 or accelerator.distributed_type == DistributedType.FSDP
+
+
+def drop_empty_images(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """Forward pre-hook: a micro-batch in which no row has an image has no pixels to look at.
+
+    TRL slices the pixels of the whole batch, and hands none of them on as an empty tensor.
+    """
+    pixels = kwargs.get("pixel_values")
+    if pixels is not None and pixels.size(0) == 0:
+        kwargs = {k: v for k, v in kwargs.items() if k not in IMAGE_FIELDS}
+    return args, kwargs
 
 
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 
+from rlsd_lib.multimodal import messages_of
 from rlsd_lib.privileged import prompt_text
 from rlsd_lib.provenance import digest, fingerprint
 from rlsd_lib.records import append_lines, drop_torn_line, read_lines, read_manifest, state_of
@@ -120,34 +121,6 @@ class VLLMGenerator:
         chats = [messages_of(row, "image_pil") for row in rows]
         answers = self._llm.chat(chats, params, use_tqdm=False)
         return [[output.text for output in answer.outputs] for answer in answers]
-
-
-def messages_of(row: Row, image_type: str) -> list[dict[str, Any]]:
-    """Put a row's images into its prompt, as parts of the type that the model's side calls them.
-
-    Raises:
-        ValueError: there are not as many image parts as images.
-    """
-    images = list(row.get("images") or [])
-    wanted = [p for m in row["prompt"] if not isinstance(m["content"], str) for p in m["content"]]
-    count = sum(part["type"] == "image" for part in wanted)
-    if count != len(images):
-        raise ValueError(
-            f"row {row_key(row)} has {len(images)} images and {count} image parts in its prompt; "
-            'add parts {"type": "image"} where the images belong'
-        )
-    messages = []
-    for message in row["prompt"]:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [
-                {"type": image_type, image_type: images.pop(0)}
-                if part["type"] == "image"
-                else {"type": "text", "text": part["text"]}
-                for part in content
-            ]
-        messages.append({**message, "content": content})
-    return messages
 
 
 def row_key(row: Row) -> str:

@@ -4,8 +4,8 @@ Completions come from transformers' own `generate`, whatever the model was train
 every method is measured in the same way. Intervals are scipy's.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,10 +14,9 @@ from scipy.special import comb
 from scipy.stats import bootstrap, ttest_1samp
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlsd_lib.privileged import COLUMN, teacher_prompt
+from rlsd_lib.multimodal import Processing, encode, messages_of, tokenizer_of
+from rlsd_lib.privileged import COLUMN, Prompt, teacher_prompt
 from rlsd_lib.tasks import Task
-
-Messages = list[dict[str, str]]
 
 
 class Interval(NamedTuple):
@@ -30,18 +29,19 @@ class Interval(NamedTuple):
 
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Messages],
+    tokenizer: Processing,
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     num_samples: int = 1,
     batch_size: int = 64,
     seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[str]]:
     """Sample `num_samples` completions per prompt; temperature 0 is greedy.
 
-    `batch_size` counts completions. Sampling is from the full distribution (no top-k, no top-p).
+    Prompts hold their images, where `tokenizer` is a processor. `batch_size` counts completions. Sampling is from the full distribution (no top-k, no top-p).
     The model's mode and torch's global seed are as before afterwards; the same arguments give the
     same completions on the same machine. Returns one list of texts per prompt, without special
     tokens. Raises ValueError for prompts, counts or temperatures that make no sense.
@@ -53,23 +53,23 @@ def generate(
         )
     if temperature == 0 and num_samples > 1:
         raise ValueError(f"greedy samples are all equal; ask for 1 instead of {num_samples}")
-    texts = [
-        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-        for _ in range(num_samples)
-    ]
-    settings = _settings(model, tokenizer, max_new_tokens, temperature)
+    asked = [prompt for prompt in prompts for _ in range(num_samples)]
+    template = dict(chat_template_kwargs or {})
+    settings = _settings(model, tokenizer_of(tokenizer), max_new_tokens, temperature)
     was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         model.eval()
-        parts = [_complete(model, tokenizer, b, settings) for b in _chunks(texts, batch_size)]
+        parts = [
+            _complete(model, tokenizer, batch, settings, template)
+            for batch in _chunks(asked, batch_size)
+        ]
     model.train(was_training)
     flat = [text for part in parts for text in part]
     return _chunks(flat, num_samples)
 
 
-def _chunks(items: list[str], size: int) -> list[list[str]]:
+def _chunks(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -92,24 +92,19 @@ def _settings(
 
 def _complete(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
+    tokenizer: Processing,
+    prompts: list[Prompt],
     settings: GenerationConfig,
+    template: Mapping[str, Any],
 ) -> list[str]:
-    encoded = tokenizer(
-        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-    ).to(model.device)
-    ids = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        generation_config=settings,
-    )
+    encoded = encode(tokenizer, prompts, **template).to(model.device)
+    ids = model.generate(**encoded, generation_config=settings)
     return tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def evaluate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     task: Task,
     *,
     max_new_tokens: int,
@@ -119,6 +114,7 @@ def evaluate(
     batch_size: int = 64,
     num_problems: int | None = None,
     privileged_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Judge completions of the task's test problems; one row per completion.
 
@@ -137,6 +133,7 @@ def evaluate(
         num_samples=num_samples,
         batch_size=batch_size,
         seed=seed,
+        chat_template_kwargs=chat_template_kwargs,
     )
     return pd.DataFrame(
         {
@@ -152,11 +149,10 @@ def evaluate(
     )
 
 
-def _prompt(row: dict, template: str | None) -> Messages:
-    """Return the row's prompt, as the teacher sees it where there is a template."""
-    if template is None:
-        return row["prompt"]
-    return teacher_prompt(row["prompt"], row[COLUMN], template)
+def _prompt(row: dict, template: str | None) -> Prompt:
+    """Return the row's prompt with its images, as the teacher sees it where there is a template."""
+    prompt = messages_of(row)
+    return prompt if template is None else teacher_prompt(prompt, row[COLUMN], template)
 
 
 def pass_at_k(results: pd.DataFrame, k: int) -> pd.Series:

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 from IPython import get_ipython
+from peft import LoraConfig
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -25,8 +26,8 @@ from rlsd_lib.controls import apply_control, control_template
 from rlsd_lib.evaluate import bootstrap_interval, evaluate, per_problem
 from rlsd_lib.leakage import phrase_leakage
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
-from rlsd_lib.models import load_model
-from rlsd_lib.presets import PRESETS, resolve_config
+from rlsd_lib.models import Loaded, load_model
+from rlsd_lib.presets import resolve_config, resolve_preset
 from rlsd_lib.privileged import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.progress import LiveCurve, Recorder
 from rlsd_lib.runs import Run
@@ -86,18 +87,18 @@ class Experiment:
             notebook=notebook,
             if_exists=if_exists,
         )
-        self.method, self.preset, self.seed = method, PRESETS[preset], seed
+        self.method, self.seed = method, seed
+        self.preset, _ = resolve_preset(preset, parameters["overrides"])
         self.cache = provenance.outputs_root() / "cache"
-        self.model, self.tokenizer = load_model(
-            self.preset.model, self.cache, **self.preset.model_options
-        )
+        # A processor, where the model sees images.
+        self.model, self.tokenizer = self._load(self.preset.model, self.preset.model_options)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.task = load_task(
             self.preset.task,
             train_size=self.preset.train_size,
             test_size=self.preset.test_size,
             seed=self.preset.data_seed,
-            **self.preset.task_options,
+            **{**self.preset.task_options, **self.preset.task_by_method.get(method, {})},
         )
         template = control_template(control, self.task.privileged_template)
         self.config = self._resolve(parameters, self.run.path / "checkpoints", template)
@@ -200,6 +201,7 @@ class Experiment:
             "temperature": self.config.temperature,
             "seed": self.seed,
             "teacher": self.teacher_model,
+            "chat_template_kwargs": self.config.chat_template_kwargs,
         }
         return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
 
@@ -235,6 +237,7 @@ class Experiment:
             self.config,
             self.task.train,
             processing_class=self.tokenizer,
+            peft_config=LoraConfig(**self.preset.lora) if self.preset.lora else None,
             **external,
         )
         trainer.remove_callback(PrinterCallback)
@@ -275,14 +278,19 @@ class Experiment:
     def _external_teacher(self) -> PreTrainedModel | None:
         if self.config.row.teacher_sees != PROMPT:
             return None
-        model, _ = load_model(self.preset.teacher_model, self.cache, **self.preset.teacher_options)
+        model, _ = self._load(self.preset.teacher_model, self.preset.teacher_options)
         return model.to(self.model.device)
+
+    def _load(self, name: str, options: Mapping[str, Any]) -> Loaded:
+        return load_model(name, self.cache, sees_images=self.preset.sees_images, **options)
 
     def _sampling(self) -> dict[str, Any]:
         return {
             "num_samples": self.preset.num_samples,
             "temperature": 1.0,
             "max_new_tokens": self.config.max_completion_length,
+            "batch_size": self.preset.evaluation_batch_size,
+            "chat_template_kwargs": self.config.chat_template_kwargs,
         }
 
     @staticmethod

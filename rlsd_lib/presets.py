@@ -1,7 +1,8 @@
 """Presets: model, task and sizes of a run. A run is a preset, a method, a seed, and overrides."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,51 +10,7 @@ import torch
 
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.methods import METHODS, PROMPT, look_up
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One row of the presets table.
-
-    `training` holds `RLSDConfig` fields, and `by_method` those that differ for a method;
-    `num_samples` completions per held-out problem are drawn at temperature 1 for each accuracy.
-    `data_seed` fixes the rows, so that runs with different seeds share train and test problems and
-    differ in order and sampling only. `teacher_options` make the external teacher of `opd`.
-    """
-
-    summary: str
-    model: str
-    task: str
-    training: Mapping[str, Any]
-    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    teacher_model: str = ""
-    teacher_options: Mapping[str, Any] = field(default_factory=dict)
-    task_options: Mapping[str, Any] = field(default_factory=dict)
-    train_size: int = 2000
-    test_size: int = 200
-    num_samples: int = 4
-    data_seed: int = 0
-    save_model: bool = False
-
-
-# The paper's settings that carry over to every size (PAPER: AdamW, weight decay 0.01, clip 1.0).
-PAPER = {
-    "num_generations": 8,
-    "temperature": 1.0,
-    "loss_type": "dapo",
-    "epsilon": 0.2,
-    "epsilon_high": 0.28,
-    "beta": 0.0,
-    "lr_scheduler_type": "constant",
-    "weight_decay": 0.01,
-    "max_grad_norm": 1.0,
-    "lambda_init": 0.5,
-    "lambda_decay_steps": 50,
-    "epsilon_w": 0.2,
-    "teacher_model_kind": "snapshot",
-    "teacher_sync_steps": 10,
-}
+from rlsd_lib.paper import PAPER, REAL_PRESETS, Preset
 
 LAB = {
     **PAPER,
@@ -89,6 +46,22 @@ LAB_BY_METHOD = {
 LAB_BY_METHOD["sdpo"]["distillation_mode"] = "full_logits"
 
 IDENTITY = ("method", "seed", "max_steps", "output_dir")
+# What a run may change of its preset beside `RLSDConfig` fields: a local copy of the model, the
+# folder of the data, sizes. Options are merged, everything else is replaced.
+OF_PRESET = (
+    "model",
+    "model_options",
+    "teacher_model",
+    "teacher_options",
+    "task_options",
+    "train_size",
+    "test_size",
+    "num_samples",
+    "evaluation_batch_size",
+    "max_prompt_length",
+    "rollouts_per_step",
+    "lora",
+)
 
 PRESETS: dict[str, Preset] = {
     "smoke": Preset(
@@ -144,7 +117,57 @@ PRESETS: dict[str, Preset] = {
         test_size=24,
         num_samples=8,
     ),
+    "smoke-vl": Preset(
+        "the paper's path at toy size: a tiny Qwen3-VL sees coloured squares, two steps",
+        model="toy-vlm",
+        sees_images=True,
+        teacher_model="toy-vlm",
+        teacher_options={"seed": 1},
+        task="colours",
+        task_options={"reward": "weighted"},
+        task_by_method={"opsd": {"privileged": "trace"}},
+        training={
+            **PAPER,
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 6,
+            "max_teacher_prompt_length": 768,
+            "learning_rate": 1e-3,
+            "max_steps": 2,
+            "gradient_checkpointing": False,
+            "bf16": False,
+        },
+        by_method={"grpo_opsd": {"distillation_weight": 0.1}},
+        train_size=-1,
+        test_size=8,
+        num_samples=2,
+        max_prompt_length=512,
+        rollouts_per_step=32,
+    ),
+    **REAL_PRESETS,
 }
+
+
+def resolve_preset(name: str, overrides: Mapping[str, Any]) -> tuple[Preset, dict[str, Any]]:
+    """The preset with its part of `overrides` (`OF_PRESET`), and the overrides that are left.
+
+    Raises:
+        ValueError: for an unknown preset or override, naming the nearest valid one.
+    """
+    preset = PRESETS[look_up(name, PRESETS, "preset")]
+    known = [*(f.name for f in fields(RLSDConfig) if f.init), *OF_PRESET]
+    for key in overrides:
+        look_up(key, known, "override")
+        if key in IDENTITY:
+            raise ValueError(
+                f"overrides may not set {key!r}: it is a parameter of the run itself, by which its "
+                "directory and tables name it."
+            )
+    changes = {key: value for key, value in overrides.items() if key in OF_PRESET}
+    merged = {
+        key: {**getattr(preset, key), **value} if isinstance(value, Mapping) else value
+        for key, value in changes.items()
+    }
+    return replace(preset, **merged), {k: v for k, v in overrides.items() if k not in changes}
 
 
 def resolve_config(
@@ -156,26 +179,22 @@ def resolve_config(
     template: str | None = None,
     max_steps: int = -1,
     overrides: Mapping[str, Any] | None = None,
+    processes: int | None = None,
 ) -> RLSDConfig:
     """The full configuration of a run: preset, then the task's template, then overrides.
 
+    `processes` is how many will train together; None takes the launcher's word (`WORLD_SIZE`).
+
     Raises:
-        ValueError: for an unknown method, preset or override, naming the nearest valid one.
+        ValueError: for an unknown method, preset or override, naming the nearest valid one, or
+            rollouts that the processes cannot share.
     """
     look_up(method, METHODS, "method")
-    chosen = PRESETS[look_up(preset, PRESETS, "preset")]
+    chosen, overrides = resolve_preset(preset, overrides or {})
     if METHODS[method].teacher_sees == PROMPT and not chosen.teacher_model:
         raise ValueError(
             f"method={method!r} needs a preset with a teacher_model; {preset!r} has none."
         )
-    known = [f.name for f in fields(RLSDConfig) if f.init]
-    for name in overrides or {}:
-        look_up(name, known, "override")
-        if name in IDENTITY:
-            raise ValueError(
-                f"overrides may not set {name!r}: it is a parameter of the run itself, by which its "
-                "directory and tables name it."
-            )
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -198,4 +217,21 @@ def resolve_config(
         settings["privileged_template"] = template
     if max_steps > 0:
         settings["max_steps"] = max_steps
-    return RLSDConfig(**{**settings, **(overrides or {})})
+    settings |= overrides
+    if chosen.rollouts_per_step:
+        settings |= _split(chosen, settings, processes or int(os.environ.get("WORLD_SIZE", 1)))
+    return RLSDConfig(**settings)
+
+
+def _split(preset: Preset, settings: Mapping[str, Any], processes: int) -> dict[str, int]:
+    """The gradient accumulation by which `processes` make one step of the preset's rollouts."""
+    if "gradient_accumulation_steps" in settings:
+        return {}
+    rollouts, each = preset.rollouts_per_step, settings["per_device_train_batch_size"]
+    if rollouts % (processes * each):
+        raise ValueError(
+            f"{rollouts} rollouts per step cannot be shared by {processes} processes with "
+            f"per_device_train_batch_size={each}: choose numbers whose product divides {rollouts}, "
+            "or set gradient_accumulation_steps."
+        )
+    return {"gradient_accumulation_steps": rollouts // (processes * each)}

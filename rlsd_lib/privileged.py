@@ -140,11 +140,11 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(text for message in prompt for text in _texts(message.get("content")))
 
 
-def count_images(prompt: Prompt) -> int:
-    """Number of images in a prompt's messages."""
+def count_images(prompt: Prompt, kind: str = "image") -> int:
+    """Number of images, or of parts of another `kind`, in a prompt's messages."""
     contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return sum(part["type"] == "image" for part in parts)
+    return sum(part["type"] == kind for part in parts)
 
 
 def _render_content(content: str | list[dict[str, Any]], context: str, template: str) -> Any:

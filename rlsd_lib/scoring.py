@@ -15,22 +15,10 @@ from trl.trainer.utils import pad
 from rlsd_lib import privileged
 from rlsd_lib.distillation import causal_lm, head_of, hidden_states, predicting
 from rlsd_lib.methods import PROMPT
+from rlsd_lib.multimodal import IMAGE_FIELDS, TYPE_ID_FIELDS, without_images
 
 if TYPE_CHECKING:
     from rlsd_lib.trainer import RLSDTrainer
-
-# What TRL's output dictionary holds of the images; the teacher sees the very same tensors.
-IMAGE_FIELDS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "image_position_ids",
-)
-TYPE_ID_FIELDS = ("token_type_ids", "mm_token_type_ids")
 
 
 class TeacherPrompts(NamedTuple):
@@ -140,6 +128,8 @@ class Scorer:
     def check_lengths(self, prompts: Sequence[privileged.Prompt]) -> None:
         """Refuse questions that leave `max_teacher_prompt_length` no room, before any compute.
 
+        Images are not opened for this: their tokens are counted when the row comes up.
+
         Raises:
             ValueError: naming the rows.
         """
@@ -147,7 +137,8 @@ class Scorer:
         if limit is None or self.trainer.args.row.teacher_sees == PROMPT:
             return
         template = self.trainer.args.privileged_template
-        bare = [privileged.teacher_prompt(prompt, "", template) for prompt in prompts]
+        texts = map(without_images, prompts)
+        bare = [privileged.teacher_prompt(prompt, "", template) for prompt in texts]
         rows = [i for i, prompt in enumerate(bare) if self._count(prompt) >= limit]
         if rows:
             raise ValueError(

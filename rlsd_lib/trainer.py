@@ -24,6 +24,7 @@ from rlsd_lib.checks import (
     check_model,
     check_sharding,
     check_teacher,
+    drop_empty_images,
 )
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.credit import gap_sums, weight_sums
@@ -71,6 +72,8 @@ class RLSDTrainer(GRPOTrainer):
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
         check_arguments(reward_funcs, args, train_dataset, teacher_model, kwargs)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **kwargs)
+        if self._is_vlm:
+            self.model.register_forward_pre_hook(drop_empty_images, with_kwargs=True)
         if args.uses_teacher:
             check_model(self.model, self.processing_class, args)
             check_sharding(self.model, args, self.accelerator)
@@ -87,9 +90,13 @@ class RLSDTrainer(GRPOTrainer):
     def _generate(self, prompts: list) -> tuple:
         # The final messages: observations appended, images in place. TRL does not hand them back.
         self._final_prompts = prompts
-        if self._is_vlm and not self.tools:
-            check_images(prompts)
+        if self._is_vlm:
+            check_images(prompts, self.accelerator)
         generated = super()._generate(prompts)
+        if generated[6] is not None:
+            # TRL says None for a row without an image beside rows with some, and then hands it to
+            # the processor, which wants an empty list.
+            generated = (*generated[:6], [found or [] for found in generated[6]], generated[7])
         self._completions = generated[3]
         return generated
 

@@ -22,11 +22,11 @@ from rlsd_lib.difficulty import (
     TransformersGenerator,
     VLLMGenerator,
     filter_rows,
-    messages_of,
     read_verdicts,
     row_key,
     select_hard,
 )
+from rlsd_lib.multimodal import messages_of
 from rlsd_lib.records import read_manifest, state_of
 from rlsd_lib.tasks.base import Row
 

@@ -16,7 +16,8 @@ from PIL import Image as PillowImage
 from rlsd_lib.privileged import check_contexts, prompt_text
 from rlsd_lib.tasks import load_task, task_names
 from rlsd_lib.tasks.base import is_held_out
-from rlsd_lib.tasks.mmfinereason import FIELDS, TRACE, choices_of, fit, load, prepare
+from rlsd_lib.tasks.images import fit
+from rlsd_lib.tasks.mmfinereason import FIELDS, TRACE, choices_of, load, prepare
 
 ROWS = 200
 KINDS = ("math", "Multiple Choice", "numerical", "boolean")

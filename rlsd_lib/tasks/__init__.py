@@ -1,10 +1,13 @@
-"""Tasks by name: the lab's arithmetic, the paper's data, and all of reasoning-gym."""
+"""Tasks by name: the lab's arithmetic, the paper's data, public maths, and all of reasoning-gym."""
 
 import difflib
+import importlib
 from typing import Any
 
 from rlsd_lib.tasks import arithmetic
 from rlsd_lib.tasks.base import Completion, Row, Task, text_of
+
+DATA = ("mmfinereason", "maths", "colours")  # modules of this package that read data sets
 
 __all__ = ["Completion", "Row", "Task", "load_task", "task_names", "text_of"]
 
@@ -13,23 +16,21 @@ def task_names() -> list[str]:
     """Return every name that `load_task` accepts."""
     from rlsd_lib.tasks import gym  # here, because importing reasoning-gym takes seconds
 
-    return ["arithmetic", "mmfinereason", *gym.names()]
+    return ["arithmetic", *DATA, *gym.names()]
 
 
 def load_task(name: str, *, train_size: int, test_size: int, seed: int, **options: Any) -> Task:
     """Build a task: the same arguments give the same rows, and no test question is in train.
 
     `options` go to the task: `digits` for `arithmetic`, the fields of its config for a
-    reasoning-gym data set (see `rlsd_lib.tasks.gym`). Raises ValueError for a name or an option
+    reasoning-gym data set (see `rlsd_lib.tasks.gym`), `source` and more for the data sets. Raises ValueError for a name or an option
     that does not exist, naming the nearest one that does.
     """
     if name == "arithmetic":
         return arithmetic.load(train_size=train_size, test_size=test_size, seed=seed, **options)
-    if name == "mmfinereason":
-        from rlsd_lib.tasks import mmfinereason
-
-        sizes = {"train_size": train_size, "test_size": test_size}
-        return mmfinereason.load(**sizes, seed=seed, **options)
+    if name in DATA:
+        module = importlib.import_module(f"rlsd_lib.tasks.{name}")  # only then datasets and Pillow
+        return module.load(train_size=train_size, test_size=test_size, seed=seed, **options)
     if name not in (known := task_names()):
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown task {name!r}; the nearest valid name is {nearest!r}")

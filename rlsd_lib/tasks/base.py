@@ -27,7 +27,8 @@ class Task:
     `train` and `test` hold the columns `prompt` (chat messages), `privileged_context` (what only
     the teacher may read), `answer`, and whatever the verifier needs. `privileged_template` is the
     text of the teacher's user turn, with the placeholders `{prompt}` and `{privileged_context}`;
-    None stands for the trainer's default. `first_error` gives the index of the first wrong token
+    None stands for the trainer's default. `score` is the reward where it is more than the verdict.
+    `first_error` gives the index of the first wrong token
     of a completion (None when there is none) and `nuisance_mask` marks the tokens that do not bear
     on the answer; both are None where a task cannot know.
     """
@@ -38,18 +39,20 @@ class Task:
     verify: Callable[[str, Row], bool]
     reference_pattern: str
     privileged_template: str | None = None
+    score: Callable[[str, Row], float] | None = None
     first_error: Callable[[str, Row], int | None] | None = None
     nuisance_mask: Callable[[str], list[bool]] | None = None
 
     def reward(self, completions: list[Completion], **columns: Any) -> list[float]:
-        """Return 1.0 for each verified completion and 0.0 for the others, as TRL expects.
+        """Return 1.0 for each verified completion and 0.0 for the others, or the task's own score.
 
         `columns` are the data set's columns, each as long as `completions`; anything else that a
         trainer passes along is ignored.
         """
         rows = columns_to_rows(columns, len(completions))
+        judge = self.score or self.verify
         pairs = zip(completions, rows, strict=True)
-        return [float(self.verify(text_of(completion), row)) for completion, row in pairs]
+        return [float(judge(text_of(completion), row)) for completion, row in pairs]
 
     def leak(self, completions: list[Completion], **columns: Any) -> list[float]:
         """Return 1.0 for each completion that mentions a reference: a reward to log, weight 0."""

@@ -8,12 +8,11 @@ Broken rows are never used: each is listed in a `Report` under every fault it ha
 the fingerprint are made of hashed contents (texts and image files): the same on every machine.
 """
 
-import io
 import json
 import logging
-import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -22,12 +21,12 @@ from random import Random
 from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, load_dataset
-from PIL import Image as PillowImage
 
-from rlsd_lib.grading import TYPES, clean, grade
+from rlsd_lib.grading import TYPES, clean, grade, weighted_reward
 from rlsd_lib.provenance import digest, fingerprint
 from rlsd_lib.records import replace_text, write_json
 from rlsd_lib.tasks.base import Row, Task, is_held_out
+from rlsd_lib.tasks.images import images_of, read_bytes, shape_of, stored
 
 HUB = "iieycx/rlsd-train-MMFineReason-123K"
 TRACE = "qwen3vl_235b_thinking_response"
@@ -91,19 +90,39 @@ class Report:
 
 
 def load(
-    *, train_size: int, test_size: int, seed: int, source: str = HUB, report_dir: str = "", **options: Any
+    *, train_size: int, test_size: int, seed: int, source: str = HUB, report_dir: str = "",
+    reward: str = "binary", **options: Any,
 ) -> Task:  # fmt: skip
     """Build the task; a size of -1 takes all rows of that side, else `seed` chooses among them.
 
     `options` are those of `prepare`. What was dropped is logged, and written to `report_dir` where
-    one is given. Raises ValueError when a side has fewer rows than asked for.
+    one is given. `reward` is "binary" (the paper's text) or "weighted" (the released code: see
+    `grading.weighted_reward`). Raises ValueError when a side has fewer rows than asked for.
     """
+    check_reward(reward)  # before the data set is read
     rows, report = prepare(source, **options)
+    how = {"train_size": train_size, "test_size": test_size, "seed": seed, "reward": reward}
+    return as_task("mmfinereason", rows, report, report_dir=report_dir, **how)
+
+
+def as_task(
+    name: str, rows: Dataset, report: Report, *, train_size: int, test_size: int, seed: int,
+    reward: str, report_dir: str,
+) -> Task:  # fmt: skip
+    """Split prepared rows into a task, and tell what was dropped."""
     logging.getLogger(__name__).warning(report.summary())
     if report_dir:
         report.write(report_dir)
     sides = {s: _choose(rows, s, n, seed) for s, n in (("train", train_size), ("test", test_size))}
-    return Task(name="mmfinereason", verify=verify, reference_pattern=REFERENCE_PATTERN, **sides)
+    score = weighted if reward == "weighted" else None
+    pattern = REFERENCE_PATTERN
+    return Task(name=name, verify=verify, score=score, reference_pattern=pattern, **sides)
+
+
+def check_reward(reward: str) -> None:
+    """Raise ValueError for a kind of reward that there is not."""
+    if reward not in ("binary", "weighted"):
+        raise ValueError(f"reward={reward!r}: choose 'binary' or 'weighted'")
 
 
 def verify(completion: str, row: Row) -> bool:
@@ -111,22 +130,30 @@ def verify(completion: str, row: Row) -> bool:
     return grade(completion, row["answer"], row["problem_type"], row["choices"])
 
 
+def weighted(completion: str, row: Row) -> float:
+    """Return the released code's reward: for maths, 0.9 accuracy + 0.1 format."""
+    columns = {name: [row[name]] for name in ("answer", "problem_type", "choices")}
+    return weighted_reward()([completion], **columns)[0]
+
+
 def prepare(
     source: str | Path = HUB, *, revision: str | None = None, split: str = "train",
     image_folder: str | Path = "", privileged: str = "answer", preamble: bool = True,
     min_area: int = MIN_AREA, max_area: int = MAX_AREA, num_proc: int | None = None,
+    text_columns: Mapping[str, str] | None = None,
 ) -> tuple[Dataset, Report]:  # fmt: skip
     """Read, check and map a data set, scaling its images to `min_area` .. `max_area` pixels.
 
     `source` is a name on the hub (`revision` and `split` are for it), or a folder of .parquet or
     .jsonl files. Image paths are relative to `image_folder`, by default that folder. `privileged`
     is "answer" (RLSD) or "trace" (OPSD). With `preamble` the student's turn begins with an
-    instruction. `num_proc` processes do the work. Raises FileNotFoundError for a folder without
+    instruction. `num_proc` processes do the work. `text_columns` reads a set of mathematical texts
+    with columns of its own: {field: its column}, see `rlsd_lib.tasks.maths`. Raises FileNotFoundError for a folder without
     data files, ValueError for missing fields, no usable row, or an unknown `privileged`.
     """
     if privileged not in ("answer", "trace"):
         raise ValueError(f"privileged={privileged!r}: choose 'answer' or 'trace'")
-    raw = _read(source, revision, split)
+    raw = _read(source, revision, split, text_columns)
     name = f"{source}@{revision}" if revision else str(source)
     folder = str(image_folder or (source if Path(source).is_dir() else ""))
     check = partial(inspect_row, folder=folder, need_trace=privileged == "trace")
@@ -144,7 +171,9 @@ def prepare(
     return rows.map(to_trl, remove_columns=raw.column_names, features=FEATURES, **how), report
 
 
-def _read(source: str | Path, revision: str | None, split: str) -> Dataset:
+def _read(
+    source: str | Path, revision: str | None, split: str, text_columns: Mapping[str, str] | None
+) -> Dataset:
     """Load the rows with their images not decoded."""
     if Path(source).is_dir():
         files = [p for p in Path(source).rglob("*") if p.suffix in (".parquet", ".jsonl")]
@@ -155,6 +184,7 @@ def _read(source: str | Path, revision: str | None, split: str) -> Dataset:
         rows = load_dataset(loader, data_files=sorted(map(str, files)), split="train")
     else:
         rows = load_dataset(str(source), revision=revision, split=split)
+    rows = rows if text_columns is None else _as_texts(rows, text_columns)
     if missing := [field for field in FIELDS if field not in rows.column_names]:
         have = ", ".join(rows.column_names)
         raise ValueError(f"{source} has no {', '.join(missing)}, only {have}; rename its columns")
@@ -165,11 +195,24 @@ def _read(source: str | Path, revision: str | None, split: str) -> Dataset:
     return rows.cast_column("images", List(Image(decode=False))) if decoded else rows
 
 
+def _as_texts(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
+    """Give a set of mathematical texts the fields that it lacks; its other columns are dropped."""
+    here = {field: column for field, column in columns.items() if column in rows.column_names}
+    rows = rows.select_columns(list(here.values()))
+    rows = rows.rename_columns({column: field for field, column in here.items() if column != field})
+    same = {"problem_type": "math", "data_type": "text", "images": [], "videos": []}
+    features = Features(
+        {**rows.features, **dict.fromkeys(("problem_type", "data_type"), Value("string"))}
+        | dict.fromkeys(("images", "videos"), List(Value("string")))
+    )
+    return rows.map(lambda _: same, features=features)
+
+
 def inspect_row(row: Row, folder: str = "", need_trace: bool = False) -> dict[str, Any]:
     """Return a raw row's `faults`, the hash `key` of its question, `content` of all, and `traced`."""
     problem, answer, kind, trace = (_text(row[f]) for f in (*FIELDS[:3], TRACE))
-    images = [_bytes(image) for image in images_of(row, folder)]
-    shapes = [_shape(data) for data in images if data is not None]
+    images = [read_bytes(image) for image in images_of(row, folder)]
+    shapes = [shape_of(data) for data in images if data is not None]
     count = problem.count("<image>")
     has_video = bool(row["videos"]) or row["data_type"] == "video" or "<video>" in problem
     needs_image = count > 0 or row["data_type"] == "image"
@@ -189,29 +232,6 @@ def inspect_row(row: Row, folder: str = "", need_trace: bool = False) -> dict[st
     found = [name for name, here in faults.items() if here]
     facts = {"content": digest([key, answer, kind, trace]), "traced": bool(trace)}
     return {"faults": found, "key": key, **facts}
-
-
-def images_of(row: Row, folder: str) -> list[dict[str, Any]]:
-    """Return a raw row's images as {"bytes", "path"} with resolved paths; both None if missing."""
-    images = row["images"] if isinstance(row["images"], list) else [row["images"]]
-    found = [{"path": i} if isinstance(i, str) else i or {} for i in images if row["images"]]
-    paths = [str(Path(folder, image["path"])) if image.get("path") else None for image in found]
-    return [{"bytes": i.get("bytes"), "path": p} for i, p in zip(found, paths, strict=True)]
-
-
-def _bytes(image: dict[str, Any]) -> bytes | None:
-    path = Path(image["path"] or "")
-    return image["bytes"] or (path.read_bytes() if path.is_file() else None)
-
-
-def _shape(data: bytes) -> tuple[int, int] | None:
-    """Decode an image to its end; None where Pillow cannot, or refuses it as far too large."""
-    try:
-        with PillowImage.open(io.BytesIO(data)) as image:
-            image.load()
-            return image.size
-    except Exception:  # a decoder may raise anything on bytes that are not its own
-        return None
 
 
 def _text(value: Any) -> str:
@@ -269,27 +289,6 @@ def choices_of(problem: str) -> list[str]:
     found = _CHOICE.findall(problem)
     in_order = [letter for letter, _ in found] == list("ABCDEFGHIJ"[: len(found)])
     return [text for _, text in found] if in_order and len(found) > 1 else []
-
-
-def stored(image: dict[str, Any], min_area: int, max_area: int) -> dict[str, Any]:
-    """Return an image within the limits and in RGB; one that was so already is left as it is."""
-    # Once and for all: a transform on reading would decode all images at a look at any column.
-    with PillowImage.open(io.BytesIO(_bytes(image))) as given:
-        fitted = fit(given, min_area, max_area)
-        if (given.size, given.mode) == (fitted.size, "RGB"):
-            return image
-    out = io.BytesIO()
-    fitted.save(out, "PNG", compress_level=1)  # lossless at any level, and this one is fast
-    return {"bytes": out.getvalue(), "path": None}
-
-
-def fit(image: PillowImage.Image, min_area: int, max_area: int) -> PillowImage.Image:
-    """Scale to an area within the limits, sides rounded down, and RGB, as the released code does."""
-    area = image.width * image.height
-    limit = min(max(area, min_area), max_area)
-    factor = math.sqrt(limit / area)
-    size = (max(int(image.width * factor), 1), max(int(image.height * factor), 1))
-    return (image if limit == area else image.resize(size)).convert("RGB")
 
 
 def _choose(rows: Dataset, side: str, size: int, seed: int) -> Dataset:
