@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
 
-from rlsd_lib.benchmarks import BENCHMARKS, Protocol, check_benchmarks, command
+from rlsd_lib.benchmarks import BENCHMARKS, check_benchmarks, command
 from rlsd_lib.records import read_lines
 from rlsd_lib.runs import Run
 
@@ -78,11 +78,9 @@ def evaluate_benchmarks(
         BenchmarkError: the tool is missing or of another version, ended with an error, or its
             results lack a benchmark, are of another model or of another number of questions.
     """
-    protocol = check_benchmarks(names)
-    python = python or os.environ.get(PYTHON, "")
+    python = check_ready(names, python)
     name = str(Path(model).resolve() if Path(model).is_dir() else model)
     _check_model(name)
-    _check_tool(python, protocol)
     options = {"backend": backend, "limit": limit, "devices": devices}
     command(python, name, names, Path("tool"), seed=sampling_seed, **options)
     facts = {"model": name, "benchmarks": list(names), "sampling_seed": sampling_seed}
@@ -90,7 +88,8 @@ def evaluate_benchmarks(
     run = Run.start(run_dir, parameters=parameters, if_exists=if_exists)
     with run:
         words = command(python, name, names, run.path / "tool", seed=sampling_seed, **options)
-        run.record(evaluation={"protocol": asdict(protocol), "command": words})
+        protocol = asdict(BENCHMARKS[names[0]].protocol)
+        run.record(evaluation={"protocol": protocol, "command": words})
         _start(words, run.path / "tool.log")
         results = read_results(run.path / "tool", run.path / "tool.log")
         scores = {n: score_of(results, n, name, limit) for n in names}
@@ -99,6 +98,30 @@ def evaluate_benchmarks(
             run.add_samples(_samples(run.path / "tool", n))
         run.finish({k: v for n, score in scores.items() for k, v in _metrics(n, score).items()})
     return run.path
+
+
+def check_ready(names: Sequence[str], python: str = "") -> str:
+    """Check that these benchmarks could be run here, and return the interpreter that runs them.
+
+    To be called before a training whose result they are to judge. `python` is as in
+    `evaluate_benchmarks`, and so are the errors: ValueError, FileNotFoundError, BenchmarkError.
+    """
+    protocol = check_benchmarks(names)
+    python = python or os.environ.get(PYTHON, "")
+    how = f"python -m venv FOLDER; FOLDER/bin/{protocol.install}"
+    if not python:
+        raise ValueError(
+            f"no interpreter for {protocol.package}: {how}; {PYTHON}=FOLDER/bin/python"
+        )
+    ask = f"from importlib.metadata import version; print(version({protocol.package!r}))"
+    done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BenchmarkError(f"{python} has no {protocol.package}: {how}")
+    if (found := done.stdout.strip()) != protocol.version:
+        raise BenchmarkError(
+            f"{protocol.package} {found}, the protocol is of {protocol.version}: {protocol.install}"
+        )
+    return python
 
 
 def read_results(folder: Path, log: Path) -> dict[str, Any]:
@@ -150,22 +173,6 @@ def _check_model(name: str) -> None:
     if folder.is_absolute() and not (folder / "config.json").is_file():
         hint = "merge the adapter first" if (folder / "adapter_config.json").is_file() else "save"
         raise FileNotFoundError(f"{name} holds no model (no config.json): {hint}")
-
-
-def _check_tool(python: str, protocol: Protocol) -> None:
-    how = f"python -m venv FOLDER; FOLDER/bin/{protocol.install}"
-    if not python:
-        raise ValueError(
-            f"no interpreter for {protocol.package}: {how}; {PYTHON}=FOLDER/bin/python"
-        )
-    ask = f"from importlib.metadata import version; print(version({protocol.package!r}))"
-    done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise BenchmarkError(f"{python} has no {protocol.package}: {how}")
-    if (found := done.stdout.strip()) != protocol.version:
-        raise BenchmarkError(
-            f"{protocol.package} {found}, the protocol is of {protocol.version}: {protocol.install}"
-        )
 
 
 def _start(words: Sequence[str], log: Path) -> None:

@@ -5,17 +5,24 @@ evaluation run (`benchmark_runs`), the held-out split's from a training run. Whe
 there is a dash.
 """
 
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
+import torch
 
-from rlsd_lib.benchmark_runs import PREFIX
+from rlsd_lib.benchmark_runs import PREFIX, evaluate_benchmarks
 from rlsd_lib.benchmarks import BENCHMARKS, Protocol
+from rlsd_lib.models import merged
 from rlsd_lib.paper_numbers import AVERAGE, TABLE_2, table_2
-from rlsd_lib.records import Runs, is_number
+from rlsd_lib.provenance import run_name
+from rlsd_lib.records import Runs, is_number, state_of
 from rlsd_lib.tables import DASH, estimate, settings_of
+
+if TYPE_CHECKING:
+    from rlsd_lib.experiment import Experiment
 
 HELD_OUT = "held out"  # the data's own test split, judged by the task's verifier
 PAPER, OURS = "paper", "ours"
@@ -68,6 +75,51 @@ def _cells(run: pd.Series, preset: str, own: Path | None) -> list[tuple]:
         for line, column, key in wanted
         if is_number(run.get(key))
     ]
+
+
+def judge(experiment: "Experiment", names: Sequence[str], runs_dir: str | Path) -> list[Path]:
+    """Evaluate the model before and after training on benchmarks, in run directories of their own.
+
+    The trained model's lies in its run directory, the untrained one's in `runs_dir`, where other
+    methods with the same seed find it. The experiment's model leaves the GPU. Errors are those of
+    `evaluate_benchmarks`, and FileNotFoundError where the preset does not save the model.
+    """
+    parameters, preset = experiment.run.manifest["parameters"], experiment.preset
+    whole = merged(experiment.run.path / "model", sees_images=preset.sees_images)
+    experiment.model.cpu()  # the tool needs the memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    on_gpu = torch.cuda.is_available()
+    backend = "vllm" if on_gpu or preset.sees_images else "hf"
+    options = {"devices": max(torch.cuda.device_count(), 1), "backend": backend}
+    options["sampling_seed"] = parameters["seed"]
+    other = {k: v for k, v in parameters["overrides"].items() if k.startswith("model")}
+    base = {"method": "base", "overrides": other, **{k: parameters[k] for k in ("preset", "seed")}}
+    places = {
+        Path(runs_dir) / run_name(base): (preset.model, base),
+        experiment.run.path / "benchmarks": (whole, parameters),
+    }
+    for folder, (model, trained) in places.items():
+        if state_of(folder) != "finished":
+            how = {"trained": trained, "run_dir": folder, "if_exists": "overwrite", **options}
+            evaluate_benchmarks(model, names, **how)
+    return list(places)
+
+
+def dropped(experiment: "Experiment") -> pd.DataFrame:
+    """What became of the rows that the task read; written to the run directory as well.
+
+    Files: data_report.json (counts) and dropped.jsonl (row by row). A task that makes its rows has
+    nothing to drop.
+    """
+    task = experiment.task
+    sides = {"train": len(task.train), "test": len(task.test)}
+    if task.report is None:
+        return pd.Series({"generated": sum(sides.values()), **sides}, name="rows").to_frame()
+    task.report.write(experiment.run.path)
+    found = {f"dropped: {fault}": count for fault, count in task.report.counts.items()}
+    counts = {"read": task.report.rows, **found, "kept": task.report.kept, **sides}
+    return pd.Series(counts, name="rows").to_frame()
 
 
 def _printed(row: str, name: str) -> str:
