@@ -23,12 +23,6 @@ TABLE_2 = {
 # Figure 1b: GRPO trained twice as long (400 steps) on three of the benchmarks.
 FIGURE_1B = {"MMMU": 67.4, "MathVista": 76.7, "ZeroBench": 22.3}
 
-# A share of n questions can take n + 1 values. With these n almost every printed number is one of
-# them, which tells what was counted: MMMU's validation split, MathVista's testmini, MathVision's
-# test split, ZeroBench's sub-questions (of its 100 main questions every share would be whole), and
-# WeMath's score, which counts half points of 525 problems.
-QUESTIONS = {"MMMU": 900, "MathVista": 1000, "MathVision": 3040, "ZeroBench": 334, "WeMath": 1050}
-
 
 def table_2() -> pd.DataFrame:
     """Table 2 as printed: a row per method, a column per benchmark and the printed average."""
@@ -43,6 +37,13 @@ def figure_1b() -> pd.DataFrame:
         "rlsd, 200 steps": table_2().loc["rlsd", list(FIGURE_1B)],
     }
     return pd.DataFrame(rows).T
+
+
+# A share of n questions can take n + 1 values. With these n almost every printed number is one of
+# them, which tells what was counted: MMMU's validation split, MathVista's testmini, MathVision's
+# test split, ZeroBench's sub-questions (of its 100 main questions every share would be whole), and
+# WeMath's score, which counts half points of 525 problems.
+QUESTIONS = {"MMMU": 900, "MathVista": 1000, "MathVision": 3040, "ZeroBench": 334, "WeMath": 1050}
 
 
 def not_shares() -> list[tuple[str, str]]:

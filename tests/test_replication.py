@@ -1,12 +1,16 @@
 """Table 2: the paper beside ours, whose cells come from finished runs and from nothing else."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from rlsd_lib import replication
 from rlsd_lib.benchmarks import VISION
 from rlsd_lib.paper_numbers import AVERAGE, BENCHMARKS
-from rlsd_lib.replication import HELD_OUT, compare, open_items
+from rlsd_lib.replication import HELD_OUT, compare, dropped, judge, open_items
 from rlsd_lib.runs import Run, read_manifest, read_runs
 from rlsd_lib.tables import DASH
 
@@ -103,3 +107,51 @@ def test_what_was_left_open_is_read_from_the_manifest(tmp_path):
     assert "262,144 to 1,048,576" in items["images"]
     with pytest.raises(KeyError):
         open_items({**read_manifest(run.path), "packages": {}}, VISION)
+
+
+def experiment(tmp_path: Path, **overrides) -> SimpleNamespace:
+    """What `judge` and `dropped` read of an Experiment."""
+    run = Run.start(
+        tmp_path / "runs" / "rlsd",
+        parameters={"method": "rlsd", "preset": PRESET, "seed": 2, "overrides": overrides},
+    )
+    (run.path / "model").mkdir()
+    (run.path / "model" / "config.json").write_text("{}")
+    preset = SimpleNamespace(sees_images=True, model="hub/base")
+    return SimpleNamespace(run=run, preset=preset, model=torch.nn.Linear(1, 1))
+
+
+def test_both_models_are_judged_and_an_untrained_one_once(tmp_path, monkeypatch):
+    asked = []
+
+    def evaluate(model, names, *, run_dir, trained, **options):
+        asked.append((str(model), trained["method"], options["sampling_seed"]))
+        made(run_dir, shares(MMMU=0.5), **{**trained, "benchmarks": names, "limit": 0})
+
+    monkeypatch.setattr(replication, "evaluate_benchmarks", evaluate)
+    one = experiment(tmp_path, epsilon_w=0.5)
+    judge(one, ["MMMU"], tmp_path / "runs")
+    model = str(one.run.path / "model")
+    assert asked == [("hub/base", "base", 2), (model, "rlsd", 2)]
+    judge(one, ["MMMU"], tmp_path / "runs")
+    assert len(asked) == 2
+    assert ours(tmp_path, "base", "MMMU") == "50.00 [48.0, 52.0]"
+    assert ours(tmp_path, "rlsd (epsilon_w=0.5)", "MMMU") == "50.00 [48.0, 52.0]"
+
+
+def test_what_was_dropped_is_counted_and_kept(tmp_path):
+    from rlsd_lib.tasks.mmfinereason import Report
+
+    one = experiment(tmp_path)
+    faults = {"missing_image": [3, 5], "empty_answer": [5]}
+    report = Report("folder", 10, 8, faults, unknown_types={}, without_trace=0, fingerprint="f")
+    one.task = SimpleNamespace(train=range(6), test=range(2), report=report)
+    rows = dropped(one)["rows"]
+    assert rows.to_dict() == {
+        "read": 10, "dropped: missing_image": 2, "dropped: empty_answer": 1, "kept": 8,
+        "train": 6, "test": 2,
+    }  # fmt: skip
+    assert json.loads((one.run.path / "data_report.json").read_text())["kept"] == 8
+    assert (one.run.path / "dropped.jsonl").read_text().count("\n") == 3
+    one.task.report = None
+    assert dropped(one)["rows"].to_dict() == {"generated": 8, "train": 6, "test": 2}
