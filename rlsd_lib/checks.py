@@ -15,6 +15,11 @@ from rlsd_lib.config import RLSDConfig
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.multimodal import IMAGE_FIELDS
 
+VIDEO_ADVICE = (
+    "GRPO in TRL 1.16 would generate with it and train without it. Drop these rows, or give chosen "
+    "frames as images."
+)
+
 
 def check_arguments(
     reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, kwargs: dict[str, Any]
@@ -43,10 +48,23 @@ def check_arguments(
             "rollout_func builds its own prompt ids, which the teacher's prompt cannot be matched "
             "to. Use tools or environment_factory instead."
         )
+    if isinstance(dataset, Dataset):
+        _check_videos(dataset)
     if args.uses_teacher and sees == PRIVILEGED:
         _check_rows(dataset, args)
     if args.include_environment_feedback:
         _check_column(dataset, "include_environment_feedback=True")
+
+
+def _check_videos(dataset: Dataset) -> None:
+    """Refuse rows with a video, in the prompt or in a column of its own, which TRL does not read."""
+    found = set()
+    if "prompt" in dataset.column_names:
+        counts = (privileged.count_images(prompt, "video") for prompt in dataset["prompt"][:])
+        found |= {i for i, count in enumerate(counts) if count}
+    for name in {"video", "videos"} & set(dataset.column_names):
+        found |= {i for i, video in enumerate(dataset[name][:]) if video}
+    privileged.refuse(sorted(found), "hold a video", VIDEO_ADVICE)
 
 
 def _check_rows(dataset: Any, args: RLSDConfig) -> None:
@@ -120,10 +138,7 @@ def check_images(prompts: list[privileged.Prompt], accelerator: Accelerator) -> 
     counts = gather_object([(videos, bare, len(prompts))])
     videos, bare, rows = (sum(column) for column in zip(*counts, strict=True))
     if videos:
-        raise ValueError(
-            f"{videos} of {rows} prompts in a batch hold a video, which TRL's GRPO drops without a "
-            "word. Drop these rows, or give chosen frames as images."
-        )
+        raise ValueError(f"{videos} of {rows} prompts in a batch hold a video. {VIDEO_ADVICE}")
     if 0 < bare < rows and is_sharded(accelerator):
         raise ValueError(
             f"{bare} of {rows} prompts in a batch have no image and the others have: with sharded "

@@ -101,15 +101,15 @@ def check_contexts(contexts: Sequence[object], template: str, first_row: int = 0
     empty = [i for i, text in enumerate(contexts) if text is None or _is_blank(text)]
     if is_plain(template):
         empty = [i for i in empty if contexts[i] is None]
-    _refuse(empty, first_row, f"have no {COLUMN}", "Fill the column, or drop these rows.")
+    refuse(empty, f"have no {COLUMN}", "Fill the column, or drop these rows.", first_row)
     wrong = [i for i, text in enumerate(contexts) if text is not None and not _is_text(text)]
-    _refuse(wrong, first_row, f"have a {COLUMN} that is not a string", "Convert it to str.")
+    refuse(wrong, f"have a {COLUMN} that is not a string", "Convert it to str.", first_row)
     images = [i for i, text in enumerate(contexts) if text and _IMAGE_TOKEN.search(text)]
-    _refuse(
+    refuse(
         images,
-        first_row,
         f"have an image placeholder in {COLUMN}",
         "The teacher sees the student's images only; remove the placeholder.",
+        first_row,
     )
 
 
@@ -124,9 +124,8 @@ def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
     """
     held = [bool(c.strip()) and _holds(p, c) for p, c in zip(prompts, contexts, strict=True)]
     leaks = [i for i, c in enumerate(contexts) if held[i] and len(c.split()) >= SEVERAL_WORDS]
-    _refuse(
+    refuse(
         leaks,
-        0,
         f"hold their {COLUMN} in the student's own prompt",
         "The student would see the reference. Remove it from the prompt.",
     )
@@ -177,7 +176,8 @@ def _is_blank(value: object) -> bool:
     return isinstance(value, str) and not value.strip()
 
 
-def _refuse(rows: list[int], first_row: int, what: str, advice: str) -> None:
+def refuse(rows: list[int], what: str, advice: str, first_row: int = 0) -> None:
+    """Raise ValueError naming the first of `rows`, if there are any."""
     if rows:
         shown = ", ".join(str(first_row + row) for row in rows[:10])
         more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""

@@ -9,57 +9,83 @@ from test_trainer import run_and_capture
 from trl.data_utils import prepare_multimodal_messages
 
 from rlsd_lib import RLSDTrainer
-from rlsd_lib.scoring import IMAGE_FIELDS
+from rlsd_lib.checks import check_images, drop_empty_images
+from rlsd_lib.multimodal import IMAGE_FIELDS, TYPE_ID_FIELDS
+from rlsd_lib.privileged import check_contexts
 
 ONE = [1] * 8
 SEVERAL = [1, 2, 3, 1, 2, 1, 1, 2]
 # Taken in order, two rows a step: the second step has no image at all.
 TEXT_STEP = [1, 2, 0, 0]
+MIXED = [1, 0, 2, 0, 3, 1, 0, 1]
+# One row in a micro-batch, so that some have no image while their batch has.
+ALONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "num_generations": 4}
 NULL = {"privileged_template": "{prompt}{privileged_context}"}
 
 
-def test_every_part_of_the_model_learns(tmp_path):
-    trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(SEVERAL), max_steps=2, learning_rate=0.1)
+@pytest.mark.parametrize("family", tiny_vlm.FAMILIES)
+def test_every_part_of_the_model_learns(tmp_path, family):
+    """Two steps over rows with one image, several and none; vision, projector and language move."""
+    data = tiny_vlm.dataset(MIXED)
+    trainer = tiny_vlm.trainer(tmp_path, data, family=family, max_steps=2, learning_rate=0.1)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     stuck = [n for n, p in trainer.model.named_parameters() if torch.equal(p, before[n])]
     assert not stuck
+    assert len(before) > 50
     assert trainer.state.log_history[0]["rlsd/gap_abs_mean"] > 0.1
 
 
 def reference_scores(trainer: RLSDTrainer, data, micro: dict, row: int) -> tuple:
     """log P_T of one rollout, alone: family's processor, plain forward, no padding, no fused head."""
     tokenizer = trainer._tokenizer
-    prompt = tokenizer.decode(micro["prompt_ids"][row], skip_special_tokens=True)
+    prompt = tokenizer.decode(micro["prompt_ids"][row], skip_special_tokens=True).strip()
     source = data[int(prompt.removesuffix("?"))]
-    turn = f"{prompt}|{source['privileged_context']}"
-    message = [{"role": "user", "content": turn}]
-    if source["images"]:
-        message = prepare_multimodal_messages(message, images=source["images"])
+    turn = f"{source['prompt'][0]['content']}|{source['privileged_context']}"
+    message = prepare_multimodal_messages(
+        [{"role": "user", "content": turn}], images=source["images"]
+    )
     inputs = trainer.processing_class.apply_chat_template(
         message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     length = int(micro["completion_mask"][row].sum())
     completion = micro["completion_ids"][row, :length][None]
-    types = inputs["mm_token_type_ids"]
+    types = {
+        name: torch.cat([inputs[name], torch.zeros_like(completion)], dim=1)
+        for name in TYPE_ID_FIELDS
+        if name in inputs
+    }
     logits = trainer.teacher.model(
-        **{k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")},
+        **{k: v for k, v in inputs.items() if k in IMAGE_FIELDS},
+        **types,
         input_ids=torch.cat([inputs["input_ids"], completion], dim=1),
-        mm_token_type_ids=torch.cat([types, torch.zeros_like(completion)], dim=1),
     ).logits[0, -length - 1 : -1]
     wanted = logits.log_softmax(-1).gather(1, completion[0][:, None])[:, 0]
     return wanted, micro["teacher_per_token_logps"][row, :length]
 
 
-@pytest.mark.parametrize("counts", [ONE, SEVERAL, TEXT_STEP], ids=["one", "several", "text step"])
-def test_trap_16_every_rollout_is_scored_with_its_own_images(tmp_path, counts):
+SCORED = {
+    "one": ("qwen3-vl", ONE, {}),
+    "several": ("qwen3-vl", SEVERAL, {}),
+    "text step": ("qwen3-vl", TEXT_STEP, {}),
+    "mixed, Qwen3-VL": ("qwen3-vl", MIXED, ALONE),
+    "mixed, Qwen2.5-VL": ("qwen2.5-vl", MIXED, ALONE),
+    "mixed, Gemma 3": ("gemma3", MIXED, ALONE),
+}
+
+
+@pytest.mark.parametrize("case", SCORED)
+def test_trap_16_every_rollout_is_scored_with_its_own_images(tmp_path, case):
     """After TRL's shuffle and split, against the model's plain forward on one row at a time."""
+    family, counts, settings = SCORED[case]
     data = tiny_vlm.dataset(counts)
-    trainer = tiny_vlm.trainer(
-        tmp_path, data, max_steps=2, teacher_model_kind="base", shuffle_dataset=False
-    )
+    settings = {"max_steps": 2, "teacher_model_kind": "base", "shuffle_dataset": False, **settings}
+    trainer = tiny_vlm.trainer(tmp_path, data, family=family, **settings)
     seen = run_and_capture(trainer)
-    assert ["pixel_values" in micro for micro in seen] == [True] * 2 + [counts[2] > 0] * 2
+    if counts == MIXED:
+        assert {micro["pixel_values"].size(0) == 0 for micro in seen} == {True, False}
+    else:
+        assert ["pixel_values" in micro for micro in seen] == [True] * 2 + [counts[2] > 0] * 2
     for micro in seen:
         for row in range(len(micro["prompt_ids"])):
             with torch.no_grad():
@@ -67,8 +93,17 @@ def test_trap_16_every_rollout_is_scored_with_its_own_images(tmp_path, counts):
             torch.testing.assert_close(scored, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_trap_16_same_pixels_and_type_ids_of_the_longer_prompt(tmp_path):
-    trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(SEVERAL), max_steps=1)
+OF_FAMILY = {  # fields of the images, and of the type ids
+    "qwen3-vl": (["pixel_values", "image_grid_thw", "num_images"], "mm_token_type_ids"),
+    "qwen2.5-vl": (["pixel_values", "image_grid_thw", "num_images"], "mm_token_type_ids"),
+    "gemma3": (["pixel_values", "num_images"], "token_type_ids"),
+}
+
+
+@pytest.mark.parametrize("family", tiny_vlm.FAMILIES)
+def test_trap_16_same_pixels_and_type_ids_of_the_longer_prompt(tmp_path, family):
+    data = tiny_vlm.dataset(SEVERAL)
+    trainer = tiny_vlm.trainer(tmp_path, data, family=family, max_steps=1)
     outputs, calls = [], []
     score, forward = trainer.scorer.score, trainer._get_per_token_logps_and_entropies
 
@@ -85,15 +120,16 @@ def test_trap_16_same_pixels_and_type_ids_of_the_longer_prompt(tmp_path):
     trainer._get_per_token_logps_and_entropies = forward_spy
     trainer.train()
     (output,), ((ids, seen),) = outputs, calls
-    present = [name for name in IMAGE_FIELDS if name in output]
-    assert present == ["pixel_values", "image_grid_thw", "num_images"]
-    assert all(seen[name] is output[name] for name in present)
+    fields, types = OF_FAMILY[family]
+    assert [name for name in IMAGE_FIELDS if name in output] == fields
+    assert all(seen[name] is output[name] for name in fields)
     # The prompt grew by the reference, and the image tokens moved with it.
     length = output["completion_ids"].size(1)
     assert ids.size(1) - length > output["prompt_ids"].size(1)
     image_token = trainer.model.config.image_token_id
-    assert torch.equal(seen["mm_token_type_ids"], (ids == image_token).long())
-    assert (seen["mm_token_type_ids"].sum(1) == output["mm_token_type_ids"].sum(1)).all()
+    assert (seen[types].bool() | (ids != image_token))[:, :-length].all()
+    assert (seen[types].sum(1) == output[types].sum(1)).all()
+    assert seen[types].sum() > 0
 
 
 def test_trap_16_type_ids_of_images_that_tools_sent_are_kept(tmp_path):
@@ -130,6 +166,9 @@ def lora_student():
 
 
 CASES = {
+    "mixed, Qwen3-VL": (MIXED, ALONE),
+    "mixed, Qwen2.5-VL": (MIXED, {"family": "qwen2.5-vl", **ALONE}),
+    "mixed, Gemma 3": (MIXED, {"family": "gemma3", **ALONE}),
     "one image": (ONE, {}),
     "several images": (SEVERAL, {}),
     "text step": (TEXT_STEP, {"shuffle_dataset": False, "max_steps": 2, "learning_rate": 0.0}),
@@ -165,19 +204,55 @@ def test_full_vocabulary_divergence_with_images(tmp_path):
 
 
 def test_trap_16_a_placeholder_in_the_reference_is_refused(tmp_path):
-    contexts = ["fine"] * 7 + [f"see {tiny_vlm.IMAGE}"]
+    contexts = ["fine"] * 7 + ["see <|image_pad|>"]
     with pytest.raises(ValueError, match=r"image placeholder in privileged_context \(rows 7\)"):
         tiny_vlm.trainer(
             tmp_path, tiny_vlm.dataset(ONE, privileged_context=contexts), "no/such-model"
         )
 
 
-def test_rows_with_and_without_images_in_one_batch_are_refused(tmp_path):
-    data = tiny_vlm.dataset([1, 0, 2, 0])
-    trainer = tiny_vlm.trainer(tmp_path, data, max_steps=1, shuffle_dataset=False)
-    trainer._generate_single_turn = None  # refused before anything is generated
-    with pytest.raises(ValueError, match=r"4 of 8 prompts in a batch have no image"):
-        trainer.train()
+@pytest.mark.parametrize("family", tiny_vlm.FAMILIES)
+def test_trap_16_the_placeholders_of_every_family_are_known(family):
+    """Whatever a family's processor would replace by an image or a video, in its own words."""
+    made = tiny_vlm.processor(family)
+    tokens = {getattr(made, f"{kind}_token", None) for kind in ("image", "video", "boi")}
+    tokens.add(made.tokenizer.convert_ids_to_tokens(made.image_token_id))
+    assert len(tokens - {None}) >= 1
+    for token in tokens - {None}:
+        with pytest.raises(ValueError, match="image placeholder"):
+            check_contexts([f"see {token}"], "{prompt}|{privileged_context}")
+
+
+def test_mixed_rows_are_refused_where_parameters_are_sharded(tmp_path):
+    class Sharded:
+        distributed_type = "FSDP"
+        state = type("State", (), {"deepspeed_plugin": None})
+
+    image = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+    text = [{"role": "user", "content": "a"}]
+    with pytest.raises(ValueError, match=r"1 of 2 prompts in a batch have no image.*wait"):
+        check_images([image, text], Sharded)
+    check_images([image, image], Sharded)
+    check_images([text, text], Sharded)
+
+
+def test_videos_are_refused_before_the_model_is_loaded(tmp_path):
+    parts = [{"type": "video", "text": None}, {"type": "text", "text": "What happens?"}]
+    turn = [[{"role": "user", "content": parts}]] * 8
+    data = tiny_vlm.dataset([0] * 8, prompt=turn)
+    with pytest.raises(ValueError, match=r"8 dataset rows hold a video \(rows 0, 1"):
+        tiny_vlm.trainer(tmp_path, data, "no/such-model")
+    data = tiny_vlm.dataset(ONE, videos=[[]] * 7 + [["clip.mp4"]])
+    with pytest.raises(ValueError, match=r"1 dataset rows hold a video \(rows 7\)"):
+        tiny_vlm.trainer(tmp_path, data, "no/such-model", method="grpo")
+    tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(ONE, videos=[[]] * 8))
+
+
+def test_only_empty_pixels_are_dropped():
+    full = {"pixel_values": torch.ones(2, 3), "image_grid_thw": torch.ones(1, 3), "input_ids": 1}
+    assert drop_empty_images(None, (), full) == ((), full)
+    empty = {"pixel_values": torch.ones(0, 3), "image_grid_thw": torch.ones(0, 3), "input_ids": 1}
+    assert drop_empty_images(None, (), empty) == ((), {"input_ids": 1})
 
 
 def test_trap_13_a_processor_that_pads_right_is_refused(tmp_path):
@@ -187,7 +262,7 @@ def test_trap_13_a_processor_that_pads_right_is_refused(tmp_path):
             tiny.reward,
             tiny.config(tmp_path, **overrides),
             tiny_vlm.dataset(ONE),
-            processing_class=tiny_vlm.processor(side),
+            processing_class=tiny_vlm.processor(padding_side=side),
         )
 
     with pytest.raises(ValueError, match=r"processor pads 'right'.*padding_side='left'"):

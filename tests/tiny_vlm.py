@@ -1,7 +1,7 @@
-"""A random Qwen3-VL of two text and two vision layers, with the family's own processor: offline."""
+"""Random vision-language models of three families, with the families' own processors: offline."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import tiny
@@ -9,77 +9,52 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from transformers import (
-    BaseVideoProcessor,
-    PreTrainedTokenizerFast,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from rlsd_lib import RLSDTrainer
+from rlsd_lib import RLSDTrainer, toy_vlm
+from rlsd_lib.toy_vlm import build_tokenizer, chat_template, image_ids, rope, text_config
 
-IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
-START, END = "<|vision_start|>", "<|vision_end|>"
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}" + START + IMAGE + END + "{% else %}{{ c['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+FAMILIES = ("qwen3-vl", "qwen2.5-vl", "gemma3")
+GEMMA = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+GEMMA |= {"image_token": "<image_soft_token>"}
+GEMMA_TEMPLATE = chat_template(GEMMA["boi_token"])
 
 
-class NoVideos(BaseVideoProcessor):
-    """Stands where the family's video processor, which needs torchvision, would stand."""
-
-    model_input_names: ClassVar = []
-
-    def __init__(self) -> None:
-        pass
-
-
-def tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
-    """The character tokenizer of `tiny`, with the tokens that stand for images."""
-    made = tiny.tokenizer()
-    made.add_special_tokens({"additional_special_tokens": [START, END, IMAGE, VIDEO]})
-    made.chat_template = CHAT_TEMPLATE
-    made.padding_side = padding_side
-    return made
+def processor(family: str = "qwen3-vl", padding_side: str = "left") -> ProcessorMixin:
+    if family == "qwen3-vl":
+        return toy_vlm.build_processor(padding_side)
+    if family == "qwen2.5-vl":
+        tokenizer = build_tokenizer(padding_side=padding_side)
+        images = Qwen2VLImageProcessorPil(**toy_vlm.IMAGES)
+        template = toy_vlm.CHAT_TEMPLATE
+        return Qwen2_5_VLProcessor(images, tokenizer, toy_vlm.NoVideos(), chat_template=template)
+    tokenizer = build_tokenizer((), GEMMA_TEMPLATE, padding_side, **GEMMA)
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    return Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
 
 
-def processor(padding_side: str = "left") -> Qwen3VLProcessor:
-    images = Qwen2VLImageProcessorPil(
-        patch_size=4, size={"shortest_edge": 64, "longest_edge": 1024}, merge_size=2
-    )
-    return Qwen3VLProcessor(
-        images, tokenizer(padding_side), NoVideos(), chat_template=CHAT_TEMPLATE
-    )
-
-
-def model(seed: int = 0, **text: Any) -> Qwen3VLForConditionalGeneration:
+def model(family: str = "qwen3-vl", seed: int = 0) -> PreTrainedModel:
+    if family == "qwen3-vl":
+        return toy_vlm.build_model(seed)
+    build = {"qwen2.5-vl": _qwen2_5, "gemma3": _gemma3}[family]
     torch.manual_seed(seed)
-    known = tokenizer()
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(known),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "max_position_embeddings": 512,
-            "pad_token_id": known.pad_token_id,
-            # Wide, so that images and references make a visible difference.
-            "initializer_range": 0.3,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [4, 2, 2],
-            },
-            **text,
-        },
+    return build()
+
+
+def _qwen2_5() -> Qwen2_5_VLForConditionalGeneration:
+    tokenizer = build_tokenizer()
+    config = Qwen2_5_VLConfig(
+        text_config=text_config(tokenizer, rope_parameters=rope(4, 2, 2)),
         vision_config={
             "depth": 2,
             "hidden_size": 16,
@@ -87,16 +62,38 @@ def model(seed: int = 0, **text: Any) -> Qwen3VLForConditionalGeneration:
             "num_heads": 2,
             "patch_size": 4,
             "out_hidden_size": 32,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
             "initializer_range": 0.3,
         },
-        image_token_id=known.convert_tokens_to_ids(IMAGE),
-        video_token_id=known.convert_tokens_to_ids(VIDEO),
-        vision_start_token_id=known.convert_tokens_to_ids(START),
-        vision_end_token_id=known.convert_tokens_to_ids(END),
+        **image_ids(tokenizer),
     )
-    return Qwen3VLForConditionalGeneration(config)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _gemma3() -> Gemma3ForConditionalGeneration:
+    tokenizer = build_tokenizer((), GEMMA_TEMPLATE, **GEMMA)
+    config = Gemma3Config(
+        text_config=text_config(tokenizer, query_pre_attn_scalar=16),
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+            "vision_use_head": False,  # as in the released models, where nothing reads it
+        },
+        mm_tokens_per_image=4,
+        image_token_id=tokenizer.image_token_id,
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+        initializer_range=0.3,
+    )
+    made = Gemma3ForConditionalGeneration(config)
+    # Its projector starts at zeros, which would hide the images.
+    torch.nn.init.normal_(made.model.multi_modal_projector.mm_input_projection_weight, std=0.3)
+    return made
 
 
 def picture(seed: int, height: int = 8, width: int = 8) -> Image.Image:
@@ -116,11 +113,13 @@ def dataset(counts: list[int], **columns: list) -> Dataset:
     return Dataset.from_dict({**data, **columns})
 
 
-def trainer(folder: Path, data: Dataset, student: Any = None, **overrides: Any) -> RLSDTrainer:
+def trainer(
+    folder: Path, data: Dataset, student: Any = None, family: str = "qwen3-vl", **overrides: Any
+) -> RLSDTrainer:
     return RLSDTrainer(
-        model() if student is None else student,
+        model(family) if student is None else student,
         tiny.reward,
         tiny.config(folder, **overrides),
         data,
-        processing_class=processor(),
+        processing_class=processor(family),
     )
