@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from scipy.stats import binomtest
 
 from rlsd_lib.benchmarks import BENCHMARKS, check_benchmarks, command
@@ -24,8 +26,9 @@ from rlsd_lib.runs import Run
 
 PYTHON = "RLSD_EVAL_PYTHON"  # environment variable: the interpreter of the tools' environment
 PREFIX = "benchmark/"  # of the metrics' names
-# The tools may ask a paid model to judge; a notebook's plotting backend is not in their environment.
-CHILD = {"USE_LLM_JUDGE": "False", "MPLBACKEND": "agg"}
+# No paid model may judge: lmms-eval's MathVista asks for a key on import, and gets one that opens
+# nothing. A notebook's plotting backend is not in the tools' environment.
+CHILD = {"USE_LLM_JUDGE": "False", "OPENAI_API_KEY": "unused", "MPLBACKEND": "agg"}
 
 
 class BenchmarkError(RuntimeError):
@@ -212,10 +215,14 @@ def _metrics(name: str, score: Score) -> dict[str, float | int | None]:
 
 
 def _identity(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """Which rows were judged, as far as the tool tells: no tool writes the data's revision."""
+    """Which rows were judged: their hash by the tool, and the revisions in the hub's cache."""
     row = BENCHMARKS[name]
+    folder = repo_folder_name(repo_id=row.dataset, repo_type="dataset")
+    # No tool writes the revision that it read; where one snapshot lies in the cache, that is it.
+    cached = sorted(p.name for p in Path(HF_HUB_CACHE, folder, "snapshots").glob("*"))
     return {
         "dataset": row.dataset,
+        "revisions_in_cache": cached,
         "split": row.split,
         "task": row.task,
         "task_version": results.get("versions", {}).get(row.task),

@@ -56,7 +56,7 @@ class Benchmark:
 VISION = Protocol(
     package="lmms-eval",
     version="0.7.3",
-    install="pip install lmms-eval==0.7.3 vllm",
+    install="pip install lmms-eval==0.7.3 Levenshtein vllm",
     prompt="system prompt of the release's reasoning tasks: <think> </think>, <answer> </answer>",
     grader="the release's compute_score: text of <answer>, option letter or math-verify, no judge",
     sampling={"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5, "n": 1},
@@ -192,6 +192,7 @@ def _vision(model: str, devices: int, seed: int) -> list[str]:
         "model": model,
         "tensor_parallel_size": devices,
         "max_new_tokens": MAX_NEW_TOKENS,
+        "max_model_len": 32_768,  # several images; the model's own 262,144 would not fit one GPU
         "mm_processor_kwargs": json.dumps({"min_pixels": low, "max_pixels": high}),
     }
     sampling = {**VISION.sampling, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}

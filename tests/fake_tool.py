@@ -52,7 +52,11 @@ def write(tool: str) -> None:
 if sys.argv[1] == "-c":
     sys.stdout.write(PLAN["version"] + "\n")
     sys.exit(0 if PLAN["version"] else 1)
-sys.stdout.write("this is what the tool said {USE_LLM_JUDGE} {MPLBACKEND}\n".format(**os.environ))
+sys.stdout.write(
+    "this is what the tool said {USE_LLM_JUDGE} {OPENAI_API_KEY} {MPLBACKEND}\n".format(
+        **os.environ
+    )
+)
 if PLAN.get("status"):
     sys.exit(PLAN["status"])
 if not PLAN.get("silent"):
