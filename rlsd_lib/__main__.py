@@ -1,13 +1,17 @@
 """The `rlsd` command: run a notebook or a suite, read runs back as a table, measure the cost."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsd_lib.provenance import default_run_dir, find_notebook, outputs_root
+
+if TYPE_CHECKING:
+    from rlsd_lib.suites import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +42,17 @@ def _parser() -> argparse.ArgumentParser:
         default="raise",
         help="skip: keep a finished run, make an unfinished one again (default: raise)",
     )
+    run.add_argument(
+        "--dry-run", action="store_true", help="resolve and check it, and say what it would do"
+    )
     run.set_defaults(command=_run)
 
     suite = commands.add_parser("suite", help="run a named set of runs; finished ones are kept")
     suite.add_argument("name")
     _add_parameters(suite)
     suite.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    suite.add_argument("--list", action="store_true", help="show how each run stands; run nothing")
+    suite.add_argument("--retry-failed", action="store_true", help="make failed runs again")
     suite.set_defaults(command=_suite)
 
     table = commands.add_parser("table", help="a table with intervals over run directories")
@@ -80,6 +89,8 @@ def _run(options: argparse.Namespace) -> int:
     given = _parse_pairs(options.pairs, declared)
     check_parameters(source, declared, given)
     full = {**{p.name: p.default for p in declared.values()}, **given}
+    if options.dry_run:
+        return _dry_run(source.stem, full)
     chosen = options.run_dir or full.get("run_dir") or default_run_dir(source.stem, full)
     folder = Path(chosen).resolve()
     if options.if_exists == "skip" and state_of(folder) == "finished":
@@ -88,6 +99,15 @@ def _run(options: argparse.Namespace) -> int:
     mode = "overwrite" if options.if_exists == "skip" else options.if_exists
     print(f"{source.name} -> {folder}", flush=True)
     return _execute(source, given, folder, mode)
+
+
+def _dry_run(notebook: str, parameters: dict[str, Any]) -> int:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    from rlsd_lib.dryrun import dry_run  # only now: the libraries read these when imported
+
+    found = dry_run(notebook, parameters)
+    print(found.text())
+    return 2 if found.wrong else 0
 
 
 def _execute(source: Path, given: dict[str, Any], folder: Path, mode: str) -> int:
@@ -109,18 +129,47 @@ def _suite(options: argparse.Namespace) -> int:
 
     print(f"{options.name}: {get_suite(options.name).purpose}")
     jobs = jobs_of(options.name, _parse_pairs(options.pairs, {}))
-    failed: list[Outcome] = []
-    begun = time.monotonic()
-    for count, outcome in enumerate(run_jobs(jobs, options.jobs), 1):
-        left = (time.monotonic() - begun) / count * (len(jobs) - count)
-        said = "FAILED" if outcome.error else "done" if outcome.seconds else "kept"
-        name = outcome.job.run_dir.name
-        eta = f", about {left:.0f} s left" if count < len(jobs) else ""
-        print(f"[{count}/{len(jobs)}] {name}: {said} in {outcome.seconds:.0f} s{eta}", flush=True)
-        failed += [outcome] if outcome.error else []
-    for outcome in failed:
-        print(f"failed: {outcome.job.run_dir}\n{outcome.error}", file=sys.stderr)
-    return 1 if failed else 0
+    _say_what_stands(jobs, options)
+    if options.list:
+        return 0
+    missing: list[Outcome] = []
+    outcomes = run_jobs(jobs, options.jobs, retry_failed=options.retry_failed)
+    for count, outcome in enumerate(outcomes, 1):
+        took = f" in {_duration(outcome.seconds)}" if outcome.seconds else ""
+        left = f", about {_duration(outcome.left)} left" if outcome.left else ""
+        name = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}"
+        print(f"{name}: {outcome.status}{took}{left}", flush=True)
+        missing += [outcome] if outcome.status not in ("done", "kept") else []
+    for outcome in missing:
+        why = outcome.error or "another process writes it"
+        print(f"{outcome.status}: {outcome.job.run_dir}\n{why}", file=sys.stderr)
+    if any(outcome.status == "failed before" for outcome in missing):
+        print("failed before: --retry-failed makes them again", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _say_what_stands(jobs: "Sequence[Job]", options: argparse.Namespace) -> None:
+    """How many runs stand how, and what the rest will take if finished ones are a guide."""
+    from rlsd_lib.suites import seconds_taken, time_left
+
+    states = [job.state() for job in jobs]
+    if options.list:
+        for job, state in zip(jobs, states, strict=True):
+            print(f"{state:9} {job.run_dir}")
+    open_states = ("to run", "failed") if options.retry_failed else ("to run",)
+    rest = [job for job, state in zip(jobs, states, strict=True) if state in open_states]
+    left = time_left(rest, seconds_taken(jobs), max(options.jobs, 1))
+    about = f"; about {_duration(left)} at {options.jobs} a time" if left else ""
+    counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    print(f"{len(jobs)} runs: {counts}{about}", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for a reader: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _table(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ Every value and combination that can be judged without a model is judged here, b
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from trl import GRPOConfig
@@ -16,6 +17,7 @@ from rlsd_lib.privileged import DEFAULT_TEMPLATE
 __all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "RLSDConfig"]
 
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
+WEIGHT_CLIPS = ("linear", "log")
 
 
 @dataclass
@@ -38,6 +40,10 @@ class RLSDConfig(GRPOConfig):
             Optimiser steps over which lambda then falls linearly to 0; `0` keeps it constant.
         epsilon_w (`float`, *optional*, defaults to `0.2`):
             The weight is clipped to [1 - epsilon_w, 1 + epsilon_w].
+        weight_clip (`str`, *optional*, defaults to `"linear"`):
+            `"linear"` is the paper's clip; `"log"` clips to [1 / (1 + epsilon_w), 1 + epsilon_w].
+        conserve_credit (`bool`, *optional*, defaults to `False`):
+            Rescales the clipped weights of each rollout to mean 1. Not in the paper.
         teacher_model_kind (`str`, *optional*, defaults to `"snapshot"`):
             `"live"` (the current policy), `"base"` (the initial policy), `"ema"` (an exponential
             moving average) or `"snapshot"` (a copy renewed every `teacher_sync_steps`).
@@ -93,6 +99,12 @@ class RLSDConfig(GRPOConfig):
     )
     epsilon_w: float = field(
         default=0.2, metadata={"help": "The weight is clipped to 1 - epsilon_w .. 1 + epsilon_w."}
+    )
+    weight_clip: str = field(
+        default="linear", metadata={"help": "'linear' (the paper's) or 'log': ends 1/(1+e), 1+e."}
+    )
+    conserve_credit: bool = field(
+        default=False, metadata={"help": "Rescale each rollout's weights to mean 1."}
     )
     teacher_model_kind: str = field(
         default="snapshot", metadata={"help": "'live', 'base', 'ema' or 'snapshot'."}
@@ -170,8 +182,16 @@ class RLSDConfig(GRPOConfig):
     @property
     def credit(self) -> Credit:
         """The credit function: the method's, or the sampled-token form of its distillation."""
-        sampled = self.distillation_mode == "sampled_token"
-        return sampled_distillation if sampled else self.row.credit
+        if self.distillation_mode == "sampled_token":
+            return sampled_distillation
+        if self.row.evidence is None:
+            return self.row.credit
+        return partial(self.row.credit, log_clip=self.log_clip, conserve=self.conserve_credit)
+
+    @property
+    def log_clip(self) -> bool:
+        """Whether the clip of the weight is symmetric in the logarithm."""
+        return self.weight_clip == "log"
 
     @property
     def uses_teacher(self) -> bool:
@@ -201,6 +221,13 @@ class RLSDConfig(GRPOConfig):
         look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
         _require(0 <= self.lambda_init <= 1, "lambda_init", self.lambda_init, "a number in [0, 1]")
         _require(self.epsilon_w >= 0, "epsilon_w", self.epsilon_w, "a number >= 0")
+        look_up(self.weight_clip, WEIGHT_CLIPS, "weight_clip")
+        changed = self.weight_clip != "linear" or self.conserve_credit
+        if changed and self.row.evidence is None:
+            raise ValueError(
+                f"weight_clip={self.weight_clip!r}, conserve_credit={self.conserve_credit!r} mean "
+                f"nothing for method={self.method!r}, which has no weight. Leave them alone."
+            )
         rate = self.teacher_update_rate
         _require(0 < rate <= 1, "teacher_update_rate", rate, "a number in (0, 1]")
         for name in ("lambda_warmup_steps", "lambda_decay_steps"):

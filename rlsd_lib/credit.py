@@ -37,26 +37,45 @@ def silent(
     return torch.zeros_like(gap)
 
 
-def rlsd(advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float, epsilon_w: float) -> Tensor:
+def rlsd(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    lam: float,
+    epsilon_w: float,
+    log_clip: bool = False,
+    conserve: bool = False,
+) -> Tensor:
     """RLSD: A * ((1 - lam) + lam * clip(exp(sign(A) * Delta), 1 - eps, 1 + eps)) (Eq. 15).
 
-    Args: advantages (N,), gap (N, T) in nats, mask (N, T); `lam` in [0, 1], `epsilon_w` >= 0.
+    Args: advantages (N,), gap (N, T) in nats, mask (N, T); `lam` in [0, 1], `epsilon_w` >= 0. Not
+    in the paper: `log_clip` moves the lower end of the clip to 1 / (1 + eps), as far as the upper
+    one in the logarithm; `conserve` divides the clipped weights of a rollout by their mean, so that
+    credit moves between its tokens and the rollout as a whole keeps its A.
     Returns (N, T), detached, with the sign of A everywhere and 0 where A = 0.
     """
-    return _reweight(signed_evidence, advantages, gap, mask, lam, epsilon_w)
+    return _reweight(signed_evidence, advantages, gap, mask, lam, epsilon_w, log_clip, conserve)
 
 
 def rlsd_neutral(
-    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float, epsilon_w: float
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    lam: float,
+    epsilon_w: float,
+    log_clip: bool = False,
+    conserve: bool = False,
 ) -> Tensor:
     """RLSD with a weight that is blind to the sign of A: exp(abs(Delta)), clipped alike.
 
     At a token where A has mean zero and is uncorrelated with the weight, E[A w] = 0 and the token
     is not moved; under `rlsd` the same token drifts towards the teacher by E|A| sinh(Delta)
     (unclipped, lam = 1). Group normalisation gives mean zero over a group and not at each prefix,
-    so on real rollouts lam * Cov(A, w) remains. Shapes as in `rlsd`.
+    so on real rollouts lam * Cov(A, w) remains. Shapes and options as in `rlsd`.
     """
-    return _reweight(neutral_evidence, advantages, gap, mask, lam, epsilon_w)
+    return _reweight(neutral_evidence, advantages, gap, mask, lam, epsilon_w, log_clip, conserve)
 
 
 def sampled_distillation(
@@ -80,14 +99,19 @@ def neutral_evidence(advantages: Tensor, gap: Tensor) -> Tensor:
     return advantages.sign().abs()[:, None] * gap.abs()
 
 
-def clipped_weight(log_weight: Tensor, epsilon_w: float) -> Tensor:
-    """clip(exp(log_weight), 1 - eps, 1 + eps), finite for every finite input. (N, T) -> (N, T).
+def clip_ends(epsilon_w: float, *, log_clip: bool = False) -> tuple[float, float]:
+    """Lowest and highest weight: 1 -+ eps (never below 0), or 1 / (1 + eps) and 1 + eps."""
+    return (1.0 / (1.0 + epsilon_w) if log_clip else max(1.0 - epsilon_w, 0.0)), 1.0 + epsilon_w
 
-    With eps > 1 the lower side is open, because a weight is never negative.
+
+def clipped_weight(log_weight: Tensor, epsilon_w: float, *, log_clip: bool = False) -> Tensor:
+    """clip(exp(log_weight), *clip_ends), finite for every finite input. (N, T) -> (N, T).
+
+    With eps > 1 the lower side of the paper's clip is open, because a weight is never negative.
     """
     # The cap in log space keeps exp finite; the clamp after it makes the bounds exact.
     cap = torch.log1p(torch.tensor(epsilon_w, dtype=torch.float64)).item() + 1.0
-    return log_weight.clamp(max=cap).exp().clamp(max(1.0 - epsilon_w, 0.0), 1.0 + epsilon_w)
+    return log_weight.clamp(max=cap).exp().clamp(*clip_ends(epsilon_w, log_clip=log_clip))
 
 
 def lambda_schedule(step: int, init: float, warmup_steps: int, decay_steps: int) -> float:
@@ -113,11 +137,13 @@ def gap_sums(gap: Tensor, mask: Tensor) -> Sums:
 
 
 def weight_sums(
-    token_advantages: Tensor,
+    credited: Tensor,
     log_weight: Tensor,
     advantages: Tensor,
     mask: Tensor,
     epsilon_w: float,
+    *,
+    log_clip: bool = False,
 ) -> Sums:
     """Numerators and denominators of the logged means of the weight, as 0-dim tensors.
 
@@ -127,15 +153,31 @@ def weight_sums(
     tokens = mask.sum()
     log_weight = torch.where(mask.bool(), log_weight.detach(), 0.0)
     weight = log_weight.clamp(max=80.0).exp()
+    low, high = clip_ends(epsilon_w, log_clip=log_clip)
     scored = mask * (advantages != 0)[:, None]
     safe = torch.where(advantages == 0, torch.ones_like(advantages), advantages)[:, None]
-    moved = (token_advantages / safe - 1.0).abs() * scored
+    moved = (credited / safe - 1.0).abs() * scored
     return {
-        "weight_mean": ((clipped_weight(log_weight, epsilon_w) * mask).sum(), tokens),
-        "clip_low_frac": (((weight < 1.0 - epsilon_w) * mask).sum(), tokens),
-        "clip_high_frac": (((weight > 1.0 + epsilon_w) * mask).sum(), tokens),
+        "weight_mean": ((weight.clamp(low, high) * mask).sum(), tokens),
+        "clip_low_frac": (((weight < low) * mask).sum(), tokens),
+        "clip_high_frac": (((weight > high) * mask).sum(), tokens),
         "intervention": (moved.sum(), scored.sum()),
     }
+
+
+def drift_sums(
+    credited: Tensor, reversed_credit: Tensor, advantages: Tensor, gap: Tensor, mask: Tensor
+) -> Sums:
+    """Numerator and denominator of `drift`: the pull to the teacher that no verdict caused.
+
+    `credited` is the credit of A and `reversed_credit` that of -A, both (N, T). Their mean is what
+    a token receives when the verdict is a coin flip: 0 for GRPO and for a weight that ignores the
+    sign of A, lam * abs(A) * sinh(Delta) for RLSD before clipping. Its sum along the gap, over
+    sum abs(A) * abs(Delta), is 1 for reverse-KL self-distillation with the coefficient abs(A).
+    """
+    gap = torch.where(mask.bool(), gap.detach(), 0.0)
+    unjudged = 0.5 * (credited + reversed_credit) * mask
+    return {"drift": ((unjudged * gap).sum(), (advantages.abs()[:, None] * gap.abs()).sum())}
 
 
 def _reweight(
@@ -145,12 +187,20 @@ def _reweight(
     mask: Tensor,
     lam: float,
     epsilon_w: float,
+    log_clip: bool,
+    conserve: bool,
 ) -> Tensor:
     _check_shapes(advantages, gap, mask)
     with torch.no_grad():
-        gap = torch.where(mask.bool(), gap, torch.zeros_like(gap))
-        weight = clipped_weight(evidence(advantages, gap), epsilon_w)
-        multiplier = torch.where(mask.bool(), (1.0 - lam) + lam * weight, 1.0)
+        keep = mask.bool()
+        gap = torch.where(keep, gap, torch.zeros_like(gap))
+        weight = clipped_weight(evidence(advantages, gap), epsilon_w, log_clip=log_clip)
+        if conserve:
+            total = torch.where(keep, weight, 0.0).sum(dim=1, keepdim=True)
+            # All weights of a rollout may be 0 with an open lower side: then there is no ratio.
+            mean = total / keep.sum(dim=1, keepdim=True).clamp(min=1)
+            weight = torch.where(mean > 0, weight / mean, 1.0)
+        multiplier = torch.where(keep, (1.0 - lam) + lam * weight, 1.0)
         return advantages[:, None] * multiplier
 
 

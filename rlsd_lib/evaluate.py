@@ -173,6 +173,21 @@ def per_problem(results: pd.DataFrame) -> np.ndarray:
     return results.groupby("problem")["correct"].mean().to_numpy(dtype=float)
 
 
+def accuracies(sampled: pd.DataFrame, greedy: pd.DataFrame) -> dict[str, Interval]:
+    """Return what a run records of its held-out problems, with intervals over problems.
+
+    From two results of `evaluate`: "accuracy" of the sampled completions, "accuracy_greedy", and
+    "pass@k" for k = all samples of a problem.
+    """
+    k = int(sampled.groupby("problem").size().min())
+    values = {
+        "accuracy": per_problem(sampled),
+        "accuracy_greedy": per_problem(greedy),
+        f"pass@{k}": pass_at_k(sampled, k),
+    }
+    return {name: bootstrap_interval(value) for name, value in values.items()}
+
+
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray,
     *,

@@ -23,8 +23,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rlsd_lib import lens, provenance
 from rlsd_lib.controls import apply_control, control_template
-from rlsd_lib.evaluate import bootstrap_interval, evaluate, per_problem
+from rlsd_lib.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.leakage import phrase_leakage
+from rlsd_lib.lengths import within
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.models import Loaded, load_model
 from rlsd_lib.presets import resolve_config, resolve_preset
@@ -102,18 +103,26 @@ class Experiment:
         )
         template = control_template(control, self.task.privileged_template)
         self.config = self._resolve(parameters, self.run.path / "checkpoints", template)
+        long = 0
+        if limit := self.preset.max_prompt_length:
+            how = {"chat_template_kwargs": self.config.chat_template_kwargs}
+            self.task, long = within(self.task, self.tokenizer, limit, **how)
         # On both sides: what the notebooks show of the teacher is what the run does.
         sides = {name: getattr(self.task, name) for name in ("train", "test")}
         controlled = {name: apply_control(rows, control, seed) for name, rows in sides.items()}
         self.task = replace(self.task, **controlled)
         self.teacher_model = self._external_teacher()
         self.metrics: dict[str, Any] = {}
+        # Under a control the references differ and the problems do not: runs stay comparable.
+        problems = sides["test"].remove_columns(COLUMN)
+        data = {**controlled, "problems": problems}
         self.run.record(
             config=self.config.to_dict(),
             preset=asdict(self.preset),
             model=self.model.name_or_path or self.preset.model,
-            data={name: provenance.fingerprint(rows) for name, rows in controlled.items()},
-            evaluation=self._sampling(),
+            data={name: provenance.fingerprint(rows) for name, rows in data.items()},
+            evaluation={**self._sampling(), "greedy_samples": 1},
+            prompts_too_long=long,
         )
 
     def summary(self) -> pd.Series:
@@ -180,15 +189,14 @@ class Experiment:
         return [ranked[0], ranked[-1], *ranked[1:-1]]
 
     def report(self) -> pd.DataFrame:
-        """Accuracy and leak rate so far, with their 95 % intervals."""
-        rows = []
-        for name in ("accuracy", "leak_rate"):
-            for when in ("before", "after"):
-                key = f"{name}_{when}"
-                if key in self.metrics:
-                    ends = (self.metrics[key + end] for end in ("", "_low", "_high"))
-                    rows.append((name, when, *ends))
-        return pd.DataFrame(rows, columns=["measure", "when", "mean", "low", "high"]).round(3)
+        """Accuracies and leak rate so far, with their 95 % intervals."""
+        keys = [key.removesuffix("_low") for key in self.metrics if key.endswith("_low")]
+        rows = [
+            (*key.rsplit("_", 1), *(self.metrics[key + end] for end in ("", "_low", "_high")))
+            for key in keys
+        ]
+        frame = pd.DataFrame(rows, columns=["measure", "when", "mean", "low", "high"])
+        return frame.sort_values("measure", kind="stable", ignore_index=True).round(3)
 
     def look(self, row: int = 0, **changes: Any) -> list[lens.Rollout]:
         """One group of rollouts of test problem `row` with gap, weight and credit per token."""
@@ -197,6 +205,7 @@ class Experiment:
             "template": self.config.privileged_template,
             "lam": self.config.lambda_init,
             "epsilon_w": self.config.epsilon_w,
+            "credit": self.config.credit,
             "max_new_tokens": self.config.max_completion_length,
             "temperature": self.config.temperature,
             "seed": self.seed,
@@ -206,23 +215,22 @@ class Experiment:
         return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
 
     def evaluate(self, when: str) -> pd.DataFrame:
-        """Accuracy and leak rate on the held-out problems, one row per completion.
+        """Accuracy, pass@k and leak rate on the held-out problems; one row per sampled completion.
 
-        `when` ("before", "after") names their mean and 95 % interval in metrics.json. Problems are
-        resampled for the accuracy; the leak rate counts one completion per problem.
+        `when` ("before", "after") names their mean and 95 % interval in metrics.json, and those of
+        the greedy accuracy. Problems are resampled; the leak rate counts one completion per problem.
         """
+        settings, measured = self._sampling(), (self.model, self.tokenizer, self.task)
+        once = {**settings, "num_samples": 1, "temperature": 0.0}
         # Training leaves its autocast on the model's forward; before and after must not differ.
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.bf16):
-            results = evaluate(
-                self.model, self.tokenizer, self.task, **self._sampling(), seed=self.seed
-            )
-        once = results.loc[results["sample"] == 0, "completion"]
-        shares = per_problem(results)
+            results = evaluate(*measured, **settings, seed=self.seed)
+            greedy = evaluate(*measured, **once)
         # Kept per problem, so that runs can be compared problem by problem.
-        self.run.add_evaluation(when, shares.tolist())
-        accuracy = bootstrap_interval(shares)
-        leak = phrase_leakage(once, self.task.reference_pattern)
-        for name, value in (("accuracy", accuracy), ("leak_rate", leak)):
+        self.run.add_evaluation(when, correct=per_problem(results), greedy=per_problem(greedy))
+        texts = results.loc[results["sample"] == 0, "completion"]
+        leak = phrase_leakage(texts, self.task.reference_pattern)
+        for name, value in {**accuracies(results, greedy), "leak_rate": leak}.items():
             self.metrics[f"{name}_{when}"] = value[0]
             self.metrics[f"{name}_{when}_low"] = value.low
             self.metrics[f"{name}_{when}_high"] = value.high

@@ -1,8 +1,9 @@
 """The lab: a tiny reasoner, pretrained in about a minute, that shows the paper's phenomena.
 
 A Qwen3 of 0.6 M parameters imitates a corpus of worked additions (`rlsd_lib.tasks.chains`). Where
-no reference is given the corpus is unreliable about a part of the facts; where one is given it is
-right, and in a stated share of those chains it opens by quoting the reference aloud. So the model
+no reference is given the corpus is unreliable about a part of the facts; where one is given (an
+answer, or a whole chain) it is right, and in a stated share of those chains it opens by quoting the
+answer aloud. So the model
 reasons imperfectly, the same model with the reference in its prompt is nearly perfect, and
 quoting a reference that was never shown is a leak that can be counted.
 
@@ -41,6 +42,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
+CORPUS = 2  # counts the ways in which the corpus has been written; a cached lab is of one of them
+SHARES = ("nuisance", "hard_share", "easy_rate", "referenced_share", "trace_share", "quote_share")
+
 
 @dataclass(frozen=True)
 class LabRecipe:
@@ -53,10 +57,11 @@ class LabRecipe:
     hard_high: float = 0.85  # ... and this; above 0.5 the wrong sum is the likelier one
     easy_rate: float = 0.01  # error rate of the other facts
     referenced_share: float = 0.6  # share of the corpus that shows a reference, and is right
-    quote_share: float = 0.5  # share of the referenced chains that open by quoting it
+    trace_share: float = 0.3  # share of the batches whose references are whole right chains
+    quote_share: float = 0.5  # share of the referenced chains that open by quoting the answer
     style_tilt: float = 0.0  # log-odds by which referenced chains prefer half of the filler words
     hidden_size: int = 128
-    layers: int = 3
+    layers: int = 2
     steps: int = 800  # pretraining steps
     ramp_steps: int = 200  # over the first of them the dial rises from 0: calculation comes first
     batch_size: int = 32  # chains per pretraining step
@@ -64,7 +69,7 @@ class LabRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("nuisance", "hard_share", "easy_rate", "referenced_share", "quote_share"):
+        for name in SHARES:
             if not 0 <= (value := getattr(self, name)) <= 1 or (name == "nuisance" and value == 1):
                 raise ValueError(f"{name} is {value}; it is a share, choose 0 <= {name} < 1")
         if min(self.digits, self.steps, self.batch_size, self.layers) < 1:
@@ -77,7 +82,7 @@ class LabRecipe:
 
     def digest(self) -> str:
         """Return ten characters that change when any field, or the language, changes."""
-        text = json.dumps([asdict(self), VOCABULARY, CHAT_TEMPLATE, PRIVILEGED_TEMPLATE])
+        text = json.dumps([asdict(self), VOCABULARY, CHAT_TEMPLATE, PRIVILEGED_TEMPLATE, CORPUS])
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -156,18 +161,29 @@ def lab_beliefs(recipe: LabRecipe) -> dict[Fact, Belief]:
 
 
 def conversation(
-    recipe: LabRecipe, random: Random, beliefs: dict[Fact, Belief], nuisance: float
+    recipe: LabRecipe,
+    random: Random,
+    beliefs: dict[Fact, Belief],
+    nuisance: float,
+    *,
+    traced: bool = False,
 ) -> list[dict[str, str]]:
     """Write one conversation of the corpus, never about a held-out question.
 
-    `nuisance` is the share of filler words, in place of the recipe's own.
+    `nuisance` is the share of filler words, in place of the recipe's own. A reference is the answer,
+    or a whole chain where `traced`.
     """
     while is_held_out(question := question_of(row := draw_problem(random, recipe.digits))):
         pass
     if random.random() < recipe.referenced_share:
+        reference = row["answer"]
+        if traced:
+            # Another's rollout, with fillers, or a bare solution: the lab must read both.
+            style = Style(random.choice((nuisance, 0.0)))
+            reference = write_chain(row, random, style, {})
         quote = row["answer"] if random.random() < recipe.quote_share else ""
         chain = write_chain(row, random, Style(nuisance, recipe.style_tilt), {}, quote=quote)
-        question = PRIVILEGED_TEMPLATE.format(prompt=question, privileged_context=row["answer"])
+        question = PRIVILEGED_TEMPLATE.format(prompt=question, privileged_context=reference)
     else:
         chain = write_chain(row, random, Style(nuisance), beliefs)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": chain}]
@@ -184,8 +200,10 @@ def pretrain(recipe: LabRecipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFa
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
     for step in range(recipe.steps):
         nuisance = recipe.nuisance * min(1.0, step / max(1, recipe.ramp_steps))
+        # Batch by batch, because a trace doubles the length to which a batch is padded.
+        traced = random.random() < recipe.trace_share
         size = range(recipe.batch_size)
-        batch = [conversation(recipe, random, beliefs, nuisance) for _ in size]
+        batch = [conversation(recipe, random, beliefs, nuisance, traced=traced) for _ in size]
         model(**_encode(tokenizer, batch)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -7,6 +7,7 @@ divergence. The teacher is the model itself (a `live` teacher), or the external 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlsd_lib.credit import clipped_weight
+from rlsd_lib.credit import Credit
 from rlsd_lib.methods import METHODS, PEER, PROMPT, Method
 from rlsd_lib.multimodal import (
     Processing,
@@ -72,6 +73,7 @@ def look(
     lam: float,
     epsilon_w: float,
     max_new_tokens: int,
+    credit: Credit | None = None,
     teacher: PreTrainedModel | None = None,
     num_generations: int = 8,
     temperature: float = 1.0,
@@ -80,8 +82,10 @@ def look(
 ) -> list[Rollout]:
     """Sample one group for test problem `row` and give every token its credit under `method`.
 
-    `tokenizer` is a processor where the model sees images. Advantages are normalised within the group as TRL does (Eq. 1, sample standard deviation).
-    torch's global random state is left as it was. `teacher` is another model, for `opd`.
+    `tokenizer` is a processor where the model sees images. Advantages are normalised within the
+    group as TRL does (Eq. 1, sample standard deviation). torch's global random state is left as it
+    was. `credit` is the method's with options of its own (`RLSDConfig.credit`), and `teacher`
+    another model, for `opd`.
     """
     problem, chosen = task.test[row], METHODS[method]
     asking = _Asking(tokenizer, temperature, dict(chat_template_kwargs or {}))
@@ -100,10 +104,12 @@ def look(
         for both in zip(seen, completions, strict=True)
     ]
     gap, mask = _padded([pair.gap for pair in pairs])
-    credit = chosen.credit(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w)
+    assign = partial(credit or chosen.credit, gap=gap, mask=mask, epsilon_w=epsilon_w)
+    credited = assign(advantages, lam=lam)
     weight = torch.ones_like(gap)
     if chosen.evidence is not None:
-        weight = clipped_weight(chosen.evidence(advantages, gap), epsilon_w)
+        sign = advantages.sign()[:, None]
+        weight = torch.where(sign == 0, weight, assign(advantages.sign(), lam=1.0) * sign)
     return [
         Rollout(
             problem={name: value for name, value in problem.items() if name != "images"},
@@ -115,7 +121,7 @@ def look(
             student_logp=pairs[i].student_logp.tolist(),
             gap=pairs[i].gap.tolist(),
             weight=weight[i, : len(ids)].tolist(),
-            credit=credit[i, : len(ids)].tolist(),
+            credit=credited[i, : len(ids)].tolist(),
             divergence=pairs[i].divergence.tolist(),
         )
         for i, ids in enumerate(completions)
@@ -205,24 +211,6 @@ def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
-    """Where each failed rollout first went wrong, and what the gap says there; a row per rollout.
-
-    `rank` 0 means that no token of the rollout has a more negative gap. Rollouts whose first error
-    is that they stopped too early have no such token and are left out.
-    """
-    rows = []
-    for number, rollout in enumerate(rollouts):
-        place = task.first_error(rollout.completion, rollout.problem) if task.first_error else None
-        if rollout.reward or place is None or place >= len(rollout.gap):
-            continue
-        gap = rollout.gap[place]
-        rank = sum(other < gap for other in rollout.gap)
-        token = rollout.tokens[place]
-        rows.append({"rollout": number, "place": place, "token": token, "gap": gap, "rank": rank})
-    return pd.DataFrame(rows, columns=["rollout", "place", "token", "gap", "rank"])
 
 
 def _sample(

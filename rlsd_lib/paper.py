@@ -23,7 +23,7 @@ class Preset:
     only. `teacher_options` make the external teacher of `opd`.
 
     `rollouts_per_step` (0: whatever `training` says) is kept for any number of processes, through
-    the gradient accumulation; `processes` and `accelerate`, the name of a file in configs/, are
+    the gradient accumulation; `processes` and `accelerate`, the name of a shipped config, are
     how the preset is meant to be launched. `lora` holds fields of `peft.LoraConfig`. Prompts of
     more than `max_prompt_length` tokens (0: no limit) are left out of the data. `validation` is
     the sampling of benchmarks, where it is not that of the rollouts.
@@ -113,7 +113,7 @@ QWEN3_VL_8B = Preset(
     max_prompt_length=4096,
     rollouts_per_step=2048,  # 256 prompts, 8 rollouts each
     processes=8,
-    accelerate="fsdp",
+    accelerate="fsdp2",
 )
 
 # Validation of the released code (PAPER.md section 2); its text reports none.

@@ -1,6 +1,5 @@
 """Presets: model, task and sizes of a run. A run is a preset, a method, a seed, and overrides."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -45,6 +44,19 @@ LAB_BY_METHOD = {
 # SDPO compares the 100 likeliest tokens; the lab's vocabulary has fewer.
 LAB_BY_METHOD["sdpo"]["distillation_mode"] = "full_logits"
 
+LAB_PRESET: dict[str, Any] = {
+    "model": "lab",
+    "teacher_model": "lab",
+    "teacher_options": EXPERT,
+    "task": "arithmetic",
+    "training": LAB,
+    "by_method": LAB_BY_METHOD,
+    "train_size": 4000,
+    "test_size": 250,
+    "num_samples": 4,
+    "save_model": True,
+}
+
 IDENTITY = ("method", "seed", "max_steps", "output_dir")
 # What a run may change of its preset beside `RLSDConfig` fields: a local copy of the model, the
 # folder of the data, sizes. Options are merged, everything else is replaced.
@@ -84,18 +96,14 @@ PRESETS: dict[str, Preset] = {
         test_size=8,
         num_samples=2,
     ),
-    "lab": Preset(
-        "three-digit column addition, 0.6 M parameters: minutes on a CPU",
-        model="lab",
-        teacher_model="lab",
-        teacher_options=EXPERT,
-        task="arithmetic",
-        training=LAB,
-        by_method=LAB_BY_METHOD,
-        train_size=4000,
-        test_size=250,
-        num_samples=4,
-        save_model=True,
+    "lab": Preset("three-digit column addition, 0.5 M parameters: minutes on a CPU", **LAB_PRESET),
+    "lab-bare": Preset(
+        "the lab without filler words: every uncertain token bears on the answer",
+        **{**LAB_PRESET, "model_options": {"nuisance": 0.0}},
+    ),
+    "lab-trace": Preset(
+        "the lab with a whole right chain as the reference, where `lab` gives the answer alone",
+        **{**LAB_PRESET, "task_options": {"reference": "trace"}},
     ),
     "smollm2": Preset(
         "SmolLM2-135M-Instruct adds two digits: a real model, on a CPU or a GPU",
@@ -179,11 +187,11 @@ def resolve_config(
     template: str | None = None,
     max_steps: int = -1,
     overrides: Mapping[str, Any] | None = None,
-    processes: int | None = None,
+    num_processes: int = 1,
 ) -> RLSDConfig:
     """The full configuration of a run: preset, then the task's template, then overrides.
 
-    `processes` is how many will train together; None takes the launcher's word (`WORLD_SIZE`).
+    `num_processes` of them share the rollouts of a step.
 
     Raises:
         ValueError: for an unknown method, preset or override, naming the nearest valid one, or
@@ -219,7 +227,7 @@ def resolve_config(
         settings["max_steps"] = max_steps
     settings |= overrides
     if chosen.rollouts_per_step:
-        settings |= _split(chosen, settings, processes or int(os.environ.get("WORLD_SIZE", 1)))
+        settings |= _split(chosen, settings, num_processes)
     return RLSDConfig(**settings)
 
 

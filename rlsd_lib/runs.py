@@ -6,7 +6,7 @@ of them back into tidy frames. Layout of a run directory:
     manifest.json   what ran, on what, how it ended     metrics.jsonl   one line per step
     metrics.json    the final numbers                   samples.jsonl   rollouts with token credit
     figures/        pictures                            <name>.ipynb    the executed notebook
-    evaluation_before.json, evaluation_after.json       share correct, problem by problem
+    evaluation_before.json, evaluation_after.json       scores, problem by problem
 """
 
 import json
@@ -160,9 +160,9 @@ class Run:
         self._check_mine()
         append_lines(self.path / "samples.jsonl", rows)
 
-    def add_evaluation(self, when: str, correct: Sequence[float]) -> None:
-        """Write each problem's share of correct completions to evaluation_<when>.json, in order."""
-        write_json(self.path / f"evaluation_{when}.json", {"correct": list(correct)})
+    def add_evaluation(self, when: str, **scores: Sequence[float]) -> None:
+        """Write scores per problem to evaluation_<when>.json, in order: `correct=...`, and others."""
+        write_json(self.path / f"evaluation_{when}.json", {k: list(v) for k, v in scores.items()})
 
     def save_figure(self, figure: "Figure", name: str) -> Path:
         """Save a figure as figures/<name>.png and return its path."""

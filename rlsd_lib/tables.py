@@ -105,13 +105,13 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> pd.DataFrame:
 
 
 class _Evaluation(NamedTuple):
-    problems: str  # fingerprint of the test rows
+    problems: str  # fingerprint of the test rows, references apart
     correct: list[float]  # share correct, problem by problem
 
 
 def _evaluation(run: pd.Series) -> _Evaluation:
     shares = json.loads((Path(run["path"]) / "evaluation_after.json").read_text())["correct"]
-    return _Evaluation(read_manifest(run["path"])["data"]["test"], shares)
+    return _Evaluation(read_manifest(run["path"])["data"]["problems"], shares)
 
 
 def settings_of(parameters: Mapping[str, Any]) -> str:

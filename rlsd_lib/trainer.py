@@ -6,6 +6,7 @@ tokens. In the loss, the advantage (N,) becomes a token advantage (N, T) by the 
 function, and some methods add a divergence between teacher and student.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,9 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from rlsd_lib import distillation, privileged
-from rlsd_lib.checks import (
-    check_arguments,
-    check_images,
-    check_model,
-    check_sharding,
-    check_teacher,
-    drop_empty_images,
-)
+from rlsd_lib import checks, distillation, privileged
 from rlsd_lib.config import RLSDConfig
-from rlsd_lib.credit import gap_sums, weight_sums
+from rlsd_lib.credit import drift_sums, gap_sums, weight_sums
 from rlsd_lib.divergence import divergence
 from rlsd_lib.methods import PEER, PROMPT
 from rlsd_lib.peers import demonstrations
@@ -70,19 +63,19 @@ class RLSDTrainer(GRPOTrainer):
         self._completions: list = []
         self._rewards: list[float] = []
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
-        check_arguments(reward_funcs, args, train_dataset, teacher_model, kwargs)
+        checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, kwargs)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **kwargs)
         if self._is_vlm:
-            self.model.register_forward_pre_hook(drop_empty_images, with_kwargs=True)
+            self.model.register_forward_pre_hook(checks.drop_empty_images, with_kwargs=True)
         if args.uses_teacher:
-            check_model(self.model, self.processing_class, args)
-            check_sharding(self.model, args, self.accelerator)
+            checks.check_model(self.model, self.processing_class, args)
+            checks.check_sharding(self.model, args, self.accelerator)
             if isinstance(train_dataset, Dataset) and self.environment_factories is None:
                 self.scorer.check_lengths(train_dataset["prompt"][:])
             self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
             if teacher_model is not None:
                 external = self.teacher.model
-                check_teacher(self.model, external, self._tokenizer, teacher_model, args)
+                checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
             self.add_callback(TeacherCallback(self))
 
     # Rollouts
@@ -91,11 +84,10 @@ class RLSDTrainer(GRPOTrainer):
         # The final messages: observations appended, images in place. TRL does not hand them back.
         self._final_prompts = prompts
         if self._is_vlm:
-            check_images(prompts, self.accelerator)
+            checks.check_images(prompts, self.accelerator)
         generated = super()._generate(prompts)
         if generated[6] is not None:
-            # TRL says None for a row without an image beside rows with some, and then hands it to
-            # the processor, which wants an empty list.
+            # A row without an image is None to TRL and an empty list to the processor TRL asks.
             generated = (*generated[:6], [found or [] for found in generated[6]], generated[7])
         self._completions = generated[3]
         return generated
@@ -212,12 +204,14 @@ class RLSDTrainer(GRPOTrainer):
             raise RuntimeError(f"Advantages were reweighted already: {tuple(advantages.shape)}.")
         # P_S is the policy that wrote the rollout: credit belongs to the rollout, as A does.
         gap = inputs["teacher_per_token_logps"] - inputs.get("old_per_token_logps", logps)
-        lam, epsilon_w = self.args.lambda_at(self.state.global_step), self.args.epsilon_w
-        credited = self.args.credit(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w)
-        sums = gap_sums(gap, mask)
-        if self.args.row.evidence is not None:
-            log_weight = self.args.row.evidence(advantages, gap)
-            sums |= weight_sums(credited, log_weight, advantages, mask, epsilon_w)
+        args, lam = self.args, self.args.lambda_at(self.state.global_step)
+        assign = partial(args.credit, gap=gap, mask=mask, lam=lam, epsilon_w=args.epsilon_w)
+        credited, sums = assign(advantages), gap_sums(gap, mask)
+        if args.row.evidence is not None:
+            clip = {"epsilon_w": args.epsilon_w, "log_clip": args.log_clip}
+            log_weight = args.row.evidence(advantages, gap)
+            sums |= weight_sums(credited, log_weight, advantages, mask, **clip)
+            sums |= drift_sums(credited, assign(-advantages), advantages, gap, mask)
         self.log_means(sums)
         if (age := self.teacher.age(self.state.global_step)) is not None:
             self._metrics["train"]["rlsd/teacher_age"].append(age)

@@ -1,6 +1,7 @@
 """The `rlsd` command: user mistakes cost one line, runs come back as a table."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,9 @@ def test_a_suite_keeps_what_is_finished_and_lists_what_failed(
     said = capsys.readouterr()
     assert "[3/3]" in said.out
     assert said.out.count(": done in") == 2
-    assert "s left" in said.out
+    assert said.out.count(": failed in") == 1
+    assert "3 runs: 3 to run" in said.out
+    assert re.search(r"\[1/3\].*, about \d+ s left", said.out)
     [broken] = [p for p in folder.iterdir() if p.name.startswith("rlsd-s1")]
     assert f"failed: {broken}" in said.err
     assert "seed 1 fails" in said.err
@@ -139,8 +142,17 @@ def test_a_suite_keeps_what_is_finished_and_lists_what_failed(
     assert sorted(states.values()) == ["failed", "finished", "finished"]
 
     first = read_runs(folder).runs.set_index("name")["started"]
-    assert main(["suite", "tiny"]) == 1
-    assert capsys.readouterr().out.count(": kept in") == 2
+    assert main(["suite", "tiny", "--list"]) == 0
+    assert f"failed    {broken}" in capsys.readouterr().out
+    assert main(["suite", "tiny"]) == 1  # and a failed run is told again, but not made again
+    said = capsys.readouterr()
+    assert said.out.count(": kept") == 2
+    assert f"failed before: {broken}" in said.err
+    assert "seed 1 fails" in said.err
+    assert "--retry-failed" in said.err
+    assert first.equals(read_runs(folder).runs.set_index("name")["started"])
+
+    assert main(["suite", "tiny", "--retry-failed"]) == 1
     again = read_runs(folder).runs.set_index("name")["started"]
     changed = first.index[first != again]
     assert [states[name] for name in changed] == ["failed"]

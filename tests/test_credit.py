@@ -59,6 +59,58 @@ def test_rows_are_independent_and_masked_tokens_do_not_matter(function, batch, l
 
 
 @both
+@settings(deadline=None, max_examples=100)
+@given(batch=batches(), lam=unit, epsilon_w=widths)
+def test_the_log_clip_reaches_as_far_down_as_up(function, batch, lam, epsilon_w):
+    advantages, gap, mask = batch
+    credited = function(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w, log_clip=True)
+    ratio = (credited / torch.where(advantages == 0, 1.0, advantages)[:, None])[advantages != 0]
+    assert (ratio >= 1 - lam + lam / (1 + epsilon_w) - 1e-12).all()
+    assert (ratio <= 1 + lam * epsilon_w + 1e-12).all()
+
+
+@both
+@settings(deadline=None, max_examples=100)
+@given(batch=batches(), lam=unit, epsilon_w=widths, log_clip=st.booleans())
+def test_conserved_credit_keeps_the_advantage_of_each_rollout(
+    function, batch, lam, epsilon_w, log_clip
+):
+    advantages, gap, mask = batch
+    options = {"lam": lam, "epsilon_w": epsilon_w, "log_clip": log_clip, "conserve": True}
+    credited = function(advantages, gap, mask, **options)
+    assert credited.isfinite().all()
+    assert (credited * advantages[:, None] >= 0).all()
+    torch.testing.assert_close((credited * mask).sum(1), advantages * mask.sum(1))
+
+
+def test_conserved_weights_worked_out_by_hand():
+    gap = torch.tensor([[2.0, 0.25, 9.0]], dtype=torch.float64).log()
+    options = {"lam": 1.0, "epsilon_w": 1.0, "log_clip": True, "conserve": True}
+    credited = credit.rlsd(torch.tensor([1.0]), gap, torch.tensor([[1, 1, 0]]), **options)
+    # Clipped to 2 and 1/2, of mean 5/4; the masked token counts in neither.
+    torch.testing.assert_close(credited, torch.tensor([[1.6, 0.4, 1.0]], dtype=torch.float64))
+
+
+def test_drift_is_the_credit_that_no_verdict_caused():
+    advantages, gap = torch.tensor([1.0, -2.0, 0.0]).double(), torch.randn(3, 40).double()
+    mask = (torch.rand(3, 40) < 0.7).long()
+    scale = (advantages.abs()[:, None] * gap.abs() * mask).sum()
+
+    def drift(function, **options):
+        assigned = [function(a, gap, mask, **options) for a in (advantages, -advantages)]
+        total, count = credit.drift_sums(*assigned, advantages, gap, mask)["drift"]
+        torch.testing.assert_close(count, scale)
+        return total
+
+    wide = {"lam": 0.3, "epsilon_w": 1e6}
+    expected = (0.3 * advantages.abs()[:, None] * gap.sinh() * gap * mask).sum()
+    # The clip at 0 is never reached and that at 1e6 not either, so this is exp without a clip.
+    torch.testing.assert_close(drift(credit.rlsd, **wide), expected)
+    for blind in (credit.uniform, credit.rlsd_neutral):
+        torch.testing.assert_close(drift(blind, **wide), torch.zeros_like(scale))
+
+
+@both
 def test_no_gradient_flows(function):
     gap = torch.randn(2, 3, requires_grad=True)
     credited = function(torch.tensor([1.0, -1.0]), gap, torch.ones(2, 3), lam=0.5, epsilon_w=0.2)

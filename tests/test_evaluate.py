@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlsd_lib.evaluate import (
+    accuracies,
     bootstrap_interval,
     evaluate,
     generate,
@@ -83,6 +84,21 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success(k):
     assert pass_at_k(results, k).tolist() == pytest.approx(by_hand)
     with pytest.raises(ValueError, match="choose 1 to 4"):
         pass_at_k(results, 5)
+
+
+def test_a_run_records_sampled_and_greedy_accuracy_and_pass_at_all_its_samples():
+    right = {0: [1, 0, 0, 0], 1: [0, 0, 0, 0], 2: [1, 1, 1, 1]}
+    sampled = pd.DataFrame(
+        {"problem": problem, "correct": bool(value)}
+        for problem, values in right.items()
+        for value in values
+    )
+    greedy = pd.DataFrame({"problem": [0, 1, 2], "correct": [False, False, True]})
+    found = accuracies(sampled, greedy)
+    means = {name: interval.mean for name, interval in found.items()}
+    expected = {"accuracy": 5 / 12, "accuracy_greedy": 1 / 3, "pass@4": 2 / 3}
+    assert means == pytest.approx(expected)
+    assert all(interval.low <= interval.mean <= interval.high for interval in found.values())
 
 
 def test_the_interval_over_problems_covers_as_often_as_it_says():

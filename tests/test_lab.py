@@ -71,13 +71,17 @@ def test_style_leans_towards_half_of_the_fillers():
 
 def test_the_corpus_quotes_only_what_it_was_shown_and_leaves_test_questions_out():
     recipe, random, shown, quoted = LabRecipe(), Random(0), 0, 0
-    for _ in range(600):
-        user, assistant = conversation(recipe, random, lab_beliefs(recipe), nuisance=0.3)
+    for number in range(600):
+        traced = number % 2 == 0
+        user, assistant = conversation(
+            recipe, random, lab_beliefs(recipe), nuisance=0.3, traced=traced
+        )
         question, chain = user["content"], assistant["content"]
         speaks = "reference" in chain
         assert not is_held_out(question.split(" ;")[0])
         assert not speaks or "reference" in question
         shown, quoted = shown + ("reference" in question), quoted + speaks
+        assert ("answer" in question) == (traced and "reference" in question)
     assert shown / 600 == pytest.approx(recipe.referenced_share, abs=0.08)
     assert quoted / shown == pytest.approx(0.5, abs=0.1)
 
@@ -150,7 +154,10 @@ def test_the_full_recipe_is_the_model_organism_it_claims_to_be(tmp_path):
     limit = {"max_new_tokens": recipe.max_completion_length, "batch_size": 400}
     plain = evaluate(model, tokenizer, task, **limit)
     shown = evaluate(model, tokenizer, task, **limit, privileged_template=PRIVILEGED_TEMPLATE)
+    traces = load_task("arithmetic", train_size=10, test_size=400, seed=0, reference="trace")
+    traced = evaluate(model, tokenizer, traces, **limit, privileged_template=PRIVILEGED_TEMPLATE)
     assert 0.40 <= plain["correct"].mean() <= 0.65
+    assert traced["correct"].mean() >= 0.90
     assert shown["correct"].mean() >= 0.95
     assert phrase_leakage(plain["completion"], task.reference_pattern).share <= 0.01
     assert 0.4 <= shown["speaks_of_reference"].mean() <= 0.6

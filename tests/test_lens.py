@@ -80,16 +80,6 @@ def test_looking_leaves_the_random_state_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_first_errors_rank_the_gap():
-    rollouts = group()
-    frame = lens.first_errors(task(), rollouts)
-    assert set(frame["rollout"]) == {i for i, r in enumerate(rollouts) if r.reward == 0}
-    for _, row in frame.iterrows():
-        gap = rollouts[row["rollout"]].gap
-        assert row["gap"] == gap[1]
-        assert row["rank"] == sorted(gap).index(gap[1])
-
-
 @pytest.mark.parametrize("control", controls.CONTROLS)
 def test_controls_change_the_reference_and_nothing_else(control):
     data = Dataset.from_dict(

@@ -34,6 +34,20 @@ def test_rows_follow_the_seed_and_no_test_question_is_in_train(name, options):
     assert all(isinstance(text, str) and text for text in one.train["privileged_context"])
 
 
+def test_a_trace_is_a_right_chain_of_the_same_questions():
+    answers, traces = (
+        load_task("arithmetic", train_size=200, test_size=20, seed=0, reference=reference)
+        for reference in ("answer", "trace")
+    )
+    assert questions(answers.train) == questions(traces.train)
+    for row in traces.train:
+        chain = row["privileged_context"]
+        assert verify(chain, row) and first_error(chain, row) is None
+        assert not any(nuisance_mask(chain))
+    with pytest.raises(ValueError, match="reference is 'solution'"):
+        load_task("arithmetic", train_size=1, test_size=1, seed=0, reference="solution")
+
+
 def test_the_side_of_a_question_depends_on_its_text_alone():
     sides = [is_held_out(f"{number} + 100") for number in range(100, 1100)]
     assert 0.15 < sum(sides) / len(sides) < 0.25

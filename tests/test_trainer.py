@@ -80,6 +80,19 @@ def test_trap_1_losses_that_keep_token_credit_are_allowed(tmp_path, loss):
     assert run_and_capture(trainer)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_clip": "logarithmic"}, "weight_clip 'logarithmic'. Did you mean"),
+        ({"method": "grpo", "weight_clip": "log"}, "has no weight"),
+        ({"method": "opsd", "conserve_credit": True}, "has no weight"),
+    ],
+)
+def test_options_of_the_weight_are_judged(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.config(tmp_path, **changes)
+
+
 def test_wide_epsilon_w_is_allowed(tmp_path):
     assert tiny.config(tmp_path, epsilon_w=9.0).epsilon_w == 9.0
 

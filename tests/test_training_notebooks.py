@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlsd_lib.__main__ import main
@@ -30,7 +31,7 @@ def test_a_training_notebook_runs_from_anywhere(name, tmp_path, monkeypatch, sha
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["config"]["method"] == json.loads(json.dumps(manifest["parameters"]["method"]))
-    assert manifest["data"]["train"] != manifest["data"]["test"]
+    assert len(set(manifest["data"].values())) == 3  # train, test, test without references
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics
     assert list((folder / "figures").glob("*.png"))
@@ -38,7 +39,11 @@ def test_a_training_notebook_runs_from_anywhere(name, tmp_path, monkeypatch, sha
     if name != "00_tour":
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2]
-        assert metrics["accuracy_before_low"] <= metrics["accuracy_before"]
+        for name in ("accuracy", "accuracy_greedy", "pass@2"):
+            assert metrics[f"{name}_after_low"] <= metrics[f"{name}_after"]
+        kept = json.loads((folder / "evaluation_after.json").read_text())
+        assert np.mean(kept["correct"]) == pytest.approx(metrics["accuracy_after"])
+        assert np.mean(kept["greedy"]) == pytest.approx(metrics["accuracy_greedy_after"])
     assert not list(elsewhere.iterdir()), "a notebook wrote into the working directory"
 
 

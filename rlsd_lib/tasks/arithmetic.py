@@ -40,6 +40,7 @@ FILLERS = (
 SIGNS = ("+", "=", ";")
 ANSWER = "answer"
 QUOTE = ("reference", "says")
+REFERENCES = ("answer", "trace")
 VOCABULARY = (*"0123456789", *SIGNS, *COLUMNS, ANSWER, *QUOTE, *FILLERS)
 REFERENCE_PATTERN = r"\breference\b"
 PRIVILEGED_TEMPLATE = "{prompt} ; reference {privileged_context}"
@@ -134,14 +135,33 @@ def _expected(row: Row) -> list[set[str]]:
     return [*places, {ANSWER}, *({digit} for digit in row["answer"])]
 
 
-def load(*, train_size: int, test_size: int, seed: int, digits: int = 3) -> Task:
-    """Build the task. Raises ValueError for a number of digits without a name for each column."""
+def bare_chain(row: Row) -> str:
+    """Return the right chain of a row without filler words, the larger operand first."""
+    tokens: list[str] = []
+    for place in _expected(row):
+        # Operands are interchangeable: the second one is what the first left over.
+        taken = tokens[-2] if tokens[-1:] == ["+"] and len(place) == 2 else None
+        tokens.append(max(place - {taken}))
+    return " ".join(tokens)
+
+
+def load(
+    *, train_size: int, test_size: int, seed: int, digits: int = 3, reference: str = "answer"
+) -> Task:
+    """Build the task; the reference is the `answer`, or a `trace`: a right chain without fillers.
+
+    Raises ValueError for a number of digits without a name for each column, or another reference.
+    """
     if not 1 <= digits <= len(COLUMNS):
         raise ValueError(f"digits is {digits}; choose 1 to {len(COLUMNS)}")
+    if reference not in REFERENCES:
+        raise ValueError(f"reference is {reference!r}; choose one of {', '.join(REFERENCES)}")
     sides = {}
     for side, size in (("train", train_size), ("test", test_size)):
         stream = _problems(Random(f"{side}-{seed}"), digits)
         rows = draw_rows(stream, size, held_out=side == "test", question=question_of)
+        if reference == "trace":
+            rows = [{**row, "privileged_context": bare_chain(row)} for row in rows]
         sides[side] = Dataset.from_list(rows)
     return Task(
         name="arithmetic",

@@ -22,7 +22,7 @@ def load(
     **options: Any,
 ) -> Task:  # fmt: skip
     """Build the task as `mmfinereason.load` does; `columns` says what problem, answer and solution
-    are called in `source` (a solution may be missing). Raises ValueError for a missing column.
+    are called in `source` (without one there is no trace). Raises ValueError for a missing column.
     """
     check_reward(reward)
     if unknown := sorted(columns.keys() - COLUMNS.keys()):

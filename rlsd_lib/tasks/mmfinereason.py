@@ -200,10 +200,11 @@ def _as_texts(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
     rows = rows.select_columns(list(here.values()))
     rows = rows.rename_columns({column: field for field, column in here.items() if column != field})
     same = {"problem_type": "math", "data_type": "text", "images": [], "videos": []}
-    features = Features(
-        {**rows.features, **dict.fromkeys(("problem_type", "data_type"), Value("string"))}
-        | dict.fromkeys(("images", "videos"), List(Value("string")))
-    )
+    same |= {} if TRACE in rows.column_names else {TRACE: ""}
+    new = {name: Value("string") for name in same} | {
+        name: List(Value("string")) for name in ("images", "videos")
+    }
+    features = Features({**rows.features, **new})
     return rows.map(lambda _: same, features=features)
 
 

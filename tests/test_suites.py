@@ -1,0 +1,133 @@
+"""Suites: what is left to do and for how long; a killed suite goes on where it stood."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import START, NotebookMaker
+
+from rlsd_lib import suites
+from rlsd_lib.__main__ import main
+from rlsd_lib.records import read_manifest, read_runs, state_of
+from rlsd_lib.runs import Run
+from rlsd_lib.suites import Grid, Job, Suite, jobs_of, run_jobs, seconds_taken, time_left
+from rlsd_lib.tables import make_table
+
+
+def _job(name: str, notebook: str = "15_rlsd", folder: Path = Path()) -> Job:
+    return Job(notebook, {"preset": "lab"}, folder / name)
+
+
+RLSD, OPSD = _job("a").kind, _job("a", "12_opsd").kind
+
+
+@pytest.mark.parametrize(
+    ("jobs", "workers", "elapsed", "expected"),
+    [
+        ([_job("a"), _job("b"), _job("c")], 1, {}, 30.0),
+        ([_job("a"), _job("b"), _job("c")], 2, {}, 20.0),
+        ([_job("a"), _job("b")], 2, {Path("a"): 4.0, Path("b"): 9.0}, 6.0),
+        ([_job("b"), _job("a"), _job("c")], 2, {Path("a"): 4.0, Path("c"): 9.0}, 11.0),
+        ([_job("a"), _job("b", "12_opsd")], 2, {}, 60.0),
+        ([_job("a", "13_sdpo")], 1, {}, 35.0),  # never seen: the mean of everything
+        ([_job("a")], 1, {Path("a"): 50.0}, 0.0),  # late already
+        ([], 2, {}, 0.0),
+    ],
+)
+def test_the_time_left_is_that_of_the_longest_worker(jobs, workers, elapsed, expected):
+    took = {RLSD: [8.0, 12.0], OPSD: [60.0, 60.0]}
+    assert time_left(jobs, took, workers, elapsed) == pytest.approx(expected)
+
+
+def test_without_a_finished_run_there_is_no_estimate():
+    assert time_left([_job("a")], {}, 1) is None
+
+
+def test_kept_runs_tell_how_long_the_others_take(tmp_path: Path):
+    jobs = [_job(name, folder=tmp_path) for name in "abc"]
+    Run.start(tmp_path / "a", parameters={}).finish()
+    Run.start(tmp_path / "b", parameters={}).fail("ValueError: no")
+    took = seconds_taken(jobs)
+    assert took == {RLSD: [read_manifest(tmp_path / "a")["seconds"]]}
+
+
+def test_what_was_interrupted_is_to_run_and_what_failed_is_not(tmp_path: Path):
+    job = _job("a", folder=tmp_path)
+    assert job.state() == "to run"
+    run = Run.start(job.run_dir, parameters={})
+    assert job.state() == "running"
+    assert [outcome.status for outcome in run_jobs([job])] == ["busy"]
+    run.fail("KeyboardInterrupt")
+    assert job.state() == "to run"
+    run.fail("ValueError: no")
+    [outcome] = run_jobs([job])
+    assert (outcome.status, outcome.error) == ("failed before", "ValueError: no")
+
+
+# ---- killed half-way --------------------------------------------------------------------------
+
+WAIT = """
+import time
+from pathlib import Path
+while seed >= 1 and not Path(gate).exists():
+    time.sleep(0.02)
+"""
+FINISH = 'run.log(1, {"reward": seed / 4})\nrun.finish({"accuracy_after": 0.5 + seed / 10})'
+BEGIN = """
+import sys
+from rlsd_lib import suites
+from rlsd_lib.__main__ import main
+grid = suites.Grid((sys.argv[1],), {"gate": (sys.argv[2],), "seed": (0, 1, 2)})
+suites.SUITES["tiny"] = suites.Suite("for a test", (grid,))
+sys.exit(main(["suite", "tiny", "--jobs", "2"]))
+"""
+
+
+def _files(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def _wait_until(true, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "the suite did not come that far"
+        time.sleep(0.05)
+
+
+def test_a_killed_suite_redoes_nothing_and_ends_in_the_same_table(
+    make_notebook: NotebookMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = tmp_path / "gate"
+    parameters = ("seed: int = 0", 'gate: str = ""', 'run_dir: str = ""')
+    start = START.replace("method=method, seed=seed, rate=rate, overrides=overrides", "seed=seed")
+    source = make_notebook(cells=(start, WAIT, FINISH), parameters=parameters)
+    grid = Grid((str(source),), {"gate": (str(gate),), "seed": (0, 1, 2)})
+    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", (grid,)))
+    folders = [job.run_dir for job in jobs_of("tiny")]
+
+    words = [sys.executable, "-c", BEGIN, str(source), str(gate)]
+    suite = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
+    expected = ["finished", "running", "running"]
+    _wait_until(lambda: [state_of(folder) for folder in folders] == expected)
+    os.killpg(suite.pid, signal.SIGKILL)
+    suite.wait()
+    _wait_until(lambda: [state_of(f) for f in folders[1:]] == ["running/killed"] * 2)
+    before = {folder: _files(folder) for folder in folders[:1]}
+    half = make_table(read_runs(tmp_path / "outputs"))
+    assert len([note for note in half.notes if "running/killed, not in the table" in note]) == 2
+
+    gate.touch()
+    assert main(["suite", "tiny", "--jobs", "2"]) == 0
+    assert {folder: _files(folder) for folder in folders[:1]} == before
+    assert [read_manifest(folder)["attempt"] for folder in folders] == [1, 2, 2]
+
+    never_killed = tmp_path / "never-killed" / "tiny"
+    for seed, folder in enumerate(folders):
+        run = Run.start(never_killed / folder.name, parameters={"seed": seed, "gate": str(gate)})
+        run.finish({"accuracy_after": 0.5 + seed / 10})
+    tables = [make_table(read_runs(tmp_path / name)) for name in ("outputs", "never-killed")]
+    assert tables[0].markdown() == tables[1].markdown()
