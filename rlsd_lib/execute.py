@@ -27,6 +27,7 @@ from rlsd_lib.signals import on_sigterm, terminate_children
 KERNEL = {
     "TQDM_DISABLE": "1",  # a bar in a saved notebook is a line per update
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     # The executed copy must hold the figures, whatever backend the caller's shell has set.
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -86,6 +87,27 @@ def _load_vision(name: str, options: dict[str, Any]) -> Loaded:
             "install torchvision in the version that fits your torch (vLLM brings it)"
         ) from error
     return AutoModelForImageTextToText.from_pretrained(name, **options).eval(), processor
+
+
+def merged(folder: str | Path, *, sees_images: bool = False) -> Path:
+    """Return the folder of a whole model: `folder` itself, or one into which its adapter went.
+
+    What only loads whole models (vLLM in another environment) needs it. Written on the first call.
+    Raises FileNotFoundError where there is neither a model nor an adapter.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return folder
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model: run with a preset that saves it")
+    with new_folder(folder / "merged") as scratch:
+        if scratch is not None:
+            base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+            model, _ = (_load_vision if sees_images else _load_pretrained)(base, {"dtype": "auto"})
+            PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(scratch)
+            kind = AutoProcessor if sees_images else AutoTokenizer
+            kind.from_pretrained(folder).save_pretrained(scratch)
+    return folder / "merged"
 
 
 def _packaged_gguf(reason: OSError) -> Path:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from rlsd_lib import models
 from rlsd_lib.lab import LabRecipe, build_model, build_tokenizer
-from rlsd_lib.models import load_model, load_smollm2
+from rlsd_lib.models import load_model, load_smollm2, merged
 
 
 @pytest.fixture
@@ -70,3 +71,23 @@ def test_the_packaged_weights_are_converted_once_and_said_to_be_used(
     assert calls == [Path("smol.gguf")]
     assert model.name_or_path == str(folder)
     assert "not the hub's" in caplog.text
+
+
+def test_an_adapter_is_merged_once_into_a_whole_model(folder, tmp_path):
+    assert merged(folder) == folder  # whole already
+    model, tokenizer = load_model(str(folder), tmp_path)
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[2, 3, 4]])
+    with adapted.disable_adapter():
+        plain = adapted(ids).logits
+    wanted = adapted(ids).logits
+    assert (wanted - plain).abs().max() > 1e-3
+    whole, again = load_model(str(merged(tmp_path / "adapter")), tmp_path)
+    torch.testing.assert_close(whole(ids).logits, wanted, atol=1e-5, rtol=1e-4)
+    assert again.chat_template == tokenizer.chat_template
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(FileNotFoundError, match="preset that saves it"):
+        merged(tmp_path / "nothing")

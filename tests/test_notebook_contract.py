@@ -1,4 +1,4 @@
-"""Notebooks are committed empty, short and free of definitions; the baselines share their cells."""
+"""Notebooks are committed empty, short and free of definitions; families share their cells."""
 
 import ast
 import re
@@ -14,7 +14,9 @@ from rlsd_lib.execute import read_parameters
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 BASELINES = ("10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
-OWN_CELLS = {"parameters", "method-look"}  # tags of the cells that baselines do not share
+RECIPES = ("40_qwen3_vl", "41_qwen3_text")
+# Tags of the cells that notebooks of one family do not share.
+OWN_CELLS = {"parameters", "method-look", "setting-look"}
 LONGEST = 25
 MOST_PARAMETERS = 8
 FILE_NAME = re.compile(
@@ -88,7 +90,7 @@ def _paths(tree: ast.AST) -> Iterator[str]:
 
 
 def shared_code(path: Path) -> list[str]:
-    """The code cells that a baseline notebook has in common with the others."""
+    """The code cells that a notebook has in common with the others of its family."""
     cells = nbformat.read(path, as_version=4).cells
     return [
         cell.source
@@ -102,10 +104,11 @@ def test_a_notebook_keeps_the_contract(path: Path) -> None:
     assert violations(path) == []
 
 
-def test_the_baselines_share_every_cell_but_their_own() -> None:
-    present = [path for path in NOTEBOOKS if path.stem in BASELINES]
+@pytest.mark.parametrize("family", [BASELINES, RECIPES], ids=["baselines", "recipes"])
+def test_a_family_shares_every_cell_but_its_own(family: tuple[str, ...]) -> None:
+    present = [path for path in NOTEBOOKS if path.stem in family]
     if len(present) < 2:
-        pytest.skip("fewer than two baseline notebooks")
+        pytest.skip("fewer than two notebooks of this family")
     for other in present[1:]:
         assert shared_code(other) == shared_code(present[0]), f"{other.stem}: {present[0].stem}"
         assert list(read_parameters(other)) == list(read_parameters(present[0]))

@@ -3,7 +3,7 @@
 import pytest
 
 from rlsd_lib.methods import METHODS
-from rlsd_lib.paper_numbers import AVERAGE, BENCHMARKS, figure_1b, table_2
+from rlsd_lib.paper_numbers import AVERAGE, BENCHMARKS, figure_1b, not_shares, table_2
 
 
 def test_the_printed_averages_are_the_means_of_their_rows():
@@ -22,3 +22,9 @@ def test_figure_1b_takes_the_200_steps_from_table_2():
     # RLSD at 200 steps against GRPO at 400: a fifth of a point behind on MMMU, ahead on the others.
     lead = figure.loc["rlsd, 200 steps"] - figure.loc["grpo, 400 steps"]
     assert lead.to_dict() == pytest.approx({"MMMU": -0.18, "MathVista": 1.4, "ZeroBench": 2.55})
+
+
+def test_what_was_counted_can_be_told_from_the_shares():
+    """27 of 30 cells are shares of these counts; by chance it would be one in eight."""
+    assert not_shares() == [("grpo", "ZeroBench"), ("opsd", "MMMU"), ("opsd", "ZeroBench")]
+    assert not (table_2()["ZeroBench"] % 1 == 0).any()  # so not ZeroBench's 100 main questions

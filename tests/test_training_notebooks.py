@@ -9,6 +9,8 @@ import pytest
 
 from rlsd_lib.__main__ import main
 from rlsd_lib.execute import execute_notebook
+from rlsd_lib.records import read_manifest, read_runs
+from rlsd_lib.replication import HELD_OUT, compare
 
 NOTEBOOKS = ("00_tour", "10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
 
@@ -43,6 +45,32 @@ def test_a_training_notebook_runs_from_anywhere(name, tmp_path, monkeypatch, sha
         kept = json.loads((folder / "evaluation_after.json").read_text())
         assert np.mean(kept["correct"]) == pytest.approx(metrics["accuracy_after"])
         assert np.mean(kept["greedy"]) == pytest.approx(metrics["accuracy_greedy_after"])
+    assert not list(elsewhere.iterdir()), "a notebook wrote into the working directory"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [("40_qwen3_vl", "smoke-vl"), ("41_qwen3_text", "smoke")]
+)
+def test_the_papers_recipe_ends_in_table_2(name, preset, tmp_path, monkeypatch, shared_outputs):
+    """From data to Table 2, offline: what was run is filled in, what was not is a dash."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
+    monkeypatch.delenv("RLSD_EVAL_PYTHON", raising=False)
+    folder = execute_notebook(name, {"preset": "smoke"}, run_dir=tmp_path / "runs" / "rlsd")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    names = read_manifest(folder)["parameters"]["benchmarks"]
+    table, sources = compare(read_runs(tmp_path / "runs"), names, preset)
+    ours = table.xs("ours", axis=1, level=1)
+    assert {*sources["run"]} == {str(folder)}
+    assert ours.loc["rlsd", HELD_OUT].startswith(f"{100 * metrics['accuracy_after']:.2f}")
+    assert (ours.drop(columns=HELD_OUT) == "-").all(axis=None)
+    assert (ours[HELD_OUT] != "-").sum() == 2  # base and the method that was trained
+    executed = (folder / f"{name}.ipynb").read_text()
+    assert "examples/s" not in executed, "a progress bar is kept in the notebook"
+    assert (folder / "data_report.json").exists() == (name == "40_qwen3_vl")
+    assert (folder / "figures" / "reward.png").exists()
     assert not list(elsewhere.iterdir()), "a notebook wrote into the working directory"
 
 

@@ -33,6 +33,7 @@ class Task:
     the teacher may read), `answer`, and whatever the verifier needs. `privileged_template` is the
     text of the teacher's user turn, with the placeholders `{prompt}` and `{privileged_context}`;
     None stands for the trainer's default. `score` is the reward where it is more than the verdict.
+    `report` says what became of the rows that were read, None where rows are generated.
     `first_error` gives the index of the first wrong token
     of a completion (None when there is none) and `nuisance_mask` marks the tokens that do not bear
     on the answer; `underived` cuts a completion off where its answer can first have been derived.
@@ -46,6 +47,7 @@ class Task:
     reference_pattern: str
     privileged_template: str | None = None
     score: Callable[[str, Row], float] | None = None
+    report: Any = None
     first_error: Callable[[str, Row], int | None] | None = None
     nuisance_mask: Callable[[str], list[bool]] | None = None
     underived: Callable[[str, Row], str] | None = None

@@ -114,9 +114,8 @@ def as_task(
     if report_dir:
         report.write(report_dir)
     sides = {s: _choose(rows, s, n, seed) for s, n in (("train", train_size), ("test", test_size))}
-    score = weighted if reward == "weighted" else None
-    pattern = REFERENCE_PATTERN
-    return Task(name=name, verify=verify, score=score, reference_pattern=pattern, **sides)
+    judging = {"verify": verify, "score": weighted if reward == "weighted" else None}
+    return Task(name=name, reference_pattern=REFERENCE_PATTERN, report=report, **judging, **sides)
 
 
 def check_reward(reward: str) -> None:
