@@ -1,6 +1,6 @@
 """The lab: a tiny reasoner, pretrained in about a minute, that shows the paper's phenomena.
 
-A Qwen3 of 0.6 M parameters imitates a corpus of worked additions (`rlsd_lib.tasks.chains`). Where
+A Qwen3 of 0.4 M parameters imitates a corpus of worked additions (`rlsd_lib.tasks.chains`). Where
 no reference is given the corpus is unreliable about a part of the facts; where one is given (an
 answer, or a whole chain) it is right, and in a stated share of those chains it opens by quoting the
 answer aloud. So the model

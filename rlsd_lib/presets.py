@@ -98,7 +98,7 @@ PRESETS: dict[str, Preset] = {
         num_samples=2,
         save_model=True,
     ),
-    "lab": Preset("three-digit column addition, 0.5 M parameters: minutes on a CPU", **LAB_PRESET),
+    "lab": Preset("three-digit column addition, 0.4 M parameters: minutes on a CPU", **LAB_PRESET),
     "lab-bare": Preset(
         "the lab without filler words: every uncertain token bears on the answer",
         **{**LAB_PRESET, "model_options": {"nuisance": 0.0}},
