@@ -186,10 +186,11 @@ def _suite(options: argparse.Namespace) -> int:
     _say_what_stands(jobs, options)
     if options.list:
         return 0
+    outcomes = _outcomes(options, jobs)  # judges the options before anything is written
     record_plan(options.name, changes, jobs)
     missing: list[Outcome] = []
     with on_sigterm(terminate_children_and_leave):
-        for count, outcome in enumerate(_outcomes(options, jobs), 1):
+        for count, outcome in enumerate(outcomes, 1):
             took = f" in {_duration(outcome.seconds)}" if outcome.seconds else ""
             left = f", about {_duration(outcome.left)} left" if outcome.left else ""
             name = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}"
