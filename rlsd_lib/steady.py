@@ -24,6 +24,9 @@ class SteadyTrainer(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._staging: Path | None = None  # while a checkpoint is being written
         super().__init__(*args, **kwargs)
+        if self.args.device.type == "cpu":
+            # Several processes get "cpu:0", to which torch.load cannot restore an optimiser.
+            self.args._setup_devices = torch.device("cpu")
         self.sigterm = faults.StopOnSigterm(self.accelerator)
         self.add_callback(self.sigterm)
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:

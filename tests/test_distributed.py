@@ -123,14 +123,17 @@ class Sigterm(TrainerCallback):
 
 
 def stop_one(folder: Path, rank: int) -> dict[str, Any]:
-    """A run of which only rank 1 is told to stop."""
+    """A run of which only rank 1 is told to stop, and which both then resume."""
     trainer = tiny.trainer(folder, max_steps=4)
     if rank == 1:
         trainer.add_callback(Sigterm())
     try:
         trainer.train()
     except Stopped as error:
-        return {"said": str(error), "step": trainer.state.global_step}
+        said, step = str(error), trainer.state.global_step
+        again = tiny.trainer(folder, max_steps=4)
+        again.train(resume_from_checkpoint=True)
+        return {"said": said, "step": step, "end": again.state.global_step}
     return {"said": "", "step": trainer.state.global_step}
 
 
@@ -226,10 +229,11 @@ def test_two_processes_give_the_result_of_one(one, two, name):
             assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5)
 
 
-def test_a_sigterm_to_one_rank_stops_both_after_the_same_step(two):
+def test_a_sigterm_to_one_rank_stops_both_after_the_same_step_and_both_resume(two):
     for rank in of_ranks(two, "stopped"):
         assert rank["step"] == 2
         assert "stopped by SIGTERM after step 2 of 4, resumable" in rank["said"]
+        assert rank["end"] == 4, "not resumed on two processes"
     saved = {path.name for path in (two / "stopped" / "checkpoint-2").iterdir()}
     assert {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= saved
 

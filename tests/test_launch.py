@@ -180,7 +180,8 @@ def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, outputs) -> None:
     assert state_of(folder) == "failed"
     assert gone(folder)
 
-    assert start(folder, outputs, "--if-exists", "resume").wait() == 0
+    again = start(folder, outputs, "--if-exists", "resume")
+    assert again.wait() == 0, again.stderr.read()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["status"], manifest["attempt"]) == ("finished", 2)
     assert manifest["launch"]["config"]["use_cpu"] is True
