@@ -5,6 +5,7 @@ down does so for both. `race` does the same for all trainers, TRL's included.
 """
 
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -140,9 +141,12 @@ def peak_bytes() -> int:
     """The most memory that this process ever held: device memory on a GPU, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # Kibibytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage, whose peak includes that of the process that started this one.
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    # Bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def now() -> float:

@@ -220,7 +220,7 @@ def draw(table: pd.DataFrame) -> Figure:
             hue="trainer",
             marker="o",
             palette="colorblind",
-            legend=factor == factors[-1],
+            legend=factor == factors[0],
             ax=axes,
         )
         axes.axhline(1.0, color="0.6", linewidth=1)
