@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from rlsd_lib import Experiment, launch
 from rlsd_lib.faults import Stopped
 from rlsd_lib.launch import LaunchError, accelerate_config, failure, launch_command
-from rlsd_lib.presets import shared_batch
+from rlsd_lib.presets import PRESETS, shared_batch
 from rlsd_lib.records import append_lines, read_lines, state_of
 
 ROWS, ACCUMULATION, STEPS = (
@@ -187,7 +187,7 @@ def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, outputs) -> None:
     assert manifest["launch"]["config"]["use_cpu"] is True
     assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == list(range(1, 13))
     assert json.loads((folder / "metrics.json").read_text())["steps"] == 12
-    assert not (folder / "model").exists(), "the smoke preset keeps no model"
+    assert (folder / "model").exists() == PRESETS["smoke"].save_model
 
 
 @pytest.mark.slow
