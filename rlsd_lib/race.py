@@ -228,4 +228,8 @@ def draw(table: pd.DataFrame) -> Figure:
         values = sorted(shown.loc[shown["factor"] == factor, "value"].unique())
         axes.set(xlabel=factor, xticks=values, xticklabels=values)
     panels[0].set_ylabel(f"step time / {BASE}'s")
+    # Above the panels, where it hides no line.
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[0].get_legend().remove()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
