@@ -68,33 +68,21 @@ def accuracies(runs: pd.DataFrame) -> pd.DataFrame:
 def arms(runs: pd.DataFrame) -> pd.Series:
     """What sets each run apart from the others, as a label: its method, and settings that differ.
 
-    Runs of different seeds share a label.
+    Runs of different seeds share a label. A run that never began has its name.
     """
+    begun = runs[[isinstance(parameters, dict) for parameters in runs["parameters"]]]
     found = []
-    for parameters in runs["parameters"]:
+    for parameters in begun["parameters"]:
         rest = settings(parameters)
         found.append({**rest.pop("overrides", {}), **rest})
     names = dict.fromkeys(name for each in found for name in each)
     same = {n for n in names if len({str(each.get(n)) for each in found}) == 1}
     labels = [
         ", ".join([method, *(f"{n}={each[n]}" for n in each if n not in same)])
-        for method, each in zip(runs["method"], found, strict=True)
+        for method, each in zip(begun["method"], found, strict=True)
     ]
-    return pd.Series(labels, index=runs.index, name="arm")
-
-
-def named(runs: pd.DataFrame) -> str:
-    """Which runs a figure shows and which it does not, in one line to stand under it."""
-    shown = runs[runs["status"] == "finished"]
-    parts = [
-        f"{group}/{name} ({len(cells)})"
-        for (group, name), cells in shown.groupby(
-            [shown["group"], shown["name"].str.replace(r"-s\d+", "", regex=True)], sort=True
-        )
-    ]
-    missing = [f"{run['name']} ({run['status']})" for _, run in runs.drop(shown.index).iterrows()]
-    left_out = f" INCOMPLETE, {len(missing)} left out: {', '.join(missing)}." if missing else ""
-    return f"Runs (seeds): {', '.join(parts)}.{left_out}"
+    known = pd.Series(labels, index=begun.index, dtype=object)
+    return known.reindex(runs.index).fillna(runs["name"]).rename("arm")
 
 
 def _report(

@@ -97,6 +97,28 @@ def test_the_report_shows_every_table_and_figure_and_hides_no_run(
     assert "rlsd run 15_rlsd -p method=rlsd -p preset=smoke -p seed=0" in text
 
 
+def test_leakage_is_measured_on_saved_models_once(tmp_path, monkeypatch, shared_outputs):
+    monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
+    folders = {name: tmp_path / name for name in ("methods", "controls")}
+    execute_notebook("10_grpo", {"preset": "smoke"}, run_dir=folders["methods"] / "grpo")
+    execute_notebook("12_opsd", {"preset": "smoke"}, run_dir=folders["methods"] / "opsd")
+    execute_notebook(
+        "15_rlsd", {"preset": "smoke", "control": "peer"}, run_dir=folders["controls"] / "peer"
+    )
+    manifest = folders["methods"] / "opsd" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"finished"', '"failed"'))
+    parameters = {f"{'runs' if n == 'methods' else n}_dir": str(f) for n, f in folders.items()}
+    found = execute_notebook("21_leakage", parameters, run_dir=tmp_path / "leakage")
+    metrics = json.loads((found / "metrics.json").read_text())
+    assert metrics["methods_incomplete"] == 1
+    assert {"grpo/phrase", "grpo/value", "grpo/privileged view", "grpo/evidence"} < metrics.keys()
+    assert len(list((found / "leakage").glob("*.json"))) == 2
+    executed = (found / "21_leakage.ipynb").read_text()
+    assert "INCOMPLETE, 1 left out: opsd (failed)" in executed
+    pictures = {path.stem for path in (found / "figures").glob("*.png")}
+    assert {"rewards_leak_mean", "reward", "measures", "controls"} <= pictures
+
+
 def test_there_is_no_report_without_a_finished_run(tmp_path, capsys):
     assert main(["report", "papr"]) == 2
     assert "papr: no such folder" in capsys.readouterr().err
