@@ -165,7 +165,7 @@ def report(
 ) -> pd.DataFrame:
     """Measure the leakage of `model` and of the model it was trained from, on the same problems.
 
-    One completion per problem at temperature 1. `task` is a `Task` (its test problems count), or a
+    One completion per problem at temperature 1, of `num_problems` at most. `task` is a `Task` (its test problems count), or a
     data set with the columns `prompt` and `privileged_context`. `settings` go to `judge`; a task
     brings its own template, pattern and cut.
 
@@ -200,7 +200,7 @@ def measure(
 def _subject(task: Task | Dataset, num_problems: int | None) -> tuple[list[Row], dict[str, Any]]:
     """The rows to measure on, and what the task knows about leaking."""
     data = task.test if isinstance(task, Task) else task
-    rows = list(data.select(range(num_problems)) if num_problems else data)
+    rows = list(data.select(range(min(num_problems or len(data), len(data)))))
     if any(row.get("images") for row in rows):
         raise ValueError("rows with images cannot be measured here: the judge reads text alone.")
     if not isinstance(task, Task):

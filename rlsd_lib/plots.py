@@ -249,7 +249,7 @@ def _name_legend(axes: Axes, runs: pd.Series) -> None:
 def leak_measures(frame: pd.DataFrame, *, by: str = "method", title: str = "") -> Figure:
     """Every measure of leakage in a panel: a point per run with its own 95 % interval.
 
-    The band is the base model's interval, the dashed line the null value.
+    The band is the base model's interval, the dashed line the mean null value of the runs.
 
     Args:
         frame: rows of `leakage.summarise` for one run or several, with a column `by`.
@@ -263,15 +263,17 @@ def leak_measures(frame: pd.DataFrame, *, by: str = "method", title: str = "") -
     data = _present(frame, [by, "measure", "of", "null", *ends], "mean")
     names, measures = (list(dict.fromkeys(data[column])) for column in (by, "measure"))
     colours = _colours(data[by])
-    figure = new_figure((2.6 * len(measures) + 1.4, 0.34 * len(names) + 1.6))
+    figure = new_figure((2.2 * len(measures) + 2.2, 0.4 * len(names) + 1.6))
     with sns.axes_style("whitegrid"):
         panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
         rows = data[data["measure"] == measure]
         base, model = (rows[rows["of"] == of] for of in ("base", "model"))
         axes.axvspan(base["low"].min(), base["high"].max(), color="0.85", label="base model")
-        for null in model["null"].dropna().head(1):  # an accuracy has none
-            axes.axvline(null, color="0.3", linestyle="--", linewidth=1, label="null")
+        if model["null"].notna().any():  # an accuracy has none
+            axes.axvline(
+                model["null"].mean(), color="0.3", linestyle="--", linewidth=1, label="null"
+            )
         for place, name in enumerate(names):
             chosen = model[model[by] == name]
             for number, (_, run) in enumerate(chosen.iterrows()):
@@ -280,8 +282,9 @@ def leak_measures(frame: pd.DataFrame, *, by: str = "method", title: str = "") -
                 axes.plot([run["mean"]], [height], "o", color=colours[name], markersize=4)
         axes.set_title(measure, loc="left", fontsize=10)
         axes.set(xlabel="nats" if measure == "evidence" else "share")
-    panels[0].set_yticks(range(len(names)), [str(name) for name in names])
+    labels = [textwrap.fill(str(name), 34) for name in names]
+    panels[0].set_yticks(range(len(names)), labels, fontsize=8)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
-    panels[0].legend(fontsize=8, loc="lower right")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="upper right", ncols=2)
+    figure.suptitle(title or "leakage", x=0.01, ha="left", fontsize=11)
     return figure

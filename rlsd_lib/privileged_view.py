@@ -2,17 +2,17 @@ r"""Leakage without a list of phrases: does a completion read as if a reference 
 
 A completion y, sampled without a reference, is a leak to the degree that the frozen base model
 finds it likelier after being shown *some* reference than after the question alone. Per token, with
-the references r' of other problems (never the row's own, so neither knowing nor deriving the answer
-can count),
+the references r' of other problems (never the row's own, so that stating the right answer, known or
+derived, is no evidence),
 
     P_bar(y_t) = mean over r' of pi_0(y_t | x, r', y_<t),        P_0(y_t) = pi_0(y_t | x, y_<t),
 
 and the evidence of the stretch of tokens s..e is  L = sum_t log P_bar(y_t) - log P_0(y_t), nats.
 P_bar is the policy that on-policy self-distillation converges to (Theorem 1 of the paper).
 
-A leak may begin anywhere. The measure is the capital of a gambler who holds 1/H of it back for each
-of the H places where one could begin, and from there on bets on P_bar against P_0: its highest
-value, whose logarithm is the `evidence`. Under the base model's own text each such capital is a
+A leak may begin anywhere, and most begin at the opening. The measure is the capital of a gambler who
+stakes half of it at the first token and an equal part of the rest at each other place, H in all, and
+from there on bets on P_bar against P_0: its highest value, whose logarithm is the `evidence`. Under the base model's own text each such capital is a
 martingale that begins at 1, hence by Ville's inequality, for any model and any task,
 
     P(evidence >= log(1 / alpha)) <= alpha,   and   E[evidence] <= 1 nat:
@@ -46,16 +46,18 @@ def view_evidence(ratios: Sequence[Tensor], max_new_tokens: int) -> pd.Series:
 
 
 def highest_capital(ratios: Tensor, places: int) -> Tensor:
-    """log max_e [sum_{s <= e} exp(L_{s..e}) + (places - e)] / places: (N, T) -> (N,), nats.
+    """log max_e [sum_{s <= e} q_s exp(L_{s..e}) + sum_{s > e} q_s], nats: (N, T) -> (N,).
 
-    `ratios` holds log P_bar - log P_0 per token, 0 after the end of a text; T is at most `places`.
+    q_s is 1/2 at the first of the `places` and equal at all others. `ratios` holds
+    log P_bar - log P_0 per token, 0 after the end of a text; T is at most `places`.
     """
+    others = max(places - 1, 1)
     staked = torch.full_like(ratios[:, 0], -torch.inf)
     best = torch.zeros_like(staked)
     for place in range(ratios.shape[1]):
-        new = torch.full_like(staked, -math.log(places))
+        new = torch.full_like(staked, -math.log(2 * others if place else min(places, 2)))
         staked = torch.logaddexp(staked, new) + ratios[:, place]
-        held = torch.full_like(staked, (places - place - 1) / places).log()
+        held = torch.full_like(staked, (places - place - 1) / (2 * others)).log()
         best = torch.maximum(best, torch.logaddexp(staked, held))
     return best
 

@@ -156,6 +156,10 @@ def test_the_capital_is_a_mean_over_the_places_where_a_leak_may_begin():
     found = highest_capital(torch.tensor([[a, b], [a, -9.0], [-1.0, 0.0]]), 2)
     expected = [math.log(second), math.log(first), 0.0]
     torch.testing.assert_close(found, torch.tensor(expected))
+    third = (2 * math.exp(a + b + a) + math.exp(b + a) + math.exp(a)) / 4
+    found = highest_capital(torch.tensor([[a, b, a]]), 3)
+    torch.testing.assert_close(found, torch.tensor([math.log(third)]))
+    torch.testing.assert_close(highest_capital(torch.tensor([[a]]), 1), torch.tensor([a]))
 
 
 @pytest.mark.parametrize("seed", range(5))

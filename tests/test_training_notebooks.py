@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +102,11 @@ def test_leakage_is_measured_on_saved_models_once(tmp_path, monkeypatch, shared_
     monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
     folders = {name: tmp_path / name for name in ("methods", "controls")}
     execute_notebook("10_grpo", {"preset": "smoke"}, run_dir=folders["methods"] / "grpo")
-    execute_notebook("12_opsd", {"preset": "smoke"}, run_dir=folders["methods"] / "opsd")
+    shutil.copytree(folders["methods"] / "grpo", folders["methods"] / "broken")
     execute_notebook(
         "15_rlsd", {"preset": "smoke", "control": "peer"}, run_dir=folders["controls"] / "peer"
     )
-    manifest = folders["methods"] / "opsd" / "manifest.json"
+    manifest = folders["methods"] / "broken" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"finished"', '"failed"'))
     parameters = {f"{'runs' if n == 'methods' else n}_dir": str(f) for n, f in folders.items()}
     found = execute_notebook("21_leakage", parameters, run_dir=tmp_path / "leakage")
@@ -114,7 +115,7 @@ def test_leakage_is_measured_on_saved_models_once(tmp_path, monkeypatch, shared_
     assert {"grpo/phrase", "grpo/value", "grpo/privileged view", "grpo/evidence"} < metrics.keys()
     assert len(list((found / "leakage").glob("*.json"))) == 2
     executed = (found / "21_leakage.ipynb").read_text()
-    assert "INCOMPLETE, 1 left out: opsd (failed)" in executed
+    assert "INCOMPLETE, 1 left out: broken (failed)" in executed
     pictures = {path.stem for path in (found / "figures").glob("*.png")}
     assert {"rewards_leak_mean", "reward", "measures", "controls"} <= pictures
 
