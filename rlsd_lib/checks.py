@@ -144,19 +144,12 @@ def check_images(prompts: list[privileged.Prompt], accelerator: Accelerator) -> 
     videos, bare, rows = (sum(column) for column in zip(*counts, strict=True))
     if videos:
         raise ValueError(f"{videos} of {rows} prompts in a batch hold a video. {VIDEO_ADVICE}")
-    if 0 < bare < rows and is_sharded(accelerator):
+    if 0 < bare < rows and sharding_of(accelerator) is not None:
         raise ValueError(
             f"{bare} of {rows} prompts in a batch have no image and the others have: with sharded "
             "parameters, ranks would wait for one another in the vision tower. Give every row an "
             "image, train on the two kinds apart, or use DDP or ZeRO-2."
         )
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether parameters are spread over the ranks (FSDP, ZeRO-3)."""
-    plugin = accelerator.state.deepspeed_plugin
-    zero3 = plugin is not None and plugin.zero_stage == 3
-    return zero3 or accelerator.distributed_type == DistributedType.FSDP
 
 
 def drop_empty_images(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:

@@ -9,10 +9,11 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from rlsd_lib import methods
 from rlsd_lib.credit import Credit, lambda_schedule, sampled_distillation
 from rlsd_lib.divergence import Divergence
-from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT, Method, check_distillation, look_up
-from rlsd_lib.privileged import DEFAULT_TEMPLATE
+from rlsd_lib.methods import METHODS, PEER, PROMPT, Method, look_up
+from rlsd_lib.privileged import DEFAULT_TEMPLATE, check_template
 
 __all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "TEACHER_PASSES", "RLSDConfig"]
 
@@ -241,22 +242,13 @@ class RLSDConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         look_up(self.method, METHODS, "method")
-        if self.peer_context and METHODS[self.method].teacher_sees != PRIVILEGED:
-            raise ValueError(
-                f"peer_context=True means nothing for method={self.method!r}, whose teacher sees "
-                "no privileged_context that a peer could replace. Leave it at False."
-            )
+        methods.check_peer(self)
         look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
         look_up(self.teacher_pass, TEACHER_PASSES, "teacher_pass")
         _require(0 <= self.lambda_init <= 1, "lambda_init", self.lambda_init, "a number in [0, 1]")
         _require(self.epsilon_w >= 0, "epsilon_w", self.epsilon_w, "a number >= 0")
         look_up(self.weight_clip, WEIGHT_CLIPS, "weight_clip")
-        changed = self.weight_clip != "linear" or self.conserve_credit
-        if changed and self.row.evidence is None:
-            raise ValueError(
-                f"weight_clip={self.weight_clip!r}, conserve_credit={self.conserve_credit!r} mean "
-                f"nothing for method={self.method!r}, which has no weight. Leave them alone."
-            )
+        methods.check_weight(self)
         rate = self.teacher_update_rate
         _require(0 < rate <= 1, "teacher_update_rate", rate, "a number in (0, 1]")
         for name in ("lambda_warmup_steps", "lambda_decay_steps"):
@@ -272,13 +264,8 @@ class RLSDConfig(GRPOConfig):
         for name in ("distillation_weight", "distillation_token_clip"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "None or a number > 0")
-        check_distillation(self)
-        for placeholder in ("{prompt}", "{privileged_context}"):
-            if placeholder not in self.privileged_template:
-                raise ValueError(
-                    f"privileged_template has no {placeholder}: {self.privileged_template!r}. "
-                    "The teacher's turn must hold both {prompt} and {privileged_context}."
-                )
+        methods.check_distillation(self)
+        check_template(self.privileged_template)
 
     def _check_combinations(self) -> None:
         if not self.uses_teacher:

@@ -1,6 +1,5 @@
 """`rlsd run ... --dry-run`: resolve a run, check it, and say what it would do. No network, no GPU."""
 
-import importlib.util
 import json
 import shlex
 from collections.abc import Iterator, Mapping
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsd_lib.config import RLSDConfig
-from rlsd_lib.controls import CONTROLS, control_template
-from rlsd_lib.methods import look_up
+from rlsd_lib.controls import control_template
+from rlsd_lib.plan import describe, make_plan, setting_of, shape_named
 from rlsd_lib.preflight import (
     Findings,
     Resolved,
@@ -23,7 +22,8 @@ from rlsd_lib.preflight import (
     local_model,
     local_task,
 )
-from rlsd_lib.presets import resolve_config, resolve_preset
+from rlsd_lib.presets import resolve_parameters, resolve_preset
+from rlsd_lib.shapes import SHAPES
 
 
 def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
@@ -54,23 +54,14 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
 
 def resolve(parameters: Mapping[str, Any]) -> Resolved:
     """Resolve a run's parameters as `Experiment` does; raises ValueError like it."""
-    overrides = parameters.get("overrides") or {}
-    preset, _ = resolve_preset(parameters["preset"], overrides)
-    count = parameters.get("num_processes", 1)
+    given = {name: value for name, value in parameters.items() if value is not None}
+    full = {"seed": 0, "max_steps": -1, "control": "none", "overrides": {}, **given}
+    preset, _ = resolve_preset(full["preset"], full["overrides"])
+    count = full.get("num_processes", 1)
     count = preset.processes if count == 1 else count
-    control = parameters.get("control", "none")
-    look_up(control, CONTROLS, "control")
-    config = resolve_config(
-        parameters["method"],
-        parameters["preset"],
-        parameters.get("seed", 0),
-        Path("unused"),
-        template=control_template(control, None),
-        max_steps=parameters.get("max_steps", -1),
-        overrides=overrides,
-        num_processes=count,
-    )
-    return Resolved(preset, config, count, control)
+    template = control_template(full["control"], None)
+    config = resolve_parameters(full, Path("unused"), template, count)
+    return Resolved(preset, config, count, full["control"])
 
 
 def _settings(run: Resolved) -> Iterator[str]:
@@ -106,11 +97,6 @@ def _batch_in_words(run: Resolved) -> str:
 
 def _plan(run: Resolved) -> list[str]:
     """Memory and time by arithmetic, for models whose sizes are known."""
-    if importlib.util.find_spec("rlsd_lib.plan") is None:
-        return []
-    from rlsd_lib.plan import describe, make_plan, setting_of, shape_named
-    from rlsd_lib.shapes import SHAPES
-
     if run.preset.model not in SHAPES:
         return [f"no plan: the sizes of {run.preset.model} are not known to `rlsd plan`"]
     shape, count = shape_named(run.preset.model), run.num_processes

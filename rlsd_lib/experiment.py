@@ -21,15 +21,14 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PrinterCallback
 
 from rlsd_lib import lens, provenance, shown, training
-from rlsd_lib.config import RLSDConfig
-from rlsd_lib.controls import apply_control, control_overrides, control_template
+from rlsd_lib.controls import apply_control, control_template
 from rlsd_lib.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.launch import accelerate_config
 from rlsd_lib.leakage import phrase_leakage
 from rlsd_lib.lengths import within
 from rlsd_lib.methods import PROMPT
 from rlsd_lib.models import Loaded, load_model
-from rlsd_lib.presets import resolve_config, resolve_preset
+from rlsd_lib.presets import resolve_parameters, resolve_preset
 from rlsd_lib.privileged import COLUMN
 from rlsd_lib.progress import LiveCurve, Recorder
 from rlsd_lib.runs import Run
@@ -82,7 +81,7 @@ class Experiment:
             "num_processes": num_processes,
         }
         # Resolved once into nowhere, so that a bad value costs no directory.
-        self._resolve(parameters, Path("unused"), None, num_processes)
+        resolve_parameters(parameters, Path("unused"), None, num_processes)
         if num_processes > 1:
             accelerate_config()
         self.run = Run.start(
@@ -138,7 +137,8 @@ class Experiment:
             **{**self.preset.task_options, **self.preset.task_by_method.get(self.method, {})},
         )
         template = control_template(control, self.task.privileged_template)
-        self.config = self._resolve(parameters, self.run.path / "checkpoints", template, sharing)
+        folder = self.run.path / "checkpoints"
+        self.config = resolve_parameters(parameters, folder, template, sharing)
         self.prompts_too_long = 0
         if limit := self.preset.max_prompt_length:
             how = {"chat_template_kwargs": self.config.chat_template_kwargs}
@@ -278,18 +278,3 @@ class Experiment:
             "batch_size": self.preset.evaluation_batch_size,
             "chat_template_kwargs": self.config.chat_template_kwargs,
         }
-
-    @staticmethod
-    def _resolve(
-        parameters: Mapping[str, Any], output_dir: Path, template: str | None, sharing: int = 1
-    ) -> RLSDConfig:
-        return resolve_config(
-            parameters["method"],
-            parameters["preset"],
-            parameters["seed"],
-            output_dir,
-            template=template,
-            max_steps=parameters["max_steps"],
-            overrides={**control_overrides(parameters["control"]), **parameters["overrides"]},
-            num_processes=sharing,
-        )

@@ -10,7 +10,7 @@ import torch
 
 from rlsd_lib import leakage
 from rlsd_lib.models import load_model
-from rlsd_lib.provenance import digest, outputs_root, settings
+from rlsd_lib.provenance import digest, flat_settings, outputs_root
 from rlsd_lib.records import read_manifest, write_json
 from rlsd_lib.tasks import load_task
 
@@ -71,10 +71,7 @@ def arms(runs: pd.DataFrame) -> pd.Series:
     Runs of different seeds share a label. A run that never began has its name.
     """
     begun = runs[[isinstance(parameters, dict) for parameters in runs["parameters"]]]
-    found = []
-    for parameters in begun["parameters"]:
-        rest = settings(parameters)
-        found.append({**rest.pop("overrides", {}), **rest})
+    found = [flat_settings(parameters) for parameters in begun["parameters"]]
     names = dict.fromkeys(name for each in found for name in each)
     same = {n for n in names if len({str(each.get(n)) for each in found}) == 1}
     labels = [

@@ -124,6 +124,33 @@ def look_up(name: str, names: Iterable[str], what: str) -> str:
     raise ValueError(f"Unknown {what} {name!r}.{hint} Valid: {', '.join(names)}.")
 
 
+def check_peer(args: "RLSDConfig") -> None:
+    """Refuse a peer's rollout as the reference where the method shows none.
+
+    Raises:
+        ValueError: naming the method.
+    """
+    if args.peer_context and METHODS[args.method].teacher_sees != PRIVILEGED:
+        raise ValueError(
+            f"peer_context=True means nothing for method={args.method!r}, whose teacher sees "
+            "no privileged_context that a peer could replace. Leave it at False."
+        )
+
+
+def check_weight(args: "RLSDConfig") -> None:
+    """Refuse options of the weight where the method has none.
+
+    Raises:
+        ValueError: naming both options and the method.
+    """
+    changed = args.weight_clip != "linear" or args.conserve_credit
+    if changed and args.row.evidence is None:
+        raise ValueError(
+            f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} mean "
+            f"nothing for method={args.method!r}, which has no weight. Leave them alone."
+        )
+
+
 def check_distillation(args: "RLSDConfig") -> None:
     """Refuse options of the distillation term that mean nothing for the method, or too little.
 

@@ -1,6 +1,5 @@
 """Presets: model, task and sizes of a run. A run is a preset, a method, a seed, and overrides."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,7 +7,9 @@ from typing import Any
 
 import torch
 
+from rlsd_lib.batches import shared_batch, split_rollouts
 from rlsd_lib.config import RLSDConfig
+from rlsd_lib.controls import control_overrides
 from rlsd_lib.methods import METHODS, PROMPT, look_up
 from rlsd_lib.paper import PAPER, REAL_PRESETS, Preset
 
@@ -229,51 +230,31 @@ def resolve_config(
         settings["max_steps"] = max_steps
     settings |= overrides
     share = (
-        _split(chosen, settings, num_processes)
+        split_rollouts(chosen, settings, num_processes)
         if chosen.rollouts_per_step
         else shared_batch(settings, num_processes)
     )
     return RLSDConfig(**{**settings, **share})
 
 
-def shared_batch(settings: Mapping[str, Any], num_processes: int) -> dict[str, int]:
-    """The batch settings of each of `num_processes` that together make the batch of one.
-
-    The rows of a micro-batch are shared first; what they do not divide by is taken from the number
-    of micro-batches. Then every optimiser step and every generation batch has the same rows.
+def resolve_parameters(
+    parameters: Mapping[str, Any],
+    output_dir: Path,
+    template: str | None = None,
+    num_processes: int = 1,
+) -> RLSDConfig:
+    """`resolve_config` for the parameters of a run, what its control sets included.
 
     Raises:
-        ValueError: the batch does not divide; the message names the values.
+        ValueError: as `resolve_config`, and for an unknown control.
     """
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
-    batch = {name: settings.get(name) or getattr(RLSDConfig, name) for name in names}
-    rows = batch.pop("per_device_train_batch_size")
-    by_rows = math.gcd(rows, num_processes)
-    by_steps = num_processes // by_rows
-    counts = {name: count for name, count in batch.items() if count}
-    generated = settings.get("generation_batch_size") or rows * by_steps
-    shares = (*counts.values(), generated // rows)
-    if num_processes < 1 or any(count % by_steps for count in shares):
-        values = ", ".join(f"{name}={count}" for name, count in counts.items())
-        raise ValueError(
-            f"num_processes={num_processes} does not divide the batch of "
-            f"per_device_train_batch_size={rows}, {values}, generation_batch_size="
-            f"{settings.get('generation_batch_size')}: choose a number that divides the first, or "
-            "whose remaining factor divides the others."
-        )
-    shared = {name: count // by_steps for name, count in counts.items()}
-    return {"per_device_train_batch_size": rows // by_rows, **shared}
-
-
-def _split(preset: Preset, settings: Mapping[str, Any], processes: int) -> dict[str, int]:
-    """The gradient accumulation by which `processes` make one step of the preset's rollouts."""
-    if "gradient_accumulation_steps" in settings:
-        return {}
-    rollouts, each = preset.rollouts_per_step, settings["per_device_train_batch_size"]
-    if rollouts % (processes * each):
-        raise ValueError(
-            f"{rollouts} rollouts per step cannot be shared by {processes} processes with "
-            f"per_device_train_batch_size={each}: choose numbers whose product divides {rollouts}, "
-            "or set gradient_accumulation_steps."
-        )
-    return {"gradient_accumulation_steps": rollouts // (processes * each)}
+    return resolve_config(
+        parameters["method"],
+        parameters["preset"],
+        parameters["seed"],
+        output_dir,
+        template=template,
+        max_steps=parameters["max_steps"],
+        overrides={**control_overrides(parameters["control"]), **parameters["overrides"]},
+        num_processes=num_processes,
+    )

@@ -35,6 +35,20 @@ def render(template: str, prompt: str, context: str) -> str:
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
+def check_template(template: str) -> None:
+    """Refuse a template without both placeholders.
+
+    Raises:
+        ValueError: naming the one that is missing.
+    """
+    for placeholder in ("{prompt}", "{privileged_context}"):
+        if placeholder not in template:
+            raise ValueError(
+                f"privileged_template has no {placeholder}: {template!r}. "
+                "The teacher's turn must hold both {prompt} and {privileged_context}."
+            )
+
+
 def is_plain(template: str) -> bool:
     """Whether an empty privileged text makes the teacher's turn equal to the student's."""
     return render(template, "x", "") == "x"

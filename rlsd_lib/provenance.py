@@ -66,6 +66,12 @@ def settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def flat_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The `settings` of a run, its overrides among them."""
+    rest = settings(parameters)
+    return {**rest.pop("overrides", {}), **rest}
+
+
 def digest(value: Any) -> str:
     """SHA-256 of a value's canonical JSON (keys sorted)."""
     text = json.dumps(value, sort_keys=True, default=str)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from rlsd_lib.estimates import Estimate, estimate, smallest_detectable
 from rlsd_lib.evaluate import paired_interval
-from rlsd_lib.provenance import settings
+from rlsd_lib.provenance import flat_settings
 from rlsd_lib.records import Runs, described, is_finished, is_number, read_manifest
 
 DASH = "-"
@@ -165,14 +165,8 @@ def _evaluation(run: pd.Series) -> _Evaluation:
 
 def settings_of(parameters: Mapping[str, Any]) -> str:
     """What sets a run apart beside method, preset and seed, as one line."""
-    flat = _flat(parameters)
+    flat = flat_settings(parameters)
     return ", ".join(f"{name}={flat[name]}" for name in sorted(flat))
-
-
-def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run, overrides among them."""
-    rest = settings(parameters)
-    return {**rest.pop("overrides", {}), **rest}
 
 
 def with_arms(frame: pd.DataFrame) -> pd.DataFrame:
@@ -181,7 +175,7 @@ def with_arms(frame: pd.DataFrame) -> pd.DataFrame:
     `frame` is `Runs.runs`; runs without parameters (killed at once, never started) have no arm.
     """
     known = frame[frame["parameters"].notna()]
-    given = [{"preset": p.get("preset"), **_flat(p)} for p in known["parameters"]]
+    given = [{"preset": p.get("preset"), **flat_settings(p)} for p in known["parameters"]]
     names = {name for settings in given for name in settings}
     apart = {n for n in names if len({repr(settings.get(n)) for settings in given}) > 1}
     labels = []

@@ -1,6 +1,7 @@
 """`rlsd run --dry-run`: what it says, what it catches, and that it opens no connection."""
 
 import json
+import re
 import socket
 from typing import Any
 
@@ -123,11 +124,15 @@ def test_a_folder_of_rows_is_checked(tmp_path, capsys):
 
 
 def test_an_unknown_benchmark_is_an_error():
-    pytest.importorskip("rlsd_lib.benchmarks")
     run = {"preset": "smoke-vl", "method": "rlsd"}
     with pytest.raises(ValueError, match="MMMUU"):
         dry_run("40_qwen3_vl", {**run, "benchmarks": ["MMMUU"]})
     assert "benchmarks: MMMU" in dry_run("40_qwen3_vl", {**run, "benchmarks": ["MMMU"]}).text()
+
+
+def test_a_control_sets_the_same_fields_as_in_the_run_itself():
+    found = dry_run("15_rlsd", {"preset": "smoke-vl", "method": "rlsd", "control": "peer"})
+    assert re.search(r"peer_context +True", found.text())
 
 
 def test_a_notebook_that_trains_nothing_is_refused(capsys):

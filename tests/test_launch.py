@@ -14,9 +14,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from rlsd_lib import Experiment, launch
+from rlsd_lib.batches import shared_batch
 from rlsd_lib.faults import Stopped
 from rlsd_lib.launch import LaunchError, accelerate_config, failure, launch_command
-from rlsd_lib.presets import PRESETS, shared_batch
+from rlsd_lib.presets import PRESETS
 from rlsd_lib.records import append_lines, read_lines, state_of
 
 ROWS, ACCUMULATION, STEPS = (

@@ -1,15 +1,13 @@
 """A random two-layer Qwen3 with character tokens, and rows to train it on: seconds per test."""
 
-import string
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rlsd_lib import RLSDConfig, RLSDTrainer
+from rlsd_lib import RLSDConfig, RLSDTrainer, toy_vlm
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -18,20 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    special = ["<pad>", "</s>", "<system>", "<user>", "<assistant>", "<unk>"]
-    vocab = {t: i for i, t in enumerate([*special, *string.printable])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=special[2:5],
-        chat_template=CHAT_TEMPLATE,
-        padding_side="left",
-    )
+    return toy_vlm.build_tokenizer((), CHAT_TEMPLATE)
 
 
 def model(seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
