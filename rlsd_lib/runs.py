@@ -245,6 +245,7 @@ def _check_allowed(
     if again:
         return
     if state == "running":
+        owner = latest_claim(path)  # asked again: it may have claimed after the first look
         raise FileExistsError(
             f"{path} is being written by {owner}. Wait for it or choose another run_dir; if you "
             f"know that process to be gone, delete {claim_path(path, owner.attempt)}"

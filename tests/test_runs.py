@@ -165,6 +165,20 @@ def test_of_runs_started_at_once_exactly_one_wins(tmp_path: Path, killed_before:
     assert json.loads((folder / "manifest.json").read_text())["owner"]["pid"] == winner.pid
 
 
+def test_a_claim_made_between_two_looks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = [None]  # the first look finds nobody, and then somebody claims
+
+    def late(folder: Path) -> claims.Claim | None:
+        return first.pop() if first else claims.latest_claim(folder)
+
+    claims.make_claim(tmp_path / "a", 1)
+    monkeypatch.setattr("rlsd_lib.runs.latest_claim", late)
+    with pytest.raises(FileExistsError, match=f"is being written by process {os.getpid()} on "):
+        Run.start(tmp_path / "a", parameters={})
+
+
 def test_a_claim_made_between_look_and_grasp_is_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,7 @@ def test_trap_16_the_placeholders_of_every_family_are_known(family):
 def test_mixed_rows_are_refused_where_parameters_are_sharded(tmp_path):
     class Sharded:
         distributed_type = "FSDP"
+        is_fsdp2 = True
         state = type("State", (), {"deepspeed_plugin": None})
 
     image = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
