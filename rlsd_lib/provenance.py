@@ -107,8 +107,10 @@ def git_state(root: Path | None = None) -> dict[str, Any]:
 
 
 def _git(root: Path, *words: str) -> str | None:
+    # Without the lock that `git status` takes: killed with the run it would block the next commit.
+    command = ["git", "--no-optional-locks", *words]
     try:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None  # no git, no checkout or no commit yet: recorded as unknown
     return done.stdout.strip()

@@ -313,6 +313,23 @@ def test_git_state_says_dirty_for_a_new_module(tmp_path: Path) -> None:
     assert provenance.git_state(tmp_path)["dirty"] is True
 
 
+def test_reading_the_git_state_takes_no_lock(tmp_path: Path) -> None:
+    """A run killed while it holds the index lock would block its user's next commit."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C", str(tmp_path)]
+    (tmp_path / "rlsd_lib").mkdir()
+    for name in ("pyproject.toml", "rlsd_lib/a.py"):
+        (tmp_path / name).write_text("x")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    os.utime(
+        tmp_path / "rlsd_lib" / "a.py", (1, 1)
+    )  # the same content: a status would refresh the index
+    index = (tmp_path / ".git" / "index").read_bytes()
+    assert provenance.git_state(tmp_path)["dirty"] is False
+    assert (tmp_path / ".git" / "index").read_bytes() == index
+
+
 # ---- strict execution -------------------------------------------------------------------------
 
 
