@@ -43,19 +43,27 @@ def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(ERRORS))
 
 
+def auroc_by_problem(
+    task: Task, groups: Sequence[Sequence[Rollout]], column: str = "auroc_gap"
+) -> pd.Series:
+    """Mean AUROC of the first error of each problem, indexed by the group's place in `groups`.
+
+    `groups` holds one group of rollouts per problem, `column` is "auroc_gap" or "auroc_weight".
+    Problems without a failed rollout that has a first error are left out: it may be empty.
+    """
+    means = [first_errors(task, group)[column].mean() for group in groups]
+    return pd.Series(means, dtype=float).dropna()
+
+
 def error_auroc(
     task: Task, groups: Sequence[Sequence[Rollout]], column: str = "auroc_gap"
 ) -> Interval:
-    """Mean AUROC of the first error over problems, with its 95 % bootstrap interval over problems.
+    """The mean of `auroc_by_problem`, with its 95 % bootstrap interval over problems.
 
-    `groups` holds one group of rollouts per problem, `column` is "auroc_gap" or "auroc_weight".
-    Raises ValueError when no rollout has a first error.
+    NaN throughout where no failed rollout has a first error to point at.
     """
-    means = [first_errors(task, group)[column].mean() for group in groups]
-    found = pd.Series(means, dtype=float).dropna()
-    if found.empty:
-        raise ValueError(f"no failed rollout with a first error in {len(groups)} groups")
-    return bootstrap_interval(found.to_numpy())
+    found = auroc_by_problem(task, groups, column)
+    return bootstrap_interval(found.to_numpy()) if len(found) else Interval(*[float("nan")] * 3)
 
 
 def clip_sweep(

@@ -100,7 +100,7 @@ SUITES: dict[str, Suite] = {
                     "seed": SEEDS,
                     **LAB,
                     **SHORT,
-                    "control": ("none", "shuffled", "wrong", "noise", "empty"),
+                    "control": ("none", "shuffled", "wrong", "noise", "empty", "peer"),
                     # Strong, because the paper's numbers leave a control little to change.
                     "overrides": (STRONG,),
                 },

@@ -62,13 +62,17 @@ def test_a_clip_that_ties_everything_leaves_the_weight_blind(task):
     assert frame["auroc_weight"][0] == 0.5 and math.isnan(frame["auroc_weight"][1])
 
 
-def test_the_interval_is_over_problems_and_needs_an_error(task):
+def test_the_interval_is_over_problems_that_have_an_error(task):
     sharp, blind = rollout(WRONG, at(9, -5.0)), rollout(WRONG, [])
     found = blame.error_auroc(task, [[sharp, sharp, sharp, blind], [blind], [rollout(RIGHT, [])]])
     assert found.mean == pytest.approx((0.875 + 0.5) / 2)
     assert found.low <= found.mean <= found.high
-    with pytest.raises(ValueError, match="no failed rollout"):
-        blame.error_auroc(task, [[rollout(RIGHT, [])]])
+    assert all(math.isnan(value) for value in blame.error_auroc(task, [[rollout(RIGHT, [])]]))
+
+
+def test_problems_are_paired_by_their_place(task):
+    groups = [[rollout(RIGHT, [])], [rollout(WRONG, at(9, -5.0))], [rollout(WRONG, [])]]
+    assert blame.auroc_by_problem(task, groups).to_dict() == {1: 1.0, 2: 0.5}
 
 
 def test_shares_count_tokens_and_what_was_moved(task):

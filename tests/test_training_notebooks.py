@@ -3,10 +3,13 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from rlsd_lib.__main__ import main
 from rlsd_lib.execute import execute_notebook
@@ -20,6 +23,23 @@ NOTEBOOKS = ("00_tour", "10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd
 def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One place for all workers, so that the small lab is pretrained once."""
     return tmp_path_factory.getbasetemp().parent / "smoke-outputs"
+
+
+@pytest.fixture
+def smoke_run(shared_outputs, monkeypatch) -> Callable[..., Path]:
+    """Puts a finished smoke run into a folder; the same run is trained once for all tests."""
+    monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
+
+    def put(folder: Path, name: str, **parameters) -> Path:
+        chosen = {"preset": "smoke", **parameters}
+        key = sha256(json.dumps([name, chosen], sort_keys=True).encode()).hexdigest()[:10]
+        kept = shared_outputs / "runs" / key
+        with FileLock(f"{shared_outputs}-{key}.lock"):
+            if not (kept / "metrics.json").exists():
+                execute_notebook(name, chosen, run_dir=kept, if_exists="overwrite")
+        return Path(shutil.copytree(kept, folder))
+
+    return put
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -75,13 +95,10 @@ def test_the_papers_recipe_ends_in_table_2(name, preset, tmp_path, monkeypatch, 
     assert not list(elsewhere.iterdir()), "a notebook wrote into the working directory"
 
 
-def test_the_report_shows_every_table_and_figure_and_hides_no_run(
-    tmp_path, monkeypatch, shared_outputs, capsys
-):
-    monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
+def test_the_report_shows_every_table_and_figure_and_hides_no_run(tmp_path, smoke_run, capsys):
     runs = tmp_path / "some-runs"
     for name in ("10_grpo", "15_rlsd", "12_opsd"):
-        execute_notebook(name, {"preset": "smoke"}, run_dir=runs / name)
+        smoke_run(runs / name, name)
     (runs / "12_opsd" / "manifest.json").write_text(
         (runs / "12_opsd" / "manifest.json").read_text().replace('"finished"', '"failed"')
     )
@@ -98,14 +115,11 @@ def test_the_report_shows_every_table_and_figure_and_hides_no_run(
     assert "rlsd run 15_rlsd -p method=rlsd -p preset=smoke -p seed=0" in text
 
 
-def test_leakage_is_measured_on_saved_models_once(tmp_path, monkeypatch, shared_outputs):
-    monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
+def test_leakage_is_measured_on_saved_models_once(tmp_path, smoke_run):
     folders = {name: tmp_path / name for name in ("methods", "controls")}
-    execute_notebook("10_grpo", {"preset": "smoke"}, run_dir=folders["methods"] / "grpo")
-    shutil.copytree(folders["methods"] / "grpo", folders["methods"] / "broken")
-    execute_notebook(
-        "15_rlsd", {"preset": "smoke", "control": "peer"}, run_dir=folders["controls"] / "peer"
-    )
+    smoke_run(folders["methods"] / "grpo", "10_grpo")
+    smoke_run(folders["methods"] / "broken", "10_grpo")
+    smoke_run(folders["controls"] / "peer", "15_rlsd", control="peer")
     manifest = folders["methods"] / "broken" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"finished"', '"failed"'))
     parameters = {f"{'runs' if n == 'methods' else n}_dir": str(f) for n, f in folders.items()}
@@ -118,6 +132,26 @@ def test_leakage_is_measured_on_saved_models_once(tmp_path, monkeypatch, shared_
     assert "INCOMPLETE, 1 left out: broken (failed)" in executed
     pictures = {path.stem for path in (found / "figures").glob("*.png")}
     assert {"rewards_leak_mean", "reward", "measures", "controls"} <= pictures
+
+
+def test_where_credit_lands_is_measured_on_runs_of_every_suite(tmp_path, smoke_run):
+    drift = {"lambda_init": 1.0, "lambda_decay_steps": 0, "teacher_model_kind": "live"}
+    for name in ("runs", "ablations"):
+        smoke_run(tmp_path / name / "rlsd", "15_rlsd")
+    smoke_run(tmp_path / "ablations" / "grpo", "10_grpo")
+    for method in ("rlsd", "rlsd_neutral"):
+        smoke_run(tmp_path / "drift" / method, "15_rlsd", method=method, overrides=drift)
+    broken = smoke_run(tmp_path / "drift" / "broken", "15_rlsd") / "manifest.json"
+    broken.write_text(broken.read_text().replace('"finished"', '"failed"'))
+    folders = {f"{name}_dir": str(tmp_path / name) for name in ("runs", "ablations", "drift")}
+    parameters = {"preset": "smoke", "problems": 8, **folders}
+    found = execute_notebook("22_credit", parameters, run_dir=tmp_path / "credit")
+    metrics = json.loads((found / "metrics.json").read_text())
+    for name in ("auroc_none", "auroc_shuffled", "auroc_weight_log_9.0"):
+        assert 0 <= metrics[name] <= 1
+    assert "INCOMPLETE, 1 left out: broken (failed)" in (found / "22_credit.ipynb").read_text()
+    assert (found / "figures" / "credit_wrong.png").exists()
+    assert (found / "figures" / "drift_smoke_reward.png").exists()
 
 
 def test_there_is_no_report_without_a_finished_run(tmp_path, capsys):
