@@ -13,7 +13,7 @@ _HOME = {
     "METHODS": "rlsd_lib.methods",
     "PRESETS": "rlsd_lib.presets",
     "Experiment": "rlsd_lib.experiment",
-    "Run": "rlsd_lib.runs",
+    "Run": "rlsd_lib.runs.run",
 }
 
 __all__ = sorted(_HOME)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsd_lib.arguments import parser
-from rlsd_lib.provenance import default_run_dir, find_notebook, outputs_root
+from rlsd_lib.runs.provenance import default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
-    from rlsd_lib.jobs import Job, Outcome
+    from rlsd_lib.runs.jobs import Job, Outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from rlsd_lib.execute import check_parameters, read_parameters
-    from rlsd_lib.records import state_of
+    from rlsd_lib.runs.execute import check_parameters, read_parameters
+    from rlsd_lib.runs.records import state_of
 
     source = find_notebook(options.notebook)
     declared = read_parameters(source)
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _dry_run(notebook: str, parameters: dict[str, Any]) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    from rlsd_lib.dryrun import dry_run  # only now: the libraries read these when imported
+    from rlsd_lib.launch.dryrun import dry_run  # only now: the libraries read these when imported
 
     found = dry_run(notebook, parameters)
     print(found.text())
@@ -65,7 +65,7 @@ def _dry_run(notebook: str, parameters: dict[str, Any]) -> int:
 
 def _execute(source: Path, given: dict[str, Any], folder: Path, mode: str) -> int:
     """Run the notebook; what a cell raised is told in a line, its traceback is in the notebook."""
-    from rlsd_lib.execute import NotebookError, execute_notebook
+    from rlsd_lib.runs.execute import NotebookError, execute_notebook
 
     begun = time.monotonic()
     try:
@@ -78,8 +78,8 @@ def _execute(source: Path, given: dict[str, Any], folder: Path, mode: str) -> in
 
 
 def _suite(options: argparse.Namespace) -> int:
-    from rlsd_lib.signals import on_sigterm, terminate_children_and_leave
-    from rlsd_lib.suites import get_suite, jobs_of, record_plan
+    from rlsd_lib.runs.suites import get_suite, jobs_of, record_plan
+    from rlsd_lib.runtime.signals import on_sigterm, terminate_children_and_leave
 
     print(f"{options.name}: {get_suite(options.name).purpose}")
     changes = _parse_pairs(options.pairs, {})
@@ -109,7 +109,7 @@ def _suite(options: argparse.Namespace) -> int:
 
 def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":
     """The runs as they end, made here or on a cluster."""
-    from rlsd_lib.jobs import run_jobs
+    from rlsd_lib.runs.jobs import run_jobs
 
     given = _parse_pairs(options.options, {})
     if given and not options.submitit:
@@ -120,14 +120,14 @@ def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[O
     }
     if not options.submitit:
         return run_jobs(jobs, options.jobs, **wishes)
-    from rlsd_lib.cluster import run_submitted
+    from rlsd_lib.launch.cluster import run_submitted
 
     return run_submitted(jobs, options.jobs, options.submitit, given, **wishes)
 
 
 def _say_what_stands(jobs: "Sequence[Job]", options: argparse.Namespace) -> None:
     """How many runs stand how, and what the rest will take if finished ones are a guide."""
-    from rlsd_lib.jobs import seconds_taken, time_left
+    from rlsd_lib.runs.jobs import seconds_taken, time_left
 
     states = [job.state() for job in jobs]
     if options.list:
@@ -150,8 +150,8 @@ def _duration(seconds: float) -> str:
 
 
 def _table(options: argparse.Namespace) -> int:
-    from rlsd_lib.records import read_runs
-    from rlsd_lib.tables import make_table
+    from rlsd_lib.report.tables import make_table
+    from rlsd_lib.runs.records import read_runs
 
     runs = read_runs(options.folder or outputs_root())
     table = make_table(runs)
@@ -163,8 +163,8 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from rlsd_lib.execute import NotebookError
-    from rlsd_lib.report import write_report
+    from rlsd_lib.report.page import write_report
+    from rlsd_lib.runs.execute import NotebookError
 
     try:
         print(write_report(options.suite))
@@ -176,13 +176,13 @@ def _report(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     if options.against is None and not options.sweep:
-        from rlsd_lib.bench import compare
+        from rlsd_lib.cost.bench import compare
 
         print(compare(options.preset, options.steps, options.rounds).round(3).to_string())
         return 0
-    from rlsd_lib.contenders import Setting, contenders
+    from rlsd_lib.cost.contenders import Setting, contenders
+    from rlsd_lib.cost.race import report, sweep
     from rlsd_lib.methods import look_up
-    from rlsd_lib.race import report, sweep
 
     given = _parse_pairs(options.pairs, {})
     known = [field.name for field in dataclasses.fields(Setting)]
@@ -199,9 +199,7 @@ def _bench(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from rlsd_lib.cost import Speed
-    from rlsd_lib.methods import look_up
-    from rlsd_lib.plan import (
+    from rlsd_lib.cost.plan import (
         SETTING_FIELDS,
         SPEED_FIELDS,
         describe,
@@ -209,6 +207,8 @@ def _plan(options: argparse.Namespace) -> int:
         setting_of,
         shape_named,
     )
+    from rlsd_lib.cost.step import Speed
+    from rlsd_lib.methods import look_up
     from rlsd_lib.presets import PRESETS
 
     given = _parse_pairs(options.pairs, {})
@@ -235,7 +235,7 @@ def _parse_pairs(pairs: Sequence[str], declared: dict[str, Any]) -> dict[str, An
     Raises:
         ValueError: a word without "=", or a name that is given twice.
     """
-    from rlsd_lib.execute import parse_value
+    from rlsd_lib.runs.execute import parse_value
 
     found: dict[str, Any] = {}
     for pair in pairs:

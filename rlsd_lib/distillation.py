@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
-from rlsd_lib import sharded
+from rlsd_lib.runtime import sharded
 
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
 LOGIT_CHANGES = (

@@ -20,18 +20,19 @@ from IPython import get_ipython
 from peft import LoraConfig
 from transformers import PreTrainedModel, PrinterCallback
 
-from rlsd_lib import lens, provenance, shown, training
+from rlsd_lib import lens, shown, training
 from rlsd_lib.controls import apply_control, control_template
 from rlsd_lib.evaluate import accuracies, evaluate, per_problem
-from rlsd_lib.launch import accelerate_config
+from rlsd_lib.launch.launcher import accelerate_config
+from rlsd_lib.launch.lengths import within
 from rlsd_lib.leakage import phrase_leakage
-from rlsd_lib.lengths import within
 from rlsd_lib.methods import PROMPT
 from rlsd_lib.models import Loaded, load_model
 from rlsd_lib.presets import resolve_parameters, resolve_preset
 from rlsd_lib.privileged import COLUMN
 from rlsd_lib.progress import LiveCurve, Recorder
-from rlsd_lib.runs import Run
+from rlsd_lib.runs import provenance
+from rlsd_lib.runs.run import Run
 from rlsd_lib.tasks import load_task
 from rlsd_lib.trainer import RLSDTrainer
 

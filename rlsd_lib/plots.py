@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from rlsd_lib.estimates import estimate
 from rlsd_lib.heatmap import TokenHeatmap, new_figure, token_heatmap
-from rlsd_lib.records import is_finished, left_out
+from rlsd_lib.runs.records import is_finished, left_out
 
 __all__ = [
     "TokenHeatmap",

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from rlsd_lib.batches import shared_batch, split_rollouts
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.controls import control_overrides
+from rlsd_lib.launch.batches import shared_batch, split_rollouts
 from rlsd_lib.methods import METHODS, PROMPT, look_up
 from rlsd_lib.paper import PAPER, REAL_PRESETS, Preset
 

@@ -11,7 +11,7 @@ from IPython.display import display
 from transformers import TrainerCallback, TrainerState
 
 from rlsd_lib import plots
-from rlsd_lib.runs import Run
+from rlsd_lib.runs.run import Run
 
 REFRESH_SECONDS = 3.0
 

@@ -26,16 +26,16 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl.trainer.utils import use_adapter
 
-from rlsd_lib import sharded
 from rlsd_lib.config import RLSDConfig
-from rlsd_lib.copies import (
+from rlsd_lib.runtime import sharded
+from rlsd_lib.runtime.copies import (
     ADAPTER,
     adapter_pairs,
     add_teacher_adapter,
     copy_for_scoring,
     external_for_scoring,
 )
-from rlsd_lib.offload import check_offload, to_host, visiting
+from rlsd_lib.runtime.offload import check_offload, to_host, visiting
 
 if TYPE_CHECKING:
     from rlsd_lib.trainer import RLSDTrainer

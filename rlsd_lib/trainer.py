@@ -16,17 +16,18 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlsd_lib import checks, distillation, privileged, sharded
-from rlsd_lib.checkpoints import checkpoint_name
+from rlsd_lib import distillation, privileged
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.credit import drift_sums, gap_sums, weight_sums
 from rlsd_lib.divergence import divergence
 from rlsd_lib.methods import PEER, PROMPT
 from rlsd_lib.peers import demonstrations
+from rlsd_lib.runtime import checks, sharded
+from rlsd_lib.runtime.checkpoints import checkpoint_name
+from rlsd_lib.runtime.steady import SteadyTrainer
+from rlsd_lib.runtime.vllm_sync import keep_base_exact
 from rlsd_lib.scoring import Scorer
-from rlsd_lib.steady import SteadyTrainer
 from rlsd_lib.teacher import Teacher, TeacherCallback
-from rlsd_lib.vllm_sync import keep_base_exact
 
 
 class RLSDTrainer(SteadyTrainer):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from rlsd_lib.checkpoints import last_checkpoint
-from rlsd_lib.launch import run_workers
+from rlsd_lib.launch.launcher import run_workers
 from rlsd_lib.progress import Followed
-from rlsd_lib.records import read_lines
+from rlsd_lib.runs.records import read_lines
+from rlsd_lib.runtime.checkpoints import last_checkpoint
 
 if TYPE_CHECKING:
     from rlsd_lib.experiment import Experiment

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlsd_lib.records import append_lines
-from rlsd_lib.runs import Run
+from rlsd_lib.runs.records import append_lines
+from rlsd_lib.runs.run import Run
 
 STEPS = 60
 Curve = Callable[[int], float]

@@ -7,17 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from rlsd_lib import benchmarks
-from rlsd_lib.benchmark_runs import (
+from rlsd_lib.benchmarks import commands
+from rlsd_lib.benchmarks.commands import (
+    BENCHMARKS,
+    TEXT,
+    VISION,
+    Benchmark,
+    check_benchmarks,
+    command,
+)
+from rlsd_lib.benchmarks.results import (
     PYTHON,
     BenchmarkError,
     evaluate_benchmarks,
     score_of,
 )
-from rlsd_lib.benchmarks import BENCHMARKS, TEXT, VISION, Benchmark, check_benchmarks, command
-from rlsd_lib.paper_numbers import BENCHMARKS as PAPERS
-from rlsd_lib.paper_numbers import QUESTIONS
-from rlsd_lib.records import read_lines, read_manifest, state_of
+from rlsd_lib.report.paper_numbers import BENCHMARKS as PAPERS
+from rlsd_lib.report.paper_numbers import QUESTIONS
+from rlsd_lib.runs.records import read_lines, read_manifest, state_of
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FIVE = list(PAPERS)
@@ -112,7 +119,7 @@ def test_the_command_is_that_of_the_protocol(tmp_path):
 
 
 def test_the_task_file_of_ours_is_the_one_that_the_command_names():
-    (file,) = benchmarks.TASKS.glob("*.yaml")
+    (file,) = commands.TASKS.glob("*.yaml")
     text = file.read_text()
     row = BENCHMARKS["ZeroBench"]
     for line in (f"task: {row.task}", f"dataset_path: {row.dataset}", f"test_split: {row.split}"):

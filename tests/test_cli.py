@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import START, NotebookMaker
 
-from rlsd_lib import suites
 from rlsd_lib.__main__ import main
-from rlsd_lib.records import read_runs, state_of
-from rlsd_lib.runs import Run
-from rlsd_lib.suites import Grid, Suite, jobs_of
-from rlsd_lib.tables import make_table, settings_of
+from rlsd_lib.report.tables import make_table, settings_of
+from rlsd_lib.runs import suites
+from rlsd_lib.runs.records import read_runs, state_of
+from rlsd_lib.runs.run import Run
+from rlsd_lib.runs.suites import Grid, Suite, jobs_of
 
 MEASURE = (
     'run.finish({"accuracy_before": 0.5, "accuracy_before_low": 0.4, "accuracy_before_high": 0.6,'

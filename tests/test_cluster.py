@@ -8,12 +8,13 @@ from threading import Thread
 import pytest
 from conftest import START, NotebookMaker
 
-from rlsd_lib import cluster, suites
 from rlsd_lib.__main__ import main
-from rlsd_lib.cluster import ClusterRun
-from rlsd_lib.jobs import Job, Outcome
-from rlsd_lib.records import state_of
-from rlsd_lib.suites import Grid, Suite
+from rlsd_lib.launch import cluster
+from rlsd_lib.launch.cluster import ClusterRun
+from rlsd_lib.runs import suites
+from rlsd_lib.runs.jobs import Job, Outcome
+from rlsd_lib.runs.records import state_of
+from rlsd_lib.runs.suites import Grid, Suite
 
 DONE = 'run.finish({"accuracy_after": 0.5})'
 

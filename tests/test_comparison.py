@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from synthetic import flat, write_folder, write_run
 
-from rlsd_lib import comparison, figures
-from rlsd_lib.paper_claims import CLAIMS
-from rlsd_lib.paper_numbers import table_2
-from rlsd_lib.records import Runs, described, read_runs
-from rlsd_lib.tables import make_table, paired_differences, with_arms
-from rlsd_lib.verdicts import claims_table
+from rlsd_lib.report import comparison, figures
+from rlsd_lib.report.paper_claims import CLAIMS
+from rlsd_lib.report.paper_numbers import table_2
+from rlsd_lib.report.tables import make_table, paired_differences, with_arms
+from rlsd_lib.report.verdicts import claims_table
+from rlsd_lib.runs.records import Runs, described, read_runs
 
 
 @pytest.fixture

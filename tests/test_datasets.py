@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsd_lib.lengths import within
+from rlsd_lib.launch.lengths import within
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.colours import COLOURS
 from rlsd_lib.tasks.mmfinereason import weighted

@@ -16,7 +16,10 @@ import torch
 from datasets import Dataset
 from PIL import Image as PillowImage
 
-from rlsd_lib.difficulty import (
+from rlsd_lib.multimodal import messages_of
+from rlsd_lib.runs.records import read_manifest, state_of
+from rlsd_lib.tasks.base import Row
+from rlsd_lib.tasks.difficulty import (
     VERDICTS,
     Sampling,
     TransformersGenerator,
@@ -26,9 +29,6 @@ from rlsd_lib.difficulty import (
     row_key,
     select_hard,
 )
-from rlsd_lib.multimodal import messages_of
-from rlsd_lib.records import read_manifest, state_of
-from rlsd_lib.tasks.base import Row
 
 HERE = Path(__file__).parent
 SAMPLING = Sampling(max_new_tokens=6)
@@ -117,7 +117,7 @@ CHILD = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import test_difficulty as t
-from rlsd_lib.difficulty import filter_rows
+from rlsd_lib.tasks.difficulty import filter_rows
 model = t.generator()
 slow = model.generate
 model.generate = lambda rows, k: (time.sleep(0.2), slow(rows, k))[1]

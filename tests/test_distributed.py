@@ -23,9 +23,9 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 from rlsd_lib import RLSDTrainer
-from rlsd_lib.batches import shared_batch
-from rlsd_lib.faults import Stopped
+from rlsd_lib.launch.batches import shared_batch
 from rlsd_lib.methods import METHODS
+from rlsd_lib.runtime.faults import Stopped
 
 TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for gloo's half hour
 SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads

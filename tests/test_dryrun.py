@@ -9,10 +9,10 @@ import pytest
 import tiny_vlm
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.dryrun import dry_run
-from rlsd_lib.lengths import prompt_lengths
+from rlsd_lib.launch.dryrun import dry_run
+from rlsd_lib.launch.lengths import prompt_lengths
+from rlsd_lib.launch.preflight import Findings
 from rlsd_lib.multimodal import encode, messages_of
-from rlsd_lib.preflight import Findings
 from rlsd_lib.tasks import load_task
 
 

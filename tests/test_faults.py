@@ -12,9 +12,10 @@ import tiny
 import torch
 from transformers import TrainerCallback
 
-from rlsd_lib import RLSDTrainer, checkpoints, faults
-from rlsd_lib.checkpoints import CheckpointError
-from rlsd_lib.faults import Stopped
+from rlsd_lib import RLSDTrainer
+from rlsd_lib.runtime import checkpoints, faults
+from rlsd_lib.runtime.checkpoints import CheckpointError
+from rlsd_lib.runtime.faults import Stopped
 
 EVERY_STEP = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 

@@ -10,8 +10,8 @@ import pytest
 import sympy.physics.units  # the worker has it loaded, too
 from sympy.parsing import sympy_parser
 
-from rlsd_lib import grading, symbolic
-from rlsd_lib.grading import final_answer, grade
+from rlsd_lib.tasks import grading, symbolic
+from rlsd_lib.tasks.grading import final_answer, grade
 
 CHOICES = ["red", "12 cm", "a triangle", "Vitamin B"]
 

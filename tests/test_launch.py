@@ -13,12 +13,13 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from rlsd_lib import Experiment, launch
-from rlsd_lib.batches import shared_batch
-from rlsd_lib.faults import Stopped
-from rlsd_lib.launch import LaunchError, accelerate_config, failure, launch_command
+from rlsd_lib import Experiment
+from rlsd_lib.launch import launcher
+from rlsd_lib.launch.batches import shared_batch
+from rlsd_lib.launch.launcher import LaunchError, accelerate_config, failure, launch_command
 from rlsd_lib.presets import PRESETS
-from rlsd_lib.records import append_lines, read_lines, state_of
+from rlsd_lib.runs.records import append_lines, read_lines, state_of
+from rlsd_lib.runtime.faults import Stopped
 
 ROWS, ACCUMULATION, STEPS = (
     "per_device_train_batch_size",
@@ -64,7 +65,7 @@ def test_an_experiment_is_refused_before_it_claims_a_directory(tmp_path, monkeyp
     given = {"method": "rlsd", "preset": "smoke", "run_dir": str(tmp_path / "a")}
     with pytest.raises(ValueError, match="num_processes=3 does not divide"):
         Experiment(**given, num_processes=3)
-    monkeypatch.setenv(launch.CONFIG, "zero-3")
+    monkeypatch.setenv(launcher.CONFIG, "zero-3")
     with pytest.raises(FileNotFoundError, match=r"'zero-3' \(did you mean 'zero3'\?\)"):
         Experiment(**given, num_processes=2)
     assert not (tmp_path / "a").exists()
@@ -72,24 +73,24 @@ def test_an_experiment_is_refused_before_it_claims_a_directory(tmp_path, monkeyp
 
 def test_the_shipped_configs_are_what_their_names_say(tmp_path, monkeypatch) -> None:
     kinds = {}
-    for path in launch.CONFIGS.glob("*.yaml"):
-        monkeypatch.setenv(launch.CONFIG, path.stem)
+    for path in launcher.CONFIGS.glob("*.yaml"):
+        monkeypatch.setenv(launcher.CONFIG, path.stem)
         assert accelerate_config() == path.resolve()
         kinds[path.stem] = load_config_from_file(str(path)).distributed_type.value
     expected = {"multi_cpu": "MULTI_GPU", "multi_gpu": "MULTI_GPU"}
     assert kinds == {**expected, "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
-    monkeypatch.delenv(launch.CONFIG)
+    monkeypatch.delenv(launcher.CONFIG)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert accelerate_config().stem == "multi_cpu"
 
     own = tmp_path / "two_nodes.yaml"
-    shipped = yaml.safe_load((launch.CONFIGS / "multi_gpu.yaml").read_text())
+    shipped = yaml.safe_load((launcher.CONFIGS / "multi_gpu.yaml").read_text())
     own.write_text(yaml.safe_dump({**shipped, "num_machines": 2}))
-    monkeypatch.setenv(launch.CONFIG, str(own))
+    monkeypatch.setenv(launcher.CONFIG, str(own))
     assert accelerate_config() == own
     # Machines must agree on a port; runs on one machine must not.
     assert "--main_process_port" not in launch_command(own, 16, tmp_path)
-    assert "--main_process_port" in launch_command(launch.CONFIGS / "multi_gpu.yaml", 2, tmp_path)
+    assert "--main_process_port" in launch_command(launcher.CONFIGS / "multi_gpu.yaml", 2, tmp_path)
 
 
 REPORT = """
@@ -103,21 +104,21 @@ Root Cause (first observed failure):
 
 
 def test_a_failed_launch_names_the_first_process_and_its_reason(tmp_path) -> None:
-    log = tmp_path / launch.LOG
+    log = tmp_path / launcher.LOG
     log.write_text("no such option: --speed")
     assert "code 2: ...no such option: --speed" in str(failure(tmp_path, 2))
     lines = [
         {"rank": 1, "kind": "ValueError", "message": "bad row"},
         {"rank": 0, "kind": "RuntimeError", "message": "Connection closed by peer"},
     ]
-    append_lines(tmp_path / launch.ERRORS, lines)
+    append_lines(tmp_path / launcher.ERRORS, lines)
     log.write_text(REPORT.format(code=1))
     assert str(failure(tmp_path, 1)).startswith("rank 1 failed: ValueError: bad row. See ")
     log.write_text(REPORT.format(code=-9))
     error = failure(tmp_path, 1)
     assert isinstance(error, LaunchError)
     assert str(error).startswith("rank 1 (process 4711) was ended by SIGKILL; ")
-    append_lines(tmp_path / launch.ERRORS, [{"rank": 0, "kind": "Stopped", "message": "after 3"}])
+    append_lines(tmp_path / launcher.ERRORS, [{"rank": 0, "kind": "Stopped", "message": "after 3"}])
     assert isinstance(failure(tmp_path, 1), Stopped)
 
 
@@ -147,7 +148,7 @@ def workers(folder: Path) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.process_iter():
         try:
-            if process.cmdline()[-2:] == ["rlsd_lib.worker", str(folder)]:
+            if process.cmdline()[-2:] == ["rlsd_lib.launch.worker", str(folder)]:
                 found[int(process.environ()["RANK"])] = process
         except (psutil.Error, KeyError):
             continue

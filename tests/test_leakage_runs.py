@@ -5,8 +5,8 @@ import pytest
 from synthetic import write_run
 
 from rlsd_lib import plots
-from rlsd_lib.leakage_runs import accuracies, arms, not_measured, report_runs
-from rlsd_lib.records import read_runs
+from rlsd_lib.report.leakage_runs import accuracies, arms, not_measured, report_runs
+from rlsd_lib.runs.records import read_runs
 
 
 @pytest.fixture

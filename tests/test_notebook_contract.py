@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from conftest import NotebookMaker
 
-from rlsd_lib.execute import read_parameters
+from rlsd_lib.runs.execute import read_parameters
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -8,7 +8,7 @@ import torch
 from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 
-from rlsd_lib import offload
+from rlsd_lib.runtime import offload
 
 
 @pytest.fixture

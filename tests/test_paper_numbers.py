@@ -3,7 +3,7 @@
 import pytest
 
 from rlsd_lib.methods import METHODS
-from rlsd_lib.paper_numbers import AVERAGE, BENCHMARKS, figure_1b, not_shares, table_2
+from rlsd_lib.report.paper_numbers import AVERAGE, BENCHMARKS, figure_1b, not_shares, table_2
 
 
 def test_the_printed_averages_are_the_means_of_their_rows():

@@ -13,10 +13,10 @@ from test_shapes import SMALL
 
 from rlsd_lib import RLSDConfig
 from rlsd_lib.__main__ import main
-from rlsd_lib.budget import Setting
-from rlsd_lib.cost import Speed, flops
-from rlsd_lib.plan import CHANGES, advice, describe, faster, make_plan, setting_of
-from rlsd_lib.shapes import SHAPES, shape_of
+from rlsd_lib.cost.budget import Setting
+from rlsd_lib.cost.plan import CHANGES, advice, describe, faster, make_plan, setting_of
+from rlsd_lib.cost.shapes import SHAPES, shape_of
+from rlsd_lib.cost.step import Speed, flops
 
 PAPER = Setting(
     shape=SHAPES["Qwen/Qwen3-VL-8B-Instruct"],

@@ -181,7 +181,7 @@ def test_the_picture_is_written_and_a_dollar_is_no_formula(tmp_path: Path) -> No
 
 
 def test_a_notebook_shows_each_figure_once(make_notebook: NotebookMaker, tmp_path: Path) -> None:
-    from rlsd_lib.execute import execute_notebook
+    from rlsd_lib.runs.execute import execute_notebook
 
     cells = (
         "import pandas as pd\nfrom rlsd_lib import plots",

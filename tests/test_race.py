@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlsd_lib import race
 from rlsd_lib.__main__ import main
-from rlsd_lib.contenders import HEAD_DIM, Setting, build, contenders, make_rows, make_tokenizer
-from rlsd_lib.floor import Machine, Work, teacher_pass
+from rlsd_lib.cost import race
+from rlsd_lib.cost.contenders import HEAD_DIM, Setting, build, contenders, make_rows, make_tokenizer
+from rlsd_lib.cost.floor import Machine, Work, teacher_pass
 
 TINY = Setting(
     prompt=24, completion=6, generations=4, vocabulary=120, hidden=64, layers=2, reference=8

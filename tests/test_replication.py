@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlsd_lib import replication
-from rlsd_lib.benchmarks import VISION
-from rlsd_lib.paper_numbers import AVERAGE, BENCHMARKS
-from rlsd_lib.replication import HELD_OUT, compare, dropped, judge, open_items
-from rlsd_lib.runs import Run, read_manifest, read_runs
-from rlsd_lib.tables import DASH
+from rlsd_lib.benchmarks.commands import VISION
+from rlsd_lib.report import replication
+from rlsd_lib.report.paper_numbers import AVERAGE, BENCHMARKS
+from rlsd_lib.report.replication import HELD_OUT, compare, dropped, judge, open_items
+from rlsd_lib.report.tables import DASH
+from rlsd_lib.runs.run import Run, read_manifest, read_runs
 
 PRESET = "smoke-vl"
 

@@ -12,14 +12,14 @@ import nbformat
 import pytest
 from conftest import FINISH, START, NotebookMaker
 
-from rlsd_lib import claims, execute, provenance
-from rlsd_lib.execute import NotebookError, execute_notebook, parse_value
-from rlsd_lib.records import read_lines, state_of
-from rlsd_lib.runs import Run, read_runs
+from rlsd_lib.runs import claims, execute, provenance
+from rlsd_lib.runs.execute import NotebookError, execute_notebook, parse_value
+from rlsd_lib.runs.records import read_lines, state_of
+from rlsd_lib.runs.run import Run, read_runs
 
 HOLD = """
 import sys, time
-from rlsd_lib.runs import Run
+from rlsd_lib.runs.run import Run
 run = Run.start(sys.argv[1], parameters={"seed": 0})
 run.log(1, {"reward": 0.0})
 print("held", flush=True)
@@ -27,7 +27,7 @@ time.sleep(60)
 """
 RACE = """
 import pathlib, sys
-from rlsd_lib.runs import Run
+from rlsd_lib.runs.run import Run
 print("ready", flush=True)
 while not pathlib.Path(sys.argv[2]).exists():
     pass
@@ -174,7 +174,7 @@ def test_a_claim_made_between_two_looks_is_named(
         return first.pop() if first else claims.latest_claim(folder)
 
     claims.make_claim(tmp_path / "a", 1)
-    monkeypatch.setattr("rlsd_lib.runs.latest_claim", late)
+    monkeypatch.setattr("rlsd_lib.runs.run.latest_claim", late)
     with pytest.raises(FileExistsError, match=f"is being written by process {os.getpid()} on "):
         Run.start(tmp_path / "a", parameters={})
 
@@ -186,7 +186,7 @@ def test_a_claim_made_between_look_and_grasp_is_respected(
         claims.make_claim(folder, attempt)  # another process, a moment earlier
         return claims.make_claim(folder, attempt)
 
-    monkeypatch.setattr("rlsd_lib.runs.make_claim", beaten)
+    monkeypatch.setattr("rlsd_lib.runs.run.make_claim", beaten)
     with pytest.raises(FileExistsError, match=f"a moment ago by process {os.getpid()} on "):
         Run.start(tmp_path / "a", parameters={})
 

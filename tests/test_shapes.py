@@ -17,9 +17,9 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from rlsd_lib.budget import GIB, Setting, memory
-from rlsd_lib.cost import flops
-from rlsd_lib.shapes import SHAPES, ModelShape, VisionShape, shape_of
+from rlsd_lib.cost.budget import GIB, Setting, memory
+from rlsd_lib.cost.shapes import SHAPES, ModelShape, VisionShape, shape_of
+from rlsd_lib.cost.step import flops
 
 SMALL = {
     "hidden_size": 256,

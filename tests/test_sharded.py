@@ -24,7 +24,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from rlsd_lib import RLSDTrainer, sharded
+from rlsd_lib import RLSDTrainer
+from rlsd_lib.runtime import sharded
 from rlsd_lib.teacher import WEIGHTS_FILE
 
 EMA = {"teacher_model_kind": "ema", "teacher_sync_steps": 1, "teacher_update_rate": 0.3}

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import START, NotebookMaker
 
-from rlsd_lib import suites
 from rlsd_lib.__main__ import main
-from rlsd_lib.jobs import Job, run_jobs, seconds_taken, time_left
-from rlsd_lib.records import read_manifest, read_runs, state_of
-from rlsd_lib.runs import Run
-from rlsd_lib.suites import Grid, Suite, jobs_of
-from rlsd_lib.tables import make_table
+from rlsd_lib.report.tables import make_table
+from rlsd_lib.runs import suites
+from rlsd_lib.runs.jobs import Job, run_jobs, seconds_taken, time_left
+from rlsd_lib.runs.records import read_manifest, read_runs, state_of
+from rlsd_lib.runs.run import Run
+from rlsd_lib.runs.suites import Grid, Suite, jobs_of
 
 
 def _job(name: str, notebook: str = "15_rlsd", folder: Path = Path()) -> Job:
@@ -80,7 +80,7 @@ while seed >= 1 and not Path(gate).exists():
 FINISH = 'run.log(1, {"reward": seed / 4})\nrun.finish({"accuracy_after": 0.5 + seed / 10})'
 BEGIN = """
 import sys
-from rlsd_lib import suites
+from rlsd_lib.runs import suites
 from rlsd_lib.__main__ import main
 grid = suites.Grid((sys.argv[1],), {"gate": (sys.argv[2],), "seed": (0, 1, 2, 3)})
 suites.SUITES["tiny"] = suites.Suite("for a test", (grid,))

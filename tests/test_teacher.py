@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
-from rlsd_lib.copies import adapter_pairs, copy_for_scoring
+from rlsd_lib.runtime.copies import adapter_pairs, copy_for_scoring
 from rlsd_lib.teacher import STATE_FILE, WEIGHTS_FILE, Teacher
 
 

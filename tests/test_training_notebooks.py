@@ -12,9 +12,9 @@ import pytest
 from filelock import FileLock
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.execute import execute_notebook
-from rlsd_lib.records import read_manifest, read_runs
-from rlsd_lib.replication import HELD_OUT, compare
+from rlsd_lib.report.replication import HELD_OUT, compare
+from rlsd_lib.runs.execute import execute_notebook
+from rlsd_lib.runs.records import read_manifest, read_runs
 
 NOTEBOOKS = ("00_tour", "10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
 

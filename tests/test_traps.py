@@ -15,9 +15,9 @@ from test_trainer import run_and_capture
 from transformers import Qwen3ForCausalLM
 
 from rlsd_lib import RLSDConfig, RLSDTrainer
-from rlsd_lib.checks import check_sharding
-from rlsd_lib.copies import copy_for_scoring
 from rlsd_lib.presets import IDENTITY, PAPER, resolve_config
+from rlsd_lib.runtime.checks import check_sharding
+from rlsd_lib.runtime.copies import copy_for_scoring
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -6,10 +6,9 @@ import pandas as pd
 import pytest
 from synthetic import PAPER, flat, ramp, write_folder, write_run
 
-from rlsd_lib.arms import Arms, together
-from rlsd_lib.paper_claims import CLAIMS
-from rlsd_lib.records import Runs, read_runs
-from rlsd_lib.verdicts import (
+from rlsd_lib.report.arms import Arms, together
+from rlsd_lib.report.paper_claims import CLAIMS
+from rlsd_lib.report.verdicts import (
     NO_RUNS,
     NOT_REPRODUCED,
     NOT_SETTLED,
@@ -19,6 +18,7 @@ from rlsd_lib.verdicts import (
     claims_table,
     verdict,
 )
+from rlsd_lib.runs.records import Runs, read_runs
 
 NOTHING = Runs(pd.DataFrame(), pd.DataFrame())
 DOUBLE = {"steps": 120, "parameters": {"max_steps": 120}}

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl.generation.vllm_generation import VLLMGeneration
 
+from rlsd_lib.runtime.vllm_sync import keep_base_exact
 from rlsd_lib.teacher import add_teacher_adapter
-from rlsd_lib.vllm_sync import keep_base_exact
 
 
 def adapted(dtype: torch.dtype) -> PeftModel:

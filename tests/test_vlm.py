@@ -9,9 +9,9 @@ from test_trainer import run_and_capture
 from trl.data_utils import prepare_multimodal_messages
 
 from rlsd_lib import RLSDTrainer
-from rlsd_lib.checks import check_images, drop_empty_images
 from rlsd_lib.multimodal import IMAGE_FIELDS, TYPE_ID_FIELDS
 from rlsd_lib.privileged import check_contexts
+from rlsd_lib.runtime.checks import check_images, drop_empty_images
 
 ONE = [1] * 8
 SEVERAL = [1, 2, 3, 1, 2, 1, 1, 2]

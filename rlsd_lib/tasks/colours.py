@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from rlsd_lib.lab import new_folder
-from rlsd_lib.provenance import outputs_root
+from rlsd_lib.runs.provenance import outputs_root
 from rlsd_lib.tasks import mmfinereason
 from rlsd_lib.tasks.base import Task
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 
-from rlsd_lib.grading import TYPES, clean, grade, weighted_reward
-from rlsd_lib.provenance import digest, fingerprint
-from rlsd_lib.records import replace_text, write_json
+from rlsd_lib.runs.provenance import digest, fingerprint
+from rlsd_lib.runs.records import replace_text, write_json
 from rlsd_lib.tasks.base import Row, Task, is_held_out
+from rlsd_lib.tasks.grading import TYPES, clean, grade, weighted_reward
 from rlsd_lib.tasks.images import images_of, read_bytes, shape_of, stored
 
 HUB = "iieycx/rlsd-train-MMFineReason-123K"

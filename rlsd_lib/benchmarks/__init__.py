@@ -1,0 +1,1 @@
+"""Public benchmarks through lmms-eval and lm-eval: the commands, and what comes back."""

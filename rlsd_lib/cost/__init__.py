@@ -1,0 +1,1 @@
+"""What a step costs: by arithmetic (`plan`), and measured beside TRL's own trainers (`bench`)."""

@@ -1,0 +1,110 @@
+"""Leakage of finished runs, measured on the models that they saved; computed once, then read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from rlsd_lib import leakage
+from rlsd_lib.models import load_model
+from rlsd_lib.runs.provenance import digest, flat_settings, outputs_root
+from rlsd_lib.runs.records import read_manifest, write_json
+from rlsd_lib.tasks import load_task
+
+# What decides the base model and the problems: runs that agree on it share one judged base model.
+OF_BASE = ("model", "model_options", "task", "task_options", "train_size", "test_size", "data_seed")
+IDENTITY = ("path", "group", "name", "method", "preset", "seed", "control", "arm")
+
+
+def report_runs(
+    runs: pd.DataFrame, cache: Path, *, num_problems: int | None = None, alpha: float = 0.05
+) -> pd.DataFrame:
+    """The frame of `leakage.summarise` for every finished run that saved its model.
+
+    `runs` is a frame of `read_runs`; its columns `IDENTITY` come along. Whatever a control showed
+    the teacher, the task's own references and template are measured with. What was computed lies
+    in `cache`, one file per run, and is only read the next time. Runs without a saved model, and
+    unfinished ones, are left out: `not_measured` names them.
+
+    Raises:
+        ValueError: no run has a saved model.
+    """
+    chosen = runs.drop(not_measured(runs).index)
+    if chosen.empty:
+        raise ValueError("no finished run with a saved model: nothing to measure")
+    cache.mkdir(parents=True, exist_ok=True)
+    bases: dict[str, Any] = {}
+    parts = []
+    for _, run in chosen.iterrows():
+        key = digest([run["path"], run["started"], num_problems, alpha])[:10]
+        file = cache / f"{run['group']}-{run['name']}-{key}.json"
+        if not file.exists():
+            found = _report(Path(run["path"]), bases, num_problems, alpha)
+            write_json(file, {"rows": found.to_dict("records")})
+        frame = pd.DataFrame(json.loads(file.read_text())["rows"])
+        parts.append(frame.assign(**{name: run[name] for name in IDENTITY if name in run}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def not_measured(runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of runs that did not finish or saved no model."""
+    saved = [(Path(path) / "model").is_dir() for path in runs["path"]]
+    return runs[(runs["status"] != "finished") | ~pd.Series(saved, index=runs.index, dtype=bool)]
+
+
+def accuracies(runs: pd.DataFrame) -> pd.DataFrame:
+    """Held-out accuracy of finished runs in the columns of `report_runs`: after, and `base` before."""
+    ends, parts = ("", "_low", "_high"), []
+    for of, when in {"model": "after", "base": "before"}.items():
+        found = runs.loc[runs["status"] == "finished", [f"accuracy_{when}{end}" for end in ends]]
+        found = found.set_axis(["mean", "low", "high"], axis=1)
+        parts.append(found.assign(measure="accuracy", of=of, null=float("nan")))
+    return pd.concat(parts).join(runs[[name for name in IDENTITY if name in runs]])
+
+
+def arms(runs: pd.DataFrame) -> pd.Series:
+    """What sets each run apart from the others, as a label: its method, and settings that differ.
+
+    Runs of different seeds share a label. A run that never began has its name.
+    """
+    begun = runs[[isinstance(parameters, dict) for parameters in runs["parameters"]]]
+    found = [flat_settings(parameters) for parameters in begun["parameters"]]
+    names = dict.fromkeys(name for each in found for name in each)
+    same = {n for n in names if len({str(each.get(n)) for each in found}) == 1}
+    labels = [
+        ", ".join([method, *(f"{n}={each[n]}" for n in each if n not in same)])
+        for method, each in zip(begun["method"], found, strict=True)
+    ]
+    known = pd.Series(labels, index=begun.index, dtype=object)
+    return known.reindex(runs.index).fillna(runs["name"]).rename("arm")
+
+
+def _report(
+    path: Path, bases: dict[str, Any], num_problems: int | None, alpha: float
+) -> pd.DataFrame:
+    manifest = read_manifest(path)
+    preset, limit = manifest["preset"], manifest["config"]["max_completion_length"]
+    sampling = {"max_new_tokens": limit, "num_problems": num_problems}
+    key = digest([[preset[name] for name in OF_BASE], sampling])
+    if key not in bases:
+        bases[key] = _base(preset, sampling)
+    base, tokenizer, task, judged_base = bases[key]
+    model, _ = load_model(str(path / "model"), outputs_root() / "cache")
+    model.to(base.device)
+    judged = leakage.measure(model, tokenizer, task, base_model=base, **sampling)
+    return leakage.summarise(judged, judged_base, alpha=alpha)
+
+
+def _base(preset: Mapping[str, Any], sampling: Mapping[str, Any]) -> tuple:
+    """The model that a run began with, its tokenizer and task, and how it was judged itself."""
+    model, tokenizer = load_model(
+        preset["model"], outputs_root() / "cache", **preset["model_options"]
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = {name: preset[name] for name in ("train_size", "test_size")}
+    task = load_task(preset["task"], **sizes, seed=preset["data_seed"], **preset["task_options"])
+    judged = leakage.measure(model, tokenizer, task, base_model=model, **sampling)
+    return model, tokenizer, task, judged

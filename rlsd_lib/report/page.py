@@ -1,0 +1,98 @@
+"""One self-contained page per suite: `20_compare`, executed over its runs, without its code.
+
+Figures are inside the page and nothing is loaded from elsewhere, so the file can be sent as it is.
+"""
+
+import html
+from datetime import UTC, datetime
+from pathlib import Path
+
+import nbformat
+
+from rlsd_lib.runs.execute import execute_notebook
+from rlsd_lib.runs.provenance import outputs_root
+from rlsd_lib.runs.records import described, read_runs
+
+NOTEBOOK = "20_compare"
+# Folders beside the suite's that the claims table also needs, by the notebook's parameter.
+BESIDE = {"real_dir": "smollm2", "ablations_dir": "ablations"}
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 Georgia, serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; }}
+h1, h2 {{ line-height: 1.2; }} h2 {{ margin-top: 2.5rem; }} a.anchor-link {{ display: none; }}
+table {{ border-collapse: collapse; font: 12px/1.4 sans-serif; margin: 1rem 0; display: block;
+  overflow-x: auto; }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left;
+  vertical-align: top; }}
+caption {{ text-align: left; color: #666; }}
+pre {{ font-size: 12px; white-space: pre-wrap; }} ul {{ font-size: 12px; color: #444; }}
+img {{ max-width: 100%; }} .about {{ color: #666; }}
+</style>
+</head>
+<body>
+<p class="about">{about}</p>
+{body}
+</body>
+</html>
+"""
+
+
+def write_report(suite_or_folder: str | Path) -> Path:
+    """Make the page of a suite's runs, or of any folder of runs; returns the file.
+
+    It lies in a run directory of its own, outputs/reports/<name>, with the executed notebook and
+    every figure. The claims table also reads the folders `smollm2` and `ablations` beside the
+    suite's where there are any.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no run in it has finished.
+        NotebookError: a cell of the notebook raised.
+    """
+    folder = _folder(suite_or_folder)
+    runs = read_runs(folder)
+    if runs.runs.empty or not (runs.runs["status"] == "finished").any():
+        raise ValueError(f"{folder}: no finished run to report on")
+    beside = {name: folder.parent / other for name, other in BESIDE.items()}
+    given = {name: str(path) for name, path in beside.items() if path.is_dir() and path != folder}
+    target = outputs_root() / "reports" / folder.name
+    execute_notebook(
+        NOTEBOOK, {"runs_dir": str(folder), **given}, run_dir=target, if_exists="overwrite"
+    )
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    about = f"Made {when} by rlsd report {folder.name}. {described(runs)}"
+    page = to_html(target / f"{NOTEBOOK}.ipynb", title=f"RLSD workbook: {folder.name}", about=about)
+    file = target / "report.html"
+    file.write_text(page)
+    return file
+
+
+def to_html(notebook: Path, *, title: str, about: str) -> str:
+    """An executed notebook as a page without code; `about` stands above it."""
+    from nbconvert import HTMLExporter  # half a second to import
+
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    body, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
+    return PAGE.format(title=html.escape(title), about=html.escape(about), body=body)
+
+
+def _folder(suite_or_folder: str | Path) -> Path:
+    """A folder as given, or the suite's among the outputs."""
+    for place in (Path(suite_or_folder), outputs_root() / suite_or_folder):
+        if place.is_dir():
+            return place.resolve()
+    raise FileNotFoundError(
+        f"{suite_or_folder}: no such folder here or in {outputs_root()}; "
+        "run the suite first, or name the folder of its runs"
+    )

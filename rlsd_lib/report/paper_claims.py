@@ -1,0 +1,218 @@
+"""The paper's empirical claims as rules over run directories; `verdicts` judges them.
+
+Numbers are the paper's own from `paper_numbers`; thresholds that the paper does not give are ours
+and stand in each claim's rule.
+"""
+
+from itertools import pairwise
+
+import pandas as pd
+
+from rlsd_lib.report.arms import LAST, Arms, Window
+from rlsd_lib.report.paper_numbers import (
+    AVERAGE,
+    FIGURE_3C,
+    FIGURE_5B,
+    FIGURE_5C,
+    figure_1b,
+    table_2,
+)
+from rlsd_lib.report.verdicts import Claim, Part
+
+MARGIN = 0.02  # accuracy or leak rate: the size of the paper's gain of RLSD over GRPO
+REWARD, LEAK, ENTROPY, DIVERGENCE = "reward", "rewards/leak/mean", "entropy", "rlsd/divergence"
+VARIANTS = ("opsd", "opsd_teacher_top1", "opsd_student_top1")  # the paper's order of severity
+PEAK = Window(10, 20)
+
+
+def _lead(arms: Arms, other: str) -> Part:
+    ours, theirs = (arms.final(method, "accuracy_after") for method in ("rlsd", other))
+    return Part(f"rlsd - {other}", _paired(ours - theirs), low=0.0)
+
+
+def _paired(values: pd.Series) -> pd.Series:
+    """Drop the seeds that only one side has."""
+    return values.dropna()
+
+
+def _best(arms: Arms) -> list[Part]:
+    return [_lead(arms, method) for method in table_2().index.drop(["base", "rlsd"])]
+
+
+def _double(arms: Arms) -> list[Part]:
+    measure, n, (ours, _, theirs) = arms.doubled()
+    name = f"{measure}, rlsd, {n} steps - grpo, {2 * n} steps"
+    return [Part(name, _paired(ours - theirs), low=0.0)]
+
+
+def _early(arms: Arms) -> list[Part]:
+    window = Window(1, (arms.length or 0) // 4)
+    ours, theirs = (arms.mean(method, REWARD, window) for method in ("rlsd", "grpo"))
+    return [Part(f"reward of steps 1 to {window.last}", _paired(ours - theirs), low=0.0)]
+
+
+def _peak(arms: Arms) -> list[Part]:
+    if arms.length is not None and arms.length < PEAK.last + LAST:
+        why_not = f"{arms.length} steps end before a fall could show"
+        return [Part("opsd", pd.Series(dtype=float), why_not=why_not)]
+    peak = {method: arms.mean(method, REWARD, PEAK) for method in ("opsd", "rlsd")}
+    rise = peak["opsd"] - arms.start("opsd", REWARD)
+    change = {method: _paired(arms.end(method, REWARD) - peak[method]) for method in peak}
+    return [
+        Part("opsd, steps 10-20 - start", _paired(rise), low=0.0),
+        Part("opsd, end - steps 10-20", change["opsd"], high=0.0),
+        Part("rlsd, end - steps 10-20", change["rlsd"], low=0.0),
+    ]
+
+
+def _leak_order(arms: Arms) -> list[Part]:
+    end = {method: arms.end(method, LEAK) for method in VARIANTS}
+    growth = {method: _paired(end[method] - arms.start(method, LEAK)) for method in VARIANTS}
+    parts = [Part(f"{method}, end - start", growth[method], low=0.0) for method in VARIANTS]
+    for worse, milder in pairwise(VARIANTS):
+        parts.append(Part(f"{worse} - {milder}", _paired(end[worse] - end[milder]), low=0.0))
+    return parts
+
+
+def _leak_free(arms: Arms) -> list[Part]:
+    ours, theirs = (arms.final(method, "leak_rate_after") for method in ("rlsd", "grpo"))
+    above = arms.final("rlsd", "leak_rate_after_high") - ours
+    slack = float(above.mean()) if len(above) else 0.0
+    return [Part("leak rate, rlsd - grpo", _paired(ours - theirs), high=MARGIN, slack=slack)]
+
+
+def _kept(arms: Arms, method: str, column: str) -> pd.Series:
+    """The share of a curve's start that is left at its end."""
+    return _paired(arms.end(method, column) / arms.start(method, column))
+
+
+def _stall(arms: Arms) -> list[Part]:
+    return [
+        Part("opd, KL at the end / start", _kept(arms, "opd", DIVERGENCE), high=0.5),
+        Part("opsd, KL at the end / start", _kept(arms, "opsd", DIVERGENCE), low=0.5),
+    ]
+
+
+def _clipped(arms: Arms) -> list[Part]:
+    return [
+        Part(f"% clipped, {side}", 100 * arms.final("rlsd", f"rlsd/clip_{side}_frac"), *ends)
+        for side, ends in FIGURE_5C.items()
+    ]
+
+
+def _entropy(arms: Arms) -> list[Part]:
+    kept = {method: _kept(arms, method, ENTROPY) for method in ("grpo", "rlsd")}
+    weight = arms.end("rlsd", "rlsd/lambda")
+    still = len(weight) and weight.max() > 0
+    why_not = "lambda is above 0 to the end" if still else ""
+    return [
+        Part("grpo, entropy at the end / start", kept["grpo"], high=0.75),
+        Part("rlsd", kept["rlsd"].iloc[:0] if still else kept["rlsd"], low=0.75, why_not=why_not),
+    ]
+
+
+def _answer(arms: Arms) -> list[Part]:
+    trace = arms.of_preset(f"{arms.preset}-trace")
+    gap = _paired(arms.gain("rlsd", steps=trace.length) - trace.gain("rlsd"))
+    return [Part("gain with the answer - gain with the trace", gap, low=-MARGIN)]
+
+
+def _cost(arms: Arms) -> list[Part]:
+    ours, theirs = (arms.final(method, "seconds_per_step") for method in ("rlsd", "grpo"))
+    return [Part("seconds per step, rlsd / grpo - 1", _paired(ours / theirs - 1), high=0.1)]
+
+
+def _points(other: str) -> str:
+    averages = table_2()[AVERAGE]
+    return f"{averages['rlsd'] - averages[other]:+.2f} points (average of five)"
+
+
+def _from_to(values: tuple[float, float]) -> str:
+    return f"{values[0]:.3g} to {values[1]:.3g}"
+
+
+_doubled = figure_1b()
+CLAIMS = (
+    Claim(
+        "RLSD is best on average",
+        f"56.18; next is GRPO, {_points('grpo')}",
+        "RLSD is above every other method of Table 2 in held-out accuracy, seed by seed",
+        _best,
+    ),
+    Claim(
+        "RLSD is above GRPO",
+        _points("grpo"),
+        "the difference is above 0",
+        lambda a: [_lead(a, "grpo")],
+    ),
+    Claim(
+        "RLSD is above GRPO+OPSD",
+        _points("grpo_opsd"),
+        "the difference is above 0",
+        lambda arms: [_lead(arms, "grpo_opsd")],
+    ),
+    Claim(
+        "RLSD at N steps beats GRPO at 2N",
+        f"{(_doubled.loc['rlsd, 200 steps'] - _doubled.loc['grpo, 400 steps']).mean():+.2f} points "
+        "(average of three, N = 200)",
+        "the difference is above 0; held-out accuracy where GRPO was run for 2N steps, else the "
+        "training reward of one length of run",
+        _double,
+    ),
+    Claim(
+        "RLSD progresses faster early on",
+        "Fig. 1a: both 0.50 at step 20, RLSD 0.61 at 75",
+        "RLSD's mean training reward over the first quarter of the steps is above GRPO's",
+        _early,
+    ),
+    Claim(
+        "OPSD peaks within 10 to 20 steps and then falls, RLSD does not",
+        "Fig. 1a: OPSD 0.59 near 15, 0.52 at the end",
+        "OPSD's reward in steps 10 to 20 is above its first three steps and above its last ten, and "
+        "RLSD's last ten are above its steps 10 to 20",
+        _peak,
+    ),
+    Claim(
+        "Leakage grows in full OPSD, Teacher's Top-1, Student's Top-1, in this order of severity",
+        "Fig. 3a: 10 to 50 a step, up to 95, up to 37",
+        "the leak rate of the rollouts grows in all three and falls in this order at the end",
+        _leak_order,
+    ),
+    Claim(
+        "RLSD does not leak",
+        "stated (Theorem 5), no curve",
+        f"RLSD's held-out leak rate is less than {MARGIN} above GRPO's, widened by the half width of "
+        "its interval over problems",
+        _leak_free,
+    ),
+    Claim(
+        "OPSD's KL stalls where OPD's falls",
+        f"Fig. 3c: OPD {_from_to(FIGURE_3C['opd'])}, OPSD {_from_to(FIGURE_3C['opsd'])}",
+        "OPD's divergence falls below half of its start and OPSD's stays above half",
+        _stall,
+    ),
+    Claim(
+        "3 to 6 % of the tokens are clipped",
+        f"Fig. 5c: high {_from_to(FIGURE_5C['high'])} %, low {_from_to(FIGURE_5C['low'])} %",
+        "both shares, averaged over the steps with a teacher, lie in the ranges of Fig. 5c",
+        _clipped,
+    ),
+    Claim(
+        "GRPO's entropy collapses; RLSD's does not, even after lambda = 0",
+        f"Fig. 5b: GRPO {_from_to(FIGURE_5B['grpo'])}, RLSD {_from_to(FIGURE_5B['rlsd'])}",
+        "GRPO loses more than a quarter of its entropy and RLSD, at lambda = 0, less",
+        _entropy,
+    ),
+    Claim(
+        "The bare answer is enough as privileged information",
+        "stated, no number",
+        f"the gain with the answer is less than {MARGIN} below the gain with the whole trace",
+        _answer,
+    ),
+    Claim(
+        "One extra forward pass is a negligible cost",
+        "stated, no number",
+        "a step of RLSD takes less than 10 % longer than GRPO's",
+        _cost,
+    ),
+)

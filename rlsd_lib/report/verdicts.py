@@ -1,0 +1,127 @@
+"""The claims table: each empirical claim of the paper, what our runs say, and a verdict by a rule.
+
+A claim is a list of parts; a part is one number per seed, and the range in which the claim puts it.
+Student's 95 % interval of the mean over seeds decides: inside the range the part holds, outside it
+fails, across a border it is open. A claim is
+
+    reproduced        if every part holds,
+    not reproduced    if a part fails,
+    not settled       otherwise: the interval holds the border, or there is only one seed,
+    not testable at this scale    if no part can be measured in runs of this kind,
+    no runs           if no run says anything about it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import pandas as pd
+
+from rlsd_lib.estimates import Estimate, estimate
+from rlsd_lib.report.arms import Arms
+from rlsd_lib.report.tables import DASH, Table, source_notes
+from rlsd_lib.runs.records import Runs
+
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+NOT_SETTLED, NO_RUNS, NOT_TESTABLE = "not settled", "no runs", "not testable at this scale"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One number per seed, and where the claim puts its mean: low < mean < high.
+
+    `slack` widens the interval at both ends by what each value leaves open by itself, where seeds
+    that agree would hide it: no leak in 24 completions is no proof of none in a thousand. `why_not`
+    says why runs of this kind cannot measure it, whatever their number.
+    """
+
+    name: str
+    values: pd.Series
+    low: float = -inf
+    high: float = inf
+    slack: float = 0.0
+    why_not: str = ""
+
+    def holds(self) -> bool | None:
+        """True or False where the interval over seeds decides, else None."""
+        found = self.estimate()
+        if found is None or found.low is None:
+            return None
+        if found.low > self.low and found.high < self.high:
+            return True
+        return False if found.high < self.low or found.low > self.high else None
+
+    def estimate(self) -> Estimate | None:
+        """Mean over seeds with its interval; None where nothing was measured."""
+        if self.values.empty:
+            return None
+        found = estimate(self.values.tolist())
+        if found.low is None or found.high is None:
+            return found
+        return Estimate(found.mean, found.low - self.slack, found.high + self.slack)
+
+    def __str__(self) -> str:
+        found = self.estimate()
+        if found is None:
+            return f"{self.name}: {self.why_not or NO_RUNS}"
+        ends = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
+        return f"{self.name}: {found.mean:.3f}{ends}, n={len(self.values)}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, its number there, our rule in words, and what to measure."""
+
+    statement: str
+    paper: str
+    rule: str
+    parts: Callable[[Arms], list[Part]]
+
+
+def verdict(parts: list[Part]) -> str:
+    """What the parts of a claim say together."""
+    if all(part.values.empty for part in parts):
+        return NOT_TESTABLE if any(part.why_not for part in parts) else NO_RUNS
+    found = [part.holds() for part in parts]
+    if False in found:
+        return NOT_REPRODUCED
+    return REPRODUCED if all(found) else NOT_SETTLED
+
+
+def claims_table(claims: Sequence[Claim], lab: Runs, real: Runs) -> Table:
+    """A row per claim, such as `paper_claims.CLAIMS`: the paper's number, ours on the lab and on the real model, two verdicts.
+
+    Only plain runs count: no override, no control, and RLSD's own number of steps, save where a
+    claim is about another. Runs that did not finish give no numbers and stand in the notes.
+    """
+    arms = {"lab": Arms(lab), "real model": Arms(real)}
+    rows = []
+    for number, claim in enumerate(claims, 1):
+        row = {"#": str(number), "claim": claim.statement, "the paper": claim.paper}
+        for where, runs in arms.items():
+            parts = claim.parts(runs)
+            row[where] = _told(parts)
+            row[f"verdict, {where}"] = verdict(parts)
+        rows.append(row)
+    notes = [f"{where}: {_described(chosen)}" for where, chosen in arms.items()]
+    notes += [
+        "[low, high]: Student's 95 % interval of the mean over seeds. Each stands alone: among "
+        "twenty verdicts one may be wrong by chance",
+        *(f"claim {n} is reproduced if {c.rule}" for n, c in enumerate(claims, 1)),
+        *(note for runs in (lab, real) if len(runs.runs) for note in source_notes(runs)),
+    ]
+    return Table(pd.DataFrame(rows), notes)
+
+
+def _told(parts: list[Part]) -> str:
+    """The parts of a claim as a cell; where none was measured, the reason if it is not lack of runs."""
+    if any(len(part.values) for part in parts):
+        return "<br>".join(map(str, parts))
+    return next((part.why_not for part in parts if part.why_not), DASH)
+
+
+def _described(arms: Arms) -> str:
+    if arms.length is None:
+        return NO_RUNS
+    methods = ", ".join(arms.methods())
+    return f"preset {arms.preset}, {arms.length} steps; plain runs of {methods}"

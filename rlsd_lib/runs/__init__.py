@@ -1,0 +1,1 @@
+"""The run directory: claimed, written by a strict papermill, read back; and suites of runs."""

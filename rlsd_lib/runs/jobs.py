@@ -1,0 +1,177 @@
+"""The jobs of a suite: how each stands, how long the rest takes, and the loop that runs them.
+
+What is finished is kept, so a suite that was stopped is continued by the same command. A run that
+failed by an error of its own would fail again: it is listed, and made again on demand.
+"""
+
+import heapq
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rlsd_lib.runs.records import read_manifest, state_of
+
+INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons begin
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a suite."""
+
+    notebook: str
+    parameters: dict[str, Any]
+    run_dir: Path
+
+    def command(self, if_exists: str = "skip") -> list[str]:
+        """The command line that makes this run, or with "resume" goes on with an unfinished one."""
+        pairs = [f"{name}={as_text(value)}" for name, value in self.parameters.items()]
+        flags = [word for pair in pairs for word in ("-p", pair)]
+        place = ["--run-dir", str(self.run_dir), "--if-exists", if_exists]
+        return [sys.executable, "-m", "rlsd_lib", "run", self.notebook, *flags, *place]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What runs of about the same length have in common."""
+        return (self.notebook, *(self.parameters.get(name) for name in ("preset", "max_steps")))
+
+    def state(self) -> str:
+        """finished, failed, running (by another process), or to run.
+
+        A run that was killed, or interrupted by the keyboard or a cluster, is to run: nothing is
+        wrong with it.
+        """
+        found = state_of(self.run_dir)
+        if found == "failed" and read_manifest(self.run_dir)["error"].startswith(INTERRUPTED):
+            return "to run"
+        return found if found in ("finished", "failed", "running") else "to run"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    `status` is "done", "kept" (it was finished), "failed" (now), "failed before" (and was not asked
+    for again) or "busy" (another process writes it). `error` says why it failed; `left` is the
+    estimate of the time that the rest will take, None before any run has ended.
+    """
+
+    job: Job
+    status: str
+    seconds: float = 0.0
+    error: str | None = None
+    left: float | None = None
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    workers: int = 1,
+    *,
+    retry_failed: bool = False,
+    if_exists: str = "skip",
+) -> Iterator[Outcome]:
+    """Work through jobs with at most `workers` at a time; outcomes come as they end.
+
+    Finished runs are kept, and failed ones too unless `retry_failed`. Of the rest, `if_exists` says
+    what becomes of what is there: "skip" begins again, "resume" goes on from the last checkpoint.
+
+    Raises:
+        ValueError: `workers` is below 1.
+    """
+    if workers < 1:
+        raise ValueError(f"jobs={workers}: expected 1 or more")
+    return _work(jobs, workers, retry_failed, if_exists)
+
+
+def _work(
+    jobs: Sequence[Job], workers: int, retry_failed: bool, if_exists: str
+) -> Iterator[Outcome]:
+    settled = [settle(job, retry_failed) for job in jobs]
+    yield from (outcome for outcome in settled if outcome)
+    rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]
+    begun: dict[Path, float] = {}
+    took = seconds_taken(jobs)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(_run_job, job, workers, if_exists, begun): job for job in rest}
+        try:
+            for done in as_completed(list(waiting)):
+                ended = waiting.pop(done)
+                outcome = done.result()
+                took[ended.kind] += [outcome.seconds] if outcome.status == "done" else []
+                left = time_left(list(waiting.values()), took, workers, _elapsed(begun))
+                yield replace(outcome, left=left)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def seconds_taken(jobs: Sequence[Job]) -> defaultdict[tuple[Any, ...], list[float]]:
+    """How long the finished runs among `jobs` took, by kind."""
+    took = defaultdict(list)
+    for job in jobs:
+        if job.state() == "finished":
+            took[job.kind].append(read_manifest(job.run_dir)["seconds"])
+    return took
+
+
+def time_left(
+    jobs: Sequence[Job],
+    took: Mapping[tuple[Any, ...], Sequence[float]],
+    workers: int,
+    elapsed: Mapping[Path, float] | None = None,
+) -> float | None:
+    """Seconds until all of `jobs` have ended, `workers` at a time, in their order.
+
+    A job is expected to take the mean of its kind in `took`, or of everything where its kind has
+    not been seen; `elapsed` holds the seconds that running jobs have used, by run directory. None
+    where nothing is known yet.
+    """
+    every = [seconds for values in took.values() for seconds in values]
+    if not every:
+        return None
+    free = [0.0] * workers  # when each worker is free again
+    for job in sorted(jobs, key=lambda job: job.run_dir not in (elapsed or {})):
+        expected = fmean(took.get(job.kind) or every)
+        rest = max(expected - (elapsed or {}).get(job.run_dir, 0.0), 0.0)
+        heapq.heappush(free, heapq.heappop(free) + rest)
+    return max(free)
+
+
+def _elapsed(begun: Mapping[Path, float]) -> dict[Path, float]:
+    return {path: time.monotonic() - since for path, since in list(begun.items())}
+
+
+def settle(job: Job, retry_failed: bool) -> Outcome | None:
+    """The outcome of a job that needs no run, or None."""
+    state = job.state()
+    if state == "finished":
+        return Outcome(job, "kept")
+    if state == "running":
+        return Outcome(job, "busy")
+    if state == "failed" and not retry_failed:
+        return Outcome(job, "failed before", error=read_manifest(job.run_dir)["error"])
+    return None
+
+
+def _run_job(job: Job, workers: int, if_exists: str, begun: dict[Path, float]) -> Outcome:
+    begun[job.run_dir] = time.monotonic()
+    # Side by side, processes that each take all cores slow one another down.
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    done = subprocess.run(job.command(if_exists), env=environment, capture_output=True, text=True)
+    seconds = time.monotonic() - begun[job.run_dir]
+    if done.returncode == 0:
+        return Outcome(job, "done", seconds)
+    return Outcome(job, "failed", seconds, done.stderr.strip()[-2000:] or "no error output")
+
+
+def as_text(value: Any) -> str:
+    """A value as `parse_value` reads it back."""
+    return value if isinstance(value, str) else str(value) if value is None else json.dumps(value)

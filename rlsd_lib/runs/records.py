@@ -1,0 +1,240 @@
+"""Reading run directories: one manifest, the state of a run, or a whole folder as tidy frames."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from rlsd_lib.runs.claims import latest_claim
+
+PLAN = "suite.json"  # in a suite's folder: the runs that it is to have, and the commands
+
+
+class Runs(NamedTuple):
+    """Tidy frames: `runs` has a row per run, `steps` a row per run and step."""
+
+    runs: pd.DataFrame
+    steps: pd.DataFrame
+
+
+def read_runs(folder: str | Path) -> Runs:
+    """Read every run directory at or below `folder`.
+
+    A row of `runs` holds path, group (the folder above), name, status, error, notebook, each
+    parameter (and all of them as `parameters`), commit, dirty, started, seconds, and the final
+    metrics. Runs that did not finish are rows too; their status says so: "failed", "running",
+    "running/killed" where the owner is gone, or "not started" where a suite has planned them. A row
+    of `steps` holds the same identity and one logged line.
+
+    Raises:
+        FileNotFoundError: `folder` does not exist.
+        ValueError: a run's file cannot be read; the message names it.
+    """
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; runs are written to outputs/ by default"
+        )
+    paths = sorted({p.parent for mark in ("manifest.json", ".claim-*") for p in root.rglob(mark)})
+    rows, lines = [], []
+    for path in paths:
+        facts = _facts(path)
+        metrics = path / "metrics.json"
+        rows.append({**(_read_json(metrics) if metrics.exists() else {}), **facts})
+        identity = {k: v for k, v in facts.items() if k not in ("error", "started", "parameters")}
+        lines += [{**line, **identity} for line in _steps(path)]
+    rows += [_not_started(path) for path in _planned(root) if path not in paths]
+    return Runs(pd.DataFrame(rows), pd.DataFrame(lines))
+
+
+def _planned(root: Path) -> list[Path]:
+    """The run directories that suites below `root` are to fill."""
+    return [
+        file.parent / name
+        for file in sorted(root.rglob(PLAN))
+        for plan in _read_json(file)["plans"]
+        for name in plan["runs"]
+    ]
+
+
+def _not_started(path: Path) -> dict[str, Any]:
+    identity = {"path": str(path), "group": path.parent.name, "name": path.name}
+    return {**identity, "status": "not started", "error": None, "parameters": None}
+
+
+def is_finished(frame: pd.DataFrame) -> pd.Series:
+    """Whether a row is of a finished run; a frame without a status is one run at work, and counts."""
+    return frame["status"] == "finished" if "status" in frame else pd.Series(True, frame.index)
+
+
+def left_out(frame: pd.DataFrame) -> str:
+    """Which runs a table or figure does not show because they did not finish; "" where all did.
+
+    `frame` has columns `name` (or `path`) and `status`, a row per run or several.
+    """
+    column = "name" if "name" in frame else "path"
+    rows = frame[~is_finished(frame)]
+    if rows.empty:
+        return ""
+    names = [
+        f"{row[column]} ({row['status']})" for _, row in rows.drop_duplicates(column).iterrows()
+    ]
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"INCOMPLETE, {len(names)} left out: {shown}"
+
+
+def described(runs: Runs) -> str:
+    """Folders, finished runs, seeds and commits in a line; what is left out in capitals."""
+    frame = runs.runs
+    if frame.empty:
+        return "no runs"
+    finished = frame[is_finished(frame)]
+    folders = ", ".join(dict.fromkeys(frame["group"]))
+    seeds = sorted(finished["seed"].dropna().unique()) if "seed" in finished else []
+    commits = dict.fromkeys(str(commit)[:7] for commit in finished.get("commit", ()))
+    line = f"{folders}: {len(finished)} of {len(frame)} runs"
+    line += f", seeds {' '.join(f'{seed:g}' for seed in seeds)}" if seeds else ""
+    line += f", commit {' '.join(commits)}" if commits else ""
+    missing = left_out(frame)
+    return f"{line}. {missing}" if missing else line
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of the run directory `path`.
+
+    Raises:
+        FileNotFoundError: `path` holds no run.
+        ValueError: the manifest is not valid JSON.
+    """
+    manifest = manifest_or_none(Path(path))
+    if manifest is None:
+        raise FileNotFoundError(f"{path} holds no run (no manifest.json)")
+    return manifest
+
+
+def manifest_or_none(path: Path) -> dict[str, Any] | None:
+    """The manifest of the run directory `path`, or None where there is none."""
+    try:
+        return _read_json(path / "manifest.json")
+    except FileNotFoundError:  # asking first would miss a run that is overwritten in between
+        return None
+
+
+def attempts_of(path: Path) -> list[dict[str, Any]]:
+    """Every attempt at the run in `path` up to its manifest's, oldest first."""
+    last = manifest_or_none(path)
+    if last is None:
+        return []
+    keep = ("attempt", "status", "error", "started", "seconds")
+    return [*last["previous"], {name: last[name] for name in keep}]
+
+
+def state_of(path: Path) -> str | None:
+    """How a run stands: None (no run), finished, failed, running or running/killed."""
+    owner = latest_claim(path)
+    manifest = manifest_or_none(path)
+    if owner is None and manifest is None:
+        return None
+    # A claim newer than the manifest belongs to an attempt that is only just beginning.
+    if manifest and (owner is None or manifest["attempt"] >= owner.attempt):
+        if manifest["status"] != "running":
+            return manifest["status"]
+        alive = owner is not None and manifest["attempt"] == owner.attempt and owner.is_alive()
+    else:
+        alive = owner.is_alive()
+    return "running" if alive else "running/killed"
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    state = state_of(path)
+    facts = {"path": str(path), "group": path.parent.name, "name": path.name, "status": state}
+    manifest = manifest_or_none(path)
+    if manifest is None:  # killed between the claim and the manifest
+        return {**facts, "error": None, "parameters": None}
+    kept = {k: manifest[k] for k in ("error", "notebook", "started", "seconds")}
+    parameters = manifest["parameters"]
+    return {**parameters, **facts, **kept, **manifest["git"], "parameters": parameters}
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    file = path / "metrics.jsonl"
+    # Only a run that was cut off may end in half a line.
+    return read_lines(file, torn=state_of(path) != "finished") if file.exists() else []
+
+
+def read_lines(file: Path, *, torn: bool = False) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; with `torn`, a last line without its end is left out.
+
+    Raises:
+        ValueError: a line is not valid JSON.
+    """
+    lines = file.read_text().split("\n")
+    if lines[-1] and torn:
+        lines[-1] = ""
+    return [_parse(line, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line]
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    replace_text(file, json.dumps(value, indent=2, default=plain) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Replace a file's text in one step."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(file)
+
+
+def append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a JSON-lines file and hand them to the system at once."""
+    text = "".join(json.dumps(row, default=plain) + "\n" for row in rows)
+    with file.open("a") as handle:
+        handle.write(text)
+
+
+def drop_torn_line(file: Path) -> None:
+    """Remove a last line that was cut off, so that the next one begins on a line of its own."""
+    if file.exists() and not (text := file.read_text()).endswith("\n"):
+        replace_text(file, text[: text.rfind("\n") + 1])
+
+
+def scalar(name: str, value: Any) -> float | int | str | bool | None:
+    """A metric as JSON can hold it: 0-dimensional tensors and arrays become numbers.
+
+    Raises:
+        TypeError: the value is not a single number, a string or None.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"metric {name!r} is {type(value).__name__}: a metric is one number, a string or None"
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """What JSON writes for a value that it does not know: lists for arrays, else its text."""
+    return value.tolist() if "tolist" in dir(value) else str(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a table cell holds a number that can be shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return _parse(file.read_text(), str(file))
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error

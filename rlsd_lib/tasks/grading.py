@@ -1,0 +1,244 @@
+r"""Graders for verifiable answers: is the one answer that a completion commits to right?
+
+The answer is what stands in `<answer>` tags or in `\boxed{}`, else what follows "the answer is",
+else a completion of one short line. Two different answers are a hedge, and a hedge is wrong.
+
+No model output is ever run: mathematics goes to the worker of `rlsd_lib.tasks.symbolic`. The reward
+weights are those of the code released with arXiv 2604.03128.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlsd_lib.tasks import symbolic
+
+TYPES = {  # every spelling that is accepted, in lower case -> the grader
+    **dict.fromkeys(("math", "mathematics"), "math"),
+    **dict.fromkeys(("multiple choice", "multiple_choice"), "multiple choice"),
+    **dict.fromkeys(("numerical", "number", "regression"), "numerical"),
+    **dict.fromkeys(("boolean", "binary classification"), "boolean"),
+}
+MAX_COMPLETION, MAX_ANSWER = 100_000, 500  # characters; what is longer is wrong
+
+_ANY_TAG = re.compile(r"</?(?:think|thought|answer)>", re.IGNORECASE)
+_FORMATS = [[f"<{t}>", f"</{t}>", "<answer>", "</answer>"] for t in ("think", "thought")]
+_REASONING = re.compile(r"<(/?)(?:think|thought)>", re.IGNORECASE)
+_TAGGED = re.compile(r"(?si)<answer>((?:(?!</?answer>).)*+)</answer>")
+_INNER = r"(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\})*+"  # four levels of braces
+_BOXED = re.compile(rf"\\boxed\{{({_INNER})\}}")
+_SAID = re.compile(r"\banswer[*\s]{0,6}(?:is\b|:|=)[*\s:]{0,6}", re.IGNORECASE)
+_UNICODE = str.maketrans(
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt "}
+    | {"≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap "}
+    | {"²": "^2", "³": "^3", "½": r"\frac{1}{2}", **dict.fromkeys("$€£¥")}
+)
+_REWRITES = (  # applied in this order to every answer
+    (re.compile(r"\\(?:left|right|displaystyle|[!,;:()])|(?<!\\)\\[\[\]]|\\(?=%)|`"), ""),
+    (re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])"), ""),  # bold, but not a power
+    (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\[dt]frac"), r"\\frac"),
+    (re.compile(r"\^?\s?\{?\s?(?:\\circ\b|°)\s?\}?"), "°"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"(?<=[0-9])[eE]([-+]?[0-9]{1,3})\b"), r"\\times 10^{\1}"),
+    (re.compile(r"(?i) ?percent\b"), "%"),
+    (re.compile(r"(?:\s|~|(?<!\\)\\ )+"), " "),
+)
+_WITH_UNIT = re.compile(
+    r"([^A-Za-z]*(?:\\(?:times|frac|sqrt)[^A-Za-z]*)*[0-9})])( ?[A-Za-z°][A-Za-z° /^{}23]*)"
+)
+_UNITS = {name: names.split()[0] for names in (
+    "m meter metre", "km kilometer", "cm centimeter", "mm millimeter", "kg kilogram", "g gram",
+    "s second sec", "min minute", "h hour hr", "l L liter", "ml mL milliliter", "° degree",
+    "ft foot feet", "in inch inche") for name in names.split()}  # fmt: skip
+_LATIN = re.compile("[A-Za-z°]+")
+_MATHS_WORDS = r"(?:and|or|sin|cos|tan|cot|log|exp|[pbvB]?matrix|cases)(?![A-Za-z])"
+_WORD = re.compile(rf"(?<![\\A-Za-z])(?!{_MATHS_WORDS})[A-Za-z]{{3}}")  # prose, not mathematics
+_PAIR = re.compile(r"\\?([\[({])[^\[\](){}]*,[^\[\](){}]*([\])}])")
+_LETTERS = re.compile(r"(?i:option |choice )?(\(?[A-J]\)?(?: ?(?:,|&|and)? ?\(?[A-J]\)?)*)[.:]?")
+_LABELLED = re.compile(r"\(?([A-J])[.:)] ?(.+)")
+_SECOND = re.compile(r"(?:\b(?:or|and)\b|[/,;&|]) ?\(?[A-J](?![\w'])|(?<!\w)\(?[A-J][.:)](?!\w)")
+_YES, _NO = {"yes", "true", "correct", "1"}, {"no", "false", "incorrect", "0", "not"}
+
+
+def final_answer(completion: str) -> str | None:
+    """Return the cleaned answer that a completion commits to; None for no answer, or a hedge.
+
+    Text in a closed reasoning block does not count, and after an unclosed one only tags do. The
+    time is linear in the length; more than 100,000 characters hold no answer.
+    """
+    if len(completion) > MAX_COMPLETION:
+        return None
+    ends = [m.end() for m in _REASONING.finditer(completion) if m[1]]
+    text = completion[ends[-1] :] if ends else completion
+    found = {clean(answer) for answer in _TAGGED.findall(text)}
+    if not _REASONING.search(text):  # else the reasoning was cut off
+        found |= {clean(answer) for answer in _BOXED.findall(text)}
+        said = [text[m.end() :][:MAX_ANSWER] for m in _SAID.finditer(text)] if not found else ()
+        found |= {clean(head) for head in {re.split(r"\n|\.(?!\d)", rest)[0] for rest in said}}
+        found = found or ({clean(text)} if "\n" not in text.strip() else set())
+    answer = found.pop() if len(found) == 1 else ""
+    return answer if 0 < len(answer) <= MAX_ANSWER else None
+
+
+def clean(text: str) -> str:
+    r"""Reduce an answer to bare LaTeX on one line: no box, `$`, `\text` or style commands."""
+    text = text.strip()[: 2 * MAX_ANSWER]
+    while box := _BOXED.fullmatch(text):
+        text = box[1].strip()
+    text = text.replace(r"\$", "").translate(_UNICODE)
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    return text.strip().rstrip(".,;").strip()
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """Split a cleaned answer into number and unit, "" for none, the same for every spelling.
+
+    A word that is no known unit ("12 apples") counts when it stands apart from the number.
+    """
+    if (found := _WITH_UNIT.fullmatch(text)) is None:
+        return text, ""
+    unit = re.sub(r"\b(?:square|sq) (\w+)", r"\1^2", found[2].replace(" per ", "/"))
+    words = {w: w if w in _UNITS else w.lower().removesuffix("s") for w in _LATIN.findall(unit)}
+    apart = unit[0] == " " and all(_WORD.match(word) for word in words.values())
+    if not apart and not _UNITS.keys() >= set(words.values()):
+        return text, ""
+    name = _LATIN.sub(lambda m: _UNITS.get(words[m[0]], words[m[0]]), unit)
+    return found[1], re.sub(r"[ {}^]", "", name)
+
+
+def choice_letters(text: str, choices: Sequence[str]) -> set[str]:
+    """Read which choices a cleaned answer names; the empty set when it hedges or names none."""
+    named = [clean(choice).casefold() for choice in choices]
+    if text.casefold() in named and named.count(text.casefold()) == 1:
+        return {"ABCDEFGHIJ"[named.index(text.casefold())]}
+    if letters := _LETTERS.fullmatch(text.upper() if len(text.strip("()")) == 1 else text):
+        return set(re.findall("[A-J]", letters[1]))
+    if (labelled := _LABELLED.fullmatch(text)) is None:
+        return set()
+    letter, rest = labelled[1], labelled[2].casefold()
+    own = named[ord(letter) - 65] if ord(letter) - 65 < len(named) else None
+    sure = rest == own or (rest not in named and not _SECOND.search(labelled[2]))
+    return {letter} if sure else set()
+
+
+def polarity(text: str) -> bool | None:
+    """Read a cleaned answer as yes (True) or no (False); None when it is neither, or both."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    first = words[0] if words else ""
+    if first in _YES and not _NO & set(words):
+        return True
+    return False if first in _NO - {"not"} and not _YES & set(words) else None
+
+
+def same_maths(gold: str, answer: str, rough: bool = False) -> bool:
+    """Compare two cleaned answers as text where there is prose, else by math-verify.
+
+    A unit may be left out, but two different units are wrong; a percent sign on one side stands
+    for a hundredth or for nothing; (1, 2) is neither [1, 2] nor {1, 2}. `rough` allows 0.1 %, and
+    half of the gold's last printed digit up to 1 %, unless the gold is a whole number.
+    """
+    (gold, unit), (answer, other) = split_unit(gold), split_unit(answer)
+    if unit and other and unit != other:
+        return False
+    if gold.replace(" ", "") == answer.replace(" ", ""):
+        return True
+    if any(_WORD.search(text) or not text.replace("°", "").isascii() for text in (gold, answer)):
+        return gold.casefold() == answer.casefold()
+    pairs = [_PAIR.fullmatch(text.replace(r"\}", "}")) for text in (gold, answer)]
+    if all(pairs) and pairs[0].groups() != pairs[1].groups():
+        return False
+    latex = [re.sub(r" (?:or|and) ", ", ", text).replace("°", r"^\circ") for text in (gold, answer)]
+    return symbolic.equal(*latex, _tolerance(gold) if rough else 0.0)
+
+
+def _tolerance(gold: str) -> float:
+    if re.fullmatch(r"-?[0-9,]+%?", gold):
+        return 0.0
+    decimal = re.fullmatch(r"-?([0-9]*\.([0-9]+))%?", gold)
+    half = 0.5 / 10 ** len(decimal[2]) / (float(decimal[1]) or 1.0) if decimal else 0.0
+    return max(0.001, min(half, 0.01))
+
+
+def grade(completion: str, answer: str, problem_type: str, choices: Sequence[str] = ()) -> bool:
+    """Say whether a completion's final answer is right; never raises on a completion.
+
+    Raises:
+        ValueError: the reference answer is empty, or the problem type is none of `TYPES`.
+    """
+    kind = TYPES.get(problem_type.strip().lower())
+    gold = clean("".join(_TAGGED.findall(answer)[:1]) or answer)
+    if kind is None or not gold:
+        raise ValueError(
+            f"problem_type={problem_type!r}, answer={answer!r}: expected one of {sorted(TYPES)} and "
+            "an answer that is not empty; drop such rows (rlsd_lib.tasks.mmfinereason lists them)"
+        )
+    if (given := final_answer(completion)) is None:
+        return False
+    if kind == "boolean":
+        return polarity(given) is not None and polarity(given) == polarity(gold)
+    if kind != "multiple choice":
+        return same_maths(gold, given, rough=kind == "numerical")
+    if letters := choice_letters(gold, choices):
+        text = labelled[2] if (labelled := _LABELLED.fullmatch(gold)) else gold
+        return choice_letters(given, choices) == letters or given.casefold() == text.casefold()
+    return same_maths(gold, given)
+
+
+def accuracy_reward(
+    completions: list[Any], answer: list[Any], problem_type: list[str], **columns: Any
+) -> list[float | None]:
+    """Reward 1.0 for a right answer and 0.0 for a wrong one: the paper's text.
+
+    The arguments are what TRL passes, all equally long; a column `choices` is used when there is
+    one. A row whose answer is None gets None, which TRL leaves to the other reward functions.
+    """
+    from rlsd_lib.tasks.base import text_of  # here: the worker runs this file and needs no datasets
+
+    choices = columns.get("choices") or [()] * len(completions)
+    rows = zip(map(text_of, completions), answer, problem_type, choices, strict=True)
+    return [None if a is None else float(grade(t, str(a), p, c or ())) for t, a, p, c in rows]
+
+
+def format_reward(completions: list[Any], **columns: Any) -> list[float]:
+    """Reward 1.0 for one reasoning block, then one answer block, and no such tag beside them."""
+    from rlsd_lib.tasks.base import text_of
+
+    return [float(_is_formatted(text_of(completion))) for completion in completions]
+
+
+def _is_formatted(text: str) -> bool:
+    tags = [tag.lower() for tag in _ANY_TAG.findall(text)]
+    filled = [bool(part.strip()) for part in _ANY_TAG.split(text)]
+    return tags in _FORMATS and filled == [False, True, False, True, False]
+
+
+def soft_overlong(length: int, max_length: int, buffer: int) -> float:
+    """Fall linearly from 0 to -1 over the last `buffer` of `max_length` tokens."""
+    return -min(max((length - max_length + buffer) / buffer, 0.0), 1.0)
+
+
+def weighted_reward(
+    *, format_weight: float = 0.1, overlong_weight: float = 0.0, max_length: int = 4096,
+    overlong_buffer: int = 1024,
+) -> Callable[..., list[float | None]]:  # fmt: skip
+    """Make the released code's reward: maths 0.9 accuracy + 0.1 format, other types accuracy.
+
+    `overlong_weight` adds `soft_overlong` of the completion's tokens to maths. (The released code
+    has it at 0.1, with a limit far above the 4096 tokens that are generated: the term is 0.)
+    """
+
+    def graded(completions: list[Any], problem_type: list[str], **columns: Any) -> list[Any]:
+        rewards = accuracy_reward(completions, problem_type=problem_type, **columns)
+        formats = format_reward(completions)
+        for i, kind in enumerate(problem_type):
+            if rewards[i] is None or TYPES[kind.strip().lower()] != "math":
+                continue
+            rewards[i] = (1 - format_weight) * rewards[i] + format_weight * formats[i]
+            if overlong_weight:
+                length = len(columns["completion_ids"][i])
+                rewards[i] += overlong_weight * soft_overlong(length, max_length, overlong_buffer)
+        return rewards
+
+    return graded
