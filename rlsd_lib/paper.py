@@ -93,7 +93,7 @@ QWEN3_VL_8B = Preset(
         "max_teacher_prompt_length": 4608,  # the question's 4096, the template and the answer
         "learning_rate": 1e-6,
         "max_steps": 200,
-        "vllm_gpu_memory_utilization": 0.35,
+        "vllm_gpu_memory_utilization": 0.6,
         "vllm_max_model_length": 8192,
         "save_steps": 20,
         "save_total_limit": 2,

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from transformers import PreTrainedModel
 
 from rlsd_lib.launch.launcher import run_workers
 from rlsd_lib.progress import Followed
@@ -59,13 +62,21 @@ def train_launched(experiment: "Experiment") -> dict[str, Any]:
     watched = Followed(experiment.config.max_steps, experiment.method)
     trained = run_workers(experiment.run, experiment.num_processes, watched.show)
     watched.end()
-    model = type(experiment.model).from_pretrained(folder, dtype=experiment.model.dtype)
-    experiment.model.load_state_dict(model.state_dict())
+    _take_weights(experiment.model, folder)
     for model in kept:
         model.to(device)
     if not experiment.preset.save_model:
         shutil.rmtree(folder)
     return {**trained, "steps": read_lines(experiment.run.path / "metrics.jsonl")}
+
+
+def _take_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Give `model` the weights that were saved in `folder`; an adapter is put into its layers."""
+    if (folder / ADAPTER_CONFIG).exists():
+        PeftModel.from_pretrained(model, folder)  # in place, as training in this process does
+    else:
+        trained = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(trained.state_dict())
 
 
 def metrics_of(trained: dict[str, Any]) -> dict[str, Any]:

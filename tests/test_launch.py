@@ -10,10 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tiny
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from peft import LoraConfig, get_peft_model
 
-from rlsd_lib import Experiment
+from rlsd_lib import Experiment, training
 from rlsd_lib.launch import launcher
 from rlsd_lib.launch.batches import shared_batch
 from rlsd_lib.launch.launcher import LaunchError, accelerate_config, failure, launch_command
@@ -169,6 +172,23 @@ def gone(folder: Path) -> bool:
     while workers(folder) and time.monotonic() < end:
         time.sleep(0.2)
     return not workers(folder)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_trained_weights_are_taken_from_the_workers_folder(tmp_path, adapter) -> None:
+    """What launched workers leave: a whole model, or with PEFT an adapter of it."""
+    model, trained = tiny.model(), tiny.model()
+    if adapter:
+        trained = get_peft_model(trained, LoraConfig(target_modules="all-linear"))
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight += torch.randn_like(weight) * 0.1 * weight.requires_grad
+    trained.save_pretrained(tmp_path)
+    ids = torch.arange(5)[None]
+    before = model(ids).logits
+    training._take_weights(model, tmp_path)
+    assert torch.equal(model(ids).logits, trained.eval()(ids).logits)
+    assert not torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.slow
