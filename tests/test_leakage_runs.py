@@ -1,11 +1,12 @@
-"""Leakage of runs: labels, what cannot be measured, and the panel of measures."""
+"""Leakage of runs: what cannot be measured, and the panel of measures."""
 
 import pandas as pd
 import pytest
 from synthetic import write_run
 
 from rlsd_lib import plots
-from rlsd_lib.report.leakage_runs import accuracies, arms, not_measured, report_runs
+from rlsd_lib.report.leakage_runs import accuracies, not_measured, report_runs
+from rlsd_lib.report.tables import with_arms
 from rlsd_lib.runs.records import read_runs
 
 
@@ -21,13 +22,6 @@ def runs(tmp_path) -> pd.DataFrame:
     return read_runs(tmp_path).runs
 
 
-def test_a_label_holds_what_differs_and_seeds_share_it(runs):
-    found = arms(runs)
-    assert found.tolist() == ["rlsd, control=shuffled", "rlsd, control=shuffled", "rlsd", "opsd"]
-    planned = {"name": "later", "status": "not started", "parameters": None}
-    assert arms(pd.concat([runs, pd.DataFrame([planned])], ignore_index=True)).iloc[-1] == "later"
-
-
 def test_unfinished_runs_and_those_without_a_model_are_named_and_not_measured(runs, tmp_path):
     assert not_measured(runs)["name"].tolist() == ["b", "c", "d"]
     with pytest.raises(ValueError, match="no finished run with a saved model"):
@@ -35,7 +29,7 @@ def test_unfinished_runs_and_those_without_a_model_are_named_and_not_measured(ru
 
 
 def test_an_accuracy_stands_beside_the_measures(runs):
-    found = accuracies(runs.assign(arm=arms(runs)))
+    found = accuracies(with_arms(runs))
     assert found["of"].tolist() == ["model"] * 3 + ["base"] * 3
     assert "d" not in found["name"].tolist()
     finished = runs.loc[runs["status"] == "finished", "accuracy_after"]

@@ -10,7 +10,7 @@ import torch
 
 from rlsd_lib import leakage
 from rlsd_lib.models import load_model
-from rlsd_lib.runs.provenance import digest, flat_settings, outputs_root
+from rlsd_lib.runs.provenance import digest, outputs_root
 from rlsd_lib.runs.records import read_manifest, write_json
 from rlsd_lib.tasks import load_task
 
@@ -63,23 +63,6 @@ def accuracies(runs: pd.DataFrame) -> pd.DataFrame:
         found = found.set_axis(["mean", "low", "high"], axis=1)
         parts.append(found.assign(measure="accuracy", of=of, null=float("nan")))
     return pd.concat(parts).join(runs[[name for name in IDENTITY if name in runs]])
-
-
-def arms(runs: pd.DataFrame) -> pd.Series:
-    """What sets each run apart from the others, as a label: its method, and settings that differ.
-
-    Runs of different seeds share a label. A run that never began has its name.
-    """
-    begun = runs[[isinstance(parameters, dict) for parameters in runs["parameters"]]]
-    found = [flat_settings(parameters) for parameters in begun["parameters"]]
-    names = dict.fromkeys(name for each in found for name in each)
-    same = {n for n in names if len({str(each.get(n)) for each in found}) == 1}
-    labels = [
-        ", ".join([method, *(f"{n}={each[n]}" for n in each if n not in same)])
-        for method, each in zip(begun["method"], found, strict=True)
-    ]
-    known = pd.Series(labels, index=begun.index, dtype=object)
-    return known.reindex(runs.index).fillna(runs["name"]).rename("arm")
 
 
 def _report(
