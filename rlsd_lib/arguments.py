@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--accelerate",
         metavar="CONFIG",
-        help="multi_gpu, multi_cpu, fsdp2, zero3, or a file; default: multi_gpu where there is one",
+        help="multi_gpu, multi_cpu, fsdp2, zero3, or a file; default: the preset's, else by hardware",
     )
     run.add_argument("--run-dir", default="", help="default: from the notebook and its parameters")
     run.add_argument(

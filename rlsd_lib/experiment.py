@@ -84,7 +84,7 @@ class Experiment:
         # Resolved once into nowhere, so that a bad value costs no directory.
         resolve_parameters(parameters, Path("unused"), None, num_processes)
         if num_processes > 1:
-            accelerate_config()
+            accelerate_config(resolve_preset(preset, parameters["overrides"])[0].accelerate)
         self.run = Run.start(
             run_dir,
             parameters={**parameters, "run_dir": run_dir},

@@ -104,6 +104,8 @@ class Scorer:
         ids, mask = output["completion_ids"], output["completion_mask"]
         rollouts = prefix.Rollouts(seen, ids, mask, prefix.pictures(images))
         chunks = prefix.plan(rollouts, args.per_device_train_batch_size)
+        if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
+            return None
         plain = len(ids) * (seen.ids.size(1) + ids.size(1))
         if args.teacher_pass == AUTO and prefix.positions_of(chunks) > WORTH_IT * plain:
             return None

@@ -85,6 +85,8 @@ def test_the_shipped_configs_are_what_their_names_say(tmp_path, monkeypatch) -> 
     monkeypatch.delenv(launcher.CONFIG)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert accelerate_config().stem == "multi_cpu"
+    # What the paper's preset was planned with is what it is launched with.
+    assert accelerate_config(PRESETS["qwen3-vl-8b"].accelerate).stem == "fsdp2"
 
     own = tmp_path / "two_nodes.yaml"
     shipped = yaml.safe_load((launcher.CONFIGS / "multi_gpu.yaml").read_text())

@@ -417,3 +417,13 @@ def test_a_teacher_that_sees_no_more_is_scored_plainly(tmp_path, kind):
     assert plan_of(SimpleNamespace(train=lambda: seen.extend(run_and_capture(trainer)))) == []
     assert len(seen) == 2
     assert all(torch.equal(m["teacher_per_token_logps"], m["student"]) for m in seen)
+
+
+@pytest.mark.parametrize("chosen", ["auto", "shared"])
+def test_a_batch_whose_rollouts_are_all_masked_is_scored_plainly(tmp_path, chosen):
+    """A rank may draw one early in training, while the others wait for it."""
+    masked = {"mask_truncated_completions": True, "max_completion_length": 4}
+    never = {"generation_kwargs": {"min_new_tokens": 4}}  # no end token: all are truncated
+    trainer = tiny.trainer(tmp_path, method="opsd", teacher_pass=chosen, **masked, **never)
+    trainer.train()
+    assert trainer.state.log_history[0]["completions/clipped_ratio"] == 1.0

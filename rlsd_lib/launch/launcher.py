@@ -38,13 +38,17 @@ class LaunchError(RuntimeError):
     """A launched process failed; the message holds its reason or the end of the log."""
 
 
-def accelerate_config() -> Path:
-    """The accelerate config that RLSD_ACCELERATE names, by the hardware where it names none.
+def accelerate_config(preset: str = "") -> Path:
+    """The accelerate config that RLSD_ACCELERATE names, else `preset`, else one by the hardware.
+
+    Args:
+        preset: the name that the run's preset has for it, "" for none.
 
     Raises:
         FileNotFoundError: there is neither a shipped config nor a file of that name.
     """
-    name = os.environ.get(CONFIG) or ("multi_gpu" if torch.cuda.is_available() else "multi_cpu")
+    by_hardware = "multi_gpu" if torch.cuda.is_available() else "multi_cpu"
+    name = os.environ.get(CONFIG) or preset or by_hardware
     for path in (CONFIGS / f"{name}.yaml", Path(name).expanduser()):
         if path.is_file():
             return path.resolve()
@@ -78,7 +82,7 @@ def run_workers(
         LaunchError: a process failed.
         Stopped: they were stopped by SIGTERM and have written a checkpoint.
     """
-    config = accelerate_config()
+    config = accelerate_config(run.manifest["preset"]["accelerate"])
     command = launch_command(config, num_processes, run.path)
     run.record(launch={"command": command, "config": yaml.safe_load(config.read_text())})
     for name in (ERRORS, RESULT):
