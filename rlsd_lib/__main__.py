@@ -150,11 +150,12 @@ def _duration(seconds: float) -> str:
 
 
 def _table(options: argparse.Namespace) -> int:
-    from rlsd_lib.report.tables import make_table
+    from rlsd_lib.report.arms import together
+    from rlsd_lib.report.tables import make_table, paired_differences
     from rlsd_lib.runs.records import read_runs
 
-    runs = read_runs(options.folder or outputs_root())
-    table = make_table(runs)
+    runs = together(*map(read_runs, options.folder or [outputs_root()]))
+    table = paired_differences(runs, options.against) if options.against else make_table(runs)
     print(table.csv() if options.format == "csv" else table.markdown())
     for path in runs.runs["path"] if options.paths and not runs.runs.empty else ():
         files = [*Path(path).glob("*.ipynb"), *sorted(Path(path).glob("figures/*"))]

@@ -54,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
     )
 
     table = commands.add_parser("table", help="a table with intervals over run directories")
-    table.add_argument("folder", nargs="?", help="default: all outputs")
+    table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
+    table.add_argument(
+        "--against", metavar="METHOD", help="differences from this method, seed by seed, paired"
+    )
     table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 

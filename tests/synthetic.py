@@ -29,7 +29,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "rlsd/lambda": lambda step: max(0.5 * (1 - step / 50), 0.0),
         "rlsd/clip_high_frac": flat(0.04),
         "rlsd/clip_low_frac": flat(0.025),
-        "seconds": 1.05,
+        "step_time": lambda step: 1.05 if step < 50 else 1.0,
     },
     "opd": {"after": 0.85, "rlsd/divergence": ramp(0.07, 0.018)},
     "opsd": {
@@ -43,7 +43,12 @@ PAPER: dict[str, dict[str, Any]] = {
     "sdpo": {"after": 0.7},
     "grpo_opsd": {"after": 0.75},
 }
-DEFAULT = {"reward": flat(0.5), "entropy": flat(0.4), "rewards/leak/mean": flat(0.0)}
+DEFAULT = {
+    "reward": flat(0.5),
+    "entropy": flat(0.4),
+    "rewards/leak/mean": flat(0.0),
+    "step_time": flat(1.0),
+}
 
 
 def write_run(

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from synthetic import flat, write_folder, write_run
 
+from rlsd_lib.__main__ import main
 from rlsd_lib.report import comparison, figures
 from rlsd_lib.report.paper_claims import CLAIMS
 from rlsd_lib.report.paper_numbers import table_2
@@ -114,6 +115,32 @@ def test_a_run_is_compared_with_the_baseline_that_differs_least(tmp_path: Path) 
     assert arms.tolist() == ["rlsd (epsilon_w=0.2)", "rlsd (epsilon_w=9.0)"]
     with pytest.raises(ValueError, match="no finished run of 'grpo'"):
         paired_differences(read_runs(tmp_path))
+
+
+def test_a_run_that_two_suites_share_counts_once(tmp_path: Path) -> None:
+    for suite in ("ablations", "controls"):
+        for seed in range(3):
+            folder = tmp_path / suite
+            write_run(folder / f"grpo-s{seed}", "grpo", seed)
+            write_run(folder / f"rlsd-s{seed}", "rlsd", seed, after=0.8 + 0.05 * seed)
+    alone, both = (paired_differences(read_runs(f)) for f in (tmp_path / "controls", tmp_path))
+    values = [name for name in alone.rows if name != "method"]
+    assert both.rows[values].equals(alone.rows[values])
+    assert "the same settings and seed as another run: controls/grpo-s0, " in both.markdown()
+    assert comparison.cost_of_a_point(read_runs(tmp_path)).rows["n"].tolist() == ["3", "3"]
+
+
+def test_the_command_shows_differences_over_several_folders(tmp_path: Path, capsys) -> None:
+    for seed in range(3):
+        write_run(tmp_path / "a" / f"grpo-s{seed}", "grpo", seed)
+        write_run(tmp_path / "b" / f"rlsd-s{seed}", "rlsd", seed)
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    assert main(["table", *folders, "--against", "grpo"]) == 0
+    said = capsys.readouterr().out
+    assert "| rlsd   | 0.033" in said
+    assert "a, b: 6 of 6 runs" in said
+    assert main(["table", folders[1], "--against", "grpo"]) == 2
+    assert "no finished run of 'grpo'" in capsys.readouterr().err
 
 
 def test_other_problems_are_no_pair(tmp_path: Path) -> None:

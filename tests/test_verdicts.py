@@ -71,7 +71,7 @@ AGAINST = [
     (10, {"rlsd": {"rlsd/clip_low_frac": flat(0.005)}}),
     (11, {"grpo": {"entropy": flat(0.42)}}),
     (11, {"rlsd": {"entropy": ramp(0.42, 0.2)}}),
-    (13, {"rlsd": {"seconds": 1.3}}),
+    (13, {"rlsd": {"step_time": lambda step: 1.3 if step < 50 else 0.5}}),  # 0.7 over all
 ]
 
 

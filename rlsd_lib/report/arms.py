@@ -103,6 +103,15 @@ class Arms:
         length = self.length or 0
         return self.mean(method, column, Window(length - LAST + 1, length))
 
+    def last_above_zero(self, method: str, column: str) -> int:
+        """The last step at which a logged column is above 0 in any seed's run; 0 for none."""
+        steps = self.runs.steps
+        if column not in steps:
+            return 0
+        mine = steps["path"].isin(self._of(method, None)["path"])
+        found = steps.loc[mine & (steps[column] > 0), "step"]
+        return int(found.max()) if len(found) else 0
+
     def doubled(self) -> tuple[str, int, list[pd.Series]]:
         """What was measured, N, and a series each: RLSD at N steps, GRPO at N, GRPO at 2N.
 

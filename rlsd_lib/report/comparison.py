@@ -9,7 +9,7 @@ import pandas as pd
 from rlsd_lib.estimates import estimate
 from rlsd_lib.report.arms import Arms
 from rlsd_lib.report.paper_numbers import AVERAGE, table_1, table_2
-from rlsd_lib.report.tables import DASH, Table, settings_of, source_notes, with_arms
+from rlsd_lib.report.tables import DASH, Table, each_once, settings_of, source_notes, with_arms
 from rlsd_lib.runs.jobs import as_text
 from rlsd_lib.runs.provenance import NEUTRAL
 from rlsd_lib.runs.records import PLAN, Runs
@@ -59,7 +59,7 @@ def cost_of_a_point(runs: Runs) -> Table:
 
     Where the interval of the gain over seeds reaches 0 there is no price, and a dash stands.
     """
-    frame = with_arms(runs.runs)
+    frame, repeated = each_once(with_arms(runs.runs))
     needed = ["accuracy_before", "accuracy_after", "seconds_per_step", "steps"]
     frame = frame[frame["status"] == "finished"].reindex(columns=["arm", *needed]).dropna()
     rows = []
@@ -72,7 +72,7 @@ def cost_of_a_point(runs: Runs) -> Table:
         rows.append((arm, f"{seconds.mean():.0f}", _shown(gain, 1), price, str(len(cells))))
     columns = ["method", "training, s", "gain, points", "s per point", "n"]
     notes = ["seconds depend on the machine and on what else it does: compare runs side by side"]
-    return Table(pd.DataFrame(rows, columns=columns), [*notes, *source_notes(runs)])
+    return Table(pd.DataFrame(rows, columns=columns), [*notes, *repeated, *source_notes(runs)])
 
 
 def run_list(runs: Runs) -> Table:

@@ -100,13 +100,13 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
     Raises:
         ValueError: no finished run of `baseline`, or runs that were judged on other problems.
     """
-    frame = runs.runs[runs.runs["status"] == "finished"]
+    frame, repeated = each_once(with_arms(runs.runs[runs.runs["status"] == "finished"]))
     rows_of_base = frame[frame["method"] == baseline]
     base = {_place(run, run["parameters"]): run for _, run in rows_of_base.iterrows()}
     if not base:
         raise ValueError(f"no finished run of {baseline!r} to compare with")
     rows, alone = [], []
-    for arm, cells in with_arms(frame).groupby("arm"):
+    for arm, cells in frame.groupby("arm"):
         pairs = [(run, _partner(run, base)) for _, run in cells.iterrows()]
         pairs = [(run, other) for run, other in pairs if other is not None]
         if pairs:
@@ -122,7 +122,18 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
         "detectable: the smallest true difference that a repetition with so many seeds would find "
         "in four cases of five, from the spread between these seeds",
     ]
-    return Table(table, [*notes, *alone, *source_notes(runs)])
+    return Table(table, [*notes, *alone, *repeated, *source_notes(runs)])
+
+
+def each_once(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of `with_arms`, one for each arm and seed, and a note on what was left out.
+
+    A run that two suites share is one piece of evidence, not two seeds.
+    """
+    again = frame["arm"].notna() & frame.duplicated(["arm", "seed"])
+    names = ", ".join(frame.loc[again, "path"].map(lambda path: "/".join(Path(path).parts[-2:])))
+    notes = [f"left out, the same settings and seed as another run: {names}"] if names else []
+    return frame[~again], notes
 
 
 def _partner(run: pd.Series, base: Mapping[tuple[Any, ...], pd.Series]) -> pd.Series | None:
