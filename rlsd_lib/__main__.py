@@ -100,8 +100,7 @@ def _suite(options: argparse.Namespace) -> int:
             print(f"{name}: {outcome.status}{took}{left}", flush=True)
             missing += [outcome] if outcome.status not in ("done", "kept") else []
     for outcome in missing:
-        why = outcome.error or "another process writes it"
-        print(f"{outcome.status}: {outcome.job.run_dir}\n{why}", file=sys.stderr)
+        print(f"{outcome.status}: {outcome.job.run_dir}\n{outcome.error}", file=sys.stderr)
     if any(outcome.status == "failed before" for outcome in missing):
         print("failed before: --retry-failed makes them again", file=sys.stderr)
     return 1 if missing else 0

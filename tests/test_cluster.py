@@ -67,6 +67,17 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(
     assert (manifest["status"], manifest["attempt"], manifest["resumed"]) == ("finished", 2, True)
 
 
+def test_a_job_that_is_killed_is_seen_to_have_failed_from_anywhere(
+    make_notebook: NotebookMaker, tmp_path: Path
+) -> None:
+    """As by a kernel that runs out of memory: another host cannot tell whether the owner lives."""
+    die = "import os\nfor pid in (os.getppid(), os.getpid()):\n    os.kill(pid, 9)"
+    job = Job(str(make_notebook(cells=(START, die, DONE))), {}, tmp_path / "a")
+    assert ClusterRun()(job, "skip").status == "failed"
+    assert state_of(job.run_dir) == "failed"
+    assert json.loads((job.run_dir / "manifest.json").read_text())["error"].startswith("killed")
+
+
 def test_wrong_options_cost_a_line_and_no_job(
     make_notebook: NotebookMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ import submitit
 
 from rlsd_lib.runs.jobs import Job, Outcome, settle
 from rlsd_lib.runs.provenance import outputs_root
+from rlsd_lib.runs.records import manifest_or_none, state_of
+from rlsd_lib.runs.run import Run
 from rlsd_lib.runtime.signals import kill_tree
 
 TIMEOUT_MIN = 24 * 60  # of a job that names none; submitit's own is five minutes
@@ -45,6 +47,7 @@ class ClusterRun:
         seconds = time.monotonic() - begun
         if self.process.returncode == 0:
             return Outcome(job, "done", seconds)
+        _close_killed(job, self.process.returncode)
         return Outcome(job, "failed", seconds, said)
 
     def checkpoint(self, job: Job, if_exists: str) -> submitit.helpers.DelayedSubmission:
@@ -55,6 +58,12 @@ class ClusterRun:
             while _lives(self.process.pid):
                 time.sleep(TICK_SECONDS)
         return submitit.helpers.DelayedSubmission(ClusterRun(), job, "resume")
+
+
+def _close_killed(job: Job, code: int) -> None:
+    """Mark a run failed whose process was killed: only on this host can that be seen."""
+    if state_of(job.run_dir) == "running/killed" and manifest_or_none(job.run_dir):
+        Run.attach(job.run_dir).fail(f"killed, exit status {code}")
 
 
 def _lives(pid: int) -> bool:

@@ -47,6 +47,14 @@ class Claim(NamedTuple):
             return False
 
 
+def owned(folder: Path, owner: Claim) -> str:
+    """Who writes in `folder`, and what to do should that process be gone."""
+    return (
+        f"{folder} is being written by {owner}. Wait for it or choose another run_dir; if you know "
+        f"that process to be gone, delete {claim_path(folder, owner.attempt)}"
+    )
+
+
 def process_start(pid: int) -> float:
     """When a process began, as a number that does not change while it lives.
 

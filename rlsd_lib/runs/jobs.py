@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rlsd_lib.runs.claims import latest_claim, owned
 from rlsd_lib.runs.records import read_manifest, state_of
 
 INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons begin
@@ -154,7 +155,7 @@ def settle(job: Job, retry_failed: bool) -> Outcome | None:
     if state == "finished":
         return Outcome(job, "kept")
     if state == "running":
-        return Outcome(job, "busy")
+        return Outcome(job, "busy", error=owned(job.run_dir, latest_claim(job.run_dir)))
     if state == "failed" and not retry_failed:
         return Outcome(job, "failed before", error=read_manifest(job.run_dir)["error"])
     return None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from IPython import get_ipython
 
 from rlsd_lib.runs import provenance
-from rlsd_lib.runs.claims import Claim, claim_path, latest_claim, make_claim
+from rlsd_lib.runs.claims import Claim, latest_claim, make_claim, owned
 from rlsd_lib.runs.records import (
     append_lines,
     attempts_of,
@@ -245,11 +245,8 @@ def _check_allowed(
     if again:
         return
     if state == "running":
-        owner = latest_claim(path)  # asked again: it may have claimed after the first look
-        raise FileExistsError(
-            f"{path} is being written by {owner}. Wait for it or choose another run_dir; if you "
-            f"know that process to be gone, delete {claim_path(path, owner.attempt)}"
-        )
+        # Asked again: it may have claimed after the first look.
+        raise FileExistsError(owned(path, latest_claim(path)))
     if if_exists == "resume" and state == "finished":
         raise FileExistsError(f"{path} is finished: there is nothing to resume")
     if if_exists == "raise" and state is not None:
