@@ -44,6 +44,8 @@ def test_every_method_and_module_is_in_the_readme():
 
 def test_every_link_leads_to_a_file_and_nothing_is_left_open():
     root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (root / target).exists(), target
+    log = root / "outputs" / "LOG.md"
+    for folder, text in ((root, README), (log.parent, log.read_text())):
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("http") or (folder / target).exists(), target
     assert "@@" not in README
