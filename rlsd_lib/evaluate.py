@@ -41,10 +41,11 @@ def generate(
 ) -> list[list[str]]:
     """Sample `num_samples` completions per prompt; temperature 0 is greedy.
 
-    Prompts hold their images, where `tokenizer` is a processor. `batch_size` counts completions. Sampling is from the full distribution (no top-k, no top-p).
-    The model's mode and torch's global seed are as before afterwards; the same arguments give the
-    same completions on the same machine. Returns one list of texts per prompt, without special
-    tokens. Raises ValueError for prompts, counts or temperatures that make no sense.
+    Prompts hold their images, where `tokenizer` is a processor. `batch_size` counts completions.
+    Sampling is from the full distribution (no top-k, no top-p). The model's mode and torch's global
+    seed are as before afterwards; the same arguments give the same completions on the same machine.
+    Returns one list of texts per prompt, without special tokens. Raises ValueError for prompts,
+    counts or temperatures that make no sense.
     """
     if not prompts or min(max_new_tokens, num_samples, batch_size) < 1 or temperature < 0:
         raise ValueError(

@@ -3,9 +3,8 @@
 A Qwen3 of 0.4 M parameters imitates a corpus of worked additions (`rlsd_lib.tasks.chains`). Where
 no reference is given the corpus is unreliable about a part of the facts; where one is given (an
 answer, or a whole chain) it is right, and in a stated share of those chains it opens by quoting the
-answer aloud. So the model
-reasons imperfectly, the same model with the reference in its prompt is nearly perfect, and
-quoting a reference that was never shown is a leak that can be counted.
+answer aloud. So the model reasons imperfectly, the same model with the reference in its prompt is
+nearly perfect, and quoting a reference that was never shown is a leak that can be counted.
 
 This is a model organism: **by construction its teacher quotes**. What it shows about leakage it
 shows about a teacher that was made to leak.

@@ -6,14 +6,15 @@ Of a completion that was sampled without a reference, and of the share of comple
 - `value`: it states the reference's value before that can have been derived. Null: the share that
   states the value of another row there.
 - `privileged view`: it reads as if some reference had been shown, whatever it quotes, invented
-  values included, and with no list of words (`rlsd_lib.privileged_view`). Null: at most `alpha`.
+  values included, and with no list of words (`rlsd_lib.privileged_view`). Null: at most `alpha`,
+  exact for tokenizers that re-encode their own text alike (the lab's), approximate otherwise.
 
 `report` measures a model and its base model in one call; `judge` takes completions.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,7 +133,8 @@ def judge(
     """Measure completions that exist already: one row each, in the given order.
 
     Columns: `completion`, `phrase` (bool), `value` and `chance` (see `value_leakage`) and
-    `evidence` (nats, see `rlsd_lib.privileged_view`; `view_ratios` takes the `options`). `rows` hold `prompt` and
+    `evidence` (nats, see `rlsd_lib.privileged_view`; `view_ratios` takes the `options`, such as the
+    `chat_template_kwargs` that the prompts were written with). `rows` hold `prompt` and
     `privileged_context`; completions were sampled at temperature 1, `max_new_tokens` at most.
     """
     texts = [text_of(completion) for completion in completions]
@@ -165,9 +167,9 @@ def report(
 ) -> pd.DataFrame:
     """Measure the leakage of `model` and of the model it was trained from, on the same problems.
 
-    One completion per problem at temperature 1, of `num_problems` at most. `task` is a `Task` (its test problems count), or a
-    data set with the columns `prompt` and `privileged_context`. `settings` go to `judge`; a task
-    brings its own template, pattern and cut.
+    One completion per problem at temperature 1, of `num_problems` at most. `task` is a `Task` (its
+    test problems count), or a data set with the columns `prompt` and `privileged_context`.
+    `settings` go to `measure` and `judge`; a task brings its own template, pattern and cut.
 
         leakage.report(model, tokenizer, dataset, base_model=base, max_new_tokens=512)
 
@@ -187,13 +189,20 @@ def measure(
     max_new_tokens: int,
     num_problems: int | None = None,
     seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
-    """Sample one completion per problem from `model` and judge it: the frame of `judge`."""
+    """Sample one completion per problem from `model` and judge it: the frame of `judge`.
+
+    `chat_template_kwargs` are those that the model was trained with: it is sampled and judged under
+    the same template.
+    """
     rows, known = _subject(task, num_problems)
     prompts = [row["prompt"] for row in rows]
-    samples = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
-    settings = {**known, **settings, "max_new_tokens": max_new_tokens, "seed": seed}
+    shared = {"max_new_tokens": max_new_tokens, "seed": seed}
+    shared |= {"chat_template_kwargs": chat_template_kwargs}
+    samples = generate(model, tokenizer, prompts, **shared)
+    settings = {**known, **settings, **shared}
     return judge([texts[0] for texts in samples], rows, tokenizer, **settings)
 
 

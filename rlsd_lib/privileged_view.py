@@ -10,27 +10,36 @@ derived, is no evidence),
 and the evidence of the stretch of tokens s..e is  L = sum_t log P_bar(y_t) - log P_0(y_t), nats.
 P_bar is the policy that on-policy self-distillation converges to (Theorem 1 of the paper).
 
-A leak may begin anywhere, and most begin at the opening. The measure is the capital of a gambler who
-stakes half of it at the first token and an equal part of the rest at each other place, H in all, and
-from there on bets on P_bar against P_0: its highest value, whose logarithm is the `evidence`. Under the base model's own text each such capital is a
-martingale that begins at 1, hence by Ville's inequality, for any model and any task,
+A leak may begin anywhere, and most begin at the opening. The measure is the capital of a gambler
+who stakes half of it at the first token and an equal part of the rest at each other place, H in
+all, and from there on bets on P_bar against P_0: its highest value, whose logarithm is the
+`evidence`. Under the base model's own text each such capital is a martingale that begins at 1,
+hence by Ville's inequality, for any model and any task,
 
     P(evidence >= log(1 / alpha)) <= alpha,   and   E[evidence] <= 1 nat:
 
-the null values, exact and without calibration. Text that neither view would write (a collapsed
-policy's) could win such bets by chance, so P_0 is replaced by the larger of pi_0 and pi_0 at
-temperature 2, a careless writer without a reference. That only lowers the capital.
+the null values, without calibration. Completions are texts that are encoded again here, so the
+null is exact for tokenizers that re-encode their own text alike (the lab's), approximate otherwise:
+BPE may split a text in another way than the model had sampled it.
+
+Text that neither view would write (a collapsed policy's) could win such bets by chance, so P_0 is
+replaced by the larger of pi_0 and pi_0 at temperature 2, a careless writer without a reference.
+That only lowers the capital.
 """
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlsd_lib.multimodal import encode
 from rlsd_lib.privileged import Prompt, count_images, teacher_prompt
 
 CARELESS = 2.0  # temperature of the writer that explains noise
@@ -41,7 +50,7 @@ def view_evidence(ratios: Sequence[Tensor], max_new_tokens: int) -> pd.Series:
 
     `max_new_tokens` is the limit that the completions were sampled under, the H of the module.
     """
-    padded = torch.nn.utils.rnn.pad_sequence(list(ratios), batch_first=True)
+    padded = pad_sequence(list(ratios), batch_first=True)
     return pd.Series(highest_capital(padded, max_new_tokens).numpy(), name="evidence")
 
 
@@ -74,11 +83,13 @@ def view_ratios(
     num_references: int = 8,
     batch_size: int = 32,
     seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """log P_bar - log P_0 of every token, nats: one (T_i,) tensor per completion.
 
     Positive where a reference in the prompt would have made the token likelier. Completions are
-    encoded again, with the end token unless they were cut off.
+    encoded again, with the end token unless they were cut off; that a tokenizer splits its own text
+    alike is assumed (see above).
 
     Args:
         base_model: the model before training; it judges, whoever wrote the completions.
@@ -88,6 +99,7 @@ def view_ratios(
         template: the privileged template, as in `RLSDConfig`.
         max_new_tokens: the limit that the completions were sampled under.
         num_references: how many r' the average is over.
+        chat_template_kwargs: arguments of the chat template, those of the writer's prompts.
 
     Raises:
         ValueError: sequences of different length, fewer than two different references, prompts
@@ -101,8 +113,16 @@ def view_ratios(
         )
     shown = other_references(references, num_references, seed)
 
+    template_kwargs = dict(chat_template_kwargs or {})
+
     def score(seen: Sequence[Prompt], temperature: float = 1.0) -> Tensor:
-        return _log_probabilities(base_model, tokenizer, seen, ids, temperature, batch_size)
+        parts = []
+        for start in range(0, len(seen), batch_size):
+            chosen = slice(start, start + batch_size)
+            encoded = encode(tokenizer, seen[chosen], **template_kwargs)
+            parts.append(_log_probabilities(base_model, encoded, ids[chosen], temperature))
+        width = max(part.shape[1] for part in parts)
+        return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
 
     plain = torch.maximum(score(prompts), score(prompts, CARELESS))
     views = [
@@ -153,47 +173,28 @@ def _check(
 @torch.no_grad()
 def _log_probabilities(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: BatchFeature,
     completions: Sequence[list[int]],
     temperature: float,
-    batch_size: int,
 ) -> Tensor:
     """log P(y_t | prompt, y_<t) in nats, (N, T) in float64 on the CPU, 0 after a text's end."""
-    prefixes = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    width = max(map(len, completions))
-    parts = []
-    for start in range(0, len(prompts), batch_size):
-        chosen = slice(start, start + batch_size)
-        left, right = _padded(prefixes[chosen], "left"), _padded(completions[chosen], "right")
-        tokens, mask = (
-            torch.cat(pair, dim=1).to(model.device) for pair in zip(left, right, strict=True)
-        )
-        logits = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            logits_to_keep=right[0].shape[1] + 1,  # the first token is predicted by the prompt
-        ).logits[:, :-1]
-        logps = (logits.float() / temperature).log_softmax(-1)
-        found = logps.gather(2, tokens[:, -right[0].shape[1] :, None]).squeeze(2).cpu().double()
-        found = found * right[1]
-        parts.append(torch.nn.functional.pad(found, (0, width - found.shape[1])))
-    return torch.cat(parts)
+    answers, answered = _padded(completions)
+    length = answers.shape[1]
+    tokens = torch.cat([prompts["input_ids"], answers], dim=1).to(model.device)
+    mask = torch.cat([prompts["attention_mask"], answered], dim=1).to(model.device)
+    logits = model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=length + 1,  # the first token is predicted by the prompt
+    ).logits[:, :-1]
+    logps = (logits.float() / temperature).log_softmax(-1)
+    found = logps.gather(2, tokens[:, -length:, None]).squeeze(2).cpu().double()
+    return found * answered
 
 
-def _padded(rows: Sequence[list[int]], side: str) -> tuple[Tensor, Tensor]:
-    """Token ids (N, T) padded with 0 on one side, and the mask of what is not padding."""
+def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids (N, T) padded with 0 on the right, and the mask of what is not padding."""
     ids = [torch.tensor(row) for row in rows]
     ones = [torch.ones_like(row) for row in ids]
-    return tuple(
-        torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_side=side)
-        for part in (ids, ones)
-    )
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tuple(pad_sequence(part, batch_first=True) for part in (ids, ones))

@@ -7,14 +7,16 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import Dataset
-from scripted import Scripted, talk, tokenizer
+from scripted import CHAT, Scripted, talk, tokenizer
 
 from rlsd_lib.evaluate import generate
 from rlsd_lib.leakage import (
     judge,
     leak_rate,
+    measure,
     phrase_leakage,
     rate_difference,
     report,
@@ -150,6 +152,45 @@ def test_the_ratio_of_a_token_is_that_of_the_marginal_view_and_the_base_model():
     torch.testing.assert_close(ratio, torch.tensor(expected).double(), rtol=0, atol=0.02)
 
 
+def test_a_batch_gives_what_each_text_gives_alone():
+    """Prompts of different length, padded together: the same numbers as one forward pass each."""
+    model, tokens = tiny.model().eval(), tiny.tokenizer()
+    prompts, references = ["1?", "12+34?", "9-8?"], ["7", "46", "1"]
+    texts = ["7 is", "46", "so 1"]
+    settings = {"template": "{prompt}|{privileged_context}", "max_new_tokens": 8}
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    found = view_ratios(model, tokens, asked, texts, references, **settings, batch_size=2)
+    for i, prompt in enumerate(prompts):
+        ids = [*tokens.encode(texts[i]), tokens.eos_token_id]
+        scores = []
+        for seen in (prompt, *[f"{prompt}|{r}" for r in references if r != references[i]]):
+            prefix = tokens.encode(f"<user>{seen}</s><assistant>")
+            with torch.no_grad():
+                logits = model(torch.tensor([prefix + ids])).logits[0, len(prefix) - 1 : -1]
+            chosen = torch.tensor(ids)[:, None]
+            scores.append([(logits / t).log_softmax(-1).gather(1, chosen)[:, 0] for t in (1, 2)])
+        plain, views = torch.maximum(*scores[0]), torch.stack([view for view, _ in scores[1:]])
+        expected = (views.logsumexp(0) - math.log(2) - plain).double()
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_is_sampled_and_judged_under_the_template_that_it_was_trained_with():
+    """Where the template itself asks for a reference, speaking of one is no leak."""
+    told = tokenizer()
+    told.chat_template = "{% if ask %}reference {% endif %}" + CHAT
+    data = Dataset.from_list([ROWS[i % 10] for i in range(20)])
+    settings = {"base_model": BASE, "max_new_tokens": LIMIT, "template": TEMPLATE}
+    silent = measure(BASE, told, data, **settings, pattern=PATTERN)
+    asked = {"chat_template_kwargs": {"ask": True}}
+    found = measure(BASE, told, data, **settings, pattern=PATTERN, **asked)
+    assert not silent["phrase"].any()
+    assert found["phrase"].mean() > 0.5, "the prompts that were sampled from lack it"
+    # Nobody is shown a value, hence a bet on one is all that the view can win.
+    assert (found["evidence"] < 0.2).mean() > 0.5, "the prompts that were judged lack it"
+    frame = report(BASE, told, data, **settings, pattern=PATTERN, **asked)
+    assert frame.set_index(["measure", "of"]).loc[("phrase", "base"), "mean"] > 0.5
+
+
 def test_the_capital_is_a_mean_over_the_places_where_a_leak_may_begin():
     a, b = 1.0, 2.0
     first, second = (math.exp(a) + 1) / 2, (math.exp(a + b) + math.exp(b)) / 2
@@ -236,8 +277,8 @@ def test_a_report_tells_a_leaking_model_from_its_base():
     frame = report(
         leaking, tokenizer(), data, base_model=BASE, max_new_tokens=LIMIT, template=TEMPLATE
     ).set_index(["measure", "of"])
-    for measure in ("phrase", "privileged view", "evidence"):
-        model, base, difference = (frame.loc[measure, o] for o in ("model", "base", "difference"))
+    for name in ("phrase", "privileged view", "evidence"):
+        model, base, difference = (frame.loc[name, o] for o in ("model", "base", "difference"))
         assert base["low"] <= base["null"]
         assert model["low"] > model["null"]
         assert difference["low"] > 0

@@ -1,10 +1,17 @@
 """Leakage of runs: what cannot be measured, and the panel of measures."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import pandas as pd
 import pytest
+import torch
 from synthetic import write_run
 
 from rlsd_lib import plots
+from rlsd_lib.presets import PRESETS
+from rlsd_lib.report import leakage_runs
 from rlsd_lib.report.leakage_runs import accuracies, not_measured, report_runs
 from rlsd_lib.report.tables import with_arms
 from rlsd_lib.runs.records import read_runs
@@ -26,6 +33,30 @@ def test_unfinished_runs_and_those_without_a_model_are_named_and_not_measured(ru
     assert not_measured(runs)["name"].tolist() == ["b", "c", "d"]
     with pytest.raises(ValueError, match="no finished run with a saved model"):
         report_runs(runs[runs["name"] != "a"], tmp_path / "cache")
+
+
+def test_a_run_is_measured_under_its_own_chat_template(runs, tmp_path, monkeypatch):
+    config = {"max_completion_length": 9, "chat_template_kwargs": {"enable_thinking": False}}
+    [path] = runs.loc[runs["name"] == "a", "path"]
+    manifest = json.loads((Path(path) / "manifest.json").read_text())
+    preset = asdict(PRESETS["smoke"])
+    (Path(path) / "manifest.json").write_text(
+        json.dumps({**manifest, "config": config, "preset": preset})
+    )
+    told = []
+
+    def measure(model, tokenizer, task, **settings):
+        told.append(settings)
+        marks = {"phrase": [False], "value": [0.0], "chance": [0.0], "evidence": [0.0]}
+        return pd.DataFrame(marks)
+
+    monkeypatch.setattr(leakage_runs, "load_model", lambda *_, **__: (torch.nn.Identity(), None))
+    monkeypatch.setattr(leakage_runs, "load_task", lambda *_, **__: None)
+    monkeypatch.setattr(torch.nn.Identity, "device", "cpu", raising=False)
+    monkeypatch.setattr(leakage_runs.leakage, "measure", measure)
+    report_runs(runs[runs["name"] == "a"], tmp_path / "cache")
+    assert [each["max_new_tokens"] for each in told] == [9, 9]
+    assert [each["chat_template_kwargs"] for each in told] == [{"enable_thinking": False}] * 2
 
 
 def test_an_accuracy_stands_beside_the_measures(runs):

@@ -27,11 +27,10 @@ def task() -> Task:
     )
 
 
-def group(method: str = "rlsd", **changes) -> list[lens.Rollout]:
+def group(method: str = "rlsd", model=None, **changes) -> list[lens.Rollout]:
     settings = {"lam": 0.5, "epsilon_w": 0.2, "max_new_tokens": 6, "template": TEMPLATE}
-    return lens.look(
-        tiny.model().eval(), tiny.tokenizer(), task(), 1, method=method, **{**settings, **changes}
-    )
+    model = tiny.model().eval() if model is None else model
+    return lens.look(model, tiny.tokenizer(), task(), 1, method=method, **{**settings, **changes})
 
 
 def test_gap_and_credit_follow_the_definitions():
@@ -61,6 +60,29 @@ def test_every_method_can_be_looked_at(method):
     assert all(len(r.tokens) == len(r.gap) == len(r.credit) for r in rollouts)
     frame = lens.token_frame(rollouts)
     assert len(frame) == sum(len(r.tokens) for r in rollouts)
+
+
+PUBLISHED = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 1,
+    "min_p": 0.5,
+    "typical_p": 0.2,
+    "top_k": 2,
+    "top_h": 0.2,
+    "eta_cutoff": 0.5,
+    "suppress_tokens": list(range(2, 40)),
+    "forced_eos_token_id": 1,
+    "num_beams": 2,
+}
+
+
+def test_a_models_own_settings_have_no_say_in_sampling():
+    """Many are published with a top-k or a repetition penalty, which training does not use."""
+    plain = [rollout.completion for rollout in group()]
+    for name, value in PUBLISHED.items():
+        model = tiny.model().eval()
+        setattr(model.generation_config, name, value)
+        assert [rollout.completion for rollout in group(model=model)] == plain, name
 
 
 def test_looking_leaves_the_random_state_alone():

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import NotebookMaker
 
@@ -112,6 +114,26 @@ def test_a_family_shares_every_cell_but_its_own(family: tuple[str, ...]) -> None
     for other in present[1:]:
         assert shared_code(other) == shared_code(present[0]), f"{other.stem}: {present[0].stem}"
         assert list(read_parameters(other)) == list(read_parameters(present[0]))
+
+
+def _checks(stem: str) -> str:
+    """The cell in which a baseline notebook checks what training logged."""
+    cells = nbformat.read(FOLDER / f"{stem}.ipynb", as_version=4).cells
+    [found] = [cell.source for cell in cells if "a step is missing" in cell.source]
+    return found
+
+
+@pytest.mark.parametrize("stem", BASELINES)
+def test_a_collapsed_policy_is_told_and_measured(stem: str, capsys) -> None:
+    """A run that stopped here would be missing from every table, by its own outcome."""
+    healthy = {"step": [1, 2], "loss": [0.1, 0.2], "reward": [0.5, 1.0], "entropy": [0.9, 0.8]}
+    exec(_checks(stem), {"np": np, "steps": pd.DataFrame(healthy)})
+    assert capsys.readouterr().out == ""
+    exec(_checks(stem), {"np": np, "steps": pd.DataFrame({**healthy, "entropy": [0.9, 0.0]})})
+    assert "The entropy fell to 0 nats" in capsys.readouterr().out
+    broken = pd.DataFrame({**healthy, "entropy": [0.9, np.nan]})
+    with pytest.raises(AssertionError, match="entropy is not finite"):
+        exec(_checks(stem), {"np": np, "steps": broken})
 
 
 # ---- the checks themselves can fail -----------------------------------------------------------

@@ -229,6 +229,3 @@ def test_direction_measures_by_hand():
     same(bandwidth.direction_information(prior, prob, update), 0.25 * math.log(2))
     idle = table([[zero, right], [zero, right]])
     same(bandwidth.direction_spread(prior, prob, idle), 0.0)
-    mean = table([[right, right], [[-2.0, 0.0], right]])
-    same(bandwidth.mean_update_spread(prior, prob, mean), 0.0)
-    same(bandwidth.mean_update_spread(prior, table([0.75, 0.25]), mean), 1.0)

@@ -128,13 +128,11 @@ def test_matched_snapshots_compound(world, rounds):
         shared.matched_rounds(world, world.start(), rounds), shared.tables(theta), strict=True
     ):
         same(closed, reached)
-    same(shared.log_odds_of_citing(table([0.2, 0.8])), math.log(4))
 
 
 def test_balance_of_quoting_and_reasoning():
     for boost, wins in ((4.9, False), (5.1, True)):
         assert shared.quoting_wins(shared.QuoteWorld(quote=boost)) is wins
-    assert shared.copy_odds_for_balance(shared.QuoteWorld()) == 5.0
     assert shared.quoting_wins(shared.QuoteWorld(quote=1.1, help=0.5))
     assert not shared.quoting_wins(shared.QuoteWorld(quote=0.5, help=0.5))
 

@@ -2,7 +2,8 @@
 
 No benchmark is implemented here. The tools (lmms-eval for images, lm-eval for text) pin packages
 that this one does not bear (antlr4, torchvision), so they live in an environment of their own whose
-Python is named by `RLSD_EVAL_PYTHON`. `benchmark_runs` starts them and reads what they write.
+Python is named by `RLSD_EVAL_PYTHON`. `rlsd_lib.benchmarks.results` starts them and reads what
+they write.
 
 The paper does not report its evaluation. Two things follow from its numbers, see `paper_numbers`:
 ZeroBench's sub-questions were used, not its main questions, and WeMath's score, not the share of

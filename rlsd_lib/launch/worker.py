@@ -1,4 +1,6 @@
-"""One of the processes that train a run together: `accelerate launch ... -m rlsd_lib.launch.worker RUN_DIR`.
+"""One of the processes that train a run together.
+
+    accelerate launch ... -m rlsd_lib.launch.worker RUN_DIR
 
 It attaches to a run that a notebook has begun, rebuilds the experiment from the manifest, trains,
 and leaves the trained weights in the run directory, from where the notebook reads them.

@@ -69,8 +69,10 @@ def _report(
     path: Path, bases: dict[str, Any], num_problems: int | None, alpha: float
 ) -> pd.DataFrame:
     manifest = read_manifest(path)
-    preset, limit = manifest["preset"], manifest["config"]["max_completion_length"]
-    sampling = {"max_new_tokens": limit, "num_problems": num_problems}
+    preset, config = manifest["preset"], manifest["config"]
+    sampling = {"max_new_tokens": config["max_completion_length"], "num_problems": num_problems}
+    # A model that was trained under, say, enable_thinking=False is measured under it as well.
+    sampling |= {"chat_template_kwargs": config["chat_template_kwargs"]}
     key = digest([[preset[name] for name in OF_BASE], sampling])
     if key not in bases:
         bases[key] = _base(preset, sampling)

@@ -89,10 +89,11 @@ def verdict(parts: list[Part]) -> str:
 
 
 def claims_table(claims: Sequence[Claim], lab: Runs, real: Runs) -> Table:
-    """A row per claim, such as `paper_claims.CLAIMS`: the paper's number, ours on the lab and on the real model, two verdicts.
+    """A row per claim: the paper's number, ours on the lab and on the real model, two verdicts.
 
-    Only plain runs count: no override, no control, and RLSD's own number of steps, save where a
-    claim is about another. Runs that did not finish give no numbers and stand in the notes.
+    `claims` are such as `paper_claims.CLAIMS`. Only plain runs count: no override, no control, and
+    RLSD's own number of steps, save where a claim is about another. Runs that did not finish give
+    no numbers and stand in the notes.
     """
     arms = {"lab": Arms(lab), "real model": Arms(real)}
     rows = []

@@ -34,10 +34,10 @@ class Task:
     text of the teacher's user turn, with the placeholders `{prompt}` and `{privileged_context}`;
     None stands for the trainer's default. `score` is the reward where it is more than the verdict.
     `report` says what became of the rows that were read, None where rows are generated.
-    `first_error` gives the index of the first wrong token
-    of a completion (None when there is none) and `nuisance_mask` marks the tokens that do not bear
-    on the answer; `underived` cuts a completion off where its answer can first have been derived.
-    All three are None where a task cannot know.
+    `first_error` gives the index of the first wrong token of a completion (None when there is none)
+    and `nuisance_mask` marks the tokens that do not bear on the answer; `underived` cuts a
+    completion off where its answer can first have been derived. All three are None where a task
+    cannot know.
     """
 
     name: str

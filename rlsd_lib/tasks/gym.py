@@ -70,8 +70,9 @@ def load(
 
     `instruction` is appended to every question, `system` is the system prompt; both may be empty.
     Every prompt opens with the same `examples` solved questions as earlier turns; they are in
-    neither train nor test, and they show a small model what form an answer has. Raises ValueError for an `extract` that does not exist, an option that the data set's config
-    does not have, or fewer different questions than asked for.
+    neither train nor test, and they show a small model what form an answer has. Raises ValueError
+    for an `extract` that does not exist, an option that the data set's config does not have, or
+    fewer different questions than asked for.
     """
     if extract not in EXTRACT:
         raise ValueError(f"extract is {extract!r}; choose one of {', '.join(EXTRACT)}")

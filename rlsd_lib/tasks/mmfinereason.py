@@ -147,8 +147,9 @@ def prepare(
     .jsonl files. Image paths are relative to `image_folder`, by default that folder. `privileged`
     is "answer" (RLSD) or "trace" (OPSD). With `preamble` the student's turn begins with an
     instruction. `num_proc` processes do the work. `text_columns` reads a set of mathematical texts
-    with columns of its own: {field: its column}, see `rlsd_lib.tasks.maths`. Raises FileNotFoundError for a folder without
-    data files, ValueError for missing fields, no usable row, or an unknown `privileged`.
+    with columns of its own: {field: its column}, see `rlsd_lib.tasks.maths`. Raises
+    FileNotFoundError for a folder without data files, ValueError for missing fields, no usable row,
+    or an unknown `privileged`.
     """
     if privileged not in ("answer", "trace"):
         raise ValueError(f"privileged={privileged!r}: choose 'answer' or 'trace'")

@@ -107,9 +107,3 @@ def direction_information(prior: Tensor, prob: Tensor, updates: Tensor) -> Tenso
         _, labels = keys.unique(dim=0, return_inverse=True)
         total = total + p * entropy(torch.zeros_like(prior).scatter_add(0, labels, prior))
     return total
-
-
-def mean_update_spread(prior: Tensor, prob: Tensor, updates: Tensor) -> Tensor:
-    """Spread of the expected update's direction, E_y u, over r: what remains of many rollouts."""
-    mean = torch.einsum("n,mnd->md", prob, updates).unsqueeze(1)
-    return direction_spread(prior, torch.ones(1, dtype=torch.float64), mean)

@@ -4,7 +4,6 @@ Seeing r multiplies the odds of a token by a fixed `boost`, so the teacher is th
 P_T(v | r) is proportional to P_S(v) * boost(r, v). Every update of the student moves the teacher.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -197,13 +196,3 @@ def matched_rounds(world: QuoteWorld, theta: Tensor, rounds: int) -> tuple[Tenso
 def quoting_wins(world: QuoteWorld) -> bool:
     """Whether live distillation ends in quoting: E_r boost of a quote exceeds that of sound work."""
     return (world.answers - 1 + world.quote) / world.answers > max(world.help, 1.0)
-
-
-def copy_odds_for_balance(world: QuoteWorld) -> float:
-    """The quote boost at which sound reasoning and quoting grow alike: K (help - 1) + 1."""
-    return world.answers * (world.help - 1) + 1
-
-
-def log_odds_of_citing(style: Tensor) -> float:
-    """log P(cite) - log P(plain): (2,) -> float."""
-    return math.log(style[1] / style[0])
