@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,37 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """SHA-256 over the rows of a data set, in order: two runs on the same data print the same."""
+    """SHA-256 over the rows of a data set, in order: two runs on the same data print the same.
+
+    Raises:
+        ValueError: for rows with images and without a column `key` that stands for them.
+    """
     total = hashlib.sha256()
-    for row in rows:
+    for row in _without_images(rows):
         total.update(digest(row).encode())
     return total.hexdigest()
+
+
+def _without_images(rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows with their images left out, for which the hash in `key` stands: none is decoded."""
+    features = getattr(rows, "features", None) or {}
+    images = [name for name, feature in features.items() if _is_of_images(feature)]
+    if not images:
+        yield from rows
+        return
+    if "key" not in features:
+        raise ValueError(
+            f"the column {images[0]!r} holds images, and there is no column 'key' that tells them "
+            "apart: add one with a hash of each row's question and image files"
+        )
+    empty: dict[str, list] = {name: [] for name in images}  # what a row without images holds
+    for row in rows.remove_columns(images):
+        yield {**row, **empty}
+
+
+def _is_of_images(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)  # a column of images, or of lists of them
+    return type(inner).__name__ == "Image"
 
 
 def file_sha256(path: Path) -> str:
