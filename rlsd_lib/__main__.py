@@ -176,6 +176,11 @@ def _report(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     if options.against is None and not options.sweep:
+        if options.pairs:
+            raise ValueError(
+                f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing for a preset; "
+                "add --against or --sweep"
+            )
         from rlsd_lib.cost.bench import compare
 
         print(compare(options.preset, options.steps, options.rounds).round(3).to_string())
