@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlsd_lib.config import RLSDConfig
-from rlsd_lib.controls import control_overrides
+from rlsd_lib.controls import check_control, control_overrides
 from rlsd_lib.launch.batches import shared_batch, split_rollouts
 from rlsd_lib.methods import METHODS, PROMPT, look_up
 from rlsd_lib.paper import PAPER, REAL_PRESETS, Preset
@@ -246,8 +246,9 @@ def resolve_parameters(
     """`resolve_config` for the parameters of a run, what its control sets included.
 
     Raises:
-        ValueError: as `resolve_config`, and for an unknown control.
+        ValueError: as `resolve_config`, and for an unknown control or one that changes nothing.
     """
+    check_control(parameters["control"], parameters["method"])
     return resolve_config(
         parameters["method"],
         parameters["preset"],
