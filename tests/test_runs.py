@@ -289,6 +289,15 @@ def test_the_default_directory_is_the_same_for_the_same_parameters(tmp_path: Pat
     )
 
 
+def test_a_field_that_is_given_as_a_parameter_is_told_where_it_goes() -> None:
+    source = provenance.find_notebook("15_rlsd")
+    declared = execute.read_parameters(source)
+    for name, owner in {"epsilon_w": "RLSDConfig", "train_size": "the preset"}.items():
+        told = rf"no parameter '{name}': it is a field of {owner}.*overrides=.\"{name}\": 0.5"
+        with pytest.raises(ValueError, match=told):
+            execute.check_parameters(source, declared, {name: 0.5})
+
+
 def test_rows_with_images_have_one_fingerprint_in_every_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

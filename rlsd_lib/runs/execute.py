@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,13 +157,26 @@ def check_parameters(
     """
     for name, value in given.items():
         if name not in declared:
-            hint = nearest(name, declared)
+            hint = _as_override(name, value, declared) or nearest(name, declared)
             raise ValueError(f"{source.name} has no parameter {name!r}{hint}")
         if not declared[name].accepts(value):
             wanted = " or ".join(t.__name__ for t in declared[name].types)
             raise TypeError(
                 f"{source.name}: {name}={value!r} is {type(value).__name__}, expected {wanted}"
             )
+
+
+def _as_override(name: str, value: Any, declared: Mapping[str, Parameter]) -> str:
+    """The hint for a field of the configuration that was given as a parameter; "" for others."""
+    if "overrides" not in declared:
+        return ""
+    from rlsd_lib.presets import IDENTITY, OF_PRESET, override_types  # seconds: only for an error
+
+    if name in IDENTITY or name not in override_types():
+        return ""
+    owner = "the preset" if name in OF_PRESET else "RLSDConfig"
+    pair = f"overrides={json.dumps({name: value})}"
+    return f": it is a field of {owner}. Set it with -p {shlex.quote(pair)}"
 
 
 def parse_value(text: str, parameter: Parameter | None = None) -> Any:

@@ -194,5 +194,10 @@ def find_notebook(name_or_path: str | Path) -> Path:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an error message: the nearest valid name, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f" (valid: {', '.join(known) or 'none'})"
+    like = alike(name, known)
+    return f" (did you mean {like[0]!r}?)" if like else f" (valid: {', '.join(known) or 'none'})"
+
+
+def alike(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """At most `count` names that `name` may have been meant for, the nearest first."""
+    return difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.5)
