@@ -136,6 +136,20 @@ def test_rows_that_show_the_student_the_reference_are_found():
     assert "no privileged text" in check_rows(resolve({**run, "method": "grpo"}), task)
 
 
+def test_a_notebook_of_another_method_is_told(capsys):
+    words = ["run", "15_rlsd", "-p", "preset=smoke-vl", "--dry-run", "-p"]
+    assert main([*words, "method=opsd"]) == 2
+    printed = capsys.readouterr().out
+    assert "WRONG        15_rlsd.ipynb is not for these parameters: method.startswith" in printed
+    assert "use the one of your method" in printed
+    assert main([*words, "overrides={lambda_init: 0.0}"]) == 2
+    assert "use 10_grpo" in capsys.readouterr().out
+
+
+def test_a_preset_without_a_prompt_limit_has_no_plan():
+    assert "no plan: the preset has no max_prompt_length" in check("smollm2").text()
+
+
 def test_an_unknown_benchmark_is_an_error():
     run = {"preset": "smoke-vl", "method": "rlsd"}
     with pytest.raises(ValueError, match="MMMUU"):

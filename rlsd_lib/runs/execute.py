@@ -166,6 +166,28 @@ def check_parameters(
             )
 
 
+def unmet(source: Path, parameters: Mapping[str, Any]) -> list[str]:
+    """What the notebook asserts of its parameters alone and does not hold, one line for each."""
+    cells = [c.source for c in nbformat.read(source, as_version=4).cells if c.cell_type == "code"]
+    lines = [line for cell in cells for line in _assertions(cell)]
+    return [
+        f"{source.name} is not for these parameters: {ast.unparse(line.test)} does not hold"
+        + (f" ({line.msg.value})" if isinstance(line.msg, ast.Constant) else "")
+        for line in lines
+        if {n.id for n in ast.walk(line) if isinstance(n, ast.Name)} <= parameters.keys()
+        and not _value(line.test, parameters)
+    ]
+
+
+def _assertions(cell: str) -> list[ast.Assert]:
+    return [line for line in ast.parse(cell).body if isinstance(line, ast.Assert)]
+
+
+def _value(test: ast.expr, names: Mapping[str, Any]) -> Any:
+    """The value of an assertion's test, which the notebook would compute as well."""
+    return eval(compile(ast.Expression(test), "<assertion>", "eval"), {}, dict(names))
+
+
 def _as_override(name: str, value: Any, declared: Mapping[str, Parameter]) -> str:
     """The hint for a field of the configuration that was given as a parameter; "" for others."""
     if "overrides" not in declared:
