@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
     check_parameters(source, declared, given)
     full = {**{p.name: p.default for p in declared.values()}, **given}
     if options.dry_run:
-        return _dry_run(source.stem, full)
+        return _dry_run(source, full)
     chosen = options.run_dir or full.get("run_dir") or default_run_dir(source.stem, full)
     folder = Path(chosen).resolve()
     if options.if_exists == "skip" and state_of(folder) == "finished":
@@ -54,11 +54,13 @@ def _run(options: argparse.Namespace) -> int:
     return _execute(source, given, folder, mode)
 
 
-def _dry_run(notebook: str, parameters: dict[str, Any]) -> int:
+def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     from rlsd_lib.launch.dryrun import dry_run  # only now: the libraries read these when imported
+    from rlsd_lib.runs.execute import unmet
 
-    found = dry_run(notebook, parameters)
+    found = dry_run(source.stem, parameters)
+    found.wrong += unmet(source, parameters)
     print(found.text())
     return 2 if found.wrong else 0
 
@@ -84,6 +86,8 @@ def _suite(options: argparse.Namespace) -> int:
     print(f"{options.name}: {get_suite(options.name).purpose}")
     changes = _parse_pairs(options.pairs, {})
     jobs = jobs_of(options.name, changes)
+    if changes:  # a suite as it stands is known to resolve
+        _resolve(jobs)
     if options.jobs is None:
         options.jobs = len(jobs) if options.submitit == "slurm" else 1
     _say_what_stands(jobs, options)
@@ -104,6 +108,18 @@ def _suite(options: argparse.Namespace) -> int:
     if any(outcome.status == "failed before" for outcome in missing):
         print("failed before: --retry-failed makes them again", file=sys.stderr)
     return 1 if missing else 0
+
+
+def _resolve(jobs: "Sequence[Job]") -> None:
+    """Resolve what each run of a suite will train, so that a bad name costs no run."""
+    from rlsd_lib.launch.dryrun import resolve
+    from rlsd_lib.runs.execute import read_parameters
+
+    for job in jobs:
+        declared = read_parameters(find_notebook(job.notebook))
+        full = {**{p.name: p.default for p in declared.values()}, **job.parameters}
+        if "method" in full and "preset" in full:
+            resolve(full)
 
 
 def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":
@@ -176,6 +192,11 @@ def _report(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     if options.against is None and not options.sweep:
+        if options.pairs:
+            raise ValueError(
+                f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing for a preset; "
+                "add --against or --sweep"
+            )
         from rlsd_lib.cost.bench import compare
 
         print(compare(options.preset, options.steps, options.rounds).round(3).to_string())

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from rlsd_lib.methods import look_up
+from rlsd_lib.methods import METHODS, PRIVILEGED, look_up
 from rlsd_lib.privileged import COLUMN
 
 PLAIN_TEMPLATE = "{prompt}{privileged_context}"
@@ -44,6 +44,22 @@ def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
         "empty": lambda texts, rng: [""] * len(texts),
     }[control](texts, rng)
     return data.remove_columns(COLUMN).add_column(COLUMN, changed)
+
+
+def check_control(control: str, method: str) -> None:
+    """Refuse a control where the teacher reads no reference: it would only label the run.
+
+    Raises:
+        ValueError: for an unknown control or method, or naming both.
+    """
+    look_up(control, CONTROLS, "control")
+    sees = METHODS[look_up(method, METHODS, "method")].teacher_sees
+    if control not in ("none", "peer") and sees != PRIVILEGED:  # a peer has `methods.check_peer`
+        fitting = [name for name, row in METHODS.items() if row.teacher_sees == PRIVILEGED]
+        raise ValueError(
+            f"control={control!r} means nothing for method={method!r}, whose teacher reads no "
+            f"{COLUMN}. Leave it at 'none', or use one of {', '.join(fitting)}."
+        )
 
 
 def control_overrides(control: str) -> dict[str, Any]:

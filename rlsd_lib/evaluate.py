@@ -18,6 +18,26 @@ from rlsd_lib.multimodal import Processing, encode, messages_of, tokenizer_of
 from rlsd_lib.privileged import COLUMN, Prompt, teacher_prompt
 from rlsd_lib.tasks import Task
 
+# Generation fields that change the distribution, with the values at which they do not.
+WARPERS = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+PENALTIES = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+    "num_beams": 1,
+}
+
 
 class Interval(NamedTuple):
     """A mean with the ends of its interval; the ends are NaN where there is nothing to resample."""
@@ -80,15 +100,30 @@ def _settings(
     max_new_tokens: int,
     temperature: float,
 ) -> GenerationConfig:
-    """Return settings that say everything, so that the model's own defaults have no say."""
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    """Return settings that leave the distribution as it is, whatever the model's own are."""
+    sampling = {"temperature": temperature} if temperature else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=bool(temperature),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         **sampling,
+        **neutral(model, sampled=bool(temperature)),
     )
+
+
+def neutral(model: PreTrainedModel, *, sampled: bool) -> dict[str, Any]:
+    """Settings of `generate` that undo what the model's own generation config would change.
+
+    transformers fills every field that a caller leaves open from `model.generation_config`, with
+    which some models are published; a measurement must not depend on it.
+    """
+    own = model.generation_config
+    # Only where the model says something: a neutral warper costs time and changes nothing. Greedy
+    # calls read no warper, and would warn of one.
+    fields = {**WARPERS, **PENALTIES} if sampled else PENALTIES
+    undone = {name: value for name, value in fields.items() if getattr(own, name, None) is not None}
+    return {"top_k": 0, **undone} if sampled else undone  # transformers' own default is 50
 
 
 def _complete(

@@ -1,6 +1,5 @@
 """The methods table: token credit, plus a distillation term for some. One row, one method."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from rlsd_lib.credit import (
     uniform,
 )
 from rlsd_lib.divergence import Divergence
+from rlsd_lib.runs.provenance import alike
 
 if TYPE_CHECKING:
     from rlsd_lib.config import RLSDConfig
@@ -36,6 +36,7 @@ DISTILLATION_FIELDS = (
     "distillation_token_clip",
     "distillation_weight",
 )
+SHOWN = 40  # names that an error lists in full
 PEER_FIELDS = ("include_failed_rollout", "include_environment_feedback")
 
 
@@ -114,14 +115,21 @@ def look_up(name: str, names: Iterable[str], what: str) -> str:
     """Return `name` if it is one of `names`.
 
     Raises:
-        ValueError: naming the value, the nearest valid name and all valid names.
+        ValueError: naming the value, the nearest valid name, and all valid names or, where they are
+            many, a few more like it.
     """
     names = list(names)
     if name in names:
         return name
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+    near = alike(name, names, count=4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Unknown {what} {name!r}.{hint} Valid: {', '.join(names)}.")
+    if len(names) <= SHOWN:
+        others = f" Valid: {', '.join(names)}."
+    elif near:
+        others = f" Also like it: {', '.join(near[1:])}." if near[1:] else ""
+    else:
+        others = f" None of the {len(names)} valid names is like it."
+    raise ValueError(f"Unknown {what} {name!r}.{hint}{others}")
 
 
 def check_peer(args: "RLSDConfig") -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 
 from rlsd_lib.config import RLSDConfig
-from rlsd_lib.controls import control_overrides
+from rlsd_lib.controls import check_control, control_overrides
 from rlsd_lib.launch.batches import shared_batch, split_rollouts
 from rlsd_lib.methods import METHODS, PROMPT, look_up
 from rlsd_lib.paper import PAPER, REAL_PRESETS, Preset
@@ -76,6 +77,8 @@ OF_PRESET = (
     "rollouts_per_step",
     "lora",
 )
+
+_PLAIN = (bool, int, float, str, list, dict, Mapping, NoneType)
 
 PRESETS: dict[str, Preset] = {
     "smoke": Preset(
@@ -163,22 +166,43 @@ def resolve_preset(name: str, overrides: Mapping[str, Any]) -> tuple[Preset, dic
 
     Raises:
         ValueError: for an unknown preset or override, naming the nearest valid one.
+        TypeError: for an override of another type than its field's.
     """
     preset = PRESETS[look_up(name, PRESETS, "preset")]
-    known = [*(f.name for f in fields(RLSDConfig) if f.init), *OF_PRESET]
-    for key in overrides:
+    known = override_types()
+    for key, value in overrides.items():
         look_up(key, known, "override")
         if key in IDENTITY:
             raise ValueError(
                 f"overrides may not set {key!r}: it is a parameter of the run itself, by which its "
                 "directory and tables name it."
             )
+        _check_type(key, value, known[key])
     changes = {key: value for key, value in overrides.items() if key in OF_PRESET}
     merged = {
         key: {**getattr(preset, key), **value} if isinstance(value, Mapping) else value
         for key, value in changes.items()
     }
     return replace(preset, **merged), {k: v for k, v in overrides.items() if k not in changes}
+
+
+def override_types() -> dict[str, Any]:
+    """The annotation of every name that `overrides` may hold."""
+    of_preset = {f.name: f.type for f in fields(Preset) if f.name in OF_PRESET}
+    return {f.name: f.type for f in fields(RLSDConfig) if f.init} | of_preset
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    """Refuse what a field cannot hold: comparing or counting it would fail with no name in sight."""
+    union = get_origin(annotation) in (Union, UnionType)
+    types = [get_origin(t) or t for t in (get_args(annotation) if union else (annotation,))]
+    if not set(types) <= set(_PLAIN):
+        return  # an enum or the like, which the field itself converts
+    fitting = (*types, int) if float in types else tuple(types)
+    if not isinstance(value, fitting) or (isinstance(value, bool) and bool not in types):
+        names = {Mapping: "dict", NoneType: "None"}
+        wanted = " or ".join(names.get(kind, kind.__name__) for kind in types)
+        raise TypeError(f"overrides: {name}={value!r} is {type(value).__name__}, expected {wanted}")
 
 
 def resolve_config(
@@ -246,8 +270,9 @@ def resolve_parameters(
     """`resolve_config` for the parameters of a run, what its control sets included.
 
     Raises:
-        ValueError: as `resolve_config`, and for an unknown control.
+        ValueError: as `resolve_config`, and for an unknown control or one that changes nothing.
     """
+    check_control(parameters["control"], parameters["method"])
     return resolve_config(
         parameters["method"],
         parameters["preset"],

@@ -118,7 +118,7 @@ def check_contexts(contexts: Sequence[object], template: str, first_row: int = 0
     refuse(empty, f"have no {COLUMN}", "Fill the column, or drop these rows.", first_row)
     wrong = [i for i, text in enumerate(contexts) if text is not None and not _is_text(text)]
     refuse(wrong, f"have a {COLUMN} that is not a string", "Convert it to str.", first_row)
-    images = [i for i, text in enumerate(contexts) if text and _IMAGE_TOKEN.search(text)]
+    images = [i for i, text in enumerate(contexts) if text and has_image_token(text)]
     refuse(
         images,
         f"have an image placeholder in {COLUMN}",
@@ -130,20 +130,32 @@ def check_contexts(contexts: Sequence[object], template: str, first_row: int = 0
 def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
     """Count rows whose privileged text stands in the student's prompt; refuse the clear leaks.
 
-    A text of several words there would show the student what only the teacher may see. A shorter
-    one (a number, a choice) can stand in a question by chance, and is only counted.
+    A leak is what `leaks` says it is. A shorter text (a number, a choice) can stand in a question
+    by chance, and is only counted.
 
     Raises:
         ValueError: listing the rows.
     """
-    held = [bool(c.strip()) and _holds(p, c) for p, c in zip(prompts, contexts, strict=True)]
-    leaks = [i for i, c in enumerate(contexts) if held[i] and len(c.split()) >= SEVERAL_WORDS]
+    pairs = list(zip(prompts, contexts, strict=True))
     refuse(
-        leaks,
+        [i for i, (prompt, context) in enumerate(pairs) if leaks(prompt, context)],
         f"hold their {COLUMN} in the student's own prompt",
         "The student would see the reference. Remove it from the prompt.",
     )
-    return sum(held)
+    return sum(_holds(prompt, context) for prompt, context in pairs)
+
+
+def leaks(prompt: Prompt, context: str) -> bool:
+    """Whether a privileged text of several words stands in the prompt of the student.
+
+    It would show the student what only the teacher may see.
+    """
+    return len(context.split()) >= SEVERAL_WORDS and _holds(prompt, context)
+
+
+def has_image_token(text: str) -> bool:
+    """Whether a text holds a processor's placeholder of an image."""
+    return _IMAGE_TOKEN.search(text) is not None
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -172,8 +184,8 @@ def _render_content(content: str | list[dict[str, Any]], context: str, template:
 
 
 def _holds(prompt: Prompt, context: str) -> bool:
-    words = re.escape(" ".join(context.split()))
-    return re.search(rf"(?<!\w){words}(?!\w)", " ".join(prompt_text(prompt).split())) is not None
+    words, text = (" ".join(part.split()) for part in (context, prompt_text(prompt)))
+    return bool(words) and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 def _texts(content: str | list[dict[str, Any]] | None) -> Iterable[str]:

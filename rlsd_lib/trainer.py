@@ -79,6 +79,8 @@ class RLSDTrainer(SteadyTrainer):
             self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
             if teacher_model is not None:
                 external = self.teacher.model
+                if self._is_vlm:  # a copy of the student has the student's hook
+                    external.register_forward_pre_hook(checks.drop_empty_images, with_kwargs=True)
                 checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
             self.scorer.check_pass()
             self.add_callback(TeacherCallback(self))

@@ -169,6 +169,9 @@ def test_a_suite_is_checked_before_its_first_run(
     assert main(["suite", "demmo"]) == 2
     assert "did you mean 'demo'" in capsys.readouterr().err
     assert main(["suite", "tiny", "--jobs", "0"]) == 2
+    for change, said in {"preset=smok": "'smoke'", "overrides={epsilon: x}": "epsilon='x'"}.items():
+        assert main(["suite", "demo", "-p", change, "--list"]) == 2
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
 
 

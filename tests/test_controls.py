@@ -6,8 +6,18 @@ import pytest
 import tiny
 
 from rlsd_lib import METHODS
-from rlsd_lib.controls import CONTROLS, PLAIN_TEMPLATE, apply_control, control_overrides
+from rlsd_lib.controls import (
+    CONTROLS,
+    PLAIN_TEMPLATE,
+    apply_control,
+    check_control,
+    control_overrides,
+)
 from rlsd_lib.methods import PEER, PRIVILEGED
+from rlsd_lib.presets import resolve_parameters
+from rlsd_lib.runs.execute import read_parameters
+from rlsd_lib.runs.provenance import find_notebook
+from rlsd_lib.runs.suites import SUITES, jobs_of
 
 
 @pytest.mark.parametrize("method", ["rlsd", "rlsd_neutral", "opsd"])
@@ -29,6 +39,27 @@ def test_only_the_peer_control_is_an_override(tmp_path, control):
     assert args.row.teacher_sees == (PEER if control == "peer" else PRIVILEGED)
     data = tiny.dataset()
     assert (apply_control(data, control, seed=0) is data) == (control in ("none", "peer"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_control_needs_a_teacher_that_reads_the_reference(method):
+    for control in CONTROLS:
+        reads = METHODS[method].teacher_sees == PRIVILEGED
+        if reads or control in ("none", "peer"):
+            check_control(control, method)
+        else:
+            run = {"method": method, "preset": "lab", "seed": 0, "control": control}
+            with pytest.raises(ValueError, match=f"means nothing for method='{method}'.*rlsd, "):
+                resolve_parameters({**run, "max_steps": -1, "overrides": {}}, Path("unused"))
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_control_of_a_suite_changes_something(suite):
+    for job in jobs_of(suite):
+        given = job.parameters
+        if (control := given.get("control", "none")) != "none":
+            declared = read_parameters(find_notebook(job.notebook))
+            check_control(control, given.get("method", declared["method"].default))
 
 
 def test_a_peer_replaces_a_reference_or_is_refused(tmp_path: Path):

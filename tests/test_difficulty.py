@@ -184,6 +184,13 @@ def test_a_row_is_answered_alike_in_any_company() -> None:
     assert other.generate(data, 3) != together
 
 
+def test_the_models_own_generation_config_has_no_say() -> None:
+    data, opinionated = rows(4), generator()
+    for name, value in {"repetition_penalty": 1.5, "min_p": 0.2, "top_k": 2}.items():
+        setattr(opinionated.model.generation_config, name, value)
+    assert opinionated.generate(data, 3) == generator().generate(data, 3)
+
+
 def test_images_go_where_the_prompt_has_them() -> None:
     image = PillowImage.new("RGB", (2, 2))
     parts = [{"type": "text", "text": "a"}, {"type": "image", "text": None}]

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import tiny_vlm
+from datasets import Dataset
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.launch.dryrun import dry_run
+from rlsd_lib.launch.dryrun import dry_run, resolve
 from rlsd_lib.launch.lengths import prompt_lengths
-from rlsd_lib.launch.preflight import Findings
+from rlsd_lib.launch.preflight import Findings, check_rows
 from rlsd_lib.multimodal import encode, messages_of
-from rlsd_lib.tasks import load_task
+from rlsd_lib.tasks import Task, load_task
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +122,32 @@ def test_a_folder_of_rows_is_checked(tmp_path, capsys):
     assert "has no problem_type" in capsys.readouterr().out
     assert verdict([row | {"answer": ""} for row in rows]) == 2
     assert "empty_answer 40" in capsys.readouterr().out
+
+
+def test_rows_that_show_the_student_the_reference_are_found():
+    turn = [{"role": "user", "content": "Is it 1 : 2, 1 : 3 or 1 : 4?"}]
+    data = Dataset.from_dict({"prompt": [turn] * 2, "privileged_context": ["1 : 2", "4"]})
+    task = Task("ratios", data, data, lambda text, row: True, "reference")
+    run = {"preset": "smoke", "method": "rlsd"}
+    with pytest.raises(ValueError, match=r"1 dataset rows hold .* own prompt \(rows 0\)"):
+        check_rows(resolve(run), task)
+    # What the teacher is shown under a control is what counts.
+    assert "in 0 of 2 it also stands" in check_rows(resolve({**run, "control": "noise"}), task)
+    assert "no privileged text" in check_rows(resolve({**run, "method": "grpo"}), task)
+
+
+def test_a_notebook_of_another_method_is_told(capsys):
+    words = ["run", "15_rlsd", "-p", "preset=smoke-vl", "--dry-run", "-p"]
+    assert main([*words, "method=opsd"]) == 2
+    printed = capsys.readouterr().out
+    assert "WRONG        15_rlsd.ipynb is not for these parameters: method.startswith" in printed
+    assert "use the one of your method" in printed
+    assert main([*words, "overrides={lambda_init: 0.0}"]) == 2
+    assert "use 10_grpo" in capsys.readouterr().out
+
+
+def test_a_preset_without_a_prompt_limit_has_no_plan():
+    assert "no plan: the preset has no max_prompt_length" in check("smollm2").text()
 
 
 def test_an_unknown_benchmark_is_an_error():

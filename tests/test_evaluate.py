@@ -1,5 +1,6 @@
 """Evaluation: sampling that repeats itself, pass@k by hand, intervals of known coverage."""
 
+from copy import deepcopy
 from itertools import combinations
 
 import numpy as np
@@ -51,6 +52,20 @@ def test_greedy_does_not_depend_on_the_batch(untrained, task):
     options = {"max_new_tokens": 5, "temperature": 0.0}
     alone = generate(*untrained, task.test["prompt"], **options, batch_size=1)
     assert alone == generate(*untrained, task.test["prompt"], **options, batch_size=6)
+
+
+OPINIONS = {"repetition_penalty": 1.5, "min_p": 0.2, "top_k": 2, "no_repeat_ngram_size": 1}
+
+
+@pytest.mark.parametrize("opinion", OPINIONS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_models_own_generation_config_has_no_say(untrained, task, opinion, temperature):
+    model, tokenizer = untrained
+    opinionated = deepcopy(model)
+    setattr(opinionated.generation_config, opinion, OPINIONS[opinion])
+    options = {"max_new_tokens": 8, "temperature": temperature}
+    plain = generate(model, tokenizer, task.test["prompt"], **options)
+    assert generate(opinionated, tokenizer, task.test["prompt"], **options) == plain
 
 
 def test_results_are_tidy_and_judged_by_the_task(untrained, task, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
 
-from rlsd_lib.privileged import check_contexts, prompt_text
+from rlsd_lib.privileged import check_contexts, count_in_prompts, prompt_text
 from rlsd_lib.tasks import load_task, task_names
 from rlsd_lib.tasks.base import is_held_out
 from rlsd_lib.tasks.images import fit
@@ -78,12 +78,15 @@ BREAKS: dict[int, dict[str, Any]] = {
     144: whole_row(0),
     145: whole_row(0) | {"answer": "3"},
     160: {"answer": "", "problem_type": "essay", "images": [b"broken"]},
+    176: {"problem": "<image>Is it 1 : 2, 1 : 3 or 1 : 4?", "answer": "1 : 2"},
+    177: {TRACE: "Look at <|image_pad|> again."},  # of no matter where traces are not shown
     161: whole_row(160) | {"answer": "7", "problem_type": "math", "data_type": "image"},
 }
 PLANTED = {
     "empty_problem": [128, 129],
     "empty_answer": [3, 19, 23, 160],
     "image_in_answer": [32],
+    "answer_in_problem": [176],
     "unknown_type": [36, 37, 38, 160],
     "video": [48, 49],
     "missing_image": [64, 65, 66, 67, 82, 129],
@@ -143,7 +146,7 @@ def test_every_planted_fault_is_found_and_listed(local: Path, tmp_path: Path) ->
     assert report.faults == PLANTED
     assert (report.rows, report.kept, len(rows)) == (ROWS, ROWS - len(DROPPED), ROWS - len(DROPPED))
     assert report.unknown_types == {"essay": 2, "": 1, "Essay": 1}
-    assert "176 of 200 rows kept" in report.summary()
+    assert "175 of 200 rows kept" in report.summary()
     report.write(tmp_path)
     listed = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
     assert sorted({line["row"] for line in listed}) == DROPPED
@@ -189,6 +192,7 @@ def test_rows_are_what_trl_takes(local: Path) -> None:
         assert "<image>" not in prompt_text(row["prompt"])
         assert row["privileged_context"] == row["answer"]
     check_contexts(rows["privileged_context"][:], "{prompt} {privileged_context}")
+    count_in_prompts(rows["prompt"][:], rows["privileged_context"][:])
     two = rows[next(i for i, row in enumerate(rows) if len(row["images"]) == 2)]
     kinds = [part["type"] for part in two["prompt"][0]["content"]]
     assert kinds == ["text", "image", "image", "text"]  # the instruction, then the problem
@@ -199,6 +203,9 @@ def test_privileged_trace_and_no_preamble(local: Path) -> None:
     assert report.faults["missing_trace"] == [
         i for i, row in enumerate(fixture_rows()) if not row[TRACE]
     ]
+    assert report.faults["image_in_trace"] == [177]
+    assert report.faults["answer_in_problem"] == [176]
+    check_contexts(rows["privileged_context"][:], "{prompt} {privileged_context}")
     assert rows[0]["privileged_context"] == rows[0]["reference_trace"] != rows[0]["answer"]
     assert prompt_text(rows[0]["prompt"]).startswith("Question 1?")
     traceless = [i for i, row in enumerate(fixture_rows()) if i not in DROPPED and not row[TRACE]]

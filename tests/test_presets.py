@@ -84,6 +84,38 @@ def test_a_run_may_change_its_model_data_and_sizes() -> None:
         resolve_preset("qwen3-vl-8b", {"task_option": {}})
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"epsilon_w": "0.5"}, "epsilon_w='0.5' is str, expected float"),
+        ({"epsilon_w": True}, "epsilon_w=True is bool, expected float"),
+        ({"use_vllm": "yes"}, "use_vllm='yes' is str, expected bool"),
+        ({"distillation_topk": "5"}, "expected int or None"),
+        ({"task_options": "rows"}, "task_options='rows' is str, expected dict"),
+        ({"test_size": "4"}, "test_size='4' is str, expected int"),
+    ],
+)
+def test_an_override_of_another_type_is_named(overrides: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        resolve_preset("lab", overrides)
+
+
+def test_overrides_of_every_kind_are_taken() -> None:
+    given = {"epsilon_w": 1, "optim": "sgd", "reward_weights": [1.0, 0.0], "report_to": "none"}
+    given |= {"distillation_weight": None, "save_steps": 5, "lr_scheduler_kwargs": {}}
+    assert resolve_preset("lab", given)[1] == given
+
+
+def test_an_unknown_override_names_a_few_of_the_many() -> None:
+    with pytest.raises(ValueError, match=r"'lambda_inti'\. Did you mean 'lambda_init'") as error:
+        resolve_preset("lab", {"lambda_inti": 1.0})
+    assert len(str(error.value)) < 200
+    with pytest.raises(ValueError, match=r"Unknown override 'foo'\. None of the \d+ valid names"):
+        resolve_preset("lab", {"foo": 1.0})
+    with pytest.raises(ValueError, match=r"Unknown method 'xyz'\. Valid: grpo, rlsd"):
+        resolved("lab", "xyz")
+
+
 def test_adapters_train_at_ten_times_the_rate() -> None:
     for method in ("rlsd", "opsd"):
         rates = [resolved(p, method).learning_rate for p in ("qwen3-text-full", "qwen3-text")]

@@ -127,6 +127,11 @@ def test_bad_sizes_are_refused(capsys, pair, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_size_without_rollouts_of_that_size_is_refused(capsys):
+    assert main(["bench", "-p", "prompt=1"]) == 2
+    assert "-p prompt=1: a size of synthetic rollouts" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_peak_memory_is_of_a_process_of_its_own(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(race.__file__).parents[1]))

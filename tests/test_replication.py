@@ -15,6 +15,7 @@ from rlsd_lib.report.tables import DASH
 from rlsd_lib.runs.run import Run, read_manifest, read_runs
 
 PRESET = "smoke-vl"
+ENDS = ("", "_low", "_high")
 
 
 def made(folder: Path, metrics: dict, *, finish: bool = True, **parameters) -> Path:
@@ -81,6 +82,25 @@ def test_seeds_are_taken_together_and_settings_apart(tmp_path):
     assert mean == "62.00"
     assert count.endswith("(n=3)")
     assert ours(tmp_path, "rlsd (epsilon_w=0.5)", "MMMU").startswith("90.00")
+
+
+def test_the_untrained_model_is_told_of_by_every_run_that_leaves_it_alone(tmp_path):
+    def run(name: str, before: float, **parameters) -> Path:
+        ends = {f"accuracy_{when}{end}": before for when in ("before", "after") for end in ENDS}
+        return made(tmp_path / name, ends, **parameters)
+
+    mixed = run("mixed", 0.5, method="grpo_opsd", overrides={"distillation_weight": 0.1})
+    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.0, 50.0]"
+    for name, value in {"model": "a/copy", "test_size": 4, "max_completion_length": 9}.items():
+        run(name, 0.1, overrides={name: value})
+    run("shuffled", 0.1, control="shuffled")
+    run("same seed", 0.5, max_steps=3)
+    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.0, 50.0]"
+    run("another seed", 0.7, seed=1)
+    assert ours(tmp_path, "base", HELD_OUT).startswith("60.00")
+    assert ours(tmp_path, "base", HELD_OUT).endswith("(n=2)")
+    sources = compare(read_runs(tmp_path), BENCHMARKS, PRESET).sources
+    assert str(mixed) in set(sources["run"][sources["row"] != "base"])
 
 
 def test_a_run_that_is_still_open_counts_only_where_it_is_named(tmp_path):

@@ -7,15 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import nbformat
 import pytest
 from conftest import FINISH, START, NotebookMaker
+from datasets import Dataset, Image, List
 
 from rlsd_lib.runs import claims, execute, provenance
 from rlsd_lib.runs.execute import NotebookError, execute_notebook, parse_value
 from rlsd_lib.runs.records import read_lines, state_of
 from rlsd_lib.runs.run import Run, read_runs
+from rlsd_lib.tasks import load_task
 
 HOLD = """
 import sys, time
@@ -284,6 +287,39 @@ def test_the_default_directory_is_the_same_for_the_same_parameters(tmp_path: Pat
     assert name({**base, "overrides": {"a": 1, "b": 2}}) == name(
         {**base, "overrides": {"b": 2, "a": 1}}
     )
+
+
+def test_a_field_that_is_given_as_a_parameter_is_told_where_it_goes() -> None:
+    source = provenance.find_notebook("15_rlsd")
+    declared = execute.read_parameters(source)
+    for name, owner in {"epsilon_w": "RLSDConfig", "train_size": "the preset"}.items():
+        told = rf"no parameter '{name}': it is a field of {owner}.*overrides=.\"{name}\": 0.5"
+        with pytest.raises(ValueError, match=told):
+            execute.check_parameters(source, declared, {name: 0.5})
+
+
+def test_rows_with_images_have_one_fingerprint_in_every_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = "import sys; from rlsd_lib.runs.provenance import fingerprint\n"
+    code += "from rlsd_lib.tasks import load_task\n"
+    code += "rows = load_task('colours', train_size=12, test_size=2, seed=0).train\n"
+    code += "sys.stdout.write(fingerprint(rows))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(Image, "decode_example", refuse)
+    sizes = {"train_size": 12, "test_size": 2}
+    rows, others = (load_task("colours", **sizes, seed=seed).train for seed in (0, 1))
+    assert provenance.fingerprint(rows) == done.stdout != provenance.fingerprint(others)
+    with pytest.raises(ValueError, match="'images' holds images, and there is no column 'key'"):
+        provenance.fingerprint(rows.remove_columns("key"))
+    # Rows of text count as ever, and so does an image column with nothing in it.
+    texts = {"prompt": ["1+1?"], "images": [[]], "key": ["k"]}
+    empty = Dataset.from_dict(texts).cast_column("images", List(Image()))
+    assert provenance.fingerprint(empty) == provenance.fingerprint(Dataset.from_dict(texts))
 
 
 def test_outputs_stand_in_the_project_of_the_current_folder(

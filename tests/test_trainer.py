@@ -83,7 +83,7 @@ def test_trap_1_losses_that_keep_token_credit_are_allowed(tmp_path, loss):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight_clip": "logarithmic"}, "weight_clip 'logarithmic'. Did you mean"),
+        ({"weight_clip": "logarithmic"}, "weight_clip 'logarithmic'. Valid: linear, log"),
         ({"method": "grpo", "weight_clip": "log"}, "has no weight"),
         ({"method": "opsd", "conserve_credit": True}, "has no weight"),
     ],

@@ -70,22 +70,29 @@ def test_a_training_notebook_runs_from_anywhere(name, tmp_path, monkeypatch, sha
 
 
 @pytest.mark.parametrize(
-    ("name", "preset"), [("40_qwen3_vl", "smoke-vl"), ("41_qwen3_text", "smoke")]
+    ("name", "preset", "overrides", "row"),
+    [
+        ("40_qwen3_vl", "smoke-vl", {}, "rlsd"),
+        ("41_qwen3_text", "smoke", {"epsilon_w": 0.3}, "rlsd (epsilon_w=0.3)"),
+    ],
 )
-def test_the_papers_recipe_ends_in_table_2(name, preset, tmp_path, monkeypatch, shared_outputs):
+def test_the_papers_recipe_ends_in_table_2(
+    name, preset, overrides, row, tmp_path, monkeypatch, shared_outputs
+):
     """From data to Table 2, offline: what was run is filled in, what was not is a dash."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
     monkeypatch.delenv("RLSD_EVAL_PYTHON", raising=False)
-    folder = execute_notebook(name, {"preset": "smoke"}, run_dir=tmp_path / "runs" / "rlsd")
+    parameters = {"preset": "smoke", "overrides": overrides}
+    folder = execute_notebook(name, parameters, run_dir=tmp_path / "runs" / "rlsd")
     metrics = json.loads((folder / "metrics.json").read_text())
     names = read_manifest(folder)["parameters"]["benchmarks"]
     table, sources = compare(read_runs(tmp_path / "runs"), names, preset)
     ours = table.xs("ours", axis=1, level=1)
     assert {*sources["run"]} == {str(folder)}
-    assert ours.loc["rlsd", HELD_OUT].startswith(f"{100 * metrics['accuracy_after']:.2f}")
+    assert ours.loc[row, HELD_OUT].startswith(f"{100 * metrics['accuracy_after']:.2f}")
     assert (ours.drop(columns=HELD_OUT) == "-").all(axis=None)
     assert (ours[HELD_OUT] != "-").sum() == 2  # base and the method that was trained
     executed = (folder / f"{name}.ipynb").read_text()

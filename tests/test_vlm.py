@@ -203,6 +203,20 @@ def test_full_vocabulary_divergence_with_images(tmp_path):
         assert logged > 0.01 if apart else abs(logged) < 1e-6
 
 
+def test_another_model_teaches_on_rows_with_and_without_images(tmp_path):
+    trainer = RLSDTrainer(
+        tiny_vlm.model(),
+        tiny.reward,
+        tiny.config(tmp_path, method="opd", max_steps=1, shuffle_dataset=False, **ALONE),
+        tiny_vlm.dataset(MIXED),
+        processing_class=tiny_vlm.processor(),
+        teacher_model=tiny_vlm.model(seed=1),
+    )
+    seen = run_and_capture(trainer)
+    assert {micro["pixel_values"].size(0) == 0 for micro in seen} == {True, False}
+    assert trainer.state.log_history[0]["rlsd/divergence"] > 0.01
+
+
 def test_trap_16_a_placeholder_in_the_reference_is_refused(tmp_path):
     contexts = ["fine"] * 7 + ["see <|image_pad|>"]
     with pytest.raises(ValueError, match=r"image placeholder in privileged_context \(rows 7\)"):

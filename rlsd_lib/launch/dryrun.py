@@ -99,6 +99,8 @@ def _plan(run: Resolved) -> list[str]:
     """Memory and time by arithmetic, for models whose sizes are known."""
     if run.preset.model not in SHAPES:
         return [f"no plan: the sizes of {run.preset.model} are not known to `rlsd plan`"]
+    if not run.preset.max_prompt_length:
+        return ["no plan: the preset has no max_prompt_length; `rlsd plan` takes a prompt_length"]
     shape, count = shape_named(run.preset.model), run.num_processes
     changes = {"sharding": "fsdp2" if run.preset.accelerate and count > 1 else "ddp"}
     setting = setting_of(asdict(run.preset), shape=shape, gpus=count, changes=changes)

@@ -14,11 +14,12 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from rlsd_lib.config import RLSDConfig
+from rlsd_lib.controls import apply_control
 from rlsd_lib.launch.lengths import fitting, prompt_lengths
 from rlsd_lib.methods import PRIVILEGED
 from rlsd_lib.multimodal import Processing
 from rlsd_lib.paper import Preset
-from rlsd_lib.privileged import COLUMN, check_contexts
+from rlsd_lib.privileged import COLUMN, check_contexts, count_in_prompts
 from rlsd_lib.tasks import DATA, Task, load_task
 
 GENERATED = ("arithmetic", "colours")  # tasks whose rows are made in code
@@ -128,8 +129,10 @@ def check_rows(run: Resolved, task: Task) -> str:
         return "this method reads no privileged text"
     if COLUMN not in task.train.column_names:
         raise ValueError(f"the data has no column {COLUMN!r}, only {task.train.column_names}")
-    check_contexts(task.train[COLUMN][:], run.config.privileged_template)
-    return f"every row has a {COLUMN}"
+    rows = apply_control(task.train, run.control, run.config.seed)
+    check_contexts(rows[COLUMN][:], run.config.privileged_template)
+    held = count_in_prompts(rows["prompt"][:], rows[COLUMN][:])
+    return f"every row has a {COLUMN}; in {held} of {len(rows)} it also stands in the question"
 
 
 def check_limits(run: Resolved, config: Any) -> str:

@@ -24,9 +24,26 @@ from rlsd_lib.runs.records import Runs, is_number, state_of
 if TYPE_CHECKING:
     from rlsd_lib.experiment import Experiment
 
+BASE = "base"  # the row of the untrained model
 HELD_OUT = "held out"  # the data's own test split, judged by the task's verifier
 PAPER, OURS = "paper", "ours"
 SETTINGS = ("overrides", "control", "max_steps")  # what makes two trainings of a method differ
+# Overrides on which the accuracy before training depends: other ones leave the untrained model's be.
+OF_BASE = (
+    "model",
+    "model_options",
+    "task_options",
+    "train_size",
+    "test_size",
+    "num_samples",
+    "evaluation_batch_size",
+    "max_prompt_length",
+    "max_completion_length",
+    "chat_template_kwargs",
+    "bf16",
+    "fp16",
+    "use_cpu",
+)
 COLUMNS = ["row", "column", "value", "low", "high", "seed", "run"]
 
 
@@ -43,13 +60,17 @@ def compare(runs: Runs, names: Sequence[str], preset: str, own: Path | None = No
     Runs of one preset are taken; one whose settings differ from it (overrides, control, number of
     steps) has a row of its own. A cell is the mean over seeds with its 95 % Student interval, or
     one seed's share with its interval over questions. Evaluations on a part of the questions
-    (`limit`) are left out. `own` is a run that has written its metrics and is not closed yet.
+    (`limit`) are left out. The untrained model's held-out number is taken of every run that leaves
+    model, task and sampling as the preset has them, once per seed. `own` is a run that has written its metrics and is not closed yet.
     """
     found = pd.DataFrame(
         [cell for _, run in runs.runs.iterrows() for cell in _cells(run, preset, own)],
         columns=COLUMNS,
     )
     known = found[found["column"].isin([*names, HELD_OUT])]
+    # Runs with one seed have the same model before training: a repetition is no other sample.
+    again = known.duplicated(["row", "column", "seed"])
+    known = known[~(again & (known["row"] == BASE) & (known["column"] == HELD_OUT))]
     rows = list(dict.fromkeys([*TABLE_2, *sorted(known["row"])]))
     table = {}
     for name in (*names, AVERAGE, HELD_OUT):
@@ -69,12 +90,18 @@ def _cells(run: pd.Series, preset: str, own: Path | None) -> list[tuple]:
     judged = [] if parameters.get("limit") else list(BENCHMARKS)
     wanted = [(row, name, PREFIX + name) for name in judged]
     wanted += [(row, HELD_OUT, "accuracy_after")]
-    wanted += [] if settings else [("base", HELD_OUT, "accuracy_before")]
+    wanted += [(BASE, HELD_OUT, "accuracy_before")] if _tells_of_base(parameters) else []
     return [
         (line, column, *(run[key + end] for end in ("", "_low", "_high")), run["seed"], run["path"])
         for line, column, key in wanted
         if is_number(run.get(key))
     ]
+
+
+def _tells_of_base(parameters: Mapping[str, Any]) -> bool:
+    """Whether a run's accuracy before training is that of the preset's own model and problems."""
+    changed = set(parameters.get("overrides", {})) & set(OF_BASE)
+    return not changed and parameters.get("control", "none") == "none"
 
 
 def judge(experiment: "Experiment", names: Sequence[str], runs_dir: str | Path) -> list[Path]:
@@ -94,7 +121,7 @@ def judge(experiment: "Experiment", names: Sequence[str], runs_dir: str | Path) 
     options = {"devices": max(torch.cuda.device_count(), 1), "backend": backend}
     options["sampling_seed"] = parameters["seed"]
     other = {k: v for k, v in parameters["overrides"].items() if k.startswith("model")}
-    base = {"method": "base", "overrides": other, **{k: parameters[k] for k in ("preset", "seed")}}
+    base = {"method": BASE, "overrides": other, **{k: parameters[k] for k in ("preset", "seed")}}
     places = {
         Path(runs_dir) / run_name(base): (preset.model, base),
         experiment.run.path / "benchmarks": (whole, parameters),

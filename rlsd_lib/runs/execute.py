@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,13 +157,48 @@ def check_parameters(
     """
     for name, value in given.items():
         if name not in declared:
-            hint = nearest(name, declared)
+            hint = _as_override(name, value, declared) or nearest(name, declared)
             raise ValueError(f"{source.name} has no parameter {name!r}{hint}")
         if not declared[name].accepts(value):
             wanted = " or ".join(t.__name__ for t in declared[name].types)
             raise TypeError(
                 f"{source.name}: {name}={value!r} is {type(value).__name__}, expected {wanted}"
             )
+
+
+def unmet(source: Path, parameters: Mapping[str, Any]) -> list[str]:
+    """What the notebook asserts of its parameters alone and does not hold, one line for each."""
+    cells = [c.source for c in nbformat.read(source, as_version=4).cells if c.cell_type == "code"]
+    lines = [line for cell in cells for line in _assertions(cell)]
+    return [
+        f"{source.name} is not for these parameters: {ast.unparse(line.test)} does not hold"
+        + (f" ({line.msg.value})" if isinstance(line.msg, ast.Constant) else "")
+        for line in lines
+        if {n.id for n in ast.walk(line) if isinstance(n, ast.Name)} <= parameters.keys()
+        and not _value(line.test, parameters)
+    ]
+
+
+def _assertions(cell: str) -> list[ast.Assert]:
+    return [line for line in ast.parse(cell).body if isinstance(line, ast.Assert)]
+
+
+def _value(test: ast.expr, names: Mapping[str, Any]) -> Any:
+    """The value of an assertion's test, which the notebook would compute as well."""
+    return eval(compile(ast.Expression(test), "<assertion>", "eval"), {}, dict(names))
+
+
+def _as_override(name: str, value: Any, declared: Mapping[str, Parameter]) -> str:
+    """The hint for a field of the configuration that was given as a parameter; "" for others."""
+    if "overrides" not in declared:
+        return ""
+    from rlsd_lib.presets import IDENTITY, OF_PRESET, override_types  # seconds: only for an error
+
+    if name in IDENTITY or name not in override_types():
+        return ""
+    owner = "the preset" if name in OF_PRESET else "RLSDConfig"
+    pair = f"overrides={json.dumps({name: value})}"
+    return f": it is a field of {owner}. Set it with -p {shlex.quote(pair)}"
 
 
 def parse_value(text: str, parameter: Parameter | None = None) -> Any:

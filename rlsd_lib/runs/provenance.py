@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,37 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """SHA-256 over the rows of a data set, in order: two runs on the same data print the same."""
+    """SHA-256 over the rows of a data set, in order: two runs on the same data print the same.
+
+    Raises:
+        ValueError: for rows with images and without a column `key` that stands for them.
+    """
     total = hashlib.sha256()
-    for row in rows:
+    for row in _without_images(rows):
         total.update(digest(row).encode())
     return total.hexdigest()
+
+
+def _without_images(rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows with their images left out, for which the hash in `key` stands: none is decoded."""
+    features = getattr(rows, "features", None) or {}
+    images = [name for name, feature in features.items() if _is_of_images(feature)]
+    if not images:
+        yield from rows
+        return
+    if "key" not in features:
+        raise ValueError(
+            f"the column {images[0]!r} holds images, and there is no column 'key' that tells them "
+            "apart: add one with a hash of each row's question and image files"
+        )
+    empty: dict[str, list] = {name: [] for name in images}  # what a row without images holds
+    for row in rows.remove_columns(images):
+        yield {**row, **empty}
+
+
+def _is_of_images(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)  # a column of images, or of lists of them
+    return type(inner).__name__ == "Image"
 
 
 def file_sha256(path: Path) -> str:
@@ -168,5 +194,10 @@ def find_notebook(name_or_path: str | Path) -> Path:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an error message: the nearest valid name, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f" (valid: {', '.join(known) or 'none'})"
+    like = alike(name, known)
+    return f" (did you mean {like[0]!r}?)" if like else f" (valid: {', '.join(known) or 'none'})"
+
+
+def alike(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """At most `count` names that `name` may have been meant for, the nearest first."""
+    return difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.5)

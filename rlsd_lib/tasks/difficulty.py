@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 
+from rlsd_lib.evaluate import neutral
 from rlsd_lib.multimodal import messages_of
 from rlsd_lib.privileged import prompt_text
 from rlsd_lib.runs.provenance import digest, fingerprint
@@ -79,14 +80,17 @@ class TransformersGenerator:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
+        settings = {
+            **neutral(self.model, sampled=True),
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+        }
         tokens = self.model.generate(
             **inputs,
             do_sample=True,
             num_return_sequences=k,
             max_new_tokens=self.sampling.max_new_tokens,
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-            top_k=0,
+            **settings,
         )
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)

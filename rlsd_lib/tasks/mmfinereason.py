@@ -22,6 +22,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 
+from rlsd_lib.privileged import has_image_token, leaks
 from rlsd_lib.runs.provenance import digest, fingerprint
 from rlsd_lib.runs.records import replace_text, write_json
 from rlsd_lib.tasks.base import Row, Task, is_held_out
@@ -156,7 +157,7 @@ def prepare(
     raw = _read(source, revision, split, text_columns)
     name = f"{source}@{revision}" if revision else str(source)
     folder = str(image_folder or (source if Path(source).is_dir() else ""))
-    check = partial(inspect_row, folder=folder, need_trace=privileged == "trace")
+    check = partial(inspect_row, folder=folder, need_trace=privileged == "trace", preamble=preamble)
     fresh = {"load_from_cache_file": False, "keep_in_memory": True}  # files may have changed
     checked = raw.map(check, remove_columns=raw.column_names, num_proc=num_proc, **fresh).to_list()
     report, kept = _report(name, raw, checked)
@@ -209,7 +210,9 @@ def _as_texts(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
     return rows.map(lambda _: same, features=features)
 
 
-def inspect_row(row: Row, folder: str = "", need_trace: bool = False) -> dict[str, Any]:
+def inspect_row(
+    row: Row, folder: str = "", need_trace: bool = False, preamble: bool = True
+) -> dict[str, Any]:
     """Return a raw row's `faults`, the hash `key` of its question, `content` of all, and `traced`."""
     problem, answer, kind, trace = (_text(row[f]) for f in (*FIELDS[:3], TRACE))
     images = [read_bytes(image) for image in images_of(row, folder)]
@@ -217,17 +220,23 @@ def inspect_row(row: Row, folder: str = "", need_trace: bool = False) -> dict[st
     count = problem.count("<image>")
     has_video = bool(row["videos"]) or row["data_type"] == "video" or "<video>" in problem
     needs_image = count > 0 or row["data_type"] == "image"
+    # The answer's place is looked at for traces too: methods are compared on the same problems.
+    shown = [answer, trace] if need_trace else [answer]
+    known = kind.lower() in TYPES
+    prompt = [{"content": _content(problem, TYPES[kind.lower()], preamble)}] if known else problem
     faults = {
         "empty_problem": not problem.replace("<image>", "").strip(),
         "empty_answer": not clean(answer),
-        "image_in_answer": "<image>" in answer,  # which the teacher's prompt may not add
-        "unknown_type": kind.lower() not in TYPES,
+        "image_in_answer": has_image_token(answer),  # which the teacher's prompt may not add
+        "answer_in_problem": any(leaks(prompt, text) for text in shown),
+        "unknown_type": not known,
         "video": has_video,  # this task has images only
         "missing_image": None in images or (needs_image and not images and not has_video),
         "unreadable_image": None in shapes,
         "image_shape": any(shape and max(shape) > MAX_ASPECT * min(shape) for shape in shapes),
         "placeholders": bool(images) and count != len(images),
         "missing_trace": need_trace and not trace,
+        "image_in_trace": need_trace and has_image_token(trace),
     }
     key = digest([problem, [sha256(data or b"").hexdigest() for data in images]])
     found = [name for name, here in faults.items() if here]
@@ -268,13 +277,9 @@ def to_columns(
 ) -> Row:  # fmt: skip
     """Map a raw row that is whole to the columns of `FEATURES`."""
     problem, answer, kind, trace = (_text(row[f]) for f in (*FIELDS[:3], TRACE))
-    kind, texts = TYPES[kind.lower()], problem.split("<image>")
-    parts = [{"type": "text", "text": f"{INSTRUCTIONS[kind]}\n\n" * preamble + texts[0]}]
-    for text in texts[1:]:
-        parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
-    content = [part for part in parts if part["type"] == "image" or part["text"].strip()]
+    kind = TYPES[kind.lower()]
     return {
-        "prompt": [{"role": "user", "content": content}],
+        "prompt": [{"role": "user", "content": _content(problem, kind, preamble)}],
         "images": [stored(image, *area) for image in images_of(row, folder)],
         "privileged_context": answer if privileged == "answer" else trace,
         "reference_trace": trace,
@@ -283,6 +288,15 @@ def to_columns(
         "choices": choices_of(problem) if kind == "multiple choice" else [],
         "key": keys[index],
     }
+
+
+def _content(problem: str, kind: str, preamble: bool) -> list[dict[str, Any]]:
+    """The parts of the student's turn."""
+    texts = problem.split("<image>")
+    parts = [{"type": "text", "text": f"{INSTRUCTIONS[kind]}\n\n" * preamble + texts[0]}]
+    for text in texts[1:]:
+        parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
+    return [part for part in parts if part["type"] == "image" or part["text"].strip()]
 
 
 def choices_of(problem: str) -> list[str]:
