@@ -307,7 +307,8 @@ def compare_passes(trainer: RLSDTrainer) -> int:
                 found.hidden[kept], wanted.hidden[kept], rtol=1e-4, atol=1e-4
             )
             assert torch.equal(found.head[0], wanted.head[0])
-        compared.append(found.logps)
+        # A batch that is masked throughout has nothing to share.
+        compared.extend([found.logps] if args[2]["completion_mask"].any() else [])
         return found
 
     trainer.scorer.score = both
