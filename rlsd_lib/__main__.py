@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from rlsd_lib.runs.execute import check_parameters, read_parameters
+    from rlsd_lib.runs.parameters import check_parameters, read_parameters
     from rlsd_lib.runs.records import state_of
 
     source = find_notebook(options.notebook)
@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
 def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     from rlsd_lib.launch.dryrun import dry_run  # only now: the libraries read these when imported
-    from rlsd_lib.runs.execute import unmet
+    from rlsd_lib.runs.parameters import unmet
 
     found = dry_run(source.stem, parameters)
     found.wrong += unmet(source, parameters)
@@ -113,7 +113,7 @@ def _suite(options: argparse.Namespace) -> int:
 def _resolve(jobs: "Sequence[Job]") -> None:
     """Resolve what each run of a suite will train, so that a bad name costs no run."""
     from rlsd_lib.launch.dryrun import resolve
-    from rlsd_lib.runs.execute import read_parameters
+    from rlsd_lib.runs.parameters import read_parameters
 
     for job in jobs:
         declared = read_parameters(find_notebook(job.notebook))
@@ -256,7 +256,7 @@ def _parse_pairs(pairs: Sequence[str], declared: dict[str, Any]) -> dict[str, An
     Raises:
         ValueError: a word without "=", or a name that is given twice.
     """
-    from rlsd_lib.runs.execute import parse_value
+    from rlsd_lib.runs.parameters import parse_value
 
     found: dict[str, Any] = {}
     for pair in pairs:

@@ -15,7 +15,7 @@ from rlsd_lib.controls import (
 )
 from rlsd_lib.methods import PEER, PRIVILEGED
 from rlsd_lib.presets import resolve_parameters
-from rlsd_lib.runs.execute import read_parameters
+from rlsd_lib.runs.parameters import read_parameters
 from rlsd_lib.runs.provenance import find_notebook
 from rlsd_lib.runs.suites import SUITES, jobs_of
 

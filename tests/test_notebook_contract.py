@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import NotebookMaker
 
-from rlsd_lib.runs.execute import read_parameters
+from rlsd_lib.runs.parameters import read_parameters
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -15,7 +15,13 @@ from conftest import FINISH, START, NotebookMaker
 from datasets import Dataset, Image, List
 
 from rlsd_lib.runs import claims, execute, provenance
-from rlsd_lib.runs.execute import NotebookError, execute_notebook, parse_value
+from rlsd_lib.runs.execute import NotebookError, execute_notebook
+from rlsd_lib.runs.parameters import (
+    Parameter,
+    check_parameters,
+    parse_value,
+    read_parameters,
+)
 from rlsd_lib.runs.records import read_lines, state_of
 from rlsd_lib.runs.run import Run, read_runs
 from rlsd_lib.tasks import load_task
@@ -291,11 +297,11 @@ def test_the_default_directory_is_the_same_for_the_same_parameters(tmp_path: Pat
 
 def test_a_field_that_is_given_as_a_parameter_is_told_where_it_goes() -> None:
     source = provenance.find_notebook("15_rlsd")
-    declared = execute.read_parameters(source)
+    declared = read_parameters(source)
     for name, owner in {"epsilon_w": "RLSDConfig", "train_size": "the preset"}.items():
         told = rf"no parameter '{name}': it is a field of {owner}.*overrides=.\"{name}\": 0.5"
         with pytest.raises(ValueError, match=told):
-            execute.check_parameters(source, declared, {name: 0.5})
+            check_parameters(source, declared, {name: 0.5})
 
 
 def test_rows_with_images_have_one_fingerprint_in_every_process(
@@ -453,10 +459,10 @@ def test_a_wrong_parameter_is_refused_before_anything_is_written(
 
 def test_an_int_fits_a_float_and_none_fits_where_declared(make_notebook: NotebookMaker) -> None:
     source = make_notebook(parameters=("rate: float = 0.5", "limit: int | None = None"))
-    declared = execute.read_parameters(source)
-    execute.check_parameters(source, declared, {"rate": 1, "limit": None})
+    declared = read_parameters(source)
+    check_parameters(source, declared, {"rate": 1, "limit": None})
     with pytest.raises(TypeError, match="expected int or NoneType"):
-        execute.check_parameters(source, declared, {"limit": "x"})
+        check_parameters(source, declared, {"limit": "x"})
 
 
 @pytest.mark.parametrize("line", ["seed = 0", "seed: int = 1 + 1", "seed: tensor = 0", "import os"])
@@ -464,7 +470,7 @@ def test_a_parameters_cell_holds_annotated_literals_only(
     make_notebook: NotebookMaker, line: str
 ) -> None:
     with pytest.raises(ValueError, match="is not `name: type = literal`"):
-        execute.read_parameters(make_notebook(parameters=(line,)))
+        read_parameters(make_notebook(parameters=(line,)))
 
 
 def test_a_notebook_without_parameters_cell_is_refused(tmp_path: Path) -> None:
@@ -547,6 +553,6 @@ def test_command_line_values(text: str, value: object) -> None:
 
 
 def test_text_stays_text_where_text_is_declared_and_bad_yaml_is_named() -> None:
-    assert parse_value("007", execute.Parameter("run_dir", (str,), "")) == "007"
+    assert parse_value("007", Parameter("run_dir", (str,), "")) == "007"
     with pytest.raises(ValueError, match="not valid YAML"):
         parse_value("{a: [1}")
