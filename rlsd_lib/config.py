@@ -59,6 +59,11 @@ class RLSDConfig(GRPOConfig):
             is known to be exact and saves a quarter of the token positions; `"shared"` raises where
             it cannot. A teacher that sees just what the student sees is always scored plainly, so
             that its gap is exactly 0.
+        completion_head (`bool`, *optional*):
+            Sends only completion positions through the LM head where TRL, for want of Triton, sends
+            prompts too: on a CPU. The result is the same up to rounding. `None` does so in steps
+            that ask the teacher, so that all others stay TRL's to the bit; `True` always, which
+            makes GRPO cheaper as well; `False` never. No effect on CUDA.
         teacher_offload (`bool`, *optional*, defaults to `False`):
             Keeps a full-copy teacher in CPU memory, and on the device only while it scores.
         privileged_template (`str`, *optional*):
@@ -131,6 +136,10 @@ class RLSDConfig(GRPOConfig):
     teacher_pass: str = field(
         default=AUTO,
         metadata={"help": "'auto', 'plain' or 'shared': prompts once per rollout or once."},
+    )
+    completion_head: bool | None = field(
+        default=None,
+        metadata={"help": "LM head on completions only, on a CPU; None = in steps with a teacher."},
     )
     teacher_offload: bool = field(
         default=False, metadata={"help": "Keep a full-copy teacher on the CPU between its passes."}
@@ -232,6 +241,11 @@ class RLSDConfig(GRPOConfig):
         """Whether the update after `step` finished steps asks the teacher anything."""
         sees = self.row.teacher_sees is not None
         return sees and (self.row.divergence is not None or self.lambda_at(step) > 0)
+
+    def cuts_head_at(self, step: int) -> bool:
+        """Whether that update sends only completions through the head, where TRL sends more."""
+        wanted = self.completion_head
+        return self.needs_teacher_at(step) if wanted is None else wanted
 
     def teacher_is_over(self, step: int) -> bool:
         """Whether no update from `step` on will ask the teacher anything."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlsd_lib import distillation, privileged
+from rlsd_lib.completion_head import CompletionHead
 from rlsd_lib.config import RLSDConfig
 from rlsd_lib.credit import drift_sums, gap_sums, weight_sums
 from rlsd_lib.divergence import divergence
@@ -60,6 +61,7 @@ class RLSDTrainer(SteadyTrainer):
             raise TypeError(f"args must be an RLSDConfig, got {type(args).__name__}.")
         self.teacher: Teacher | None = None
         self.scorer = Scorer(self)
+        self.head = CompletionHead()
         self._pending: dict[str, Any] | None = None
         self._final_prompts: list[privileged.Prompt] = []
         self._completions: list = []
@@ -175,6 +177,12 @@ class RLSDTrainer(SteadyTrainer):
 
     # Loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        # Old, teacher's and new log-probabilities and the backward pass all happen in here.
+        wanted = self.args.cuts_head_at(self.state.global_step)
+        with self.head.cutting(wanted, self.accelerator.device):
+            return super().training_step(*args, **kwargs)
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         training = self.model.training and self.teacher is not None
         if training and self.args.row.evidence is not None:
@@ -194,8 +202,12 @@ class RLSDTrainer(SteadyTrainer):
             raise RuntimeError("TRL's loss never asked for log-probabilities: credit not applied.")
         return loss + self._distillation_loss(model, hidden[0], loss, inputs) if hidden else loss
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, ids: Tensor, mask: Tensor, length: int, *args: Any, **kwargs: Any
+    ) -> tuple:
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            self.head.of(model, length), ids, mask, length, *args, **kwargs
+        )
         # TRL reads inputs["advantages"] after this first forward of the loss, so the student's
         # log-probabilities cost nothing extra.
         if self._pending is not None:

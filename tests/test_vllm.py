@@ -214,6 +214,8 @@ def test_the_mismatch_is_corrected_per_token_so_that_credit_survives(run: Watche
         assert torch.isfinite(torch.tensor([row["loss"], row["rlsd/gap_mean"]])).all()
 
 
-def test_the_teacher_scores_each_rollout_once(run: Watched) -> None:
-    assert run.teacher_rows == STEPS * run.trainer.args.generation_batch_size
+def test_the_teacher_reads_each_prompt_and_scores_each_rollout_once(run: Watched) -> None:
+    rollouts = run.trainer.args.generation_batch_size
+    prompts = rollouts // run.trainer.args.num_generations
+    assert run.teacher_rows == STEPS * (prompts + rollouts)
     assert [row["rlsd/teacher_age"] for row in run.history] == [0, 1, 0]

@@ -78,6 +78,9 @@ def contenders() -> dict[str, Contender]:
     sdft = {"teacher_prompt_template": shown, "max_prompt_length": None}
     return {
         "GRPO": Contender(GRPOTrainer, GRPOConfig, {}),
+        "GRPO, completion head": Contender(
+            RLSDTrainer, RLSDConfig, {"method": "grpo", "completion_head": True}
+        ),
         "RLSD": Contender(RLSDTrainer, RLSDConfig, ours),
         "RLSD, plain pass": Contender(RLSDTrainer, RLSDConfig, {**ours, "teacher_pass": "plain"}),
         "RLSD, live teacher": Contender(

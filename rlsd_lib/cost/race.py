@@ -150,9 +150,10 @@ def passes(setting: Setting, rounds: int = 3) -> pd.Series:
     for _ in range(rounds + 1):
         for name, seconds in times.items():
             trainer.args.teacher_pass = name
-            begun = now()
-            found = trainer.scorer.score(prompts, contexts, output, want_hidden=False)
-            seconds.append(now() - begun)
+            with trainer.head.cutting(True, device):
+                begun = now()
+                found = trainer.scorer.score(prompts, contexts, output, want_hidden=False)
+                seconds.append(now() - begun)
             scores[name] = found.logps
     plain, shared = (statistics.median(seconds[1:]) for seconds in times.values())
     teacher = trainer.teacher.model
