@@ -61,9 +61,10 @@ class RLSDConfig(GRPOConfig):
             that its gap is exactly 0.
         completion_head (`bool`, *optional*):
             Sends only completion positions through the LM head where TRL, for want of Triton, sends
-            prompts too: on a CPU. The result is the same up to rounding. `None` does so in steps
-            that ask the teacher, so that all others stay TRL's to the bit; `True` always, which
-            makes GRPO cheaper as well; `False` never. No effect on CUDA.
+            prompts too: on a CPU. The result is the same up to rounding. `None` does so in training
+            steps that ask the teacher, so that all others stay TRL's to the bit; `True` in every
+            training step, GRPO's too; `False` never. Set it where the cost of two methods is
+            compared. No effect on CUDA.
         teacher_offload (`bool`, *optional*, defaults to `False`):
             Keeps a full-copy teacher in CPU memory, and on the device only while it scores.
         privileged_template (`str`, *optional*):

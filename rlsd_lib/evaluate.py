@@ -12,31 +12,12 @@ import pandas as pd
 import torch
 from scipy.special import comb
 from scipy.stats import bootstrap, ttest_1samp
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rlsd_lib.multimodal import Processing, encode, messages_of, tokenizer_of
 from rlsd_lib.privileged import COLUMN, Prompt, teacher_prompt
+from rlsd_lib.sampling import undistorted
 from rlsd_lib.tasks import Task
-
-# Generation fields that change the distribution, with the values at which they do not.
-WARPERS = {
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-PENALTIES = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "guidance_scale": 1.0,
-    "num_beams": 1,
-}
 
 
 class Interval(NamedTuple):
@@ -76,7 +57,13 @@ def generate(
         raise ValueError(f"greedy samples are all equal; ask for 1 instead of {num_samples}")
     asked = [prompt for prompt in prompts for _ in range(num_samples)]
     template = dict(chat_template_kwargs or {})
-    settings = _settings(model, tokenizer_of(tokenizer), max_new_tokens, temperature)
+    words = tokenizer_of(tokenizer)
+    settings = {
+        **undistorted(temperature),
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": words.pad_token_id,
+        "eos_token_id": model.generation_config.eos_token_id or words.eos_token_id,
+    }
     was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
@@ -94,47 +81,15 @@ def _chunks(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _settings(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    temperature: float,
-) -> GenerationConfig:
-    """Return settings that leave the distribution as it is, whatever the model's own are."""
-    sampling = {"temperature": temperature} if temperature else {}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=bool(temperature),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        **sampling,
-        **neutral(model, sampled=bool(temperature)),
-    )
-
-
-def neutral(model: PreTrainedModel, *, sampled: bool) -> dict[str, Any]:
-    """Settings of `generate` that undo what the model's own generation config would change.
-
-    transformers fills every field that a caller leaves open from `model.generation_config`, with
-    which some models are published; a measurement must not depend on it.
-    """
-    own = model.generation_config
-    # Only where the model says something: a neutral warper costs time and changes nothing. Greedy
-    # calls read no warper, and would warn of one.
-    fields = {**WARPERS, **PENALTIES} if sampled else PENALTIES
-    undone = {name: value for name, value in fields.items() if getattr(own, name, None) is not None}
-    return {"top_k": 0, **undone} if sampled else undone  # transformers' own default is 50
-
-
 def _complete(
     model: PreTrainedModel,
     tokenizer: Processing,
     prompts: list[Prompt],
-    settings: GenerationConfig,
+    settings: Mapping[str, Any],
     template: Mapping[str, Any],
 ) -> list[str]:
     encoded = encode(tokenizer, prompts, **template).to(model.device)
-    ids = model.generate(**encoded, generation_config=settings)
+    ids = model.generate(**encoded, **settings)
     return tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

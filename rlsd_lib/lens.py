@@ -27,35 +27,8 @@ from rlsd_lib.multimodal import (
 )
 from rlsd_lib.peers import demonstrations
 from rlsd_lib.privileged import COLUMN, Prompt, teacher_prompt
+from rlsd_lib.sampling import undistorted
 from rlsd_lib.tasks import Task
-
-# Sampling from the model's own distribution: transformers fills what is not said from the settings
-# that a model was published with. None is neutral as an argument of `generate`, and there alone.
-NEUTRAL = {
-    "num_beams": 1,
-    "top_k": 0,
-    "top_p": 1.0,
-    "top_h": None,
-    "min_p": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
-    "sequence_bias": None,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "watermarking_config": None,
-}
 
 
 @dataclass(frozen=True)
@@ -255,9 +228,7 @@ def _sample(
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     generated = model.generate(
         **encoded,
-        **NEUTRAL,
-        do_sample=True,
-        temperature=asking.temperature,
+        **undistorted(asking.temperature),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted(ends - {None}),

@@ -56,6 +56,8 @@ class Preset:
 
 # The paper's settings that carry over to every size (PAPER: AdamW, weight decay 0.01, clip 1.0).
 PAPER = {
+    # In every method alike, so that their steps can be compared on a CPU too.
+    "completion_head": True,
     "num_generations": 8,
     "temperature": 1.0,
     "loss_type": "dapo",

@@ -21,7 +21,7 @@ LAB = {
     "learning_rate": 5e-5,
     "max_steps": 200,
     "gradient_checkpointing": False,
-    # Its head is small: GRPO and RLSD step through the same computation, TRL's to the bit.
+    # Its head is small, and GRPO's runs are TRL's to the bit.
     "completion_head": False,
     "bf16": False,
 }
@@ -125,8 +125,6 @@ PRESETS: dict[str, Preset] = {
             "learning_rate": 5e-6,
             "max_steps": 20,
             "gradient_checkpointing": False,
-            # A fifth of its arithmetic is the head; cut in every method alike.
-            "completion_head": True,
             "save_strategy": "no",
         },
         by_method={"grpo_opsd": {"distillation_weight": 0.1}},

@@ -37,7 +37,8 @@ class RLSDTrainer(SteadyTrainer):
     Evaluation runs no teacher: the evaluation loss is GRPO's for every method.
 
     A drop-in for [`~trl.GRPOTrainer`] with one more dataset column, `privileged_context` (str).
-    With `method="grpo"`, or while lambda is 0, every step is bit-identical to the parent's.
+    With `method="grpo"`, or while lambda is 0, every step is bit-identical to the parent's, unless
+    `completion_head=True`.
 
     Raises:
         ValueError: for settings or rows that would make the gap meaningless; see `RLSDConfig`.
@@ -61,7 +62,6 @@ class RLSDTrainer(SteadyTrainer):
             raise TypeError(f"args must be an RLSDConfig, got {type(args).__name__}.")
         self.teacher: Teacher | None = None
         self.scorer = Scorer(self)
-        self.head = CompletionHead()
         self._pending: dict[str, Any] | None = None
         self._final_prompts: list[privileged.Prompt] = []
         self._completions: list = []
@@ -69,6 +69,7 @@ class RLSDTrainer(SteadyTrainer):
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
         checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, kwargs)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **kwargs)
+        self.completion_head = CompletionHead(self.accelerator.device)
         if self.use_vllm:
             keep_base_exact(self.model, self.vllm_generation)
         if self._is_vlm:
@@ -121,7 +122,7 @@ class RLSDTrainer(SteadyTrainer):
         if dense:
             output["teacher_hidden"] = scores.hidden
             # Reused rollouts outlive an optimiser step; the head must stay that of their states.
-            keep = self._steps_served() > 1
+            keep = len(self._steps_served()) > 1
             self._teacher_head = tuple(
                 t.clone() if keep and t is not None else t for t in scores.head
             )
@@ -130,17 +131,19 @@ class RLSDTrainer(SteadyTrainer):
             output["has_demonstration"] = torch.tensor(shown, device=self.accelerator.device)
         return output
 
-    def _steps_served(self) -> int:
-        """Optimiser steps that the rollouts generated now take part in."""
+    def _steps_served(self) -> range:
+        """Optimiser steps that the rollouts of this micro-step take part in."""
         accumulation = self.args.gradient_accumulation_steps
         micro_steps = self.args.steps_per_generation * self.num_iterations
-        return -(-(self._step % accumulation + micro_steps) // accumulation)
+        # Micro-steps between the start of this optimiser step and that of the generation.
+        ahead = self._step % accumulation - self._step % micro_steps
+        first = self.state.global_step + ahead // accumulation
+        return range(first, self.state.global_step - (-(ahead + micro_steps) // accumulation))
 
     def _teacher_is_needed(self) -> bool:
         """Whether any optimiser step that this generation batch serves asks the teacher."""
-        first = self.state.global_step
         return self.teacher is not None and any(
-            self.args.needs_teacher_at(step) for step in range(first, first + self._steps_served())
+            map(self.args.needs_teacher_at, self._steps_served())
         )
 
     def _contexts(self, inputs: list[dict[str, Any]]) -> list[str | None]:
@@ -178,9 +181,10 @@ class RLSDTrainer(SteadyTrainer):
     # Loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        # Old, teacher's and new log-probabilities and the backward pass all happen in here.
-        wanted = self.args.cuts_head_at(self.state.global_step)
-        with self.head.cutting(wanted, self.accelerator.device):
+        # Old, teacher's and new log-probabilities and the backward pass all happen in here, and for
+        # reused rollouts in several such calls, of which all or none may round unlike TRL.
+        wanted = all(map(self.args.cuts_head_at, self._steps_served()))
+        with self.completion_head.applied(wanted):
             return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -203,10 +207,17 @@ class RLSDTrainer(SteadyTrainer):
         return loss + self._distillation_loss(model, hidden[0], loss, inputs) if hidden else loss
 
     def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, ids: Tensor, mask: Tensor, length: int, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple:
+        head = self.completion_head.wrap(model, logits_to_keep)
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-            self.head.of(model, length), ids, mask, length, *args, **kwargs
+            head, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
         # TRL reads inputs["advantages"] after this first forward of the loss, so the student's
         # log-probabilities cost nothing extra.

@@ -12,8 +12,8 @@ from torch import nn
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
-from rlsd_lib import RLSDTrainer
-from rlsd_lib.completion_head import TILE, CompletionHead
+from rlsd_lib import RLSDTrainer, completion_head
+from rlsd_lib.completion_head import FEWEST, TILE, CompletionHead, can_cut
 from rlsd_lib.distillation import causal_lm
 
 LENGTH = 8
@@ -55,7 +55,7 @@ def scored(trainer: RLSDTrainer, wanted: bool) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[1, :5] = mask[2, -3:] = 0
     trainer.model.zero_grad()
-    with trainer.head.cutting(wanted, CPU):
+    with trainer.completion_head.applied(wanted):
         logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, mask, LENGTH, compute_entropy=True
         )
@@ -82,18 +82,85 @@ def test_the_numbers_are_trls(tmp_path, monkeypatch, student: Callable[[], nn.Mo
     assert rows == [every, every if virtual else batch * LENGTH]
 
 
+class Wrapped(nn.Module):
+    """What data-parallel wrappers look like from outside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("student", [tiny.model, lora, prompt_tuning])
+def test_wrappers_are_looked_through(student: Callable[[], nn.Module]):
+    model = student()
+    assert can_cut(model) == can_cut(Wrapped(Wrapped(model))) == (student is not prompt_tuning)
+
+
+def test_a_compiled_model_is_called_as_it_is():
+    """Dynamo need not see a hook that is added after compilation."""
+    compiled = torch.compile(tiny.model(), backend="eager")
+    assert not can_cut(compiled)
+    assert not can_cut(Wrapped(compiled))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 43])
+def test_no_tile_is_so_small_that_it_rounds_by_itself(tmp_path, monkeypatch, batch):
+    """A row must not depend on the tile that it comes to lie in: the null gap is exactly 0."""
+    trainer, rows = tiny.trainer(tmp_path), head_rows(monkeypatch)
+    for length in range(1, 2 * TILE):
+        ids = torch.full((batch, length + 6), 5)
+        with trainer.completion_head.applied(True), torch.no_grad():
+            logps, _, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), length
+            )
+        assert logps.shape == (batch, length)
+        assert rows[-1] >= batch * length
+        assert rows[-1] % TILE == 0 or rows[-1] % TILE >= FEWEST
+    assert rows[0] <= batch * FEWEST
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "live"])
+@pytest.mark.parametrize("batch", [3, 6])
+def test_the_null_gap_is_exactly_zero_in_any_tile(tmp_path, kind, batch):
+    """Rows are shuffled between the teacher's pass and the loss: each may change its tile."""
+    length = 43  # 129 and 258 rows
+    trainer = tiny.trainer(
+        tmp_path,
+        None,
+        tiny.dataset(privileged_context=[""] * 32),
+        privileged_template="{prompt}{privileged_context}",
+        teacher_model_kind=kind,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=4,
+        num_generations=3,
+        max_completion_length=length,
+        generation_kwargs={"min_new_tokens": length},
+        max_steps=1,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["rlsd/gap_abs_mean"] == 0
+
+
 @pytest.mark.parametrize("family", tiny_vlm.FAMILIES)
-def test_a_step_with_images_is_the_same(tmp_path, family):
+def test_a_step_with_images_is_the_same(tmp_path, monkeypatch, family):
     """Also the gap: student and teacher go through the same head."""
-    logs = []
+    logs, rows, counts = [], head_rows(monkeypatch), []
     for wanted in (False, True):
         data = tiny_vlm.dataset([1, 2, 1, 1, 2, 1, 1, 2])
         trainer = tiny_vlm.trainer(
-            tmp_path, data, family=family, completion_head=wanted, max_steps=1
+            tmp_path,
+            data,
+            family=family,
+            completion_head=wanted,
+            teacher_pass="plain",
+            max_steps=1,
         )
         trainer.train()
         logs.append(trainer.state.log_history[0])
+        counts.append(sum(rows))
+        rows.clear()
     plain, cut = logs
+    assert counts[1] < counts[0] / 2
     for name in ("loss", "grad_norm", "entropy", "rlsd/gap_abs_mean", "rlsd/intervention"):
         assert cut[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5)
     assert plain["rlsd/gap_abs_mean"] > 0
@@ -129,9 +196,9 @@ def positions_by_step(
         alone = {count == min(batch, len(ids)) * length for count in rows}
         step = trainer.state.global_step
         while len(seen) <= step:
-            seen.append((trainer.head.cuts, set()))
+            seen.append((trainer.completion_head.applies, set()))
         seen[step][1].update(alone)
-        assert tile() == (TILE if trainer.head.cuts else 4096)
+        assert tile() == (TILE if trainer.completion_head.applies else 4096)
         return result
 
     trainer._get_per_token_logps_and_entropies = watched
@@ -165,18 +232,65 @@ def test_evaluation_is_trls(tmp_path, monkeypatch):
     assert seen == [(False, {False})]
 
 
-@pytest.mark.parametrize(("device", "cuts"), [("cpu", True), ("mps", True), ("cuda", False)])
-def test_it_is_for_devices_without_triton(device, cuts):
-    with CompletionHead().cutting(True, torch.device(device)):
-        assert (tile() == TILE) == cuts
+@pytest.mark.parametrize(
+    ("device", "triton", "cuts", "small"),
+    [
+        ("cpu", False, True, True),
+        ("cpu", True, True, True),
+        ("mps", False, True, False),
+        ("cuda", True, False, False),
+        ("cuda", False, True, False),
+    ],
+)
+def test_it_is_for_devices_without_triton(monkeypatch, device, triton, cuts, small):
+    monkeypatch.setattr(completion_head, "is_triton_available", lambda: triton)
+    head = CompletionHead(torch.device(device))
+    with head.applied(True):
+        assert head.applies == cuts
+        assert (tile() == TILE) == small
+    with head.applied(False):
+        assert not head.applies
+        assert tile() == 4096
+
+
+def test_the_backward_pass_has_small_tiles_too(tmp_path, monkeypatch):
+    seen, backward = [], chunked_logprob.ChunkedLogProbFunction.backward
+
+    def watched(*args: Any) -> Any:
+        seen.append(tile())
+        return backward(*args)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "backward", watched)
+    tiny.trainer(tmp_path, max_steps=1).train()
+    assert seen == [TILE, TILE]  # two micro-batches
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_rollouts_that_outlive_lambda_are_trls_in_every_step(tmp_path, steps):
+    """Their old log-probabilities are part of the step at which lambda is 0."""
+    seen = []
+    trainer = tiny.trainer(
+        tmp_path, max_steps=4, num_iterations=2, lambda_decay_steps=steps, lambda_init=0.5
+    )
+    loss = trainer._compute_loss
+
+    def watched(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        if trainer.state.global_step not in [step for step, _ in seen]:
+            seen.append((trainer.state.global_step, trainer.completion_head.applies))
+        return loss(model, inputs)
+
+    trainer._compute_loss = watched
+    trainer.train()
+    cut = steps == 2  # lambda is above 0 at both steps that the first rollouts serve
+    assert seen == [(0, cut), (1, cut), (2, False), (3, False)]
 
 
 def test_an_error_inside_leaves_trls_head_as_it_was(tmp_path):
-    head, trainer = CompletionHead(), tiny.trainer(tmp_path)
+    head, trainer = CompletionHead(CPU), tiny.trainer(tmp_path)
     hooks = dict(causal_lm(trainer.model).base_model._forward_hooks)
     ids = torch.full((1, 2 * LENGTH), 5)
-    with pytest.raises(IndexError), head.cutting(True, CPU):
-        head.of(trainer.model, LENGTH)(input_ids=ids + 10_000, labels=ids, fused_lm_head=True)
+    with pytest.raises(IndexError), head.applied(True):
+        head.wrap(trainer.model, LENGTH)(input_ids=ids + 10_000, labels=ids, fused_lm_head=True)
     assert tile() == 4096
-    assert not head.cuts
+    assert not head.applies
     assert causal_lm(trainer.model).base_model._forward_hooks == hooks

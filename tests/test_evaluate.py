@@ -54,7 +54,14 @@ def test_greedy_does_not_depend_on_the_batch(untrained, task):
     assert alone == generate(*untrained, task.test["prompt"], **options, batch_size=6)
 
 
-OPINIONS = {"repetition_penalty": 1.5, "min_p": 0.2, "top_k": 2, "no_repeat_ngram_size": 1}
+OPINIONS = {
+    "repetition_penalty": 1.5,
+    "min_p": 0.2,
+    "top_k": 2,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(2, 20)),
+    "forced_eos_token_id": 1,
+}
 
 
 @pytest.mark.parametrize("opinion", OPINIONS)

@@ -57,7 +57,8 @@ def race(
 ) -> pd.DataFrame:
     """A row for each contender: medians over all steps, peak memory, and both over GRPO's.
 
-    The contenders take turns within this process, `rounds` times; memory is that of a process each.
+    The contenders take turns within this process, `rounds` times; memory is the median of as many
+    processes each.
 
     Raises:
         RuntimeError: if two contenders did not see the same rollouts.
@@ -70,7 +71,7 @@ def race(
     rows = {name: _medians(runs) for name, runs in clocks.items()}
     if memory:
         for name, row in rows.items():
-            row["peak MiB"] = peak_memory(name, setting)
+            row["peak MiB"] = statistics.median(peak_memory(name, setting) for _ in range(rounds))
     table = pd.DataFrame(rows).T
     for column in ("step, s", "peak MiB"):
         if column in table and BASE in table.index:
@@ -150,7 +151,7 @@ def passes(setting: Setting, rounds: int = 3) -> pd.Series:
     for _ in range(rounds + 1):
         for name, seconds in times.items():
             trainer.args.teacher_pass = name
-            with trainer.head.cutting(True, device):
+            with trainer.completion_head.applied(True):  # in both, as in a training step
                 begun = now()
                 found = trainer.scorer.score(prompts, contexts, output, want_hidden=False)
                 seconds.append(now() - begun)

@@ -47,8 +47,8 @@ class Cost:
 def flops(setting: Setting, *, teacher: bool, head_tokens: int | None = None) -> dict[str, float]:
     """FLOPs of one optimiser step by part, summed over all GPUs.
 
-    `head_tokens` are the positions per rollout that the LM head scores: the completion's on a GPU,
-    all of them elsewhere (TRL 1.16.0 skips the prompt in its Triton kernel only).
+    `head_tokens` are the positions per rollout that the LM head scores: by default the completion's,
+    as with Triton or `completion_head=True`; otherwise TRL 1.16.0 scores prompts too.
     """
     shape, rollouts = setting.shape, setting.rollouts
     new, length = setting.max_completion_length, setting.length

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 
-from rlsd_lib.evaluate import neutral
 from rlsd_lib.multimodal import messages_of
 from rlsd_lib.privileged import prompt_text
 from rlsd_lib.runs.provenance import digest, fingerprint
 from rlsd_lib.runs.records import append_lines, drop_torn_line, read_lines, read_manifest, state_of
 from rlsd_lib.runs.run import Run
+from rlsd_lib.sampling import undistorted
 from rlsd_lib.tasks.base import Row
 
 VERDICTS = "verdicts.jsonl"
@@ -80,17 +80,12 @@ class TransformersGenerator:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
-        settings = {
-            **neutral(self.model, sampled=True),
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-        }
+        settings = {**undistorted(self.sampling.temperature), "top_p": self.sampling.top_p}
         tokens = self.model.generate(
             **inputs,
-            do_sample=True,
+            **settings,
             num_return_sequences=k,
             max_new_tokens=self.sampling.max_new_tokens,
-            **settings,
         )
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)
