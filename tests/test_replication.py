@@ -160,7 +160,7 @@ def test_both_models_are_judged_and_an_untrained_one_once(tmp_path, monkeypatch)
 
 
 def test_what_was_dropped_is_counted_and_kept(tmp_path):
-    from rlsd_lib.tasks.mmfinereason import Report
+    from rlsd_lib.tasks.data_report import Report
 
     one = experiment(tmp_path)
     faults = {"missing_image": [3, 5], "empty_answer": [5]}

@@ -8,12 +8,10 @@ Broken rows are never used: each is listed in a `Report` under every fault it ha
 the fingerprint are made of hashed contents (texts and image files): the same on every machine.
 """
 
-import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -24,8 +22,8 @@ from datasets import Dataset, Features, Image, List, Value, load_dataset
 
 from rlsd_lib.privileged import has_image_token, leaks
 from rlsd_lib.runs.provenance import digest, fingerprint
-from rlsd_lib.runs.records import replace_text, write_json
 from rlsd_lib.tasks.base import Row, Task, is_held_out
+from rlsd_lib.tasks.data_report import Report
 from rlsd_lib.tasks.grading import TYPES, clean, grade, weighted_reward
 from rlsd_lib.tasks.images import images_of, read_bytes, shape_of, stored
 
@@ -58,36 +56,6 @@ FEATURES = Features(
     }
 )
 _CHOICE = re.compile(r"(?m)^[ \t]*\(?([A-J])[.):][ \t]*(\S.*?)[ \t]*$")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of the rows: `faults` names the rows (from 0) that have each fault."""
-
-    source: str
-    rows: int
-    kept: int
-    faults: dict[str, list[int]]
-    unknown_types: dict[str, int]  # how often each type without a grader occurs
-    without_trace: int  # among the kept
-    fingerprint: str  # of the kept rows, in order
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many rows have each fault that occurs."""
-        return {fault: len(rows) for fault, rows in self.faults.items()}
-
-    def summary(self) -> str:
-        """Say in one line what was kept and what was dropped why."""
-        parts = ", ".join(f"{fault} {count}" for fault, count in self.counts.items())
-        return f"{self.source}: {self.kept} of {self.rows} rows kept; dropped: {parts or 'none'}"
-
-    def write(self, folder: str | Path) -> None:
-        """Write data_report.json (counts) and dropped.jsonl (row, fault) to an existing folder."""
-        facts = {k: v for k, v in asdict(self).items() if k != "faults"}
-        write_json(Path(folder) / "data_report.json", {**facts, "counts": self.counts})
-        lines = [{"row": row, "fault": f} for f, rows in self.faults.items() for row in rows]
-        replace_text(Path(folder) / "dropped.jsonl", "".join(json.dumps(n) + "\n" for n in lines))
 
 
 def load(
