@@ -1,9 +1,9 @@
-"""TRL's fused LM head on completion positions only, on devices where it takes every position.
+"""TRL's fused LM head on completion positions only, on a CPU, where it takes every position.
 
 With Triton the head scores just the labelled positions, one logits tile at a time and in place.
-Without it, on a CPU above all, it scores prompts too, and holds several copies of a tile of 4,096
-tokens. Here states and labels are cut to the completion before the head, and a CPU's tiles are made
-to fit its cache: the same numbers up to rounding, in less time and memory.
+Without it, it scores prompts too, and holds several copies of a tile of 4,096 tokens. Here states
+and labels are cut to the completion before the head, and tiles are made to fit a CPU's cache: the
+same numbers up to rounding, in less time and memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,15 +15,12 @@ from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import is_triton_available
 from trl.kernels import chunked_logprob
 
 from rlsd_lib.distillation import causal_lm
 
-# Tokens per logits tile on a CPU: the fastest and smallest of those measured, see outputs/LOG.md.
+# Tokens per logits tile: the fastest and smallest of those measured, see outputs/LOG.md.
 TILE = 128
-# Matrix products of fewer rows take another kernel, which rounds the same row differently.
-FEWEST = 4
 
 
 class CompletionHead:
@@ -31,8 +28,7 @@ class CompletionHead:
 
     def __init__(self, device: torch.device) -> None:
         self.applies = False
-        self.saves = not (device.type in ("cuda", "xpu") and is_triton_available())
-        self.on_cpu = device.type == "cpu"
+        self.saves = device.type == "cpu"
 
     @contextmanager
     def applied(self, wanted: bool) -> Iterator[None]:
@@ -43,19 +39,27 @@ class CompletionHead:
         if not (wanted and self.saves):
             yield
             return
-        before = chunked_logprob.TOKEN_CHUNK_SIZE
         self.applies = True
-        if self.on_cpu:
-            chunked_logprob.TOKEN_CHUNK_SIZE = TILE
         try:
-            yield
+            with tiles_of(TILE):
+                yield
         finally:
             self.applies = False
-            chunked_logprob.TOKEN_CHUNK_SIZE = before
 
     def wrap(self, model: nn.Module, length: int) -> Callable[..., Any]:
         """What TRL's log-probabilities are to call for `model`, with completions of `length`."""
         return completions_only(model, length) if self.applies and can_cut(model) else model
+
+
+@contextmanager
+def tiles_of(tokens: int) -> Iterator[None]:
+    """Tiles of `tokens` rows in every fused head inside."""
+    before = chunked_logprob.TOKEN_CHUNK_SIZE
+    chunked_logprob.TOKEN_CHUNK_SIZE = tokens
+    try:
+        yield
+    finally:
+        chunked_logprob.TOKEN_CHUNK_SIZE = before
 
 
 def can_cut(model: nn.Module) -> bool:
@@ -71,9 +75,7 @@ def completions_only(model: nn.Module, length: int) -> Callable[..., Any]:
     """`model` with the fused head on the last tokens only: its outputs are (N, `length` or more)."""
 
     def call(*, labels: torch.Tensor, **inputs: Any) -> Any:
-        scored = length
-        while 0 < len(labels) * scored % TILE < FEWEST:
-            scored += 1
+        scored, tile = scored_and_tile(length, labels.size(1) - 1)
         # The position before the first scored token predicts it.
         kept = slice(-scored - 1, None)
 
@@ -83,8 +85,21 @@ def completions_only(model: nn.Module, length: int) -> Callable[..., Any]:
 
         handle = causal_lm(model).base_model.register_forward_hook(cut)
         try:
-            return model(labels=labels[:, kept], **inputs)
+            with tiles_of(tile):
+                return model(labels=labels[:, kept], **inputs)
         finally:
             handle.remove()
 
     return call
+
+
+def scored_and_tile(length: int, most: int) -> tuple[int, int]:
+    """How many of the last `most` tokens to score, at least `length`, and the rows of one tile.
+
+    A matrix product rounds a row by how many rows there are and where it lies. Every sequence fills
+    whole tiles, all of one size, so that what it scores does not depend on its place in the batch:
+    a teacher that sees what the student sees must agree to the bit.
+    """
+    pieces = -(-length // TILE)
+    tile = -(-length // pieces)
+    return (pieces * tile, tile) if pieces * tile <= most else (length, length)

@@ -60,11 +60,11 @@ class RLSDConfig(GRPOConfig):
             it cannot. A teacher that sees just what the student sees is always scored plainly, so
             that its gap is exactly 0.
         completion_head (`bool`, *optional*):
-            Sends only completion positions through the LM head where TRL, for want of Triton, sends
-            prompts too: on a CPU. The result is the same up to rounding. `None` does so in training
-            steps that ask the teacher, so that all others stay TRL's to the bit; `True` in every
+            Sends only completion positions through the LM head on a CPU, where TRL sends prompts
+            too. The result is the same up to rounding. `None` does so for rollouts all of whose
+            steps ask the teacher, so that other steps stay TRL's to the bit; `True` in every
             training step, GRPO's too; `False` never. Set it where the cost of two methods is
-            compared. No effect on CUDA.
+            compared. No effect elsewhere, on compiled models, or with prompt tuning.
         teacher_offload (`bool`, *optional*, defaults to `False`):
             Keeps a full-copy teacher in CPU memory, and on the device only while it scores.
         privileged_template (`str`, *optional*):
@@ -244,7 +244,7 @@ class RLSDConfig(GRPOConfig):
         return sees and (self.row.divergence is not None or self.lambda_at(step) > 0)
 
     def cuts_head_at(self, step: int) -> bool:
-        """Whether that update sends only completions through the head, where TRL sends more."""
+        """Whether that update is to send only completions through the head, where TRL sends more."""
         wanted = self.completion_head
         return self.needs_teacher_at(step) if wanted is None else wanted
 

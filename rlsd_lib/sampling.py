@@ -34,6 +34,13 @@ PROCESSORS = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "watermarking_config": None,
+    # Other ways to search, stop and answer.
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "stop_strings": None,
+    "max_time": None,
+    "return_dict_in_generate": False,
 }
 
 

@@ -70,6 +70,7 @@ class RLSDTrainer(SteadyTrainer):
         checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, kwargs)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **kwargs)
         self.completion_head = CompletionHead(self.accelerator.device)
+        self._cuts_head = False
         if self.use_vllm:
             keep_base_exact(self.model, self.vllm_generation)
         if self._is_vlm:
@@ -132,13 +133,18 @@ class RLSDTrainer(SteadyTrainer):
         return output
 
     def _steps_served(self) -> range:
-        """Optimiser steps that the rollouts of this micro-step take part in."""
+        """Optimiser steps that rollouts generated now take part in."""
         accumulation = self.args.gradient_accumulation_steps
-        micro_steps = self.args.steps_per_generation * self.num_iterations
-        # Micro-steps between the start of this optimiser step and that of the generation.
-        ahead = self._step % accumulation - self._step % micro_steps
-        first = self.state.global_step + ahead // accumulation
-        return range(first, self.state.global_step - (-(ahead + micro_steps) // accumulation))
+        micro_steps = self._micro_steps_served()
+        # An epoch's last step may be short, and `_step` then no longer tells how much of the current
+        # one is done. It matters where neither number divides the other: then, the most there is.
+        aligned = not (micro_steps % accumulation and accumulation % micro_steps)
+        done = self._step % accumulation if aligned else accumulation - 1
+        first = self.state.global_step
+        return range(first, first - (-(done + micro_steps) // accumulation))
+
+    def _micro_steps_served(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
 
     def _teacher_is_needed(self) -> bool:
         """Whether any optimiser step that this generation batch serves asks the teacher."""
@@ -181,10 +187,10 @@ class RLSDTrainer(SteadyTrainer):
     # Loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        # Old, teacher's and new log-probabilities and the backward pass all happen in here, and for
-        # reused rollouts in several such calls, of which all or none may round unlike TRL.
-        wanted = all(map(self.args.cuts_head_at, self._steps_served()))
-        with self.completion_head.applied(wanted):
+        if self._buffered_inputs is None or self._step % self._micro_steps_served() == 0:
+            # Old and teacher's log-probabilities are made now, for all of these steps or none.
+            self._cuts_head = all(map(self.args.cuts_head_at, self._steps_served()))
+        with self.completion_head.applied(self._cuts_head):
             return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -61,6 +61,9 @@ OPINIONS = {
     "no_repeat_ngram_size": 1,
     "suppress_tokens": list(range(2, 20)),
     "forced_eos_token_id": 1,
+    "max_time": 1e-9,
+    "return_dict_in_generate": True,
+    "stop_strings": ["1"],
 }
 
 

@@ -80,13 +80,13 @@ class TransformersGenerator:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
-        settings = {**undistorted(self.sampling.temperature), "top_p": self.sampling.top_p}
-        tokens = self.model.generate(
-            **inputs,
-            **settings,
-            num_return_sequences=k,
-            max_new_tokens=self.sampling.max_new_tokens,
-        )
+        settings = {
+            **undistorted(self.sampling.temperature),
+            "top_p": self.sampling.top_p,
+            "num_return_sequences": k,
+            "max_new_tokens": self.sampling.max_new_tokens,
+        }
+        tokens = self.model.generate(**inputs, **settings)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)
 
