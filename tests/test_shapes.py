@@ -17,6 +17,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
+from rlsd_lib.completion_head import completions_only
 from rlsd_lib.cost.budget import GIB, Setting, memory
 from rlsd_lib.cost.shapes import SHAPES, ModelShape, VisionShape, shape_of
 from rlsd_lib.cost.step import flops
@@ -175,18 +176,19 @@ def test_flops_are_those_that_torch_counts() -> None:
         teacher_pass="plain",
         gradient_checkpointing=False,
     )
-    predicted = flops(setting, teacher=True, head_tokens=prompt + new - 1)
+    predicted = flops(setting, teacher=True)
 
     def forward(length: int) -> torch.Tensor:
         ids = torch.randint(0, 2048, (rows, length))
-        return model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.sum()
+        scored = completions_only(model, new)(input_ids=ids, labels=ids, fused_lm_head=True)
+        return scored.log_probs.sum()
 
     loss: list[torch.Tensor] = []
     assert counted(lambda: loss.append(forward(prompt + new))) == pytest.approx(
         predicted["policy forward"], rel=0.02
     )
     # TRL adds the head's two gradients up in place (`addmm_`), which torch's counter passes over.
-    unseen = 2 * setting.shape.head_flops(rows * (prompt + new - 1))
+    unseen = 2 * setting.shape.head_flops(rows * new)
     backward = counted(loss[0].backward) + unseen
     assert backward == pytest.approx(predicted["policy backward"], rel=0.02)
     with torch.no_grad():

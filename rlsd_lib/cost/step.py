@@ -44,15 +44,14 @@ class Cost:
         return sum(self.seconds.values())
 
 
-def flops(setting: Setting, *, teacher: bool, head_tokens: int | None = None) -> dict[str, float]:
+def flops(setting: Setting, *, teacher: bool) -> dict[str, float]:
     """FLOPs of one optimiser step by part, summed over all GPUs.
 
-    `head_tokens` are the positions per rollout that the LM head scores: by default the completion's,
-    as with Triton or `completion_head=True`; otherwise TRL 1.16.0 scores prompts too.
+    The LM head scores completions alone, as with Triton or `completion_head=True`.
     """
     shape, rollouts = setting.shape, setting.rollouts
     new, length = setting.max_completion_length, setting.length
-    head = shape.head_flops(head_tokens or new)
+    head = shape.head_flops(new)
     body = _prefill(setting, length)
     # vLLM keeps the prefixes it has seen.
     prefills = rollouts / setting.num_generations if setting.use_vllm else rollouts
@@ -71,7 +70,7 @@ def flops(setting: Setting, *, teacher: bool, head_tokens: int | None = None) ->
     if setting.beta:
         parts["reference model"] = rollouts * (body + head)
     if teacher:
-        parts["teacher"] = _teacher_flops(setting, head_tokens)
+        parts["teacher"] = _teacher_flops(setting)
     return parts
 
 
@@ -81,15 +80,14 @@ def _prefill(setting: Setting, tokens: int) -> float:
     return shape.layer_flops(tokens, tokens) + shape.vision_flops(setting.image_tokens)
 
 
-def _teacher_flops(setting: Setting, head_tokens: int | None) -> float:
+def _teacher_flops(setting: Setting) -> float:
     shape, rollouts, prompt = setting.shape, setting.rollouts, setting.teacher_prompt
     new = setting.max_completion_length
     if setting.shares_prompts:
         # The prompt's last token opens every completion, see rlsd_lib/prefix.py.
         once = setting.rollouts / setting.num_generations * _prefill(setting, prompt - 1)
         return once + rollouts * (shape.layer_flops(new, prompt - 1 + new) + shape.head_flops(new))
-    scored = new if head_tokens is None else head_tokens + setting.privileged_length
-    return rollouts * (_prefill(setting, prompt + new) + shape.head_flops(scored))
+    return rollouts * (_prefill(setting, prompt + new) + shape.head_flops(new))
 
 
 def cost(setting: Setting, speed: Speed, gpu_memory: float, *, teacher: bool) -> Cost:
