@@ -132,20 +132,6 @@ class RLSDTrainer(SteadyTrainer):
             output["has_demonstration"] = torch.tensor(shown, device=self.accelerator.device)
         return output
 
-    def _steps_served(self) -> range:
-        """Optimiser steps that rollouts generated now take part in."""
-        accumulation = self.args.gradient_accumulation_steps
-        micro_steps = self._micro_steps_served()
-        # An epoch's last step may be short, and `_step` then no longer tells how much of the current
-        # one is done. It matters where neither number divides the other: then, the most there is.
-        aligned = not (micro_steps % accumulation and accumulation % micro_steps)
-        done = self._step % accumulation if aligned else accumulation - 1
-        first = self.state.global_step
-        return range(first, first - (-(done + micro_steps) // accumulation))
-
-    def _micro_steps_served(self) -> int:
-        return self.args.steps_per_generation * self.num_iterations
-
     def _teacher_is_needed(self) -> bool:
         """Whether any optimiser step that this generation batch serves asks the teacher."""
         return self.teacher is not None and any(
