@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "RLSDTrainer": "rlsd_lib.trainer",
-    "RLSDConfig": "rlsd_lib.config",
+    "RLSDTrainer": "rlsd_lib.trainer.trainer",
+    "RLSDConfig": "rlsd_lib.trainer.config",
     "METHODS": "rlsd_lib.methods",
-    "PRESETS": "rlsd_lib.presets",
-    "Experiment": "rlsd_lib.experiment",
+    "PRESETS": "rlsd_lib.experiment.presets",
+    "Experiment": "rlsd_lib.experiment.experiment",
     "Run": "rlsd_lib.runs.run",
 }
 

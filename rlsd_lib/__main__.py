@@ -56,7 +56,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    from rlsd_lib.launch.dryrun import dry_run  # only now: the libraries read these when imported
+    from rlsd_lib.experiment.dryrun import (
+        dry_run,  # only now: the libraries read these when imported
+    )
     from rlsd_lib.runs.parameters import unmet
 
     found = dry_run(source.stem, parameters)
@@ -80,8 +82,8 @@ def _execute(source: Path, given: dict[str, Any], folder: Path, mode: str) -> in
 
 
 def _suite(options: argparse.Namespace) -> int:
+    from rlsd_lib.runs.processes import on_sigterm, terminate_children_and_leave
     from rlsd_lib.runs.suites import get_suite, jobs_of, record_plan
-    from rlsd_lib.runtime.signals import on_sigterm, terminate_children_and_leave
 
     print(f"{options.name}: {get_suite(options.name).purpose}")
     changes = _parse_pairs(options.pairs, {})
@@ -112,7 +114,7 @@ def _suite(options: argparse.Namespace) -> int:
 
 def _resolve(jobs: "Sequence[Job]") -> None:
     """Resolve what each run of a suite will train, so that a bad name costs no run."""
-    from rlsd_lib.launch.dryrun import resolve
+    from rlsd_lib.experiment.dryrun import resolve
     from rlsd_lib.runs.parameters import read_parameters
 
     for job in jobs:
@@ -135,7 +137,7 @@ def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[O
     }
     if not options.submitit:
         return run_jobs(jobs, options.jobs, **wishes)
-    from rlsd_lib.launch.cluster import run_submitted
+    from rlsd_lib.experiment.cluster import run_submitted
 
     return run_submitted(jobs, options.jobs, options.submitit, given, **wishes)
 
@@ -197,12 +199,12 @@ def _bench(options: argparse.Namespace) -> int:
                 f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing for a preset; "
                 "add --against or --sweep"
             )
-        from rlsd_lib.cost.bench import compare
+        from rlsd_lib.experiment.cost.bench import compare
 
         print(compare(options.preset, options.steps, options.rounds).round(3).to_string())
         return 0
-    from rlsd_lib.cost.contenders import Setting, contenders
-    from rlsd_lib.cost.race import report, sweep
+    from rlsd_lib.experiment.cost.contenders import Setting, contenders
+    from rlsd_lib.experiment.cost.race import report, sweep
     from rlsd_lib.methods import look_up
 
     given = _parse_pairs(options.pairs, {})
@@ -220,7 +222,7 @@ def _bench(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from rlsd_lib.cost.plan import (
+    from rlsd_lib.experiment.cost.plan import (
         SETTING_FIELDS,
         SPEED_FIELDS,
         describe,
@@ -228,9 +230,9 @@ def _plan(options: argparse.Namespace) -> int:
         setting_of,
         shape_named,
     )
-    from rlsd_lib.cost.step import Speed
+    from rlsd_lib.experiment.cost.step import Speed
+    from rlsd_lib.experiment.presets import PRESETS
     from rlsd_lib.methods import look_up
-    from rlsd_lib.presets import PRESETS
 
     given = _parse_pairs(options.pairs, {})
     for name in given:

@@ -18,7 +18,7 @@ from rlsd_lib.divergence import Divergence
 from rlsd_lib.runs.provenance import alike
 
 if TYPE_CHECKING:
-    from rlsd_lib.config import RLSDConfig
+    from rlsd_lib.trainer.config import RLSDConfig
 
 # What the teacher of a method is shown beside the student's prompt x.
 PRIVILEGED = "privileged"  # the row's reference r

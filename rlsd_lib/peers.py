@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlsd_lib.tasks.base import Completion, text_of
+from rlsd_lib.tasks.task import Completion, text_of
 
 
 class Demonstrations(NamedTuple):

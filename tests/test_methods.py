@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import models
 
 from rlsd_lib import RLSDTrainer
-from rlsd_lib.config import TEACHER_KINDS
 from rlsd_lib.methods import METHODS
 from rlsd_lib.peers import demonstrations
+from rlsd_lib.trainer.config import TEACHER_KINDS
 
 EXTRA: dict[str, dict[str, Any]] = {
     "grpo_opsd": {"distillation_weight": 0.3},

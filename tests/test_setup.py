@@ -64,7 +64,7 @@ def _loaded_after(statement: str) -> set[str]:
         ("import rlsd_lib.credit", {"trl", "transformers", "accelerate", "pandas"}),
         ("from rlsd_lib import Run", {"torch", "trl", "transformers"}),
         ("import rlsd_lib.__main__", {"torch", "trl", "transformers", "pandas", "papermill"}),
-        ("import rlsd_lib.plots", {"torch", "trl", "transformers"}),
+        ("import rlsd_lib.report.plots", {"torch", "trl", "transformers"}),
     ],
 )
 def test_an_import_loads_no_more_than_it_needs(statement: str, absent: set[str]) -> None:

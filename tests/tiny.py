@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rlsd_lib import RLSDConfig, RLSDTrainer, toy_vlm
+from rlsd_lib import RLSDConfig, RLSDTrainer
+from rlsd_lib.tasks.lab import vision as toy_vlm
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"

@@ -21,8 +21,9 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from rlsd_lib import RLSDTrainer, toy_vlm
-from rlsd_lib.toy_vlm import build_tokenizer, chat_template, image_ids, rope, text_config
+from rlsd_lib import RLSDTrainer
+from rlsd_lib.tasks.lab import vision as toy_vlm
+from rlsd_lib.tasks.lab.vision import build_tokenizer, chat_template, image_ids, rope, text_config
 
 FAMILIES = ("qwen3-vl", "qwen2.5-vl", "gemma3")
 GEMMA = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}

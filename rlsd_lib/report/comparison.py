@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rlsd_lib.estimates import estimate
+from rlsd_lib.measure.estimates import estimate
 from rlsd_lib.report.arms import Arms
 from rlsd_lib.report.paper_numbers import AVERAGE, table_1, table_2
 from rlsd_lib.report.tables import DASH, Table, each_once, settings_of, source_notes, with_arms

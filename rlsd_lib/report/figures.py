@@ -6,7 +6,7 @@ Every function takes all runs, shows the finished ones and names those that are 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rlsd_lib import plots
+from rlsd_lib.report import plots
 from rlsd_lib.report.arms import Arms
 from rlsd_lib.report.tables import with_arms
 from rlsd_lib.runs.records import Runs, described

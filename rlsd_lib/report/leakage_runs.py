@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from rlsd_lib import leakage
-from rlsd_lib.models import load_model
+from rlsd_lib.measure import leakage
 from rlsd_lib.runs.provenance import digest, outputs_root
 from rlsd_lib.runs.records import read_manifest, write_json
 from rlsd_lib.tasks import load_task
+from rlsd_lib.tasks.models import load_model
 
 # What decides the base model and the problems: runs that agree on it share one judged base model.
 OF_BASE = ("model", "model_options", "task", "task_options", "train_size", "test_size", "data_seed")

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 import torch
 
-from rlsd_lib.benchmarks.commands import BENCHMARKS, Protocol
-from rlsd_lib.benchmarks.results import PREFIX, evaluate_benchmarks
-from rlsd_lib.models import merged
+from rlsd_lib.report.benchmarks.commands import BENCHMARKS, Protocol
+from rlsd_lib.report.benchmarks.results import PREFIX, evaluate_benchmarks
 from rlsd_lib.report.paper_numbers import AVERAGE, TABLE_2, table_2
 from rlsd_lib.report.tables import DASH, estimate, settings_of
 from rlsd_lib.runs.provenance import run_name
 from rlsd_lib.runs.records import Runs, is_number, state_of
+from rlsd_lib.tasks.models import merged
 
 if TYPE_CHECKING:
-    from rlsd_lib.experiment import Experiment
+    from rlsd_lib.experiment.experiment import Experiment
 
 BASE = "base"  # the row of the untrained model
 HELD_OUT = "held out"  # the data's own test split, judged by the task's verifier

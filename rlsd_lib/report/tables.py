@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from rlsd_lib.estimates import Estimate, estimate, smallest_detectable
-from rlsd_lib.evaluate import paired_interval
+from rlsd_lib.measure.estimates import Estimate, estimate, smallest_detectable
+from rlsd_lib.measure.evaluate import paired_interval
 from rlsd_lib.runs.provenance import flat_settings
 from rlsd_lib.runs.records import Runs, described, is_finished, is_number, read_manifest
 

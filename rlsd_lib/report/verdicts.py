@@ -17,7 +17,7 @@ from math import inf
 
 import pandas as pd
 
-from rlsd_lib.estimates import Estimate, estimate
+from rlsd_lib.measure.estimates import Estimate, estimate
 from rlsd_lib.report.arms import Arms
 from rlsd_lib.report.tables import DASH, Table, source_notes
 from rlsd_lib.runs.records import Runs

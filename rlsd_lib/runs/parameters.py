@@ -113,7 +113,11 @@ def _as_override(name: str, value: Any, declared: Mapping[str, Parameter]) -> st
     """The hint for a field of the configuration that was given as a parameter; "" for others."""
     if "overrides" not in declared:
         return ""
-    from rlsd_lib.presets import IDENTITY, OF_PRESET, override_types  # seconds: only for an error
+    from rlsd_lib.experiment.presets import (  # seconds: only for an error
+        IDENTITY,
+        OF_PRESET,
+        override_types,
+    )
 
     if name in IDENTITY or name not in override_types():
         return ""

@@ -4,10 +4,11 @@ import difflib
 import importlib
 from typing import Any
 
-from rlsd_lib.tasks import arithmetic
-from rlsd_lib.tasks.base import Completion, Row, Task, text_of
+from rlsd_lib.tasks.lab import arithmetic
+from rlsd_lib.tasks.task import Completion, Row, Task, text_of
 
-DATA = ("mmfinereason", "maths", "colours")  # modules of this package that read data sets
+# Modules of this package that read data sets, by the task's name.
+DATA = {"mmfinereason": "mmfinereason", "maths": "maths", "colours": "lab.colours"}
 
 __all__ = ["Completion", "Row", "Task", "load_task", "task_names", "text_of"]
 
@@ -29,7 +30,9 @@ def load_task(name: str, *, train_size: int, test_size: int, seed: int, **option
     if name == "arithmetic":
         return arithmetic.load(train_size=train_size, test_size=test_size, seed=seed, **options)
     if name in DATA:
-        module = importlib.import_module(f"rlsd_lib.tasks.{name}")  # only then datasets and Pillow
+        module = importlib.import_module(
+            f"rlsd_lib.tasks.{DATA[name]}"
+        )  # only then datasets and Pillow
         return module.load(train_size=train_size, test_size=test_size, seed=seed, **options)
     if name not in (known := task_names()):
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

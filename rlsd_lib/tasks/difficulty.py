@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 
-from rlsd_lib.multimodal import messages_of
-from rlsd_lib.privileged import prompt_text
+from rlsd_lib.measure.sampling import undistorted
+from rlsd_lib.prompts import prompt_text
 from rlsd_lib.runs.provenance import digest, fingerprint
 from rlsd_lib.runs.records import append_lines, drop_torn_line, read_lines, read_manifest, state_of
 from rlsd_lib.runs.run import Run
-from rlsd_lib.sampling import undistorted
-from rlsd_lib.tasks.base import Row
+from rlsd_lib.tasks.encode import messages_of
+from rlsd_lib.tasks.task import Row
 
 VERDICTS = "verdicts.jsonl"
 

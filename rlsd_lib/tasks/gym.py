@@ -22,7 +22,7 @@ import reasoning_gym
 from datasets import Dataset
 from reasoning_gym.factory import DATASETS
 
-from rlsd_lib.tasks.base import REFERENCE_PATTERN, Row, Task, draw_rows
+from rlsd_lib.tasks.task import REFERENCE_PATTERN, Row, Task, draw_rows
 
 CHUNK = 256  # questions drawn from reasoning-gym at a time
 _NUMBER = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])", re.ASCII)

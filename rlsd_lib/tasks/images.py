@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image as PillowImage
 
-from rlsd_lib.tasks.base import Row
+from rlsd_lib.tasks.task import Row
 
 
 def images_of(row: Row, folder: str) -> list[dict[str, Any]]:

@@ -8,9 +8,9 @@ folder of .parquet or .jsonl files, with a problem and a final answer will do: n
 from collections.abc import Mapping
 from typing import Any
 
-from rlsd_lib.privileged import prompt_text
-from rlsd_lib.tasks.base import Row, Task
+from rlsd_lib.prompts import prompt_text
 from rlsd_lib.tasks.mmfinereason import TRACE, as_task, check_reward, prepare
+from rlsd_lib.tasks.task import Row, Task
 
 HUB = "agentica-org/DeepScaleR-Preview-Dataset"
 COLUMNS = {"problem": "problem", "answer": "answer", "solution": "solution"}

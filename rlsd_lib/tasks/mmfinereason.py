@@ -20,12 +20,12 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 
-from rlsd_lib.privileged import has_image_token, leaks
+from rlsd_lib.prompts import has_image_token, leaks
 from rlsd_lib.runs.provenance import digest, fingerprint
-from rlsd_lib.tasks.base import Row, Task, is_held_out
 from rlsd_lib.tasks.data_report import Report
 from rlsd_lib.tasks.grading import TYPES, clean, grade, weighted_reward
 from rlsd_lib.tasks.images import images_of, read_bytes, shape_of, stored
+from rlsd_lib.tasks.task import Row, Task, is_held_out
 
 HUB = "iieycx/rlsd-train-MMFineReason-123K"
 TRACE = "qwen3vl_235b_thinking_response"

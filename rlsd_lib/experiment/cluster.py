@@ -1,0 +1,137 @@
+"""The runs of a suite as jobs of a cluster, through submitit: SLURM, or its stand-in on one machine.
+
+A job is the same command line that `rlsd suite` runs by itself. Shortly before its time is up, or
+when it is pre-empted, the run saves, stops, and is queued again to go on from there.
+"""
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import psutil
+import submitit
+
+from rlsd_lib.runs.jobs import Job, Outcome, settle
+from rlsd_lib.runs.processes import kill_tree
+from rlsd_lib.runs.provenance import outputs_root
+from rlsd_lib.runs.records import manifest_or_none, state_of
+from rlsd_lib.runs.run import Run
+
+TIMEOUT_MIN = 24 * 60  # of a job that names none; submitit's own is five minutes
+TICK_SECONDS = 0.5
+
+
+class ClusterRun:
+    """One run, as submitit calls it on a node."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def __call__(self, job: Job, if_exists: str) -> Outcome:
+        """Make the run in a process of its own, which is not left behind."""
+        begun = time.monotonic()
+        with tempfile.TemporaryFile("w+") as errors:
+            # A session of its own: submitit's signal to this process must not end the run.
+            command = job.command(if_exists)
+            self.process = subprocess.Popen(command, stderr=errors, start_new_session=True)
+            try:
+                while self.process.poll() is None:
+                    time.sleep(TICK_SECONDS)
+            finally:
+                kill_tree(self.process.pid)
+            errors.seek(0)
+            said = errors.read().strip()[-2000:] or "no error output"
+        seconds = time.monotonic() - begun
+        if self.process.returncode == 0:
+            return Outcome(job, "done", seconds)
+        _close_killed(job, self.process.returncode)
+        return Outcome(job, "failed", seconds, said)
+
+    def checkpoint(self, job: Job, if_exists: str) -> submitit.helpers.DelayedSubmission:
+        """Called by submitit in a signal handler: let the run save, and queue what is left of it."""
+        if self.process is not None:
+            self.process.terminate()
+            # `wait` would want the lock that the interrupted `poll` may hold.
+            while _lives(self.process.pid):
+                time.sleep(TICK_SECONDS)
+        return submitit.helpers.DelayedSubmission(ClusterRun(), job, "resume")
+
+
+def _close_killed(job: Job, code: int) -> None:
+    """Mark a run failed whose process was killed: only on this host can that be seen."""
+    if state_of(job.run_dir) == "running/killed" and manifest_or_none(job.run_dir):
+        Run.attach(job.run_dir).fail(f"killed, exit status {code}")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def run_submitted(
+    jobs: Sequence[Job],
+    workers: int,
+    cluster: str,
+    options: Mapping[str, Any],
+    *,
+    retry_failed: bool = False,
+    if_exists: str = "skip",
+) -> Iterator[Outcome]:
+    """Submit the jobs that `run_jobs` would run; outcomes come as they end, failures among them.
+
+    Args:
+        jobs: of a suite.
+        workers: jobs that are submitted at a time.
+        cluster: "slurm", or "local" for processes of this machine.
+        options: submitit's parameters, such as timeout_min, gpus_per_node or slurm_partition.
+        retry_failed: as in `run_jobs`.
+        if_exists: as in `run_jobs`.
+
+    Raises:
+        ValueError: an option that submitit does not know, or `workers` below 1.
+    """
+    if workers < 1:
+        raise ValueError(f"jobs={workers}: expected 1 or more")
+    executor = submitit.AutoExecutor(outputs_root() / "submitit", cluster=cluster)
+    try:
+        executor.update_parameters(**{"timeout_min": TIMEOUT_MIN, "name": "rlsd", **options})
+    except (NameError, TypeError) as error:  # how submitit says that it does not know a name
+        raise ValueError(f"--submitit-options: {error}") from error
+    settled = [settle(job, retry_failed) for job in jobs]
+    rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]
+    return chain(filter(None, settled), _work(executor, rest, workers, if_exists))
+
+
+def _work(
+    executor: submitit.AutoExecutor, waiting: Sequence[Job], limit: int, if_exists: str
+) -> Iterator[Outcome]:
+    """Keep up to `limit` jobs submitted until all have ended; whoever leaves early cancels them."""
+    running: list[tuple[Job, submitit.Job]] = []
+    try:
+        while waiting or running:
+            free = limit - len(running)
+            wave, waiting = waiting[:free], waiting[free:]
+            if wave:
+                with executor.batch():  # one array job on SLURM
+                    sent = [executor.submit(ClusterRun(), job, if_exists) for job in wave]
+                running += zip(wave, sent, strict=True)
+            for pair in [pair for pair in running if pair[1].done()]:
+                running.remove(pair)
+                yield _outcome(*pair)
+            time.sleep(TICK_SECONDS)
+    finally:
+        for _, submitted in running:
+            submitted.cancel()
+
+
+def _outcome(job: Job, submitted: submitit.Job) -> Outcome:
+    """What a job returned, or why it returned nothing."""
+    try:
+        return submitted.result()
+    except Exception as error:  # the job's own traceback, or that it never ended
+        return Outcome(job, "failed", error=f"{type(error).__name__}: {str(error)[-2000:]}")

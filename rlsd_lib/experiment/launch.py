@@ -1,0 +1,158 @@
+"""Training on several processes: start them with accelerate, follow them, end them.
+
+The processes attach to the run directory of whoever launches them (`worker.py`), rank 0 writes the
+metrics, and the trained weights come back as a folder.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rlsd_lib.runs import claims
+from rlsd_lib.runs.processes import kill_tree, on_sigterm
+from rlsd_lib.runs.provenance import nearest, outputs_root
+from rlsd_lib.runs.records import read_lines
+from rlsd_lib.runs.run import HANDED_ON, Run
+from rlsd_lib.trainer.faults import Stopped
+
+CONFIG = "RLSD_ACCELERATE"  # environment variable: name of a shipped config, or path of one
+LAUNCHER = "RLSD_LAUNCHER"  # environment variable: the process that the workers must not outlive
+CONFIGS = Path(__file__).parent / "accelerate"
+LOG, ERRORS, RESULT = "workers.log", "worker_errors.jsonl", "training.json"
+GRACE_SECONDS = 3600  # for the last step and its checkpoint, once a SIGTERM has come
+TICK_SECONDS = 0.5
+
+
+class LaunchError(RuntimeError):
+    """A launched process failed; the message holds its reason or the end of the log."""
+
+
+def accelerate_config(preset: str = "") -> Path:
+    """The accelerate config that RLSD_ACCELERATE names, else `preset`, else one by the hardware.
+
+    Args:
+        preset: the name that the run's preset has for it, "" for none.
+
+    Raises:
+        FileNotFoundError: there is neither a shipped config nor a file of that name.
+    """
+    by_hardware = "multi_gpu" if torch.cuda.is_available() else "multi_cpu"
+    name = os.environ.get(CONFIG) or preset or by_hardware
+    for path in (CONFIGS / f"{name}.yaml", Path(name).expanduser()):
+        if path.is_file():
+            return path.resolve()
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    raise FileNotFoundError(f"no accelerate config {name!r}{nearest(name, known)}, nor such a file")
+
+
+def launch_command(config: Path, num_processes: int, run_dir: Path) -> list[str]:
+    """The command line that trains the run in `run_dir` on `num_processes` processes."""
+    alone = (yaml.safe_load(config.read_text()).get("num_machines") or 1) == 1
+    # Any free port, so that runs side by side do not meet; several machines must agree on one.
+    port = ["--main_process_port", "0"] if alone else []
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    count = ["--num_processes", str(num_processes)]
+    return [*launcher, *count, *port, "-m", "rlsd_lib.experiment.worker", str(run_dir)]
+
+
+def run_workers(
+    run: Run, num_processes: int, on_step: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
+    """Train the run on several processes; returns what the workers wrote about it.
+
+    A SIGTERM is passed on to them, and none of them outlives this call.
+
+    Args:
+        run: open, with everything in its manifest that a worker needs.
+        num_processes: of all machines.
+        on_step: called with every new line of metrics.jsonl.
+
+    Raises:
+        LaunchError: a process failed.
+        Stopped: they were stopped by SIGTERM and have written a checkpoint.
+    """
+    config = accelerate_config(run.manifest["preset"]["accelerate"])
+    command = launch_command(config, num_processes, run.path)
+    run.record(launch={"command": command, "config": yaml.safe_load(config.read_text())})
+    for name in (ERRORS, RESULT):
+        (run.path / name).unlink(missing_ok=True)
+    with (run.path / LOG).open("w") as log, _running(command, log, run.path) as process:
+        seen = 0
+        while process.poll() is None:
+            time.sleep(TICK_SECONDS)
+            seen = _follow(run, seen, on_step)
+    _follow(run, seen, on_step)
+    if process.returncode != 0 or not (run.path / RESULT).exists():
+        raise failure(run.path, process.returncode)
+    return json.loads((run.path / RESULT).read_text())
+
+
+@contextmanager
+def _running(command: list[str], log: Any, folder: Path) -> Iterator[subprocess.Popen]:
+    """The launcher in a session of its own, so that ctrl-C reaches this process alone."""
+    environment = {name: value for name, value in os.environ.items() if name != HANDED_ON}
+    me = {"pid": os.getpid(), "process_started": claims.process_start(os.getpid())}
+    environment |= {
+        LAUNCHER: json.dumps(me),
+        "RLSD_OUTPUTS": str(outputs_root()),
+        "MPLBACKEND": "agg",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS),
+    }
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True
+    )
+    try:
+        with on_sigterm(process.terminate):
+            yield process
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+
+
+def _follow(run: Run, seen: int, on_step: Callable[[Mapping[str, Any]], None]) -> int:
+    """Hand over the logged steps after `seen`; returns the last one."""
+    file = run.path / "metrics.jsonl"
+    for row in read_lines(file, torn=True) if file.exists() else ():
+        if row["step"] > seen:
+            seen = row["step"]
+            on_step(row)
+    return seen
+
+
+def failure(folder: Path, code: int) -> RuntimeError:
+    """The error for a launch that ended with `code`: the first process that failed, and why."""
+    log = (folder / LOG).read_text(errors="replace")
+    errors = read_lines(folder / ERRORS, torn=True) if (folder / ERRORS).exists() else []
+    if stopped := next((e for e in errors if e["kind"] == Stopped.__name__), None):
+        return Stopped(stopped["message"])
+    if killed := _killed(log):
+        return LaunchError(f"{killed}; the others were stopped. See {folder / LOG}")
+    if errors:
+        first = errors[0]
+        said = f"{first['kind']}: {first['message']}"
+        return LaunchError(f"rank {first['rank']} failed: {said}. See {folder / LOG}")
+    return LaunchError(f"accelerate ended with code {code}: ...{log[-1500:]} (in {folder / LOG})")
+
+
+def _killed(log: str) -> str | None:
+    """The process that a signal ended first, from the report of torch's launcher."""
+    root = log.rpartition("Root Cause")[2]
+    rank = re.search(r"rank\s*:\s*(\d+)", root)
+    code = re.search(r"exitcode\s*:\s*-(\d+)\s*\(pid:\s*(\d+)\)", root)
+    if not (rank and code):
+        return None
+    name = signal.Signals(int(code[1])).name
+    return f"rank {rank[1]} (process {code[2]}) was ended by {name}"

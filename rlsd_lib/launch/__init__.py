@@ -1,1 +1,0 @@
-"""Before and around a run: checks, several processes, clusters."""

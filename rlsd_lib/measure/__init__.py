@@ -1,0 +1,1 @@
+"""Looking and counting: accuracy, intervals, token credit, leaks. Never trains."""

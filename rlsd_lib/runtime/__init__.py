@@ -1,1 +1,0 @@
-"""What keeps a training run right on real machines: sharding, checkpoints, faults, vLLM."""

@@ -1,0 +1,1 @@
+"""The embedded lab: arithmetic with worked chains, coloured squares, and tiny models."""

@@ -1,0 +1,246 @@
+"""The lab: a tiny reasoner, pretrained in about a minute, that shows the paper's phenomena.
+
+A Qwen3 of 0.4 M parameters imitates a corpus of worked additions (`rlsd_lib.tasks.lab.chains`). Where
+no reference is given the corpus is unreliable about a part of the facts; where one is given (an
+answer, or a whole chain) it is right, and in a stated share of those chains it opens by quoting the
+answer aloud. So the model reasons imperfectly, the same model with the reference in its prompt is
+nearly perfect, and quoting a reference that was never shown is a leak that can be counted.
+
+This is a model organism: **by construction its teacher quotes**. What it shows about leakage it
+shows about a teacher that was made to leak.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from filelock import FileLock
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rlsd_lib.tasks.lab.arithmetic import (
+    PRIVILEGED_TEMPLATE,
+    VOCABULARY,
+    draw_problem,
+    question_of,
+)
+from rlsd_lib.tasks.lab.chains import Belief, Fact, Style, draw_beliefs, longest_chain, write_chain
+from rlsd_lib.tasks.task import is_held_out
+
+SPECIALS = ("<pad>", "<eos>", "<system>", "<user>", "<assistant>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+CORPUS = 2  # counts the ways in which the corpus has been written; a cached lab is of one of them
+SHARES = ("nuisance", "hard_share", "easy_rate", "referenced_share", "trace_share", "quote_share")
+
+
+@dataclass(frozen=True)
+class LabRecipe:
+    """Everything that decides the lab's weights."""
+
+    digits: int = 3  # digits per number; a chain has as many columns
+    nuisance: float = 0.35  # the dial: expected share of filler words among a chain's tokens
+    hard_share: float = 0.33  # share of the 110 facts that the corpus is unreliable about
+    hard_low: float = 0.2  # error rates of those facts are uniform between this ...
+    hard_high: float = 0.85  # ... and this; above 0.5 the wrong sum is the likelier one
+    easy_rate: float = 0.01  # error rate of the other facts
+    referenced_share: float = 0.6  # share of the corpus that shows a reference, and is right
+    trace_share: float = 0.3  # share of the batches whose references are whole right chains
+    quote_share: float = 0.5  # share of the referenced chains that open by quoting the answer
+    style_tilt: float = 0.0  # log-odds by which referenced chains prefer half of the filler words
+    hidden_size: int = 128
+    layers: int = 2
+    steps: int = 800  # pretraining steps
+    ramp_steps: int = 200  # over the first of them the dial rises from 0: calculation comes first
+    batch_size: int = 32  # chains per pretraining step
+    learning_rate: float = 3e-3  # peak; linear warm-up, then cosine to zero
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in SHARES:
+            if not 0 <= (value := getattr(self, name)) <= 1 or (name == "nuisance" and value == 1):
+                raise ValueError(f"{name} is {value}; it is a share, choose 0 <= {name} < 1")
+        if min(self.digits, self.steps, self.batch_size, self.layers) < 1:
+            raise ValueError(f"digits, layers, steps and batch_size must be at least 1: {self}")
+
+    @property
+    def max_completion_length(self) -> int:
+        """The most tokens that a chain of the corpus has, with a quotation and the end token."""
+        return longest_chain(self.digits, self.nuisance, quoted=self.quote_share > 0)
+
+    def digest(self) -> str:
+        """Return ten characters that change when any field, or the language, changes."""
+        text = json.dumps([asdict(self), VOCABULARY, CHAT_TEMPLATE, PRIVILEGED_TEMPLATE, CORPUS])
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def load_lab(
+    cache_dir: str | Path, recipe: LabRecipe | None = None
+) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """Return the lab's model (float32, on the CPU, in eval mode) and its tokenizer.
+
+    The first call pretrains and writes `cache_dir/lab-<digest of the recipe>/`; later calls, and
+    processes that waited for the first one, read it. An interrupted first call leaves nothing
+    behind that could be read.
+    """
+    recipe = recipe or LabRecipe()
+    folder = Path(cache_dir) / f"lab-{recipe.digest()}"
+    with new_folder(folder) as scratch:
+        if scratch is not None:
+            model, tokenizer = pretrain(recipe)
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            (scratch / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the lab's tokenizer: one token per word, digit and sign, padded on the left.
+
+    There is no token for an unknown word: encoding one raises, so that a prompt which the lab
+    cannot read is noticed.
+    """
+    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *VOCABULARY))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown word>"))
+    words = pre_tokenizers.Split(Regex(r"\d|[^\W\d_]+|[^\w\s]|_"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        extra_special_tokens=list(SPECIALS[2:]),
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def build_model(recipe: LabRecipe, vocab_size: int) -> Qwen3ForCausalLM:
+    """Return the untrained model; the caller seeds torch."""
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=3 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=recipe.hidden_size // 4,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # three times the usual: so small a model starts learning sooner
+        pad_token_id=SPECIALS.index("<pad>"),
+        eos_token_id=SPECIALS.index("<eos>"),
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def lab_beliefs(recipe: LabRecipe) -> dict[Fact, Belief]:
+    """Return what the corpus believes about each fact; they depend on the seed alone."""
+    return draw_beliefs(
+        Random(recipe.seed),
+        hard_share=recipe.hard_share,
+        hard_rates=(recipe.hard_low, recipe.hard_high),
+        easy_rate=recipe.easy_rate,
+    )
+
+
+def conversation(
+    recipe: LabRecipe,
+    random: Random,
+    beliefs: dict[Fact, Belief],
+    nuisance: float,
+    *,
+    traced: bool = False,
+) -> list[dict[str, str]]:
+    """Write one conversation of the corpus, never about a held-out question.
+
+    `nuisance` is the share of filler words, in place of the recipe's own. A reference is the answer,
+    or a whole chain where `traced`.
+    """
+    while is_held_out(question := question_of(row := draw_problem(random, recipe.digits))):
+        pass
+    if random.random() < recipe.referenced_share:
+        reference = row["answer"]
+        if traced:
+            # Another's rollout, with fillers, or a bare solution: the lab must read both.
+            style = Style(random.choice((nuisance, 0.0)))
+            reference = write_chain(row, random, style, {})
+        quote = row["answer"] if random.random() < recipe.quote_share else ""
+        chain = write_chain(row, random, Style(nuisance, recipe.style_tilt), {}, quote=quote)
+        question = PRIVILEGED_TEMPLATE.format(prompt=question, privileged_context=reference)
+    else:
+        chain = write_chain(row, random, Style(nuisance), beliefs)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": chain}]
+
+
+def pretrain(recipe: LabRecipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """Train the lab's model from scratch; deterministic, torch's global seed is left alone."""
+    tokenizer = build_tokenizer()
+    random, beliefs = Random(recipe.seed), lab_beliefs(recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe, len(tokenizer)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
+    for step in range(recipe.steps):
+        nuisance = recipe.nuisance * min(1.0, step / max(1, recipe.ramp_steps))
+        # Batch by batch, because a trace doubles the length to which a batch is padded.
+        traced = random.random() < recipe.trace_share
+        size = range(recipe.batch_size)
+        batch = [conversation(recipe, random, beliefs, nuisance, traced=traced) for _ in size]
+        model(**_encode(tokenizer, batch)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval(), tokenizer
+
+
+def _rate(step: int, steps: int) -> float:
+    """Return the share of the peak learning rate: linear warm-up, then a cosine down to 0."""
+    warm_up = min(1.0, (step + 1) / 20)
+    return warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, batch: list) -> dict[str, torch.Tensor]:
+    """Tokenise conversations; only the assistant's tokens and the end token are labels."""
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in batch]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    ids = encoded["input_ids"]
+    speaker = SPECIALS.index("<assistant>")
+    spoken = (ids == speaker).cumsum(1).bool() & (ids != speaker)
+    labels = ids.masked_fill(~spoken | (ids == tokenizer.pad_token_id), -100)
+    return {"input_ids": ids, "attention_mask": encoded["attention_mask"], "labels": labels}
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path | None]:
+    """Give a scratch folder that becomes `folder` at the end, or None where `folder` exists.
+
+    One process at a time gets in, and an interrupted one leaves no half-written folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.is_dir():
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
+            written = Path(scratch) / folder.name
+            written.mkdir()
+            yield written
+            written.rename(folder)

@@ -1,0 +1,1 @@
+"""`RLSDTrainer`: everything that changes against TRL's `GRPOTrainer`."""

@@ -1,0 +1,310 @@
+"""`RLSDConfig`: GRPO's configuration plus the method, its lambda schedule and its teacher.
+
+Every value and combination that can be judged without a model is judged here, before any compute.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from trl import GRPOConfig
+
+from rlsd_lib import methods
+from rlsd_lib.credit import Credit, lambda_schedule, sampled_distillation
+from rlsd_lib.divergence import Divergence
+from rlsd_lib.methods import METHODS, PEER, PROMPT, Method, look_up
+from rlsd_lib.prompts import DEFAULT_TEMPLATE, check_template
+
+__all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "TEACHER_PASSES", "RLSDConfig"]
+
+TEACHER_KINDS = ("live", "base", "ema", "snapshot")
+WEIGHT_CLIPS = ("linear", "log")
+TEACHER_PASSES = AUTO, PLAIN, SHARED = "auto", "plain", "shared"
+
+
+@dataclass
+class RLSDConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`RLSDTrainer`].
+
+    This class includes only the parameters that are specific to token credit and its teacher. For
+    the full list of training arguments, refer to [`~trl.GRPOConfig`], whose defaults are unchanged
+    but for `vllm_importance_sampling_mode`.
+
+    Args:
+        method (`str`, *optional*, defaults to `"rlsd"`):
+            How sequence advantages become token advantages: a key of `rlsd_lib.METHODS`.
+        lambda_init (`float`, *optional*, defaults to `0.5`):
+            Share of the evidence weight in the advantage at the start of the decay, in [0, 1].
+        lambda_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimiser steps over which lambda grows linearly from 0 to `lambda_init`.
+        lambda_decay_steps (`int`, *optional*, defaults to `50`):
+            Optimiser steps over which lambda then falls linearly to 0; `0` keeps it constant.
+        epsilon_w (`float`, *optional*, defaults to `0.2`):
+            The weight is clipped to [1 - epsilon_w, 1 + epsilon_w].
+        weight_clip (`str`, *optional*, defaults to `"linear"`):
+            `"linear"` is the paper's clip; `"log"` clips to [1 / (1 + epsilon_w), 1 + epsilon_w].
+        conserve_credit (`bool`, *optional*, defaults to `False`):
+            Rescales the clipped weights of each rollout to mean 1. Not in the paper.
+        teacher_model_kind (`str`, *optional*, defaults to `"snapshot"`):
+            `"live"` (the current policy), `"base"` (the initial policy), `"ema"` (an exponential
+            moving average) or `"snapshot"` (a copy renewed every `teacher_sync_steps`).
+        teacher_sync_steps (`int`, *optional*, defaults to `10`):
+            Optimiser steps between two updates of an `"ema"` or `"snapshot"` teacher.
+        teacher_update_rate (`float`, *optional*, defaults to `0.05`):
+            Weight of the student in one `"ema"` update, in (0, 1].
+        teacher_pass (`str`, *optional*, defaults to `"auto"`):
+            `"plain"` computes the teacher's prompt for each rollout, `"shared"` once for all
+            rollouts that have it, with the same result up to rounding. `"auto"` shares where that
+            is known to be exact and saves a quarter of the token positions; `"shared"` raises where
+            it cannot. A teacher that sees just what the student sees is always scored plainly, so
+            that its gap is exactly 0.
+        completion_head (`bool`, *optional*):
+            Sends only completion positions through the LM head on a CPU, where TRL sends prompts
+            too. The result is the same up to rounding. `None` does so for rollouts all of whose
+            steps ask the teacher, so that other steps stay TRL's to the bit; `True` in every
+            training step, GRPO's too; `False` never. Set it where the cost of two methods is
+            compared. No effect elsewhere, on compiled models, or with prompt tuning.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Keeps a full-copy teacher in CPU memory, and on the device only while it scores.
+        privileged_template (`str`, *optional*):
+            The teacher's user turn. Must contain `{prompt}` and `{privileged_context}`; other
+            braces are left alone.
+        peer_context (`bool`, *optional*, defaults to `False`):
+            Shows the teacher a successful rollout of the same group instead of the row's
+            `privileged_context`, as `sdpo` always does. A rollout without one keeps GRPO's credit.
+        max_teacher_prompt_length (`int`, *optional*):
+            Tokens allowed for the teacher's prompt. A longer one has its privileged text shortened,
+            never its question; the share of shortened rows is logged. `None` sets no limit.
+        distillation_mode (`str`, *optional*):
+            `"full_logits"`, `"topk_logits"` or `"sampled_token"`, for methods with a distillation
+            term. Like every field below, `None` takes the method's own, see `rlsd_lib.METHODS`.
+        distillation_alpha (`float`, *optional*):
+            Uses the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL.
+        distillation_topk (`int`, *optional*):
+            Tokens compared with `distillation_mode="topk_logits"`, the student's likeliest.
+        distillation_add_tail (`bool`, *optional*):
+            Adds one bucket for the mass outside of the top k.
+        distillation_token_clip (`float`, *optional*):
+            Largest divergence of one token; a token above it gets no gradient.
+        distillation_weight (`float`, *optional*):
+            Factor of the distillation term. Required for `grpo_opsd`, whose paper gives none.
+        success_reward_threshold (`float`, *optional*, defaults to `1.0`):
+            Peers: the reward from which a rollout may serve as a demonstration.
+        include_failed_rollout (`bool`, *optional*, defaults to `False`):
+            Peers: also show the teacher a failed rollout of the group.
+        include_environment_feedback (`bool`, *optional*, defaults to `False`):
+            Peers: also show the teacher the row's `privileged_context`, as feedback.
+    """
+
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={
+            "help": "As in GRPOConfig. Truncating per token keeps token credit; the parent's "
+            "'sequence_mask' can drop whole completions."
+        },
+    )
+    method: str = field(
+        default="rlsd", metadata={"help": "How sequence advantages become token advantages."}
+    )
+    lambda_init: float = field(
+        default=0.5, metadata={"help": "Share of the evidence weight at the start, in [0, 1]."}
+    )
+    lambda_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimiser steps of linear growth from 0 to lambda_init."}
+    )
+    lambda_decay_steps: int = field(
+        default=50, metadata={"help": "Optimiser steps of linear decay to 0; 0 = constant."}
+    )
+    epsilon_w: float = field(
+        default=0.2, metadata={"help": "The weight is clipped to 1 - epsilon_w .. 1 + epsilon_w."}
+    )
+    weight_clip: str = field(
+        default="linear", metadata={"help": "'linear' (the paper's) or 'log': ends 1/(1+e), 1+e."}
+    )
+    conserve_credit: bool = field(
+        default=False, metadata={"help": "Rescale each rollout's weights to mean 1."}
+    )
+    teacher_model_kind: str = field(
+        default="snapshot", metadata={"help": "'live', 'base', 'ema' or 'snapshot'."}
+    )
+    teacher_sync_steps: int = field(
+        default=10, metadata={"help": "Optimiser steps between updates of the teacher."}
+    )
+    teacher_update_rate: float = field(
+        default=0.05, metadata={"help": "Weight of the student in one 'ema' update, in (0, 1]."}
+    )
+    teacher_pass: str = field(
+        default=AUTO,
+        metadata={"help": "'auto', 'plain' or 'shared': prompts once per rollout or once."},
+    )
+    completion_head: bool | None = field(
+        default=None,
+        metadata={"help": "LM head on completions only, on a CPU; None = in steps with a teacher."},
+    )
+    teacher_offload: bool = field(
+        default=False, metadata={"help": "Keep a full-copy teacher on the CPU between its passes."}
+    )
+    privileged_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={"help": "Teacher's user turn, with {prompt} and {privileged_context}."},
+    )
+    peer_context: bool = field(
+        default=False, metadata={"help": "Show the teacher a peer rollout, not the reference."}
+    )
+    max_teacher_prompt_length: int | None = field(
+        default=None, metadata={"help": "Token limit of the teacher's prompt; None = no limit."}
+    )
+    distillation_mode: str | None = field(
+        default=None, metadata={"help": "'full_logits', 'topk_logits' or 'sampled_token'."}
+    )
+    distillation_alpha: float | None = field(
+        default=None, metadata={"help": "Generalised JSD: 0 forward KL, 1 reverse KL."}
+    )
+    distillation_topk: int | None = field(
+        default=None, metadata={"help": "Tokens compared with 'topk_logits'."}
+    )
+    distillation_add_tail: bool | None = field(
+        default=None, metadata={"help": "One more bucket for the mass outside of the top k."}
+    )
+    distillation_token_clip: float | None = field(
+        default=None, metadata={"help": "Largest divergence of one token, in nats."}
+    )
+    distillation_weight: float | None = field(
+        default=None, metadata={"help": "Factor of the distillation term."}
+    )
+    success_reward_threshold: float = field(
+        default=1.0, metadata={"help": "Reward from which a rollout may be shown to a peer."}
+    )
+    include_failed_rollout: bool = field(
+        default=False, metadata={"help": "Peers: also show a failed rollout of the group."}
+    )
+    include_environment_feedback: bool = field(
+        default=False, metadata={"help": "Peers: also show privileged_context, as feedback."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        super().__post_init__()
+        self._check_combinations()
+
+    @property
+    def row(self) -> Method:
+        """The method's row in `METHODS`, with what its teacher sees in this run."""
+        row = METHODS[self.method]
+        return replace(row, teacher_sees=PEER) if self.peer_context else row
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The distillation term that enters the loss as a divergence, None for none."""
+        spec = self.row.divergence
+        if spec is None or self.distillation_mode == "sampled_token":
+            return None
+        changes: dict[str, Any] = {}
+        if self.distillation_alpha is not None:
+            changes |= {"kind": "jsd", "alpha": self.distillation_alpha}
+        if self.distillation_token_clip is not None:
+            changes["token_clip"] = self.distillation_token_clip
+        if self.distillation_mode == "full_logits":
+            changes |= {"top_k": None, "add_tail": False}
+        if self.distillation_topk is not None:
+            changes["top_k"] = self.distillation_topk
+        if self.distillation_add_tail is not None:
+            changes["add_tail"] = self.distillation_add_tail
+        return replace(spec, **changes)
+
+    @property
+    def credit(self) -> Credit:
+        """The credit function: the method's, or the sampled-token form of its distillation."""
+        if self.distillation_mode == "sampled_token":
+            return sampled_distillation
+        if self.row.evidence is None:
+            return self.row.credit
+        return partial(self.row.credit, log_clip=self.log_clip, conserve=self.conserve_credit)
+
+    @property
+    def log_clip(self) -> bool:
+        """Whether the clip of the weight is symmetric in the logarithm."""
+        return self.weight_clip == "log"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any step of the run can need a teacher."""
+        return self.row.teacher_sees is not None and not self.teacher_is_over(0)
+
+    def lambda_at(self, step: int) -> float:
+        """lambda after `step` finished optimiser steps."""
+        return lambda_schedule(
+            step, self.lambda_init, self.lambda_warmup_steps, self.lambda_decay_steps
+        )
+
+    def needs_teacher_at(self, step: int) -> bool:
+        """Whether the update after `step` finished steps asks the teacher anything."""
+        sees = self.row.teacher_sees is not None
+        return sees and (self.row.divergence is not None or self.lambda_at(step) > 0)
+
+    def cuts_head_at(self, step: int) -> bool:
+        """Whether that update is to send only completions through the head, where TRL sends more."""
+        wanted = self.completion_head
+        return self.needs_teacher_at(step) if wanted is None else wanted
+
+    def teacher_is_over(self, step: int) -> bool:
+        """Whether no update from `step` on will ask the teacher anything."""
+        if self.row.divergence is not None:
+            return False
+        end = self.lambda_warmup_steps + self.lambda_decay_steps
+        return self.lambda_init == 0 or (self.lambda_decay_steps > 0 and step >= end)
+
+    def _check_values(self) -> None:
+        look_up(self.method, METHODS, "method")
+        methods.check_peer(self)
+        look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
+        look_up(self.teacher_pass, TEACHER_PASSES, "teacher_pass")
+        _require(0 <= self.lambda_init <= 1, "lambda_init", self.lambda_init, "a number in [0, 1]")
+        _require(self.epsilon_w >= 0, "epsilon_w", self.epsilon_w, "a number >= 0")
+        look_up(self.weight_clip, WEIGHT_CLIPS, "weight_clip")
+        methods.check_weight(self)
+        rate = self.teacher_update_rate
+        _require(0 < rate <= 1, "teacher_update_rate", rate, "a number in (0, 1]")
+        for name in ("lambda_warmup_steps", "lambda_decay_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a step count >= 0")
+        kinds = [kind for kind in TEACHER_KINDS if kind != "live"]
+        copied = self.teacher_model_kind in kinds or not self.teacher_offload
+        what = f"one of {kinds} with teacher_offload=True (a live teacher is the policy itself)"
+        _require(copied, "teacher_model_kind", self.teacher_model_kind, what)
+        sync = self.teacher_sync_steps
+        _require(sync >= 1, "teacher_sync_steps", sync, "a step count >= 1")
+        limit = self.max_teacher_prompt_length
+        _require(limit is None or limit >= 1, "max_teacher_prompt_length", limit, "None or >= 1")
+        for name in ("distillation_weight", "distillation_token_clip"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "None or a number > 0")
+        methods.check_distillation(self)
+        check_template(self.privileged_template)
+
+    def _check_combinations(self) -> None:
+        if not self.uses_teacher:
+            return
+        token_credit = self.row.evidence is not None or self.distillation_mode == "sampled_token"
+        keeps = self.importance_sampling_level == "token" or self.loss_type in ("cispo", "vespo")
+        if token_credit and not keeps:
+            raise ValueError(
+                f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} averages "
+                f"the token credit of method={self.method!r} away: only the mean weight of a "
+                "sequence would reach the gradient. Use 'token', or the cispo or vespo loss."
+            )
+        if self.remove_unused_columns and self.row.teacher_sees != PROMPT:
+            raise ValueError(
+                "remove_unused_columns=True would drop the privileged_context column before the "
+                "teacher sees it. Set remove_unused_columns=False."
+            )
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True is not supported: student and teacher would run different "
+                "kernels and the gap would measure their difference. Set it to False."
+            )
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r}: expected {expected}.")

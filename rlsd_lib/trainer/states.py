@@ -1,0 +1,166 @@
+"""The distillation term inside the loss: hidden states, heads, masks, and the mean over tokens."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import GRPOConfig
+
+from rlsd_lib.trainer import sharded
+
+# Config fields by which a model changes its logits after the head, which `divergence` does not do.
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+
+
+def predicting(states: Tensor, length: int) -> Tensor:
+    """The states (N, T, H) that predict the last T = `length` tokens: position t - 1 predicts t."""
+    return states[:, -length - 1 : -1]
+
+
+@contextmanager
+def hidden_states(
+    model: nn.Module, collect: Callable[[Tensor], Tensor] | None
+) -> Iterator[list[Tensor]]:
+    """Collect what the backbone hands to the LM head, (N, P + T, H), with its graph.
+
+    Yields a list to which every forward inside the block adds `collect(states)`. TRL's fused head
+    returns log-probabilities only, so this saves a second forward. None collects nothing.
+    """
+    collected: list[Tensor] = []
+    if collect is None:
+        yield collected
+        return
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        collected.append(collect(output.last_hidden_state))
+
+    handle = causal_lm(model).base_model.register_forward_hook(keep)
+    try:
+        yield collected
+    finally:
+        handle.remove()
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal LM inside data-parallel and PEFT wrappers."""
+    while not isinstance(model, PreTrainedModel):
+        model = model.get_base_model() if isinstance(model, PeftModel) else model.module
+    return model
+
+
+def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Whole weight (V, H) and bias (V,) of the LM head. Collective if parameters are sharded."""
+    head = causal_lm(model).get_output_embeddings()
+    return sharded.outside_forward(model, head.weight), sharded.outside_forward(model, head.bias)
+
+
+def check_logits(model: nn.Module) -> None:
+    """Refuse models whose logits are more than head times state.
+
+    Raises:
+        ValueError: naming the config field.
+    """
+    config = causal_lm(model).config.get_text_config()
+    changed = [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
+    if changed:
+        raise ValueError(
+            f"{type(causal_lm(model)).__name__} changes its logits by config.{changed[0]}="
+            f"{getattr(config, changed[0])}, which the full-vocabulary divergence does not apply. "
+            "Use distillation_mode='sampled_token', or a model without it."
+        )
+
+
+def check_vocabularies(student: nn.Module, teacher: nn.Module, tokenizer: Any, other: Any) -> None:
+    """Refuse a teacher with another vocabulary: its probabilities would be of other tokens.
+
+    Raises:
+        ValueError: naming the sizes, or the first token that differs.
+    """
+    heads = [causal_lm(model).get_output_embeddings() for model in (student, teacher)]
+    sizes = [sharded.shape_of(head.weight)[0] for head in heads]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}. "
+            "Distillation compares token by token: use a teacher with the student's tokenizer."
+        )
+    if other is None:
+        return
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"The teacher's tokenizer knows {len(theirs)} tokens and the student's {len(ours)}. "
+            "Use a teacher with the student's tokenizer, saved beside its weights."
+        )
+    if ours != theirs:
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        raise ValueError(
+            f"The teacher's tokenizer gives {token!r} the id {theirs.get(token)}, the student's "
+            f"{ours.get(token)}. Use a teacher with the student's tokenizer."
+        )
+
+
+def token_mean(
+    per_token: Tensor,
+    mask: Tensor,
+    args: GRPOConfig,
+    *,
+    num_items: Tensor,
+    num_processes: int,
+    accumulation: int,
+) -> Tensor:
+    """The mean of (N, T) values over tokens as TRL takes it for `args.loss_type`, a scalar.
+
+    The same normaliser as the policy loss, so that two terms of one loss stay comparable and
+    gradient accumulation and ranks add up to the global batch.
+    """
+    total = (per_token * mask).sum()
+    if args.loss_type in ("cispo", "dapo", "vespo"):
+        items = num_items.clamp(min=1.0) / num_processes
+        return total / (items * accumulation / args.steps_per_generation)
+    if args.loss_type == "bnpo":
+        mean = total / mask.sum().clamp(min=1.0)
+    elif args.loss_type == "dr_grpo":
+        mean = total / (per_token.size(0) * args.max_completion_length)
+    elif args.loss_type == "luspo":
+        mean = (per_token * mask).sum(-1).mean()
+    else:
+        mean = ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    return mean / accumulation
+
+
+def gradient_norms(model: nn.Module, terms: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
+    """Norm of each term's gradient in the backbone's output, summed over rollouts: 0-dim tensors.
+
+    The backbone is shared by all terms, so this is where their pulls can be compared at the price
+    of the head alone. Per rollout, so that ranks can add up their sums.
+    """
+    norms = {}
+    with sharded.before_backward(model):
+        for name, term in terms.items():
+            gradient = torch.autograd.grad(term, hidden, retain_graph=True)[0]
+            norms[name] = gradient.flatten(1).norm(dim=1).sum()
+    return norms
+
+
+def policy_mask(inputs: dict[str, Any]) -> Tensor:
+    """1 on the tokens (N, T) that the policy wrote: TRL's mask, over which every mean is taken."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """1 on the tokens (N, T) that the policy wrote and that the method may move."""
+    mask = policy_mask(inputs)
+    if "has_demonstration" in inputs:
+        mask = mask * inputs["has_demonstration"][:, None]
+    return mask

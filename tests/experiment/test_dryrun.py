@@ -1,0 +1,192 @@
+"""`rlsd run --dry-run`: what it says, what it catches, and that it opens no connection."""
+
+import json
+import re
+import socket
+from typing import Any
+
+import pytest
+import tiny_vlm
+from datasets import Dataset
+
+from rlsd_lib.__main__ import main
+from rlsd_lib.experiment.dryrun import dry_run, resolve
+from rlsd_lib.experiment.preflight import Findings, check_rows
+from rlsd_lib.tasks import Task, load_task
+from rlsd_lib.tasks.encode import encode, messages_of
+from rlsd_lib.tasks.lengths import prompt_lengths
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def check(preset: str = "smoke-vl", method: str = "rlsd", **parameters: Any) -> Findings:
+    return dry_run("15_rlsd", {"preset": preset, "method": method, **parameters})
+
+
+EXPECTED = {
+    "qwen3-vl-8b": ["2048 rollouts per step = 256 prompts x 8 = 8 processes x 2 rows x 128",
+                    "learning_rate                1e-06", "lambda_decay_steps           50",
+                    "--num-processes 8 --accelerate fsdp2", "not checked  the rows of mmfinereason"],
+    "qwen3-vl-8b-script": ["lambda_decay_steps           60", "'reward': 'weighted'", "'top_k': 20"],
+    "qwen3-text": ["256 rollouts per step = 32 prompts x 8 = 1 processes x 4 rows x 64", "LoRA {'r': 32",
+                   "learning_rate                1e-05"],
+    "qwen3-text-full": ["all weights", "not checked  Qwen/Qwen3-1.7B is not on this machine"],
+    "smoke-vl": ["32 rollouts per step = 4 prompts x 8", "135 training and 8 test rows",
+                 "every row has a privileged_context", "0 over 512 will be left out"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", EXPECTED)
+def test_a_preset_passes_offline_and_says_what_it_does(preset, capsys, tmp_path):
+    assert main(["run", "15_rlsd", "-p", f"preset={preset}", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for text in EXPECTED[preset]:
+        assert text in printed
+    assert f"rlsd run 15_rlsd -p method=rlsd -p preset={preset}" in printed
+    assert "WRONG" not in printed
+    assert not list((tmp_path / "outputs").glob("**/manifest.json")), "a run was begun"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["preset=qwen3-vl"], "Did you mean 'qwen3-vl-8b'"),
+        (["preset=smoke-vl", "overrides={lambda_inti: 1}"], "lambda_init"),
+        (["preset=smoke-vl", "control=shufled"], "shuffled"),
+        (["preset=smoke-vl", "methd=rlsd"], "method"),
+        (["preset=qwen3-vl-8b", "method=grpo_opsd"], "distillation_weight"),
+        (["preset=qwen3-vl-8b", "overrides={per_device_train_batch_size: 3}"], "cannot be shared"),
+        (["preset=qwen3-vl-8b", "overrides={num_generations: 7}"], "divisible"),
+    ],
+)
+def test_what_cannot_be_resolved_is_an_error(words, said, capsys):
+    pairs = [part for word in words for part in ("-p", word)]
+    assert main(["run", "15_rlsd", *pairs, "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_processes_that_cannot_share_the_batch():
+    for count in (6, 4096):
+        with pytest.raises(ValueError, match=f"2048 rollouts per step .* {count} processes"):
+            check("qwen3-vl-8b", num_processes=count)
+    for count in (1, 8, 16, 32):
+        assert "2048 rollouts per step" in check("qwen3-vl-8b", num_processes=count).text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"max_prompt_length": 50}, "max_prompt_length=50: every prompt is longer, from"),
+        ({"max_teacher_prompt_length": 300}, "no room in "),
+        ({"max_completion_length": 1000}, "may take 1768 positions, the model has 1024"),
+        ({"max_prompt_length": 0, "max_completion_length": 900}, "row "),
+        ({"train_size": 1000}, "train_size=1000: expected 1 to 135 rows"),
+        ({"task_options": {"reward": "half"}}, "reward='half'"),
+    ],
+)
+def test_lengths_and_sizes_that_do_not_fit(overrides, said):
+    wrong = check(overrides=overrides).wrong
+    assert any(said in line for line in wrong), wrong
+
+
+def test_vllm_needs_room_for_prompt_and_completion():
+    (wrong,) = check("qwen3-vl-8b", overrides={"vllm_max_model_length": 4096}).wrong
+    assert "vllm_max_model_length=4096 is less than max_prompt_length=4096 + " in wrong
+    (wrong,) = check("qwen3-vl-8b", overrides={"vllm_tensor_parallel_size": 3}).wrong
+    assert "does not divide 8 processes" in wrong
+
+
+def test_a_folder_of_rows_is_checked(tmp_path, capsys):
+    row = {"problem": "1+1?", "answer": "2", "problem_type": "math", "data_type": "text"}
+    row |= {"images": [], "videos": [], "qwen3vl_235b_thinking_response": "two"}
+    rows = [row | {"problem": f"{i}+1?"} for i in range(40)]
+
+    def verdict(rows: list[dict]) -> int:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "rows.jsonl").write_text(text)
+        overrides = json.dumps({"task_options": {"source": str(tmp_path)}, "test_size": 2})
+        words = ["-p", "preset=qwen3-vl-8b", "-p", f"overrides={overrides}"]
+        return main(["run", "15_rlsd", *words, "--dry-run"])
+
+    assert verdict(rows) == 0
+    assert "2 test rows" in capsys.readouterr().out
+    assert verdict([{k: v for k, v in row.items() if k != "problem_type"} for row in rows]) == 2
+    assert "has no problem_type" in capsys.readouterr().out
+    assert verdict([row | {"answer": ""} for row in rows]) == 2
+    assert "empty_answer 40" in capsys.readouterr().out
+
+
+def test_rows_that_show_the_student_the_reference_are_found():
+    turn = [{"role": "user", "content": "Is it 1 : 2, 1 : 3 or 1 : 4?"}]
+    data = Dataset.from_dict({"prompt": [turn] * 2, "privileged_context": ["1 : 2", "4"]})
+    task = Task("ratios", data, data, lambda text, row: True, "reference")
+    run = {"preset": "smoke", "method": "rlsd"}
+    with pytest.raises(ValueError, match=r"1 dataset rows hold .* own prompt \(rows 0\)"):
+        check_rows(resolve(run), task)
+    # What the teacher is shown under a control is what counts.
+    assert "in 0 of 2 it also stands" in check_rows(resolve({**run, "control": "noise"}), task)
+    assert "no privileged text" in check_rows(resolve({**run, "method": "grpo"}), task)
+
+
+def test_a_notebook_of_another_method_is_told(capsys):
+    words = ["run", "15_rlsd", "-p", "preset=smoke-vl", "--dry-run", "-p"]
+    assert main([*words, "method=opsd"]) == 2
+    printed = capsys.readouterr().out
+    assert "WRONG        15_rlsd.ipynb is not for these parameters: method.startswith" in printed
+    assert "use the one of your method" in printed
+    assert main([*words, "overrides={lambda_init: 0.0}"]) == 2
+    assert "use 10_grpo" in capsys.readouterr().out
+
+
+def test_a_preset_without_a_prompt_limit_has_no_plan():
+    assert "no plan: the preset has no max_prompt_length" in check("smollm2").text()
+
+
+def test_an_unknown_benchmark_is_an_error():
+    run = {"preset": "smoke-vl", "method": "rlsd"}
+    with pytest.raises(ValueError, match="MMMUU"):
+        dry_run("40_qwen3_vl", {**run, "benchmarks": ["MMMUU"]})
+    assert "benchmarks: MMMU" in dry_run("40_qwen3_vl", {**run, "benchmarks": ["MMMU"]}).text()
+
+
+def test_a_control_sets_the_same_fields_as_in_the_run_itself():
+    found = dry_run("15_rlsd", {"preset": "smoke-vl", "method": "rlsd", "control": "peer"})
+    assert re.search(r"peer_context +True", found.text())
+
+
+def test_a_notebook_that_trains_nothing_is_refused(capsys):
+    assert main(["run", "20_compare", "--dry-run"]) == 2
+    assert "trains nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["qwen3-vl", "qwen2.5-vl"])
+def test_lengths_are_those_of_the_processor(family):
+    rows = load_task("colours", train_size=12, test_size=1, seed=0).train
+    made = tiny_vlm.processor(family)
+    exact = [int(encode(made, [messages_of(row)])["attention_mask"].sum()) for row in rows]
+    assert prompt_lengths(rows, made) == exact
+    assert len(set(exact)) > 3
+
+
+def test_lengths_of_a_family_that_writes_more_around_an_image_are_close():
+    """Gemma 3 puts blank lines and marks around each image, which its own count leaves out."""
+    rows = load_task("colours", train_size=12, test_size=1, seed=0).train
+    made = tiny_vlm.processor("gemma3")
+    exact = [int(encode(made, [messages_of(row)])["attention_mask"].sum()) for row in rows]
+    for row, found, wanted in zip(rows, prompt_lengths(rows, made), exact, strict=True):
+        assert 0 <= wanted - found <= 6 * len(row["images"])
+
+
+def test_the_words_of_the_command_can_be_given_again(capsys):
+    words = ["-p", "preset=smoke-vl", "-p", "overrides={max_prompt_length: 400}"]
+    main(["run", "15_rlsd", *words, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert """-p 'overrides={"max_prompt_length": 400}'""" in printed

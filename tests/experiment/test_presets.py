@@ -1,0 +1,123 @@
+"""The presets of real size say what the paper says, for any number of processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsd_lib.experiment.paper_presets import REAL_PRESETS, differences
+from rlsd_lib.experiment.presets import OF_PRESET, PRESETS, resolve_config, resolve_preset
+from rlsd_lib.methods import METHODS
+
+
+def resolved(preset: str, method: str = "rlsd", **how: Any) -> Any:
+    return resolve_config(method, preset, 0, Path("unused"), **how)
+
+
+def test_the_paper_as_printed() -> None:
+    config, preset = resolved("qwen3-vl-8b", num_processes=32), PRESETS["qwen3-vl-8b"]
+    printed = {
+        "learning_rate": 1e-6, "max_steps": 200, "num_generations": 8, "temperature": 1.0,
+        "max_completion_length": 4096, "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0,
+        "weight_decay": 0.01, "max_grad_norm": 1.0, "lambda_init": 0.5, "lambda_decay_steps": 50,
+        "epsilon_w": 0.2, "teacher_model_kind": "snapshot", "teacher_sync_steps": 10,
+        "warmup_steps": 0, "top_p": 1.0, "num_iterations": 1, "loss_type": "dapo",
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in printed} == printed
+    assert preset.max_prompt_length == 4096
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps * 32 == 256 * 8
+    # One optimiser step per rollout batch: nothing is off-policy.
+    assert config.steps_per_generation == config.gradient_accumulation_steps
+    assert preset.model == "Qwen/Qwen3-VL-8B-Instruct"
+    assert not preset.lora
+    for method in ("opsd", "opsd_teacher_top1", "opsd_student_top1", "sdpo"):
+        assert resolved("qwen3-vl-8b", method).learning_rate == 1e-5
+    with pytest.raises(ValueError, match="distillation_weight"):
+        resolved("qwen3-vl-8b", "grpo_opsd")
+
+
+def test_the_differences_of_the_script_are_all_there_is() -> None:
+    assert differences().to_dict("index") == {
+        name: {"qwen3-vl-8b": one, "qwen3-vl-8b-script": two}
+        for name, one, two in (
+            ("training.lambda_decay_steps", 50, 60),
+            ("training.teacher_sync_steps", 10, 20),
+            ("training.delta", "", 3.0),
+            ("task.reward", "binary", "weighted"),
+            ("validation.temperature", "", 0.7),
+            ("validation.top_p", "", 0.8),
+            ("validation.top_k", "", 20),
+            ("validation.presence_penalty", "", 1.5),
+            ("validation.n", "", 1),
+            ("validation.every_steps", "", 5),
+        )
+    }
+
+
+@pytest.mark.parametrize("preset", ["smoke-vl", *REAL_PRESETS])
+def test_every_method_resolves_or_says_what_it_needs(preset: str) -> None:
+    for method in METHODS:
+        if method == "grpo_opsd" and preset in REAL_PRESETS:
+            overrides = {"distillation_weight": 0.1}
+        else:
+            overrides = {}
+        if method == "opd" and preset in REAL_PRESETS:
+            with pytest.raises(ValueError, match="teacher_model"):
+                resolved(preset, method)
+        else:
+            config = resolved(preset, method, overrides=overrides)
+            room = config.max_teacher_prompt_length
+            if room and PRESETS[preset].task_by_method.get(method):
+                assert room >= PRESETS[preset].max_prompt_length
+
+
+def test_a_run_may_change_its_model_data_and_sizes() -> None:
+    overrides = {"model": "/a/copy", "task_options": {"source": "/rows"}, "learning_rate": 2e-6}
+    preset, rest = resolve_preset("qwen3-vl-8b", overrides)
+    assert preset.model == "/a/copy"
+    assert preset.task_options == {"reward": "binary", "source": "/rows"}
+    assert rest == {"learning_rate": 2e-6}
+    assert PRESETS["qwen3-vl-8b"].model == "Qwen/Qwen3-VL-8B-Instruct"
+    assert resolved("qwen3-vl-8b", overrides=overrides).learning_rate == 2e-6
+    assert all(hasattr(preset, name) for name in OF_PRESET)
+    with pytest.raises(ValueError, match="Did you mean 'task_options'"):
+        resolve_preset("qwen3-vl-8b", {"task_option": {}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"epsilon_w": "0.5"}, "epsilon_w='0.5' is str, expected float"),
+        ({"epsilon_w": True}, "epsilon_w=True is bool, expected float"),
+        ({"use_vllm": "yes"}, "use_vllm='yes' is str, expected bool"),
+        ({"distillation_topk": "5"}, "expected int or None"),
+        ({"task_options": "rows"}, "task_options='rows' is str, expected dict"),
+        ({"test_size": "4"}, "test_size='4' is str, expected int"),
+    ],
+)
+def test_an_override_of_another_type_is_named(overrides: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        resolve_preset("lab", overrides)
+
+
+def test_overrides_of_every_kind_are_taken() -> None:
+    given = {"epsilon_w": 1, "optim": "sgd", "reward_weights": [1.0, 0.0], "report_to": "none"}
+    given |= {"distillation_weight": None, "save_steps": 5, "lr_scheduler_kwargs": {}}
+    assert resolve_preset("lab", given)[1] == given
+
+
+def test_an_unknown_override_names_a_few_of_the_many() -> None:
+    with pytest.raises(ValueError, match=r"'lambda_inti'\. Did you mean 'lambda_init'") as error:
+        resolve_preset("lab", {"lambda_inti": 1.0})
+    assert len(str(error.value)) < 200
+    with pytest.raises(ValueError, match=r"Unknown override 'foo'\. None of the \d+ valid names"):
+        resolve_preset("lab", {"foo": 1.0})
+    with pytest.raises(ValueError, match=r"Unknown method 'xyz'\. Valid: grpo, rlsd"):
+        resolved("lab", "xyz")
+
+
+def test_adapters_train_at_ten_times_the_rate() -> None:
+    for method in ("rlsd", "opsd"):
+        rates = [resolved(p, method).learning_rate for p in ("qwen3-text-full", "qwen3-text")]
+        assert rates[1] == pytest.approx(10 * rates[0])
+    assert PRESETS["qwen3-text"].lora["lora_dropout"] == 0.0  # else noise in the gap

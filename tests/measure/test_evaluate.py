@@ -1,0 +1,176 @@
+"""Evaluation: sampling that repeats itself, pass@k by hand, intervals of known coverage."""
+
+from copy import deepcopy
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rlsd_lib.measure.evaluate import (
+    accuracies,
+    bootstrap_interval,
+    evaluate,
+    generate,
+    paired_interval,
+    pass_at_k,
+    per_problem,
+)
+from rlsd_lib.tasks import load_task
+from rlsd_lib.tasks.lab.arithmetic import PRIVILEGED_TEMPLATE
+from rlsd_lib.tasks.lab.model import LabRecipe, build_model, build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    model = build_model(LabRecipe(hidden_size=32, layers=1), len(tokenizer))
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load_task("arithmetic", train_size=4, test_size=6, seed=0)
+
+
+def test_sampling_follows_the_seed_and_leaves_the_world_as_it_was(untrained, task):
+    model, tokenizer = untrained
+    model.train()
+    state = torch.get_rng_state()
+    options = {"max_new_tokens": 5, "num_samples": 3, "batch_size": 4}
+    first = generate(model, tokenizer, task.test["prompt"], **options)
+    assert first == generate(model, tokenizer, task.test["prompt"], **options)
+    assert first != generate(model, tokenizer, task.test["prompt"], **options, seed=1)
+    assert [len(group) for group in first] == [3] * 6
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_greedy_does_not_depend_on_the_batch(untrained, task):
+    options = {"max_new_tokens": 5, "temperature": 0.0}
+    alone = generate(*untrained, task.test["prompt"], **options, batch_size=1)
+    assert alone == generate(*untrained, task.test["prompt"], **options, batch_size=6)
+
+
+OPINIONS = {
+    "repetition_penalty": 1.5,
+    "min_p": 0.2,
+    "top_k": 2,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(2, 20)),
+    "forced_eos_token_id": 1,
+    "max_time": 1e-9,
+    "return_dict_in_generate": True,
+    "stop_strings": ["1"],
+}
+
+
+@pytest.mark.parametrize("opinion", OPINIONS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_models_own_generation_config_has_no_say(untrained, task, opinion, temperature):
+    model, tokenizer = untrained
+    opinionated = deepcopy(model)
+    setattr(opinionated.generation_config, opinion, OPINIONS[opinion])
+    options = {"max_new_tokens": 8, "temperature": temperature}
+    plain = generate(model, tokenizer, task.test["prompt"], **options)
+    assert generate(opinionated, tokenizer, task.test["prompt"], **options) == plain
+
+
+def test_results_are_tidy_and_judged_by_the_task(untrained, task, monkeypatch):
+    answers = [[f"answer {answer}", "reference says 1"] for answer in task.test["answer"]]
+    seen = []
+
+    def fake(model, tokenizer, prompts, **options):
+        seen.extend(prompts)
+        return answers
+
+    monkeypatch.setattr("rlsd_lib.measure.evaluate.generate", fake)
+    results = evaluate(
+        *untrained, task, max_new_tokens=5, num_samples=2, privileged_template=PRIVILEGED_TEMPLATE
+    )
+    assert results["correct"].tolist() == [True, False] * 6
+    assert results["speaks_of_reference"].tolist() == [False, True] * 6
+    assert per_problem(results).tolist() == [0.5] * 6
+    row = task.test[0]
+    assert seen[0][0]["content"] == f"{row['prompt'][0]['content']} ; reference {row['answer']}"
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_pass_at_k_is_the_share_of_subsets_with_a_success(k):
+    outcomes = {0: [0, 0, 0, 0], 1: [1, 0, 0, 0], 2: [1, 1, 1, 0]}
+    results = pd.DataFrame(
+        {"problem": problem, "correct": bool(value)}
+        for problem, values in outcomes.items()
+        for value in values
+    )
+    by_hand = [np.mean([any(s) for s in combinations(v, k)]) for v in outcomes.values()]
+    assert pass_at_k(results, k).tolist() == pytest.approx(by_hand)
+    with pytest.raises(ValueError, match="choose 1 to 4"):
+        pass_at_k(results, 5)
+
+
+def test_a_run_records_sampled_and_greedy_accuracy_and_pass_at_all_its_samples():
+    right = {0: [1, 0, 0, 0], 1: [0, 0, 0, 0], 2: [1, 1, 1, 1]}
+    sampled = pd.DataFrame(
+        {"problem": problem, "correct": bool(value)}
+        for problem, values in right.items()
+        for value in values
+    )
+    greedy = pd.DataFrame({"problem": [0, 1, 2], "correct": [False, False, True]})
+    found = accuracies(sampled, greedy)
+    means = {name: interval.mean for name, interval in found.items()}
+    expected = {"accuracy": 5 / 12, "accuracy_greedy": 1 / 3, "pass@4": 2 / 3}
+    assert means == pytest.approx(expected)
+    assert all(interval.low <= interval.mean <= interval.high for interval in found.values())
+
+
+def test_the_interval_over_problems_covers_as_often_as_it_says():
+    random, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        successes = random.binomial(4, random.beta(1, 1, size=80)) / 4
+        interval = bootstrap_interval(successes, resamples=400)
+        hits += interval.low <= 0.5 <= interval.high
+    assert 0.90 <= hits / 200 <= 0.98
+
+
+@pytest.mark.parametrize(("over", "seeds", "problems"), [("seeds", 5, 30), ("problems", 1, 80)])
+def test_the_paired_interval_covers_as_often_as_it_says(over, seeds, problems):
+    random, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        base = random.normal(0.5, 0.3, size=(1, problems))
+        noise = random.normal(0, 0.05, size=(seeds, 1)) + random.normal(0, 0.1, (seeds, problems))
+        interval = paired_interval(
+            base + 0 * noise,
+            base
+            + 0.1
+            + noise * (over == "seeds")
+            + random.normal(0, 0.1, (1, problems)) * (over == "problems"),
+            over=over,
+            resamples=400,
+        )
+        hits += interval.low <= 0.1 <= interval.high
+    assert 0.90 <= hits / 200 <= 0.98
+
+
+def test_equal_values_and_single_values_have_no_invented_spread():
+    assert bootstrap_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
+    mean, low, high = bootstrap_interval([0.25])
+    assert mean == 0.25
+    assert np.isnan([low, high]).all()
+
+
+def test_bad_input_raises(untrained, task):
+    with pytest.raises(ValueError, match="one finite number per problem"):
+        bootstrap_interval([])
+    with pytest.raises(ValueError, match="one finite number per problem"):
+        bootstrap_interval([1.0, float("nan")])
+    with pytest.raises(ValueError, match="pairs need equal"):
+        paired_interval([[1.0, 2.0]], [[1.0]], over="seeds")
+    with pytest.raises(ValueError, match="choose 'problems' or 'seeds'"):
+        paired_interval([[1.0]], [[1.0]], over="steps")
+    with pytest.raises(ValueError, match="temperature=-1"):
+        generate(*untrained, task.test["prompt"], max_new_tokens=1, temperature=-1)
+    with pytest.raises(ValueError, match="greedy"):
+        generate(*untrained, task.test["prompt"], max_new_tokens=1, temperature=0, num_samples=2)

@@ -1,0 +1,211 @@
+"""Notebooks are committed empty, short and free of definitions; families share their cells."""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import NotebookMaker
+
+from rlsd_lib.runs.parameters import read_parameters
+
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+BASELINES = ("10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
+RECIPES = ("40_qwen3_vl", "41_qwen3_text")
+# Tags of the cells that notebooks of one family do not share.
+OWN_CELLS = {"parameters", "method-look", "setting-look"}
+LONGEST = 25
+MOST_PARAMETERS = 8
+FILE_NAME = re.compile(
+    r"(^\.{1,2}/)|(^(outputs|notebooks|figures)/)"
+    r"|\.(png|svg|pdf|json|jsonl|csv|txt|md|py|ipynb|ya?ml|pt|safetensors|gguf)$"
+)
+
+
+def violations(path: Path) -> list[str]:
+    """What a notebook does that the contract forbids, one line each."""
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    found = [*_kernel(notebook), *_parameters(path)]
+    for number, cell in enumerate(code):
+        found += [f"code cell {number}: {said}" for said in _cell(cell)]
+    return found
+
+
+def _kernel(notebook: nbformat.NotebookNode) -> Iterator[str]:
+    name = notebook.metadata.get("kernelspec", {}).get("name")
+    if name != "python3":
+        yield f"kernel {name!r}, expected 'python3'"
+    if "papermill" in notebook.metadata:
+        yield "metadata of an execution"
+
+
+def _parameters(path: Path) -> Iterator[str]:
+    try:
+        count = len(read_parameters(path))
+    except ValueError as error:
+        yield str(error)
+        return
+    if count > MOST_PARAMETERS:
+        yield f"{count} parameters, at most {MOST_PARAMETERS}"
+
+
+def _cell(cell: nbformat.NotebookNode) -> Iterator[str]:
+    if cell.outputs:
+        yield "outputs"
+    if cell.execution_count is not None:
+        yield "an execution count"
+    if "papermill" in cell.metadata or "execution" in cell.metadata:
+        yield "metadata of an execution"
+    if len(cell.source.splitlines()) > LONGEST:
+        yield f"{len(cell.source.splitlines())} lines, at most {LONGEST}"
+    try:
+        tree = ast.parse(cell.source)
+    except SyntaxError as error:
+        yield f"a magic, or no Python: {error.text and error.text.strip()}"
+        return
+    if "get_ipython" in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+        yield "a magic: get_ipython"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield f"a definition: {ast.unparse(node).splitlines()[0]}"
+    yield from _paths(tree)
+
+
+def _paths(tree: ast.AST) -> Iterator[str]:
+    """File names that stand alone; the right side of `folder / "name.png"` is no relative path."""
+    joined = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+        for part in ast.walk(node.right)
+    }
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and id(node) not in joined and FILE_NAME.search(text):
+            yield f"a relative path: {text!r}"
+
+
+def shared_code(path: Path) -> list[str]:
+    """The code cells that a notebook has in common with the others of its family."""
+    cells = nbformat.read(path, as_version=4).cells
+    return [
+        cell.source
+        for cell in cells
+        if cell.cell_type == "code" and not OWN_CELLS & set(cell.metadata.get("tags", []))
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_keeps_the_contract(path: Path) -> None:
+    assert violations(path) == []
+
+
+@pytest.mark.parametrize("family", [BASELINES, RECIPES], ids=["baselines", "recipes"])
+def test_a_family_shares_every_cell_but_its_own(family: tuple[str, ...]) -> None:
+    present = [path for path in NOTEBOOKS if path.stem in family]
+    if len(present) < 2:
+        pytest.skip("fewer than two notebooks of this family")
+    for other in present[1:]:
+        assert shared_code(other) == shared_code(present[0]), f"{other.stem}: {present[0].stem}"
+        assert list(read_parameters(other)) == list(read_parameters(present[0]))
+
+
+def _checks(stem: str) -> str:
+    """The cell in which a baseline notebook checks what training logged."""
+    cells = nbformat.read(FOLDER / f"{stem}.ipynb", as_version=4).cells
+    [found] = [cell.source for cell in cells if "a step is missing" in cell.source]
+    return found
+
+
+@pytest.mark.parametrize("stem", BASELINES)
+def test_a_collapsed_policy_is_told_and_measured(stem: str, capsys) -> None:
+    """A run that stopped here would be missing from every table, by its own outcome."""
+    healthy = {"step": [1, 2], "loss": [0.1, 0.2], "reward": [0.5, 1.0], "entropy": [0.9, 0.8]}
+    exec(_checks(stem), {"np": np, "steps": pd.DataFrame(healthy)})
+    assert capsys.readouterr().out == ""
+    exec(_checks(stem), {"np": np, "steps": pd.DataFrame({**healthy, "entropy": [0.9, 0.0]})})
+    assert "The entropy fell to 0 nats" in capsys.readouterr().out
+    broken = pd.DataFrame({**healthy, "entropy": [0.9, np.nan]})
+    with pytest.raises(AssertionError, match="entropy is not finite"):
+        exec(_checks(stem), {"np": np, "steps": broken})
+
+
+# ---- the checks themselves can fail -----------------------------------------------------------
+
+
+def _edited(path: Path, edit: Callable[[nbformat.NotebookNode], object]) -> Path:
+    notebook = nbformat.read(path, as_version=4)
+    edit(notebook)
+    nbformat.write(notebook, path)
+    return path
+
+
+def test_a_clean_notebook_has_no_violations(make_notebook: NotebookMaker) -> None:
+    clean = ("from rlsd_lib import Run", "metric = 'rlsd/lambda'", "run.figures / f'{metric}.png'")
+    assert violations(make_notebook(cells=clean)) == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("def f():\n    return 1", "a definition: def f"),
+        ("class A:\n    pass", "a definition: class A"),
+        ("%matplotlib inline", "no Python: %matplotlib"),
+        ("!pip install torch", "no Python: !pip"),
+        ("run?", "no Python: run?"),
+        ("get_ipython().run_line_magic('time', '')", "a magic: get_ipython"),
+        ("figure.savefig('gap.png')", "a relative path: 'gap.png'"),
+        ("open('../data')", "a relative path: '../data'"),
+        ("read('outputs/demo')", "a relative path: 'outputs/demo'"),
+        ("\n".join("x = 1" for _ in range(26)), "26 lines, at most 25"),
+    ],
+)
+def test_each_forbidden_cell_is_found(make_notebook: NotebookMaker, cell: str, said: str) -> None:
+    found = violations(make_notebook(cells=(cell,)))
+    assert len(found) == 1
+    assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda nb: nb.cells[0].metadata.clear(), '0 cells tagged "parameters"'),
+        (lambda nb: nb.cells.append(nb.cells[0]), '2 cells tagged "parameters"'),
+        (lambda nb: nb.cells[0].update(source="eps: float = 2 * 0.1"), "name: type = literal"),
+        (lambda nb: nb.cells[0].update(source="eps = 0.1"), "name: type = literal"),
+        (
+            lambda nb: nb.cells[0].update(source="\n".join(f"p{i}: int = 0" for i in range(9))),
+            "9 parameters, at most 8",
+        ),
+        (lambda nb: nb.metadata.kernelspec.update(name="rlsd311"), "kernel 'rlsd311'"),
+        (lambda nb: nb.cells[1].update(execution_count=3), "an execution count"),
+        (
+            lambda nb: nb.cells[1].outputs.append(
+                nbformat.v4.new_output("stream", name="stdout", text="0.75")
+            ),
+            "outputs",
+        ),
+        (lambda nb: nb.metadata.update(papermill={"exception": True}), "of an execution"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::nbformat.warnings.DuplicateCellId")
+def test_each_forbidden_notebook_is_found(
+    make_notebook: NotebookMaker, edit: Callable[[nbformat.NotebookNode], object], said: str
+) -> None:
+    found = violations(_edited(make_notebook(cells=("x = 1",)), edit))
+    assert any(said in line for line in found), found
+
+
+def test_a_baseline_that_drifts_is_found(make_notebook: NotebookMaker) -> None:
+    one, two = (make_notebook(name, cells=("x = 1", "x = 2")) for name in ("a", "b"))
+    assert shared_code(one) == shared_code(two) == ["x = 1", "x = 2"]
+    own = _edited(two, lambda nb: nb.cells[2].metadata.update(tags=["method-look"]))
+    assert shared_code(own) == ["x = 1"]
+    drifted = _edited(one, lambda nb: nb.cells[1].update(source="x = 3"))
+    assert shared_code(drifted) == ["x = 3", "x = 2"]

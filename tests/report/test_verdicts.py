@@ -1,0 +1,160 @@
+"""Every claim can be reproduced and can fail to be, by runs that differ in what it is about."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic import PAPER, flat, ramp, write_folder, write_run
+
+from rlsd_lib.report.arms import Arms, together
+from rlsd_lib.report.claims import CLAIMS
+from rlsd_lib.report.verdicts import (
+    NO_RUNS,
+    NOT_REPRODUCED,
+    NOT_SETTLED,
+    NOT_TESTABLE,
+    REPRODUCED,
+    Part,
+    claims_table,
+    verdict,
+)
+from rlsd_lib.runs.records import Runs, read_runs
+
+NOTHING = Runs(pd.DataFrame(), pd.DataFrame())
+DOUBLE = {"steps": 120, "parameters": {"max_steps": 120}}
+TRACE = {"parameters": {"preset": "lab-trace"}}
+
+
+def _write_rest(folder: Path, longer: float = 0.85, trace: float = 0.9) -> None:
+    """GRPO at twice the steps, and RLSD that is shown traces."""
+    for seed in range(3):
+        write_run(folder / f"longer-s{seed}", "grpo", seed, after=longer, **DOUBLE)
+        write_run(folder / f"trace-s{seed}", "rlsd", seed, after=trace, **TRACE)
+
+
+def _judge(number: int, folder: Path, preset: str = "lab") -> str:
+    return verdict(CLAIMS[number - 1].parts(Arms(read_runs(folder), preset)))
+
+
+@pytest.fixture(scope="module")
+def as_printed(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Three seeds of everything, as the paper has it."""
+    folder = tmp_path_factory.mktemp("as-printed")
+    _write_rest(write_folder(folder, list(PAPER)))
+    return read_runs(folder)
+
+
+def test_runs_as_the_paper_has_them_reproduce_every_claim(as_printed: Runs) -> None:
+    table = claims_table(CLAIMS, as_printed, NOTHING)
+    found = table.rows.set_index("claim")["verdict, lab"]
+    assert found[found != REPRODUCED].to_dict() == {}
+    assert set(table.rows["verdict, real model"]) == {NO_RUNS}
+    assert "rlsd - grpo: 0.100 [0.100, 0.100], n=3" in table.rows["lab"][1]
+    assert all(f"claim {n} is reproduced if" in table.markdown() for n in range(1, len(CLAIMS) + 1))
+
+
+FALLING = {"reward": ramp(0.9, 0.6)}
+AGAINST = [
+    (1, {"sdpo": {"after": 0.95}}),
+    (2, {"rlsd": {"after": 0.75}}),
+    (3, {"grpo_opsd": {"after": 0.95}}),
+    (5, {"rlsd": {"reward": ramp(0.4, 0.9)}}),
+    (6, {"opsd": {"reward": ramp(0.5, 0.8)}}),  # rises, and never falls
+    (6, {"opsd": {"reward": lambda step: 0.5 * 0.8**step}}),  # falls from the start
+    (6, {"rlsd": FALLING}),
+    (7, {"opsd_teacher_top1": {"rewards/leak/mean": ramp(0.0, 0.9)}}),  # another order
+    (7, {"opsd_student_top1": {"rewards/leak/mean": ramp(0.05, 0.0)}}),  # no growth
+    (8, {"rlsd": {"leak_after": 0.3}}),
+    (9, {"opd": {"rlsd/divergence": ramp(0.07, 0.065)}}),
+    (9, {"opsd": {"rlsd/divergence": ramp(0.07, 0.01)}}),
+    (10, {"rlsd": {"rlsd/clip_high_frac": flat(0.08)}}),
+    (10, {"rlsd": {"rlsd/clip_low_frac": flat(0.005)}}),
+    (11, {"grpo": {"entropy": flat(0.42)}}),
+    (11, {"rlsd": {"entropy": ramp(0.42, 0.2)}}),
+    (13, {"rlsd": {"step_time": lambda step: 1.3 if step < 50 else 0.5}}),  # 0.7 over all
+]
+
+
+@pytest.mark.parametrize(("number", "looks"), AGAINST)
+def test_a_claim_fails_on_runs_that_speak_against_it(
+    number: int, looks, as_printed: Runs, tmp_path: Path
+) -> None:
+    others = Runs(*(frame[~frame["method"].isin(list(looks))] for frame in as_printed))
+    changed = read_runs(write_folder(tmp_path, list(looks), **looks))
+    parts = CLAIMS[number - 1].parts(Arms(together(others, changed), "lab"))
+    assert verdict(parts) == NOT_REPRODUCED
+
+
+def test_claims_about_other_runs_fail_too(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["grpo", "rlsd"])
+    _write_rest(tmp_path, longer=0.95, trace=0.99)
+    assert _judge(4, tmp_path) == NOT_REPRODUCED
+    assert _judge(12, tmp_path) == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(("late", "expected"), [(0.7, REPRODUCED), (0.99, NOT_REPRODUCED)])
+def test_without_longer_runs_half_a_run_stands_for_n_steps(late, expected, tmp_path: Path) -> None:
+    write_folder(tmp_path, ["grpo", "rlsd"], grpo={"reward": ramp(0.5, late)})
+    [part] = CLAIMS[3].parts(Arms(read_runs(tmp_path)))
+    assert part.name == "training reward, rlsd, 30 steps - grpo, 60 steps"
+    assert verdict([part]) == expected
+
+
+def test_one_seed_and_seeds_that_disagree_settle_nothing(tmp_path: Path) -> None:
+    write_folder(tmp_path / "one", ["grpo", "rlsd"], seeds=1)
+    assert _judge(2, tmp_path / "one") == NOT_SETTLED
+    write_folder(tmp_path / "three", ["grpo"])
+    for seed, after in enumerate((0.7, 0.9, 0.85)):
+        write_run(tmp_path / "three" / f"rlsd-s{seed}", "rlsd", seed, after=after)
+    assert _judge(2, tmp_path / "three") == NOT_SETTLED
+
+
+def test_what_was_not_run_or_cannot_be_seen_is_no_verdict(tmp_path: Path) -> None:
+    write_folder(tmp_path / "some", ["grpo", "rlsd"])
+    assert _judge(3, tmp_path / "some") == NO_RUNS
+    assert _judge(1, tmp_path / "some") == NOT_SETTLED  # best of those that were run is not best
+    short = {method: {"steps": 20} for method in ("grpo", "rlsd", "opsd")}
+    write_folder(tmp_path / "short", list(short), **short)
+    assert _judge(6, tmp_path / "short") == NOT_TESTABLE
+    parts = CLAIMS[10].parts(Arms(read_runs(tmp_path / "short")))
+    assert "lambda is above 0 to the end" in str(parts[1])
+    assert verdict(parts) != REPRODUCED
+
+
+def test_only_plain_finished_runs_of_the_right_length_count(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["grpo", "rlsd"])
+    others = [
+        {"parameters": {"overrides": {"epsilon_w": 0.9}}},
+        {"parameters": {"control": "shuffled"}},
+        {"parameters": {"preset": "lab-bare"}},
+        {"status": "failed"},
+        {"steps": 30, "parameters": {"max_steps": 30}},
+    ]
+    for number, other in enumerate(others):
+        write_run(tmp_path / f"other-{number}", "rlsd", 7 + number, after=0.0, **other)
+    arms = Arms(read_runs(tmp_path))
+    assert (arms.preset, arms.length) == ("lab", 60)
+    assert arms.final("rlsd", "accuracy_after").index.tolist() == [0, 1, 2]
+    table = claims_table(CLAIMS, read_runs(tmp_path), NOTHING)
+    assert any("INCOMPLETE, 1 left out: other-3 (failed)" in note for note in table.notes)
+    assert any(note.startswith("failed, not in the table") for note in table.notes)
+
+
+def test_answer_and_trace_are_compared_at_the_length_of_the_trace(tmp_path: Path) -> None:
+    write_folder(tmp_path / "paper", ["rlsd"])
+    short = {"steps": 30, "after": 0.6}
+    for seed in range(3):
+        for preset, after in (("lab", 0.6), ("lab-trace", 0.59)):
+            given = {"preset": preset, "max_steps": 30}
+            path = tmp_path / "ablations" / f"{preset}-s{seed}"
+            write_run(path, "rlsd", seed, **{**short, "after": after}, parameters=given)
+    runs = together(*(read_runs(tmp_path / name) for name in ("paper", "ablations")))
+    [part] = CLAIMS[11].parts(Arms(runs))
+    assert part.values.tolist() == pytest.approx([0.01] * 3)
+
+
+def test_agreement_between_seeds_does_not_hide_what_each_leaves_open() -> None:
+    agreed = pd.Series([0.0, 0.0, 0.0])
+    assert verdict([Part("leak", agreed, high=0.02, slack=0.015)]) == REPRODUCED
+    assert verdict([Part("leak", agreed, high=0.02, slack=0.14)]) == NOT_SETTLED
+    assert verdict([Part("leak", agreed + 0.3, high=0.02, slack=0.14)]) == NOT_REPRODUCED

@@ -1,0 +1,111 @@
+"""Models that see images outside of the trainer: encoding, evaluation, the lens, loading."""
+
+import json
+
+import pytest
+import tiny
+import tiny_vlm
+import torch
+
+from rlsd_lib.measure import rollouts as lens
+from rlsd_lib.measure.evaluate import evaluate, generate
+from rlsd_lib.tasks import load_task
+from rlsd_lib.tasks.encode import encode, extend, messages_of, without_images, without_pixels
+from rlsd_lib.tasks.models import load_model
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLSD_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+        return load_task("colours", train_size=12, test_size=12, seed=0, reward="weighted")
+
+
+@pytest.mark.parametrize("family", tiny_vlm.FAMILIES)
+def test_a_batch_says_the_same_as_its_rows_alone(task, family):
+    """Left padding, several images and none in one batch: the same last logits."""
+    model, processor = tiny_vlm.model(family).eval(), tiny_vlm.processor(family)
+    prompts = [messages_of(row) for row in task.train]
+    assert len({len(row["images"]) for row in task.train}) == 3
+    with torch.no_grad():
+        together = model(**encode(processor, prompts)).logits[:, -1]
+        alone = [model(**encode(processor, [prompt])).logits[0, -1] for prompt in prompts]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_answers_depend_on_the_pixels(task):
+    model, processor = tiny_vlm.model().eval(), tiny_vlm.processor()
+    row = next(row for row in task.test if row["images"])
+    other = [{"images": [tiny_vlm.picture(i)] * len(row["images"])} for i in range(5)]
+    asked = [messages_of(row), *(messages_of({**row, **images}) for images in other)]
+    texts = generate(model, processor, asked, max_new_tokens=6, temperature=0)
+    assert len({answer for (answer,) in texts}) > 1
+
+
+def test_evaluation_shows_every_row_its_images(task):
+    model, processor = tiny_vlm.model().eval(), tiny_vlm.processor()
+    how = {"max_new_tokens": 4, "num_samples": 2, "seed": 3}
+    results = evaluate(model, processor, task, batch_size=5, **how)
+    assert len(results) == 2 * len(task.test)
+    same = evaluate(model, processor, task, batch_size=5, **how)
+    assert results["completion"].tolist() == same["completion"].tolist()
+    template = "{prompt}|{privileged_context}"
+    seen = evaluate(model, processor, task, batch_size=5, privileged_template=template, **how)
+    assert seen["completion"].tolist() != results["completion"].tolist()
+
+
+@pytest.mark.parametrize("family", tiny_vlm.FAMILIES)
+def test_the_lens_sees_no_gap_where_both_read_the_same(task, family):
+    model, processor = tiny_vlm.model(family).eval(), tiny_vlm.processor(family)
+    row = next(i for i, row in enumerate(task.test) if len(row["images"]) == 2)
+    how = {"method": "rlsd", "lam": 0.5, "epsilon_w": 0.2, "max_new_tokens": 5}
+    for template, apart in (("{prompt}", False), ("{prompt}|{privileged_context}", True)):
+        rollouts = lens.look(
+            model, processor, task, row, template=template, num_generations=2, **how
+        )
+        assert all(any(rollout.gap) == apart for rollout in rollouts)
+    json.dumps([rollout.as_dict() for rollout in rollouts])
+    kinds = [part["type"] for part in rollouts[0].teacher_prompt[0]["content"]]
+    assert kinds.count("image") == 2
+
+
+def test_text_models_are_encoded_as_before():
+    tokenizer, prompt = tiny.tokenizer(), [{"role": "user", "content": "1+1"}]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    encoded = encode(tokenizer, [prompt])
+    assert encoded["input_ids"].tolist() == [ids["input_ids"]]
+    longer = extend(encoded, [3, 4])
+    assert longer["input_ids"][0].tolist() == [*ids["input_ids"], 3, 4]
+    assert longer["attention_mask"].sum() == len(ids["input_ids"]) + 2
+    assert set(longer) == {"input_ids", "attention_mask"}
+    assert encode(tokenizer, ["1+1", "2"])["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_images_leave_the_prompt_or_only_their_pixels_do():
+    parts = [{"type": "image", "image": object()}, {"type": "text", "text": "a"}]
+    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]
+    assert without_images(prompt)[1]["content"] == [parts[1]]
+    assert without_pixels(prompt)[1]["content"] == [{"type": "image"}, parts[1]]
+    assert without_images("text") == without_pixels("text") == "text"
+    assert parts[0]["image"] is not None
+
+
+def test_a_folder_is_loaded_with_its_processor(tmp_path):
+    """Of the three families the one whose processor needs no torchvision to be loaded."""
+    tiny_vlm.model("gemma3").save_pretrained(tmp_path / "m")
+    tiny_vlm.processor("gemma3").save_pretrained(tmp_path / "m")
+    model, processor = load_model(str(tmp_path / "m"), tmp_path, sees_images=True)
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    assert (model.dtype, model.training) == (torch.float32, False)
+    assert processor.tokenizer.padding_side == "left"
+    assert type(processor).__name__ == "Gemma3Processor"
+
+
+def test_what_a_processor_lacks_is_said(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ImportError("no torchvision")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
+    (tmp_path / "m").mkdir()
+    with pytest.raises(ImportError, match="install torchvision in the version that fits"):
+        load_model(str(tmp_path / "m"), tmp_path, sees_images=True)

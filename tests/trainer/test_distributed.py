@@ -1,0 +1,259 @@
+"""Two processes against one: the same weights and metrics on the same global batch, and no hang.
+
+Both worlds train on scripted rollouts, a function of the prompt and the place in the global batch.
+All runs of the two processes share one start-up.
+"""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import dense
+import pytest
+import tiny
+import torch
+from filelock import FileLock
+from transformers import TrainerCallback
+
+from rlsd_lib import RLSDTrainer
+from rlsd_lib.experiment.batches import shared_batch
+from rlsd_lib.methods import METHODS
+from rlsd_lib.trainer.faults import Stopped
+
+TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for gloo's half hour
+SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads
+
+# Rewarded rows of each step. Six rows a rank make three groups of four, and the second lies across
+# the ranks: mixed; in the first group only, so that rank 1 has neither success nor advantage; the
+# only success of the shared group on rank 1; nowhere.
+GOOD = [{0, 3, 5, 10, 11}, {1, 2}, {7}, set()]
+
+RUNS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
+RUNS["grpo_opsd"]["distillation_weight"] = 0.3
+RUNS |= {
+    "sdpo sampled": {"method": "sdpo", "distillation_mode": "sampled_token"},
+    "sdpo with all": {
+        "method": "sdpo",
+        "include_failed_rollout": True,
+        "include_environment_feedback": True,
+    },
+    "sdpo grpo": {"method": "sdpo", "loss_type": "grpo"},
+    "grpo_opsd grpo": {**RUNS["grpo_opsd"], "loss_type": "grpo", "teacher_sync_steps": 1},
+    "grpo_opsd accumulated": {**RUNS["grpo_opsd"], "gradient_accumulation_steps": 2},
+    # Three rows cannot be shared by two: the processes share the micro-batches instead.
+    "rlsd accumulated": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
+}
+
+
+def marked_ids(prompt_ids: list[int], index: int, call: int) -> list[int]:
+    """A scripted completion whose first letter says whether it is rewarded."""
+    good = index % 12 in GOOD[call % len(GOOD)]
+    draw = random.Random(f"{prompt_ids} {index} {call}")
+    letters = [draw.randrange(dense.FIRST_LETTER, 60) for _ in range(draw.randint(2, 6))]
+    return [SUCCESS if good else FAILURE, *letters, dense.EOS]
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(ids[0] == SUCCESS) for ids in completion_ids]
+
+
+def train(folder: Path, world: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """One run, and what must not depend on the number of processes."""
+    config = {
+        "per_device_train_batch_size": 12,
+        "gradient_accumulation_steps": 1,
+        "max_steps": len(GOOD),
+        # Adam would turn a rounding error of a vanishing gradient into a step of full size.
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "teacher_sync_steps": 2,
+    }
+    config |= settings
+    teacher = {"teacher_model": tiny.model(1)} if config.get("method") == "opd" else {}
+    trainer = RLSDTrainer(
+        tiny.model(),
+        reward,
+        tiny.config(folder, **{**config, **shared_batch(config, world)}),
+        tiny.dataset(),
+        processing_class=tiny.tokenizer(),
+        **teacher,
+    )
+    assert trainer.accelerator.num_processes == world
+    dense.script(trainer, marked_ids)
+    contexts: list[list[str | None]] = []
+    find = trainer._contexts
+
+    def spy(rows: list[dict[str, Any]]) -> list[str | None]:
+        contexts.append(find(rows))
+        return contexts[-1]
+
+    trainer._contexts = spy
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    names = ("rlsd/", "loss", "reward", "grad_norm")
+    return {
+        "weights": {k: v.clone() for k, v in trainer.model.state_dict().items()},
+        "metrics": [{k: v for k, v in row.items() if k.startswith(names)} for row in logs],
+        "contexts": contexts,
+    }
+
+
+def train_all(folder: Path, world: int) -> None:
+    """Entry of each process: every run, one file each."""
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", 0))
+    for name, settings in RUNS.items():
+        torch.save(train(folder / "scratch", world, settings), folder / f"{name}-{rank}.pt")
+    torch.save(stop_one(folder / "stopped", rank), folder / f"stopped-{rank}.pt")
+
+
+class Sigterm(TrainerCallback):
+    """Sends this process a SIGTERM in the middle of the second optimiser step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_one(folder: Path, rank: int) -> dict[str, Any]:
+    """A run of which only rank 1 is told to stop, and which both then resume."""
+    trainer = tiny.trainer(folder, max_steps=4)
+    if rank == 1:
+        trainer.add_callback(Sigterm())
+    try:
+        trainer.train()
+    except Stopped as error:
+        said, step = str(error), trainer.state.global_step
+        again = tiny.trainer(folder, max_steps=4)
+        again.train(resume_from_checkpoint=True)
+        return {"said": said, "step": step, "end": again.state.global_step}
+    return {"said": "", "step": trainer.state.global_step}
+
+
+# What `accelerate launch` sets for use_cpu: true, so that the ranks talk by gloo.
+USE_CPU = {"ACCELERATE_USE_CPU": "true"}
+
+
+def processes(
+    folder: Path, world: int, module: str, settings: dict[str, str]
+) -> list[subprocess.Popen]:
+    """Start `module.train_all` on every rank, with the environment of a launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        f"from pathlib import Path; import {module}\n"
+        f"{module}.train_all(Path({str(folder)!r}), {world})"
+    )
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    shared |= {"OMP_NUM_THREADS": "1", **settings}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"errors-{rank}.txt").open("w"),
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the results of two processes."""
+    return run_once(tmp_path_factory, "two", "test_distributed", USE_CPU)
+
+
+def run_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, module: str, settings: dict[str, str]
+) -> Path:
+    """Run two processes, once for all workers of pytest-xdist, and return their folder."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    verdict = folder / "verdict.txt"
+    with FileLock(f"{folder}.lock"):
+        if not verdict.exists():
+            folder.mkdir()
+            verdict.write_text(run_two(folder, module, settings))
+    assert verdict.read_text() == "", verdict.read_text()
+    return folder
+
+
+def run_two(folder: Path, module: str, settings: dict[str, str]) -> str:
+    """Run two processes to the end, and return what went wrong."""
+    ranks = processes(folder, 2, module, settings)
+    try:
+        codes = [rank.wait(TIMEOUT) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        return f"two processes hang; finished: {sorted(p.stem for p in folder.glob('*.pt'))}"
+    finally:
+        for rank in ranks:
+            rank.kill()
+    errors = [(folder / f"errors-{rank}.txt").read_text()[-2000:] for rank in range(2)]
+    return "" if codes == [0, 0] else f"exit codes {codes}\n" + "\n".join(errors)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Result of one process, by name of the run; each is trained once."""
+    return cache(lambda name: train(tmp_path_factory.mktemp("one"), 1, RUNS[name]))
+
+
+def of_ranks(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_give_the_result_of_one(one, two, name):
+    whole, ranks = one(name), of_ranks(two, name)
+    start = tiny.model().state_dict()
+    for key, value in whole["weights"].items():
+        assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key]), key
+        assert (ranks[0]["weights"][key] - value).abs().max() <= 1e-5, key
+        assert (value - start[key]).abs().max() > 1e-3, "nothing learned"
+    # A micro-step of an accumulated run holds other rows, and its means are averaged unweighted.
+    if "accumulated" not in name:
+        for ours, theirs in zip(ranks[0]["metrics"], whole["metrics"], strict=True):
+            # None where a step had nothing to average, such as no advantage to be a ratio to.
+            empty = [{k for k, v in logged.items() if v is None} for logged in (ours, theirs)]
+            assert empty[0] == empty[1]
+            numbers = [{k: v for k, v in m.items() if v is not None} for m in (ours, theirs)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5)
+
+
+def test_a_sigterm_to_one_rank_stops_both_after_the_same_step_and_both_resume(two):
+    for rank in of_ranks(two, "stopped"):
+        assert rank["step"] == 2
+        assert "stopped by SIGTERM after step 2 of 4, resumable" in rank["said"]
+        assert rank["end"] == 4, "not resumed on two processes"
+    saved = {path.name for path in (two / "stopped" / "checkpoint-2").iterdir()}
+    assert {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= saved
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("sdpo")])
+def test_no_wrong_peer(one, two, name):
+    """Every demonstration, by the reward's own script: the first other success of the group."""
+    local = (rank["contexts"] for rank in of_ranks(two, name))
+    shown = [ours + theirs for ours, theirs in zip(*local, strict=True)]
+    assert shown == one(name)["contexts"]
+    tokenizer = tiny.tokenizer()
+    marks = {tokenizer.decode([SUCCESS]): True, tokenizer.decode([FAILURE]): False}
+    feedback = name == "sdpo with all"
+    for good, texts in zip(GOOD, shown, strict=True):
+        for row, text in enumerate(texts):
+            group = range(row - row % 4, row - row % 4 + 4)
+            expected = any(peer in good for peer in group if peer != row)
+            assert (text is not None) == (expected or feedback), (row, good)
+            if expected:
+                assert marks[text[0]]
+            if feedback:
+                assert ("A wrong attempt:" in text) == expected
+                assert "Feedback:" in text

@@ -1,0 +1,431 @@
+"""Shared teacher prompts against the plain pass: the same numbers, fewer token positions."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import tiny_vlm
+import torch
+from accelerate import DistributedType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from test_trainer import run_and_capture
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from trl.trainer.utils import add_fused_lm_head
+
+from rlsd_lib import RLSDTrainer
+from rlsd_lib.trainer import shared_prompts as prefix
+from rlsd_lib.trainer.shared_prompts import Prompts, Rollouts
+
+ALONE = SimpleNamespace(distributed_type=DistributedType.NO)
+TOKENS = 64
+
+
+# Against a plain forward of the model itself
+
+
+def rollouts(groups: list[int], prompts: list[int], completions: list[int], extra=0) -> Rollouts:
+    """Row i asks question groups[i], of prompts[groups[i]] tokens, and has completions[i] tokens."""
+    random = torch.Generator().manual_seed(1)
+    width, longest = max(prompts) + extra, max(max(completions), 1)
+    ids, mask = (torch.zeros(len(groups), width, dtype=torch.long) for _ in range(2))
+    texts = [torch.randint(3, TOKENS, (n,), generator=random) for n in prompts]
+    for row, group in enumerate(groups):
+        ids[row, width - prompts[group] :] = texts[group]
+        mask[row, width - prompts[group] :] = 1
+    sampled = torch.randint(3, TOKENS, (len(groups), longest), generator=random)
+    kept = (torch.arange(longest) < torch.tensor(completions)[:, None]).long()
+    return Rollouts(Prompts(ids, mask, {}), sampled, kept, None)
+
+
+def plain(model, work: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_get_per_token_logps_and_entropies` calls the model: padded, every prompt by itself."""
+    ids = torch.cat([work.prompts.ids, work.ids], dim=1)
+    mask = torch.cat([work.prompts.mask, work.mask], dim=1)
+    length = work.ids.size(1)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :-length] = -100
+    with torch.no_grad():
+        logps = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return logps.log_probs[:, -length:], states.last_hidden_state[:, -length - 1 : -1]
+
+
+def shared(model, work: Rollouts, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    chunks = prefix.plan(work, batch_size)
+    return prefix.score(model, work, chunks, autocast=nullcontext, want_hidden=True)
+
+
+def assert_same(model, work: Rollouts, batch_size: int) -> None:
+    logps, hidden = shared(model, work, batch_size)
+    wanted, states = plain(model, work)
+    torch.testing.assert_close(logps, wanted, rtol=1e-4, atol=1e-4)
+    kept = work.mask.bool()
+    if kept.any():
+        torch.testing.assert_close(hidden[kept], states[kept], rtol=1e-4, atol=1e-4)
+
+
+def fused(model, temperature: float = 0.7):
+    """Wide weights, so that a wrong position, mask or prompt shows."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    add_fused_lm_head(model, temperature=temperature)
+    return model.eval()
+
+
+def family(name: str, **overrides):
+    sizes = {
+        "vocab_size": TOKENS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "sliding_window": None,
+    }
+    config = CONFIG_MAPPING[name](**{**sizes, **overrides})
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = True
+    return fused(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+
+
+RAGGED = rollouts([0, 1, 0, 2, 1, 0, 2, 0], [7, 3, 9], [5, 2, 6, 0, 1, 4, 3, 6], extra=2)
+
+
+@pytest.mark.parametrize("name", prefix.TEXT_FAMILIES)
+def test_every_family_that_is_let_in_is_exact(name):
+    model = family(name)
+    assert prefix.why_not(model, ALONE) is None
+    assert_same(model, RAGGED, 3)
+
+
+QWEN3 = family("qwen3")
+# (group, completion length) of each row, groups in any order.
+ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=10)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=ROWS,
+    prompts=st.lists(st.integers(2, 7), min_size=4, max_size=4),
+    batch_size=st.integers(1, 6),
+    extra=st.integers(0, 3),
+)
+def test_any_batch_scores_as_the_plain_pass(rows, prompts, batch_size, extra):
+    groups, completions = map(list, zip(*rows, strict=True))
+    work = rollouts(groups, prompts, completions, extra)
+    assert_same(QWEN3, work, batch_size)
+    chunks = prefix.plan(work, batch_size)
+    scored = [row for chunk in chunks for batch in chunk.batches for row in batch.rows]
+    assert sorted(scored) == [row for row, length in enumerate(completions) if length]
+    # Each prompt that has a completion is computed exactly once.
+    firsts = [groups[row] for chunk in chunks for row in chunk.rows]
+    assert sorted(firsts) == sorted({groups[row] for row in scored})
+
+
+def test_eager_attention_and_half_precision():
+    eager = fused(AutoModelForCausalLM.from_config(QWEN3.config, attn_implementation="eager"))
+    assert_same(eager, RAGGED, 3)
+    half = family("qwen3").to(torch.bfloat16)
+    errors = [
+        (logps - plain(QWEN3, RAGGED)[0]).abs().max()
+        for logps in (shared(half, RAGGED, 3)[0], plain(half, RAGGED)[0].float())
+    ]
+    # bfloat16 itself is off by far more than the two passes may differ in being off.
+    assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("name", prefix.IMAGE_FAMILIES)
+def test_every_image_family_that_is_let_in_is_exact(name):
+    model, work, images = with_images(name)
+    assert prefix.why_not(model, ALONE) is None
+    assert prefix.why_not_batch(work.prompts, images) is None
+    ids = torch.cat([work.prompts.ids, work.ids], dim=1)
+    mask = torch.cat([work.prompts.mask, work.mask], dim=1)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : -work.ids.size(1)] = -100
+    with torch.no_grad():
+        wanted = model(
+            input_ids=ids,
+            attention_mask=mask,
+            labels=labels,
+            fused_lm_head=True,
+            mm_token_type_ids=work.prompts.type_ids["mm_token_type_ids"],
+            pixel_values=images["pixel_values"],
+            image_grid_thw=images["image_grid_thw"],
+        ).log_probs[:, -work.ids.size(1) :]
+    seen = []
+    model.base_model.visual.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    logps, _ = shared(model, work, 8)
+    torch.testing.assert_close(logps, wanted, rtol=1e-4, atol=1e-4)
+    # Rows 0 and 2 share text and pictures; row 1 has other pictures, row 3 other text.
+    assert sum(seen) == len(images["pixel_values"]) - len(work.shown[2].patches)
+
+
+VISION = {
+    "qwen3_vl": {"num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+    "qwen2_5_vl": {"num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+    "qwen2_vl": {"num_heads": 2, "hidden_size": 32, "embed_dim": 16},
+}
+
+
+def with_images(name: str):
+    """Four rows of two pictures each, of different sizes; prompts start with them."""
+    image = 5
+    text = {
+        "vocab_size": TOKENS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 2, 2],
+        },
+    }
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "patch_size": 4}
+    config = CONFIG_MAPPING[name](
+        text_config=text,
+        vision_config={**vision, **VISION[name]},
+        image_token_id=image,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
+    model = fused(AutoModelForImageTextToText.from_config(config))
+    work = rollouts([0, 0, 0, 1], [13, 15], [4, 3, 2, 4])
+    ids, mask, types = work.prompts.ids, work.prompts.mask, torch.zeros(4, 19, dtype=torch.long)
+    work.ids[work.ids < 9] = 9
+    ids[(ids > 0) & (ids < 9)] = 9
+    for row in range(4):
+        start = int((mask[row] == 0).sum())
+        # Grids of 2 x 4 and 2 x 2 patches make 2 tokens and 1 token.
+        ids[row, [start + 1, start + 2, start + 5]] = image
+        types[row, [start + 1, start + 2, start + 5]] = 1
+    width = 3 * 2 * 4 * 4
+    patches = [torch.randn(12, width) for _ in range(3)]
+    images = {
+        "pixel_values": torch.cat([patches[0], patches[1], patches[0], patches[2]]),
+        "image_grid_thw": torch.tensor([[1, 2, 4], [1, 2, 2]] * 4),
+        "num_images": [2] * 4,
+    }
+    prompts = Prompts(ids, mask, {"mm_token_type_ids": types})
+    return model, Rollouts(prompts, work.ids, work.mask, prefix.pictures(images)), images
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "reason"),
+    [
+        ("gpt2", {}, "has not been shown exact for model_type='gpt2'"),
+        ("mistral", {"sliding_window": 8}, r"the cache has \['DynamicSlidingWindowLayer'\]"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type='dynamic'",
+        ),
+    ],
+)
+def test_models_that_would_be_inexact_are_named(tmp_path, name, overrides, reason):
+    student = family(name, vocab_size=len(tiny.tokenizer()), **overrides)
+    del student.forward
+    with pytest.raises(ValueError, match=f"teacher_pass='shared' cannot be used here.*{reason}"):
+        tiny.trainer(tmp_path, student, teacher_pass="shared", **NO_DROPOUT)
+    assert plan_of(tiny.trainer(tmp_path, student, **NO_DROPOUT)) == []
+
+
+def test_wrappers_that_a_direct_call_would_bypass_are_named():
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        assert "gathered" in prefix.why_not(QWEN3, SimpleNamespace(distributed_type=kind))
+    adapted = get_peft_model(tiny.model(), PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
+    assert "PREFIX_TUNING" in prefix.why_not(adapted, ALONE)
+
+
+def test_batches_that_cannot_be_shared_are_named():
+    _, work, images = with_images("qwen3_vl")
+    marked = work.prompts.type_ids["mm_token_type_ids"].clone()
+    marked[0, -1] = 1
+    prompts = work.prompts._replace(type_ids={"mm_token_type_ids": marked})
+    assert "a completion holds images" in prefix.why_not_batch(prompts, images)
+    flat = {"pixel_values": images["pixel_values"]}
+    assert "without image_grid_thw" in prefix.why_not_batch(work.prompts, flat)
+    assert "one token" in prefix.why_not_batch(rollouts([0, 1], [1, 4], [2, 2]).prompts, {})
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_or_scored_plainly(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix, "why_not_batch", lambda *_: "of a reason")
+    with pytest.raises(ValueError, match=r"teacher_pass='shared' cannot be used here: of a reason"):
+        tiny.trainer(tmp_path, teacher_pass="shared", max_steps=1).train()
+    assert plan_of(tiny.trainer(tmp_path, max_steps=1)) == []
+
+
+# In the trainer
+
+
+NO_DROPOUT = {"disable_dropout": True, "max_steps": 1}
+
+
+def plan_of(trainer: RLSDTrainer) -> list:
+    """Train, and return the plans of all shared passes."""
+    plans = []
+    score = prefix.score
+
+    def spy(model, work, chunks, **kwargs):
+        plans.append(chunks)
+        return score(model, work, chunks, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix, "score", spy)
+        trainer.train()
+    return plans
+
+
+def compare_passes(trainer: RLSDTrainer) -> int:
+    """Train; score every batch by both passes and compare. Returns the number of batches."""
+    score, compared = trainer.scorer.score, []
+
+    def both(*args, **kwargs):
+        trainer.args.teacher_pass = "plain"
+        wanted = score(*args, **kwargs)
+        trainer.args.teacher_pass = "shared"
+        found = score(*args, **kwargs)
+        torch.testing.assert_close(found.logps, wanted.logps, rtol=1e-4, atol=1e-4)
+        if kwargs["want_hidden"]:
+            kept = args[2]["completion_mask"].bool()
+            torch.testing.assert_close(
+                found.hidden[kept], wanted.hidden[kept], rtol=1e-4, atol=1e-4
+            )
+            assert torch.equal(found.head[0], wanted.head[0])
+        # A batch that is masked throughout has nothing to share.
+        compared.extend([found.logps] if args[2]["completion_mask"].any() else [])
+        return found
+
+    trainer.scorer.score = both
+    assert len(plan_of(trainer)) == len(compared)
+    return len(compared)
+
+
+def lora_student():
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")
+    return get_peft_model(tiny.model(), config)
+
+
+CASES = {
+    "snapshot": {"teacher_sync_steps": 2},
+    "live": {"teacher_model_kind": "live"},
+    "gradient checkpointing": {"teacher_model_kind": "live", "gradient_checkpointing": True},
+    "lora": {"teacher_sync_steps": 2},
+    "lora, gradient checkpointing": {"teacher_sync_steps": 2, "gradient_checkpointing": True},
+    "padded widths": {"pad_to_multiple_of": 8},
+    "no groups": {"num_generations": 2, "per_device_train_batch_size": 2, "temperature": 0.6},
+    "many micro-batches": {"steps_per_generation": 4},
+    "masked truncation": {"mask_truncated_completions": True},
+    "several groups a micro-batch": {"per_device_train_batch_size": 16, "num_generations": 4},
+    "full vocabulary": {"method": "opsd"},
+    "demonstrations": {"method": "sdpo", "success_reward_threshold": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_passes_agree_at_every_step(tmp_path, case):
+    contexts = ["x" * (i % 5) + str(i) for i in range(32)]
+    student = lora_student() if case.startswith("lora") else None
+    trainer = tiny.trainer(
+        tmp_path,
+        student,
+        tiny.dataset(privileged_context=contexts),
+        **{"max_completion_length": 12, **CASES[case]},
+    )
+    assert compare_passes(trainer) >= 1
+
+
+def test_both_passes_agree_under_autocast(tmp_path):
+    """In float32 the two differ by 1e-6; under autocast by what bfloat16 resolves."""
+    trainer = tiny.trainer(tmp_path, bf16=True, max_steps=1, teacher_pass="shared")
+    score, differences = trainer.scorer.score, []
+
+    def both(*args, **kwargs):
+        found = score(*args, **kwargs)
+        trainer.args.teacher_pass = "plain"
+        wanted = score(*args, **kwargs)
+        trainer.args.teacher_pass = "shared"
+        differences.append((found.logps - wanted.logps).abs().max())
+        return found
+
+    trainer.scorer.score = both
+    assert len(plan_of(trainer)) == 1
+    assert 1e-6 < differences[0] < 0.2
+
+
+def test_both_passes_agree_with_images(tmp_path):
+    trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset([1, 2, 3, 1, 2, 1, 1, 2]), max_steps=2)
+    assert compare_passes(trainer) == 2
+
+
+def test_both_passes_agree_on_a_step_without_images(tmp_path):
+    data = tiny_vlm.dataset([1, 2, 0, 0])
+    trainer = tiny_vlm.trainer(tmp_path, data, max_steps=2, shuffle_dataset=False)
+    assert compare_passes(trainer) == 2
+
+
+def test_a_prompt_is_computed_once_and_the_head_sees_completions_only(tmp_path):
+    data = tiny.dataset(privileged_context=["a long reference " * 4] * 32)
+    trainer = tiny.trainer(tmp_path, data=data, max_steps=1, teacher_model_kind="base")
+    positions = []
+    teacher = trainer.teacher.model
+    teacher.model.register_forward_hook(lambda _, args, out: positions.append(out[0].shape[:2]))
+    (chunks,) = plan_of(trainer)
+    # Eight rollouts of two questions: each prompt once, without its last token.
+    assert [len(chunk.rows) for chunk in chunks] == [1, 1]
+    assert sum(rows * width for rows, width in positions) == prefix.positions_of(chunks)
+    completions = [batch.width for chunk in chunks for batch in chunk.batches]
+    assert positions[1::2] == [(4, width) for width in completions]
+
+
+def test_auto_shares_only_where_it_saves_a_quarter(tmp_path):
+    short = {"max_completion_length": 64, "num_generations": 2, "max_steps": 1}
+    assert plan_of(tiny.trainer(tmp_path, **short, generation_kwargs={"min_new_tokens": 64})) == []
+    data = tiny.dataset(privileged_context=["a long reference " * 4] * 32)
+    assert len(plan_of(tiny.trainer(tmp_path, data=data, max_steps=1))) == 1
+    assert plan_of(tiny.trainer(tmp_path, data=data, max_steps=1, teacher_pass="plain")) == []
+
+
+@pytest.mark.parametrize("kind", ["live", "snapshot"])
+def test_a_teacher_that_sees_no_more_is_scored_plainly(tmp_path, kind):
+    """Only the same computation gives a gap of exactly 0, also where sharing was asked for."""
+    data = tiny.dataset(privileged_context=[""] * 32)
+    trainer = tiny.trainer(
+        tmp_path,
+        data=data,
+        teacher_pass="shared",
+        teacher_model_kind=kind,
+        privileged_template="{prompt}{privileged_context}",
+        max_steps=1,
+    )
+    seen = []
+    assert plan_of(SimpleNamespace(train=lambda: seen.extend(run_and_capture(trainer)))) == []
+    assert len(seen) == 2
+    assert all(torch.equal(m["teacher_per_token_logps"], m["student"]) for m in seen)
+
+
+@pytest.mark.parametrize("chosen", ["auto", "shared"])
+def test_a_batch_whose_rollouts_are_all_masked_is_scored_plainly(tmp_path, chosen):
+    """A rank may draw one early in training, while the others wait for it."""
+    masked = {"mask_truncated_completions": True, "max_completion_length": 4}
+    never = {"generation_kwargs": {"min_new_tokens": 4}}  # no end token: all are truncated
+    trainer = tiny.trainer(tmp_path, method="opsd", teacher_pass=chosen, **masked, **never)
+    trainer.train()
+    assert trainer.state.log_history[0]["completions/clipped_ratio"] == 1.0

@@ -1,0 +1,367 @@
+"""Traps of the host library that need a set-up of their own, and limits that are refused.
+
+The others are named in test_trainer.py, test_teacher.py and test_vlm.py.
+"""
+
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from accelerate import DistributedType
+from peft import LoraConfig, get_peft_model
+from test_trainer import run_and_capture
+from transformers import Qwen3ForCausalLM
+
+from rlsd_lib import RLSDConfig, RLSDTrainer
+from rlsd_lib.experiment.presets import IDENTITY, PAPER, resolve_config
+from rlsd_lib.trainer.checks import check_sharding
+from rlsd_lib.trainer.copies import copy_for_scoring
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def lora_student():
+    torch.manual_seed(0)
+    return get_peft_model(tiny.model(), LoraConfig(r=4, init_lora_weights=False))
+
+
+def loaded_and_changed(folder):
+    """A student that came from a path and is no longer what stands there."""
+    tiny.model().save_pretrained(folder)
+    student = Qwen3ForCausalLM.from_pretrained(folder)
+    on_disk = weights(student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    return student, on_disk
+
+
+# Copies
+
+
+def test_trap_2_a_copy_with_a_float32_head_answers_with_its_own_weights(tmp_path):
+    """TRL's float32 head has a forward that is one more closure over the student."""
+    trainer = tiny.trainer(tmp_path, method="grpo", cast_lm_head_to_fp32=True)
+    teacher = copy_for_scoring(trainer.model, trainer.args)
+    ids = torch.randint(6, 40, (1, 9))
+    before = teacher(ids, labels=ids, fused_lm_head=True).log_probs.clone()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(3)
+        trainer.model.model.embed_tokens.weight.mul_(2)
+    assert torch.equal(teacher(ids, labels=ids, fused_lm_head=True).log_probs, before)
+
+
+def test_trap_18_the_copy_is_of_the_student_passed_not_of_its_path(tmp_path):
+    student, on_disk = loaded_and_changed(tmp_path / "model")
+    changed = weights(student)
+    trainer = tiny.trainer(tmp_path, student)
+    assert equal(weights(trainer.teacher.model), changed)
+    assert not equal(weights(trainer.teacher.model), on_disk)
+
+
+def test_trap_19_a_sync_leaves_nothing_of_a_broken_teacher(tmp_path):
+    """`mul_(0).add_(student)` would keep NaN and infinity."""
+    trainer = tiny.trainer(tmp_path, teacher_sync_steps=1)
+    with torch.no_grad():
+        for i, parameter in enumerate(trainer.teacher.model.parameters()):
+            parameter.fill_(float("inf") if i % 2 else float("nan"))
+    trainer.teacher.sync(trainer.model, 1)
+    assert equal(weights(trainer.teacher.model), weights(trainer.model))
+
+
+def test_trap_19_parameters_are_matched_by_name_and_all_of_them(tmp_path):
+    trainer = tiny.trainer(tmp_path, teacher_sync_steps=1)
+    trainer.teacher.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(RuntimeError, match=r"differ in their parameters, e\.g\. \['extra'\]"):
+        trainer.teacher.sync(trainer.model, 1)
+
+
+@pytest.mark.parametrize("method", ["rlsd", "opsd"])
+def test_a_released_copy_frees_its_memory(tmp_path, method):
+    trainer = tiny.trainer(tmp_path, method=method, max_steps=1)
+    trainer.train()
+    copy = weakref.ref(trainer.teacher.model)
+    assert copy() is not None
+    trainer.teacher.release()
+    assert copy() is None
+
+
+# Third models
+
+
+def test_trap_17_reference_and_teacher_adapters_live_side_by_side(tmp_path):
+    """A ready PeftModel and beta > 0: TRL adds an adapter of its own, and ours may not meet it."""
+    trainer = tiny.trainer(
+        tmp_path, lora_student(), beta=0.1, max_steps=2, teacher_model_kind="base"
+    )
+    assert set(trainer.model.peft_config) == {"default", "ref", "teacher"}
+    start = weights(trainer.model)
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, start[n])}
+    assert moved
+    assert all(".default." in name for name in moved)
+    for name in start:
+        if ".teacher." in name:
+            assert torch.equal(start[name], start[name.replace(".teacher.", ".ref.")])
+    first, second = (row["kl"] for row in trainer.state.log_history[:2])
+    assert first == 0
+    assert second > 0
+
+
+def test_trap_22_a_reference_model_and_a_base_teacher_are_two_models(tmp_path):
+    """Two copies by choice: TRL reloads its reference from the path, the teacher is the student.
+
+    To score with the reference would be wrong for a student that was changed after loading.
+    """
+    student, on_disk = loaded_and_changed(tmp_path / "model")
+    changed = weights(student)
+    trainer = tiny.trainer(tmp_path, student, beta=0.1, max_steps=2, teacher_model_kind="base")
+    trainer.train()
+    assert equal(weights(trainer.ref_model), on_disk)
+    assert equal(weights(trainer.teacher.model), changed)
+    assert not equal(weights(trainer.model), changed)
+    assert all(row["kl"] > 0 for row in trainer.state.log_history[:2])
+
+
+# Accumulation and checkpointing
+
+
+@pytest.mark.parametrize(("method", "loss"), [("rlsd", "dapo"), ("rlsd", "grpo"), ("opsd", "dapo")])
+def test_trap_12_accumulation_adds_up_to_the_whole_batch(tmp_path, method, loss):
+    """Plain SGD: Adam would turn rounding in a gradient near 0 into a step of full length."""
+    ends, rollouts = [], []
+    for accumulation, batch in ((1, 8), (4, 2)):
+        trainer = tiny.trainer(
+            tmp_path,
+            method=method,
+            loss_type=loss,
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=batch,
+            max_steps=1,
+            optim="sgd",
+            max_grad_norm=1e6,
+        )
+        seen = run_and_capture(trainer)
+        assert len(seen) == accumulation
+        texts = [trainer._tokenizer.batch_decode(micro["completion_ids"]) for micro in seen]
+        rollouts.append(sorted(text.replace("<pad>", "") for micro in texts for text in micro))
+        ends.append(weights(trainer.model))
+    assert rollouts[0] == rollouts[1]
+    start = weights(tiny.model())
+    for name, end in ends[0].items():
+        step = end - start[name]
+        assert step.abs().max() > 0
+        torch.testing.assert_close(ends[1][name] - start[name], step, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("student", ["full", "lora"])
+@pytest.mark.parametrize("method", ["rlsd", "opsd"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, method, student):
+    ends = []
+    for checkpointing in (False, True):
+        trainer = tiny.trainer(
+            tmp_path,
+            lora_student() if student == "lora" else None,
+            method=method,
+            gradient_checkpointing=checkpointing,
+            max_steps=2,
+        )
+        start = weights(trainer.model)
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing == checkpointing
+        ends.append(weights(trainer.model))
+    assert not equal(start, ends[0])
+    assert equal(*ends)
+
+
+# Several devices
+
+
+def test_trap_24_several_gpus_in_one_process_are_refused_with_the_way_out(tmp_path):
+    args = tiny.config(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"RLSDTrainer does not support.*accelerate launch"):
+        RLSDTrainer(
+            tiny.model(), tiny.reward, args, tiny.dataset(), processing_class=tiny.tokenizer()
+        )
+
+
+def fsdp(version: int) -> SimpleNamespace:
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=version == 2)
+
+
+def zero(stage: int, precision: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
+        mixed_precision=precision,
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "opsd", "teacher_model_kind": "live"}])
+def test_fsdp1_is_refused_where_a_copy_or_the_head_is_needed(tmp_path, settings):
+    args = tiny.config(tmp_path, **settings)
+    with pytest.raises(ValueError, match=f"FSDP1 with method='{args.method}'.*fsdp_version: 2"):
+        check_sharding(tiny.model(), args, fsdp(1))
+    check_sharding(tiny.model(), args, fsdp(2))
+    live = tiny.config(tmp_path, teacher_model_kind="live")
+    check_sharding(tiny.model(), live, fsdp(1))
+    check_sharding(lora_student(), tiny.config(tmp_path), fsdp(1))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_average_that_deepspeed_would_round_away_is_refused(tmp_path, stage):
+    ema = tiny.config(tmp_path, teacher_model_kind="ema")
+    with pytest.raises(ValueError, match=r"'ema' under DeepSpeed in bf16.*bf16=False"):
+        check_sharding(tiny.model(), ema, zero(stage, "bf16"))
+    check_sharding(tiny.model(), ema, zero(stage, "no"))
+    check_sharding(lora_student(), ema, zero(stage, "bf16"))
+    check_sharding(tiny.model(), tiny.config(tmp_path), zero(stage, "bf16"))
+
+
+# Lengths and precision
+
+
+def test_trap_15_more_positions_than_the_model_has_are_refused(tmp_path):
+    """The student's prompt would fit; the reference makes the teacher's too long."""
+    data = tiny.dataset(privileged_context=["x" * 40] * 32)
+    trainer = tiny.trainer(tmp_path, tiny.model(max_position_embeddings=32), data, max_steps=1)
+    with pytest.raises(ValueError, match=r"take \d+ positions, the model has 32.*max_teacher"):
+        trainer.train()
+    fits = {"max_teacher_prompt_length": 24, "max_steps": 1}
+    tiny.trainer(tmp_path, tiny.model(max_position_embeddings=32), data, **fits).train()
+
+
+def test_trap_15_a_limit_without_room_is_refused_before_any_compute(tmp_path):
+    long = [[{"role": "user", "content": "x" * 40}]]
+    prompts = tiny.dataset()["prompt"][:31] + long
+    with pytest.raises(ValueError, match=r"no room .* 1 dataset rows \(rows \[31\]\)"):
+        tiny.trainer(tmp_path, data=tiny.dataset(prompt=prompts), max_teacher_prompt_length=30)
+
+
+def test_an_average_in_half_precision_is_refused(tmp_path):
+    def build(student, kind):
+        return tiny.trainer(tmp_path, student, teacher_model_kind=kind)
+
+    half = tiny.model().to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"'ema' with weights in torch\.bfloat16.*float32"):
+        build(half, "ema")
+    build(tiny.model().to(torch.bfloat16), "snapshot")
+    # Adapters are float32 on top of a model in half precision.
+    adapted = get_peft_model(tiny.model().to(torch.bfloat16), LoraConfig(r=4))
+    pairs = build(adapted, "ema").teacher._parameter_pairs(adapted)
+    assert {target.dtype for target, _ in pairs} == {torch.float32}
+
+
+# Arguments
+
+
+def test_positional_arguments_are_those_of_grpo(tmp_path):
+    tokenizer, held_out = tiny.tokenizer(), tiny.dataset(4)
+    trainer = RLSDTrainer(
+        tiny.model(), tiny.reward, tiny.config(tmp_path), tiny.dataset(), held_out, tokenizer
+    )
+    assert trainer.processing_class is tokenizer
+    assert len(trainer.eval_dataset) == len(held_out)
+
+
+PAPER_VALUES = {
+    "loss_type": "dapo",
+    "epsilon": 0.2,
+    "epsilon_high": 0.28,
+    "beta": 0.0,
+    "temperature": 1.0,
+    "num_generations": 8,
+    "scale_rewards": "group",
+    "vllm_importance_sampling_mode": "token_truncate",
+    "lambda_init": 0.5,
+    "lambda_decay_steps": 50,
+    "epsilon_w": 0.2,
+    "teacher_model_kind": "snapshot",
+    "teacher_sync_steps": 10,
+}
+
+
+@pytest.mark.parametrize("preset", ["lab", "smollm2"])
+def test_trap_25_runs_have_the_papers_values_where_the_parents_defaults_differ(tmp_path, preset):
+    args = resolve_config("rlsd", preset, 0, tmp_path)
+    assert {name: getattr(args, name) for name in PAPER_VALUES} == PAPER_VALUES
+
+
+def test_trap_25_the_papers_completion_length_and_mode_reach_any_config(tmp_path):
+    args = tiny.config(tmp_path, **PAPER, max_completion_length=4096)
+    assert args.max_completion_length == 4096
+    assert args.vllm_importance_sampling_mode == "token_truncate"
+    assert RLSDConfig(str(tmp_path), use_cpu=True, bf16=False).scale_rewards == "group"
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_overrides_may_not_change_what_a_run_is(tmp_path, name):
+    with pytest.raises(ValueError, match=f"overrides may not set '{name}'"):
+        resolve_config("rlsd", "lab", 0, tmp_path, overrides={name: "grpo"})
+
+
+# Environments
+
+
+class Hints:
+    """An environment that adds an observation to the question, another one for every rollout."""
+
+    count = 0
+
+    def reset(self, **row) -> str:
+        Hints.count += 1
+        return f"[obs {Hints.count}]"
+
+
+TOOL_TEMPLATE = tiny.CHAT_TEMPLATE.replace(
+    "{{ m['content'] }}", "{{ m['content'] }}{{ m['tool_calls'] | tojson if m['tool_calls'] }}"
+)
+
+
+def test_the_teacher_reads_what_an_environment_observed(tmp_path, monkeypatch):
+    """Observations are in no dataset row: only the final messages hold them, one per rollout."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    args = tiny.config(tmp_path, max_steps=1)
+    trainer = RLSDTrainer(
+        tiny.model(),
+        tiny.reward,
+        args,
+        tiny.dataset(),
+        processing_class=tokenizer,
+        environment_factory=Hints,
+    )
+    turns = []
+    prompts_of = trainer.scorer.prompts
+
+    def spy(*given):
+        seen = prompts_of(*given)
+        turns.extend(
+            tokenizer.decode(row[keep.bool()])
+            for row, keep in zip(seen.ids, seen.mask, strict=True)
+        )
+        return seen
+
+    trainer.scorer.prompts = spy
+    micros = run_and_capture(trainer)
+    students = [
+        tokenizer.decode(row, skip_special_tokens=True)
+        for micro in micros
+        for row in micro["prompt_ids"]
+    ]
+    assert len({text.partition("[")[2] for text in students}) == 8
+    answers = {f"{i}+{i + 1}": str(2 * i + 1) for i in range(32)}
+    expected = [
+        f"<user>{text}|{answers[text.partition('[')[0]]}</s><assistant>" for text in students
+    ]
+    assert sorted(turns) == sorted(expected)
