@@ -2,7 +2,7 @@
 #   make demo       GRPO, OPSD and RLSD on the lab, their table, and the paths of what they made
 #   make test       the tests, offline once the environment exists
 #   make test-vllm  the tests with real vLLM rollouts, on a CPU or a GPU, in .venv-vllm
-#   make lint       ruff
+#   make lint       ruff, and the contract of rooms: who may import whom
 #   make notebook   JupyterLab
 # Settings: PYTHON=python3.12 (3.11 or newer), TORCH_ARGS="--index-url ..." for another torch build.
 
@@ -57,6 +57,8 @@ test-vllm: $(VLLM_STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 notebook: $(STAMP)
 	$(BIN)/jupyter lab notebooks

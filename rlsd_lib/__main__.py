@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsd_lib.arguments import parser
-from rlsd_lib.runs.provenance import default_run_dir, find_notebook, outputs_root
+from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
     from rlsd_lib.runs.jobs import Job, Outcome
@@ -205,7 +205,7 @@ def _bench(options: argparse.Namespace) -> int:
         return 0
     from rlsd_lib.experiment.cost.contenders import Setting, contenders
     from rlsd_lib.experiment.cost.race import report, sweep
-    from rlsd_lib.methods import look_up
+    from rlsd_lib.names import look_up
 
     given = _parse_pairs(options.pairs, {})
     known = [field.name for field in dataclasses.fields(Setting)]
@@ -232,7 +232,7 @@ def _plan(options: argparse.Namespace) -> int:
     )
     from rlsd_lib.experiment.cost.step import Speed
     from rlsd_lib.experiment.presets import PRESETS
-    from rlsd_lib.methods import look_up
+    from rlsd_lib.names import look_up
 
     given = _parse_pairs(options.pairs, {})
     for name in given:

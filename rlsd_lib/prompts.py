@@ -7,11 +7,12 @@ by `privileged_template`; system prompt, earlier turns, tools and images stay as
 import bisect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, Any]]
+Completion = str | list[dict[str, str]]
 
 COLUMN = "privileged_context"
 SEVERAL_WORDS = 3
@@ -172,6 +173,73 @@ def count_images(prompt: Prompt, kind: str = "image") -> int:
     return sum(part["type"] == kind for part in parts)
 
 
+def without_pixels(prompt: Prompt) -> Prompt:
+    """Return a prompt whose image parts say only that there is an image: it can be written down."""
+    return _with_parts(prompt, lambda part: {"type": "image"})
+
+
+def without_images(prompt: Prompt) -> Prompt:
+    """Return a prompt without its image parts."""
+    return _with_parts(prompt, lambda part: None)
+
+
+def text_of(completion: Completion) -> str:
+    """Return the text of a completion given as a string or as chat messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(message["content"] or "" for message in completion)
+
+
+class Demonstrations(NamedTuple):
+    """One text per local rollout, None where its group offers none; and the groups' tally."""
+
+    texts: list[str | None]
+    groups_with_success: int
+    groups: int
+
+
+def demonstrations(
+    completions: Sequence[Completion],
+    rewards: Sequence[float],
+    feedback: Sequence[str | None],
+    local: slice,
+    *,
+    group_size: int,
+    threshold: float,
+    with_failed: bool,
+) -> Demonstrations:
+    """Write the privileged text of each rollout in `local`.
+
+    All sequences are global, in rank order: a group of `group_size` may lie across two ranks. A
+    rollout is never its own demonstration. NaN rewards (unscorable rollouts) never succeed.
+
+    Raises:
+        ValueError: if the sequences differ in length, or do not hold whole groups.
+    """
+    total = len(completions)
+    if len(rewards) != total or len(feedback) != total or total % group_size:
+        raise ValueError(
+            f"{total} completions, {len(rewards)} rewards and {len(feedback)} feedback texts do "
+            f"not make whole groups of {group_size}."
+        )
+    good = [reward >= threshold for reward in rewards]
+    failed = [reward < threshold for reward in rewards]
+    texts = []
+    for index in range(total)[local]:
+        first = index // group_size * group_size
+        peers = [i for i in range(first, first + group_size) if i != index]
+        shown = [text_of(completions[i]) for i in peers if good[i]][:1]
+        if shown and with_failed:
+            shown += [f"A wrong attempt:\n{text_of(completions[i])}" for i in peers if failed[i]][
+                :1
+            ]
+        if feedback[index]:
+            shown.append(f"Feedback:\n{feedback[index]}")
+        texts.append("\n\n".join(shown) or None)
+    groups = [good[i : i + group_size] for i in range(0, total, group_size)]
+    return Demonstrations(texts, sum(map(any, groups)), len(groups))
+
+
 def _render_content(content: str | list[dict[str, Any]], context: str, template: str) -> Any:
     if isinstance(content, str):
         return render(template, content, context)
@@ -181,6 +249,20 @@ def _render_content(content: str | list[dict[str, Any]], context: str, template:
     last = texts[-1]
     text = render(template, content[last]["text"], context)
     return [*content[:last], {**content[last], "text": text}, *content[last + 1 :]]
+
+
+def _with_parts(prompt: Prompt, change: Callable[[dict], dict | None]) -> Prompt:
+    """Apply `change` to the image parts of a prompt; None removes the part."""
+    if isinstance(prompt, str):
+        return prompt
+    changed = []
+    for message in prompt:
+        content = message["content"]
+        if isinstance(content, list):
+            parts = [change(part) if part["type"] == "image" else part for part in content]
+            content = [part for part in parts if part is not None]
+        changed.append({**message, "content": content})
+    return changed
 
 
 def _holds(prompt: Prompt, context: str) -> bool:

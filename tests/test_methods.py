@@ -15,7 +15,7 @@ from tokenizers import models
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.methods import METHODS
-from rlsd_lib.peers import demonstrations
+from rlsd_lib.prompts import demonstrations
 from rlsd_lib.trainer.config import TEACHER_KINDS
 
 EXTRA: dict[str, dict[str, Any]] = {

@@ -29,17 +29,17 @@ def test_the_example_runs_as_written(tmp_path, monkeypatch):
     assert history[0]["rlsd/lambda"] == 0.5
 
 
-def test_every_method_and_module_is_in_the_readme():
+def test_every_method_and_room_is_in_the_readme():
     from rlsd_lib.methods import METHODS
 
     for method in METHODS:
         assert f"| `{method}` |" in README
     package = Path(__file__).parent.parent / "rlsd_lib"
     tree = README[README.index("\nrlsd_lib/\n") : README.index("\noutputs/ ")]
-    told = ("tasks", "theory")  # a module a task, a module a statement: the folder says it
-    for path in package.rglob("*.py"):
-        if path.name != "__init__.py" and path.parent.name not in told:
-            assert path.name in tree, f"{path.relative_to(package)} is not in the tree"
+    rooms = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    top = [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
+    for name in (*rooms, *top):
+        assert f"  {name}" in tree, f"{name} is not in the tree"
 
 
 def test_every_link_leads_to_a_file_and_nothing_is_left_open():

@@ -15,8 +15,8 @@ import psutil
 import submitit
 
 from rlsd_lib.runs.jobs import Job, Outcome, settle
+from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.processes import kill_tree
-from rlsd_lib.runs.provenance import outputs_root
 from rlsd_lib.runs.records import manifest_or_none, state_of
 from rlsd_lib.runs.run import Run
 

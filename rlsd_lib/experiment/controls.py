@@ -11,7 +11,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from rlsd_lib.methods import METHODS, PRIVILEGED, look_up
+from rlsd_lib.methods import METHODS, PRIVILEGED
+from rlsd_lib.names import look_up
 from rlsd_lib.prompts import COLUMN
 
 PLAIN_TEMPLATE = "{prompt}{privileged_context}"
@@ -54,7 +55,7 @@ def check_control(control: str, method: str) -> None:
     """
     look_up(control, CONTROLS, "control")
     sees = METHODS[look_up(method, METHODS, "method")].teacher_sees
-    if control not in ("none", "peer") and sees != PRIVILEGED:  # a peer has `methods.check_peer`
+    if control not in ("none", "peer") and sees != PRIVILEGED:  # a peer has `RLSDConfig`
         fitting = [name for name, row in METHODS.items() if row.teacher_sees == PRIVILEGED]
         raise ValueError(
             f"control={control!r} means nothing for method={method!r}, whose teacher reads no "

@@ -30,7 +30,7 @@ from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.leakage import phrase_leakage
 from rlsd_lib.methods import PROMPT
 from rlsd_lib.prompts import COLUMN
-from rlsd_lib.runs import provenance
+from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.run import Run
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.lengths import within
@@ -128,7 +128,7 @@ class Experiment:
         control = parameters["control"]
         self.num_processes = parameters["num_processes"]
         self.metrics: dict[str, Any] = {}
-        self.cache = provenance.outputs_root() / "cache"
+        self.cache = paths.outputs_root() / "cache"
         # A processor, where the model sees images.
         self.model, self.tokenizer = self._load(self.preset.model, self.preset.model_options)
         self.task = load_task(

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import yaml
 
+from rlsd_lib.names import nearest
 from rlsd_lib.runs import claims
+from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.processes import kill_tree, on_sigterm
-from rlsd_lib.runs.provenance import nearest, outputs_root
 from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import HANDED_ON, Run
 from rlsd_lib.trainer.faults import Stopped

@@ -11,7 +11,8 @@ import torch
 from rlsd_lib.experiment.batches import shared_batch, split_rollouts
 from rlsd_lib.experiment.controls import check_control, control_overrides
 from rlsd_lib.experiment.paper_presets import PAPER, REAL_PRESETS, Preset
-from rlsd_lib.methods import METHODS, PROMPT, look_up
+from rlsd_lib.methods import METHODS, PROMPT
+from rlsd_lib.names import look_up
 from rlsd_lib.trainer.config import RLSDConfig
 
 LAB = {

@@ -1,31 +1,23 @@
-"""Accuracy, pass@k and intervals: sample completions, let the task judge them, resample problems.
+"""Accuracy and pass@k: sample completions and let the task judge them.
 
 Completions come from transformers' own `generate`, whatever the model was trained with, so that
-every method is measured in the same way. Intervals are scipy's.
+every method is measured in the same way.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.special import comb
-from scipy.stats import bootstrap, ttest_1samp
 from transformers import PreTrainedModel
 
+from rlsd_lib.measure.intervals import Interval, bootstrap_interval
 from rlsd_lib.measure.sampling import undistorted
 from rlsd_lib.prompts import COLUMN, Prompt, teacher_prompt
 from rlsd_lib.tasks import Task
 from rlsd_lib.tasks.encode import Processing, encode, messages_of, tokenizer_of
-
-
-class Interval(NamedTuple):
-    """A mean with the ends of its interval; the ends are NaN where there is nothing to resample."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def generate(
@@ -177,73 +169,3 @@ def accuracies(sampled: pd.DataFrame, greedy: pd.DataFrame) -> dict[str, Interva
         f"pass@{k}": pass_at_k(sampled, k),
     }
     return {name: bootstrap_interval(value) for name, value in values.items()}
-
-
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray,
-    *,
-    level: float = 0.95,
-    resamples: int = 5000,
-    seed: int = 0,
-) -> Interval:
-    """Return the mean of one value per problem with its percentile bootstrap interval.
-
-    `values` (N,) must be independent draws: one per problem, never one per sample, because samples
-    of one problem rise and fall together. One value gives NaN ends; none raises ValueError.
-    """
-    data = np.asarray(values, dtype=float)
-    if data.ndim != 1 or data.size == 0 or not np.isfinite(data).all():
-        raise ValueError(f"values have shape {data.shape}; give one finite number per problem")
-    return _interval(data, level=level, resamples=resamples, seed=seed)
-
-
-def paired_interval(
-    first: Sequence[Sequence[float]] | np.ndarray,
-    second: Sequence[Sequence[float]] | np.ndarray,
-    *,
-    over: str,
-    level: float = 0.95,
-    resamples: int = 5000,
-    seed: int = 0,
-) -> Interval:
-    """Return the mean difference second - first of paired scores, with an interval.
-
-    Both are (S, N): one row per seed, one column per problem, the same seeds and problems in the
-    same order. `over="problems"` says how far the difference would move with other problems (a
-    percentile bootstrap of whole columns), `over="seeds"` with other training seeds (Student's t on
-    the rows' means: a bootstrap of five rows covers far less often than it promises). Raises
-    ValueError for shapes that do not match and another `over`; one row or column has NaN ends.
-    """
-    one, two = (np.atleast_2d(np.asarray(side, dtype=float)) for side in (first, second))
-    if one.shape != two.shape or one.size == 0:
-        raise ValueError(f"shapes are {one.shape} and {two.shape}; pairs need equal (S, N) shapes")
-    if over == "problems":
-        means = (two - one).mean(axis=0)
-        return bootstrap_interval(means, level=level, resamples=resamples, seed=seed)
-    if over == "seeds":
-        return _student_interval((two - one).mean(axis=1), level)
-    raise ValueError(f"over is {over!r}; choose 'problems' or 'seeds'")
-
-
-def _student_interval(data: np.ndarray, level: float) -> Interval:
-    if data.size == 1 or np.ptp(data) == 0:
-        return _interval(data, level=level, resamples=1, seed=0)
-    ends = ttest_1samp(data, 0.0).confidence_interval(level)
-    return Interval(float(data.mean()), float(ends.low), float(ends.high))
-
-
-def _interval(data: np.ndarray, *, level: float, resamples: int, seed: int) -> Interval:
-    mean = float(data.mean())
-    if data.size == 1:
-        return Interval(mean, float("nan"), float("nan"))
-    if np.ptp(data) == 0:  # every resample has this mean
-        return Interval(mean, mean, mean)
-    ends = bootstrap(
-        (data,),
-        np.mean,
-        confidence_level=level,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(mean, float(ends.low), float(ends.high))

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from rlsd_lib.credit import clipped_weight, signed_evidence
-from rlsd_lib.measure.evaluate import Interval, bootstrap_interval
+from rlsd_lib.measure.intervals import Interval, bootstrap_interval
 from rlsd_lib.measure.rollouts import Rollout
 from rlsd_lib.tasks import Task
 

@@ -23,10 +23,11 @@ from datasets import Dataset
 from scipy.stats import binomtest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlsd_lib.measure.evaluate import Interval, bootstrap_interval, generate
+from rlsd_lib.measure.evaluate import generate
+from rlsd_lib.measure.intervals import Interval, bootstrap_interval
 from rlsd_lib.measure.leak_evidence import view_evidence, view_ratios
-from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, prompt_text
-from rlsd_lib.tasks import Completion, Row, Task, text_of
+from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, Completion, prompt_text, text_of
+from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.task import REFERENCE_PATTERN
 
 Cut = Callable[[str, Row], str]  # the part of a completion in which nothing can be derived yet

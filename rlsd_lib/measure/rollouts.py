@@ -18,17 +18,9 @@ from transformers import PreTrainedModel
 from rlsd_lib.credit import Credit
 from rlsd_lib.measure.sampling import undistorted
 from rlsd_lib.methods import METHODS, PEER, PROMPT, Method
-from rlsd_lib.peers import demonstrations
-from rlsd_lib.prompts import COLUMN, Prompt, teacher_prompt
+from rlsd_lib.prompts import COLUMN, Prompt, demonstrations, teacher_prompt, without_pixels
 from rlsd_lib.tasks import Task
-from rlsd_lib.tasks.encode import (
-    Processing,
-    encode,
-    extend,
-    messages_of,
-    tokenizer_of,
-    without_pixels,
-)
+from rlsd_lib.tasks.encode import Processing, encode, extend, messages_of, tokenizer_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from rlsd_lib.runs.provenance import settings
+from rlsd_lib.runs.paths import settings
 from rlsd_lib.runs.records import Runs
 
 FIRST, LAST = 3, 10  # steps averaged at the start, at the end

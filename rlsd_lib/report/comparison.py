@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from rlsd_lib.measure.estimates import estimate
+from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.report.arms import Arms
 from rlsd_lib.report.paper_numbers import AVERAGE, table_1, table_2
 from rlsd_lib.report.tables import DASH, Table, each_once, settings_of, source_notes, with_arms
 from rlsd_lib.runs.jobs import as_text
-from rlsd_lib.runs.provenance import NEUTRAL
+from rlsd_lib.runs.paths import NEUTRAL
 from rlsd_lib.runs.records import PLAN, Runs
 
 OTHER_MODEL = (
@@ -66,8 +66,8 @@ def cost_of_a_point(runs: Runs) -> Table:
     for arm, cells in frame.groupby("arm"):
         seconds = cells["seconds_per_step"] * cells["steps"]
         gain = 100 * (cells["accuracy_after"] - cells["accuracy_before"])
-        found = estimate(gain.tolist())
-        sure = found.low is not None and found.low > 0
+        found = student_interval(gain)
+        sure = found.low > 0
         price = f"{seconds.mean() / found.mean:.1f}" if sure else DASH
         rows.append((arm, f"{seconds.mean():.0f}", _shown(gain, 1), price, str(len(cells))))
     columns = ["method", "training, s", "gain, points", "s per point", "n"]
@@ -123,6 +123,4 @@ def _shown(values: pd.Series, digits: int) -> str:
     values = values.dropna()
     if values.empty:
         return DASH
-    found = estimate(values.tolist())
-    ends = "" if found.low is None else f" [{found.low:.{digits}f}, {found.high:.{digits}f}]"
-    return f"{found.mean:.{digits}f}{ends}"
+    return f"{student_interval(values):.{digits}f}"

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from rlsd_lib.measure import leakage
-from rlsd_lib.runs.provenance import digest, outputs_root
+from rlsd_lib.runs.paths import digest, outputs_root
 from rlsd_lib.runs.records import read_manifest, write_json
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.models import load_model

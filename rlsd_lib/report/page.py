@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 from rlsd_lib.runs.execute import execute_notebook
-from rlsd_lib.runs.provenance import outputs_root
+from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.records import described, read_runs
 
 NOTEBOOK = "20_compare"

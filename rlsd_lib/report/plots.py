@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlsd_lib.measure.estimates import estimate
+from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.report.heatmap import TokenHeatmap, new_figure, token_heatmap
 from rlsd_lib.runs.records import is_finished, left_out
 
@@ -171,14 +171,13 @@ def means(values: Mapping[str, pd.Series], *, ylabel: str, title: str) -> Figure
     Raises:
         ValueError: every series is empty.
     """
-    found = {name: estimate(series.tolist()) for name, series in values.items() if len(series)}
+    found = {name: student_interval(series) for name, series in values.items() if len(series)}
     if not found:
         raise ValueError(f"no value for {', '.join(values)}: nothing to show")
     figure, axes = _canvas(title)
     colours = _colours(found)
     for place, (name, (mean, low, high)) in enumerate(found.items()):
-        if low is not None:
-            axes.vlines(place, low, high, color=colours[name], linewidth=1.5)
+        axes.vlines(place, low, high, color=colours[name], linewidth=1.5)  # nothing where NaN
         axes.plot([place], [mean], MARKERS[place % len(MARKERS)], color=colours[name], markersize=7)
     names = [f"{name}\n(n={len(values[name])})" for name in found]
     axes.set_xticks(range(len(names)), names)

@@ -6,6 +6,7 @@ there is a dash.
 """
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 import torch
 
+from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.report.benchmarks.commands import BENCHMARKS, Protocol
 from rlsd_lib.report.benchmarks.results import PREFIX, evaluate_benchmarks
 from rlsd_lib.report.paper_numbers import AVERAGE, TABLE_2, table_2
-from rlsd_lib.report.tables import DASH, estimate, settings_of
-from rlsd_lib.runs.provenance import run_name
+from rlsd_lib.report.tables import DASH, settings_of
+from rlsd_lib.runs.paths import run_name
 from rlsd_lib.runs.records import Runs, is_number, state_of
 from rlsd_lib.tasks.models import merged
 
@@ -164,8 +166,8 @@ def _ours(found: pd.DataFrame, row: str, name: str, names: Sequence[str]) -> str
     cells = mine[mine["column"] == name]
     if cells.empty:
         return DASH
-    mean, low, high = estimate(list(cells["value"]))
-    if low is None:
+    mean, low, high = student_interval(cells["value"])
+    if math.isnan(low):
         low, high = cells["low"].iloc[0], cells["high"].iloc[0]
     ends = f" [{100 * low:.1f}, {100 * high:.1f}]" if is_number(low) else ""
     return f"{100 * mean:.2f}{ends}" + (f" (n={len(cells)})" if len(cells) > 1 else "")

@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from rlsd_lib.measure.estimates import Estimate, estimate, smallest_detectable
-from rlsd_lib.measure.evaluate import paired_interval
-from rlsd_lib.runs.provenance import flat_settings
+from rlsd_lib.measure.intervals import (
+    Interval,
+    paired_interval,
+    smallest_detectable,
+    student_interval,
+)
+from rlsd_lib.runs.paths import flat_settings
 from rlsd_lib.runs.records import Runs, described, is_finished, is_number, read_manifest
 
 DASH = "-"
@@ -210,14 +214,12 @@ def _cell(cells: pd.DataFrame, name: str) -> str:
     values = [v for v in cells[name] if is_number(v)]
     if not values:
         return DASH
-    digits, found = METRICS[name][1], estimate(values)
-    if found.low is None and f"{name}_low" in cells:
-        found = Estimate(found.mean, cells[f"{name}_low"].iloc[0], cells[f"{name}_high"].iloc[0])
-    shown = f"{found.mean:.{digits}f}"
+    digits, found = METRICS[name][1], student_interval(values)
+    if not found.is_known and f"{name}_low" in cells:
+        found = Interval(found.mean, cells[f"{name}_low"].iloc[0], cells[f"{name}_high"].iloc[0])
     partial = f" (n={len(values)})" if len(values) < len(cells) else ""
-    if not name.startswith("accuracy") or not is_number(found.low):
-        return shown + partial
-    return f"{shown} [{found.low:.{digits}f}, {found.high:.{digits}f}]{partial}"
+    shown = found if name.startswith("accuracy") else found.mean
+    return f"{shown:.{digits}f}{partial}"
 
 
 def _warnings(cells: pd.DataFrame) -> list[str]:

@@ -17,7 +17,7 @@ from math import inf
 
 import pandas as pd
 
-from rlsd_lib.measure.estimates import Estimate, estimate
+from rlsd_lib.measure.intervals import Interval, student_interval
 from rlsd_lib.report.arms import Arms
 from rlsd_lib.report.tables import DASH, Table, source_notes
 from rlsd_lib.runs.records import Runs
@@ -45,27 +45,24 @@ class Part:
     def holds(self) -> bool | None:
         """True or False where the interval over seeds decides, else None."""
         found = self.estimate()
-        if found is None or found.low is None:
+        if found is None or not found.is_known:
             return None
         if found.low > self.low and found.high < self.high:
             return True
         return False if found.high < self.low or found.low > self.high else None
 
-    def estimate(self) -> Estimate | None:
+    def estimate(self) -> Interval | None:
         """Mean over seeds with its interval; None where nothing was measured."""
         if self.values.empty:
             return None
-        found = estimate(self.values.tolist())
-        if found.low is None or found.high is None:
-            return found
-        return Estimate(found.mean, found.low - self.slack, found.high + self.slack)
+        mean, low, high = student_interval(self.values)
+        return Interval(mean, low - self.slack, high + self.slack)
 
     def __str__(self) -> str:
         found = self.estimate()
         if found is None:
             return f"{self.name}: {self.why_not or NO_RUNS}"
-        ends = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
-        return f"{self.name}: {found.mean:.3f}{ends}, n={len(self.values)}"
+        return f"{self.name}: {found:.3f}, n={len(self.values)}"
 
 
 @dataclass(frozen=True)

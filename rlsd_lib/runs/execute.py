@@ -17,8 +17,8 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
 from rlsd_lib.runs.parameters import check_parameters, read_parameters
+from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 from rlsd_lib.runs.processes import on_sigterm, terminate_children
-from rlsd_lib.runs.provenance import default_run_dir, find_notebook, outputs_root
 from rlsd_lib.runs.run import HANDED_ON, Run
 
 KERNEL = {

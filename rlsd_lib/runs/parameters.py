@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import nbformat
 import yaml
 
-from rlsd_lib.runs.provenance import nearest
+from rlsd_lib.names import nearest
 
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "list": list}
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython import get_ipython
 
-from rlsd_lib.runs import provenance
+from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.claims import Claim, latest_claim, make_claim, owned
 from rlsd_lib.runs.records import (
     append_lines,
@@ -70,7 +70,7 @@ class Run:
         run again in the same kernel: an unfinished run of this very process is begun anew.
 
         Args:
-            run_dir: the directory; "" means the default, see `provenance.default_run_dir`.
+            run_dir: the directory; "" means the default, see `paths.default_run_dir`.
             parameters: everything that decides the run, as JSON-like values.
             notebook: name or path of the notebook, for its hash and the default directory.
             if_exists: "raise", "overwrite" (start from empty), or "resume" (keep the files of a
@@ -82,7 +82,7 @@ class Run:
             FileNotFoundError: `notebook` does not exist.
             ValueError: `if_exists` is unknown.
         """
-        source = provenance.find_notebook(notebook) if notebook else None
+        source = paths.find_notebook(notebook) if notebook else None
         handed = json.loads(os.environ.get(HANDED_ON, "null"))
         if handed and (not str(run_dir) or Path(run_dir).resolve() == Path(handed["run_dir"])):
             run = cls.attach(handed["run_dir"])
@@ -90,7 +90,7 @@ class Run:
             run._update(parameters=full, seeds=_seeds(full), attached=True)
             return run
         group = source.stem if source else "runs"
-        default = run_dir or provenance.default_run_dir(group, parameters)
+        default = run_dir or paths.default_run_dir(group, parameters)
         run, previous = cls._claim(Path(default).resolve(), if_exists)
         write_json(run.path / "manifest.json", _manifest(run, parameters, source, previous))
         run._watch_cells()

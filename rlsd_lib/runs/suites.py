@@ -11,9 +11,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from rlsd_lib.names import nearest
 from rlsd_lib.runs.jobs import Job, as_text
 from rlsd_lib.runs.parameters import check_parameters, read_parameters
-from rlsd_lib.runs.provenance import default_run_dir, find_notebook, nearest
+from rlsd_lib.runs.paths import default_run_dir, find_notebook
 from rlsd_lib.runs.records import PLAN, write_json
 
 

@@ -4,8 +4,9 @@ import difflib
 import importlib
 from typing import Any
 
+from rlsd_lib.prompts import Completion, text_of
 from rlsd_lib.tasks.lab import arithmetic
-from rlsd_lib.tasks.task import Completion, Row, Task, text_of
+from rlsd_lib.tasks.task import Row, Task
 
 # Modules of this package that read data sets, by the task's name.
 DATA = {"mmfinereason": "mmfinereason", "maths": "maths", "colours": "lab.colours"}

@@ -3,7 +3,7 @@
 A processing class is what TRL calls one: a tokenizer, or a processor where the model sees images.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,18 +12,6 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from rlsd_lib.prompts import Prompt
 
 Processing = PreTrainedTokenizerBase | ProcessorMixin
-# What TRL's output dictionary holds of the images; the teacher sees the very same tensors.
-IMAGE_FIELDS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "image_position_ids",
-)
-TYPE_ID_FIELDS = ("token_type_ids", "mm_token_type_ids")
 
 
 def tokenizer_of(processing: Processing) -> PreTrainedTokenizerBase:
@@ -63,30 +51,6 @@ def _content(content: Any, images: list, image_type: str) -> Any:
         else {"type": "text", "text": part["text"]}
         for part in content
     ]
-
-
-def without_pixels(prompt: Prompt) -> Prompt:
-    """Return a prompt whose image parts say only that there is an image: it can be written down."""
-    return _with_parts(prompt, lambda part: {"type": "image"})
-
-
-def without_images(prompt: Prompt) -> Prompt:
-    """Return a prompt without its image parts."""
-    return _with_parts(prompt, lambda part: None)
-
-
-def _with_parts(prompt: Prompt, change: Callable[[dict], dict | None]) -> Prompt:
-    """Apply `change` to the image parts of a prompt; None removes the part."""
-    if isinstance(prompt, str):
-        return prompt
-    changed = []
-    for message in prompt:
-        content = message["content"]
-        if isinstance(content, list):
-            parts = [change(part) if part["type"] == "image" else part for part in content]
-            content = [part for part in parts if part is not None]
-        changed.append({**message, "content": content})
-    return changed
 
 
 def encode(
@@ -138,11 +102,16 @@ def _in_parts(prompt: Prompt) -> Prompt:
 
 
 def extend(encoded: BatchFeature, ids: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Append the tokens of a completion to one encoded prompt; they are text, hence of type 0."""
-    new = torch.tensor([list(ids)], device=encoded["input_ids"].device)
+    """Append the tokens of a completion to one encoded prompt.
+
+    Every field with an entry per token grows; they are text, hence of type 0.
+    """
+    prompt = encoded["input_ids"]
+    new = torch.tensor([list(ids)], device=prompt.device)
     ends = {"input_ids": new, "attention_mask": torch.ones_like(new)}
-    ends |= {name: torch.zeros_like(new) for name in TYPE_ID_FIELDS}
     return {
-        name: torch.cat([value, ends[name].to(value.dtype)], dim=1) if name in ends else value
+        name: torch.cat([value, ends.get(name, torch.zeros_like(new)).to(value.dtype)], dim=1)
+        if value.shape == prompt.shape
+        else value
         for name, value in encoded.items()
     }

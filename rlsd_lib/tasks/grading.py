@@ -194,7 +194,7 @@ def accuracy_reward(
     The arguments are what TRL passes, all equally long; a column `choices` is used when there is
     one. A row whose answer is None gets None, which TRL leaves to the other reward functions.
     """
-    from rlsd_lib.tasks.task import text_of  # here: the worker runs this file and needs no datasets
+    from rlsd_lib.prompts import text_of  # here: the worker runs this file and needs no datasets
 
     choices = columns.get("choices") or [()] * len(completions)
     rows = zip(map(text_of, completions), answer, problem_type, choices, strict=True)
@@ -203,7 +203,7 @@ def accuracy_reward(
 
 def format_reward(completions: list[Any], **columns: Any) -> list[float]:
     """Reward 1.0 for one reasoning block, then one answer block, and no such tag beside them."""
-    from rlsd_lib.tasks.task import text_of
+    from rlsd_lib.prompts import text_of
 
     return [float(_is_formatted(text_of(completion))) for completion in completions]
 

@@ -21,7 +21,8 @@ from typing import Any
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 
 from rlsd_lib.prompts import has_image_token, leaks
-from rlsd_lib.runs.provenance import digest, fingerprint
+from rlsd_lib.runs.paths import digest
+from rlsd_lib.runs.provenance import fingerprint
 from rlsd_lib.tasks.data_report import Report
 from rlsd_lib.tasks.grading import TYPES, clean, grade, weighted_reward
 from rlsd_lib.tasks.images import images_of, read_bytes, shape_of, stored

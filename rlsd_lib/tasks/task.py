@@ -13,6 +13,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from rlsd_lib.prompts import Completion, text_of
+
 TEST_BUCKETS = 5  # one question in five is held out
 DRAWS_PER_ROW = 200  # duplicates and the other side's questions are skipped, up to this many draws
 # How models speak of a reference that they were shown, where a task has no words of its own.
@@ -21,7 +23,6 @@ REFERENCE_PATTERN = (
     r"|\b(solution|answer) (above|provided|given)\b|\breference\b"
 )
 
-Completion = str | list[dict[str, str]]
 Row = dict[str, Any]
 
 
@@ -70,13 +71,6 @@ class Task:
     def speaks_of_reference(self, completion: Completion) -> bool:
         """Say whether a completion mentions a reference, in the task's own vocabulary."""
         return re.search(self.reference_pattern, text_of(completion), re.IGNORECASE) is not None
-
-
-def text_of(completion: Completion) -> str:
-    """Return the text of a completion given as a string or as chat messages."""
-    if isinstance(completion, str):
-        return completion
-    return "".join(message["content"] or "" for message in completion)
 
 
 def columns_to_rows(columns: dict[str, Any], size: int) -> list[Row]:

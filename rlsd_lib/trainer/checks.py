@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, ProcessorMixin
 
 from rlsd_lib import prompts as privileged
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
-from rlsd_lib.tasks.encode import IMAGE_FIELDS
 from rlsd_lib.trainer import states as distillation
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.sharded import FSDP1, sharding_of
+from rlsd_lib.trainer.states import IMAGE_FIELDS
 
 VIDEO_ADVICE = (
     "GRPO in TRL 1.16 would generate with it and train without it. Drop these rows, or give chosen "

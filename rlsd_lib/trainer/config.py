@@ -9,10 +9,10 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from rlsd_lib import methods
 from rlsd_lib.credit import Credit, lambda_schedule, sampled_distillation
 from rlsd_lib.divergence import Divergence
-from rlsd_lib.methods import METHODS, PEER, PROMPT, Method, look_up
+from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT, Method
+from rlsd_lib.names import look_up
 from rlsd_lib.prompts import DEFAULT_TEMPLATE, check_template
 
 __all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "TEACHER_PASSES", "RLSDConfig"]
@@ -20,6 +20,17 @@ __all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "TEACHER_PASSES", "RL
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
 WEIGHT_CLIPS = ("linear", "log")
 TEACHER_PASSES = AUTO, PLAIN, SHARED = "auto", "plain", "shared"
+DISTILLATION_MODES = ("full_logits", "topk_logits", "sampled_token")
+# Fields that mean something for methods with a distillation term only; None is the method's own.
+DISTILLATION_FIELDS = (
+    "distillation_mode",
+    "distillation_alpha",
+    "distillation_topk",
+    "distillation_add_tail",
+    "distillation_token_clip",
+    "distillation_weight",
+)
+PEER_FIELDS = ("include_failed_rollout", "include_environment_feedback")
 
 
 @dataclass
@@ -257,13 +268,13 @@ class RLSDConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         look_up(self.method, METHODS, "method")
-        methods.check_peer(self)
+        _check_peer(self)
         look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
         look_up(self.teacher_pass, TEACHER_PASSES, "teacher_pass")
         _require(0 <= self.lambda_init <= 1, "lambda_init", self.lambda_init, "a number in [0, 1]")
         _require(self.epsilon_w >= 0, "epsilon_w", self.epsilon_w, "a number >= 0")
         look_up(self.weight_clip, WEIGHT_CLIPS, "weight_clip")
-        methods.check_weight(self)
+        _check_weight(self)
         rate = self.teacher_update_rate
         _require(0 < rate <= 1, "teacher_update_rate", rate, "a number in (0, 1]")
         for name in ("lambda_warmup_steps", "lambda_decay_steps"):
@@ -279,7 +290,7 @@ class RLSDConfig(GRPOConfig):
         for name in ("distillation_weight", "distillation_token_clip"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "None or a number > 0")
-        methods.check_distillation(self)
+        _check_distillation(self)
         check_template(self.privileged_template)
 
     def _check_combinations(self) -> None:
@@ -308,3 +319,87 @@ class RLSDConfig(GRPOConfig):
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise ValueError(f"{name}={value!r}: expected {expected}.")
+
+
+def _check_peer(args: RLSDConfig) -> None:
+    """Refuse a peer's rollout as the reference where the method shows none.
+
+    Raises:
+        ValueError: naming the method.
+    """
+    if args.peer_context and METHODS[args.method].teacher_sees != PRIVILEGED:
+        raise ValueError(
+            f"peer_context=True means nothing for method={args.method!r}, whose teacher sees "
+            "no privileged_context that a peer could replace. Leave it at False."
+        )
+
+
+def _check_weight(args: RLSDConfig) -> None:
+    """Refuse options of the weight where the method has none.
+
+    Raises:
+        ValueError: naming both options and the method.
+    """
+    changed = args.weight_clip != "linear" or args.conserve_credit
+    if changed and args.row.evidence is None:
+        raise ValueError(
+            f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} mean "
+            f"nothing for method={args.method!r}, which has no weight. Leave them alone."
+        )
+
+
+def _check_distillation(args: RLSDConfig) -> None:
+    """Refuse options of the distillation term that mean nothing for the method, or too little.
+
+    Raises:
+        ValueError: naming the option, its value and what to do.
+    """
+    given = [name for name in DISTILLATION_FIELDS if getattr(args, name) is not None]
+    if given and args.row.divergence is None:
+        raise ValueError(
+            f"{given[0]}={getattr(args, given[0])!r} means nothing for "
+            f"method={args.method!r}, which has no distillation term. Leave it at None."
+        )
+    foreign = [name for name in PEER_FIELDS if getattr(args, name)]
+    if foreign and args.row.teacher_sees != PEER:
+        raise ValueError(
+            f"{foreign[0]}=True is an option of method='sdpo' and of peer_context=True, not of "
+            f"method={args.method!r} with the row's own reference."
+        )
+    if args.row.needs_weight and args.distillation_weight is None:
+        raise ValueError(
+            f"method={args.method!r} needs distillation_weight, the factor of its "
+            "distillation term: the paper does not report one. Try 0.1."
+        )
+    mode = args.distillation_mode
+    if mode is not None:
+        look_up(mode, DISTILLATION_MODES, "distillation_mode")
+    if mode == "sampled_token" and args.row.needs_weight:
+        raise ValueError("grpo_opsd mixes a loss with a divergence: use full or top-k logits.")
+    topk = args.distillation_topk is not None or args.distillation_add_tail is not None
+    if topk and mode in ("full_logits", "sampled_token"):
+        raise ValueError(
+            f"distillation_topk and distillation_add_tail mean nothing with "
+            f"distillation_mode={mode!r}. Use 'topk_logits'."
+        )
+    if mode == "sampled_token" and given != ["distillation_mode"]:
+        raise ValueError(
+            f"{given[-1]}={getattr(args, given[-1])!r} means nothing with distillation_mode="
+            "'sampled_token', whose token advantage is log P_T - log P_S. Leave it at None."
+        )
+    if args.row.divergence is not None and args.row.divergence.kind.endswith("_top1"):
+        _check_top1(args)
+    spec = args.divergence  # built here, so that its own checks come now
+    if mode == "topk_logits" and spec.top_k is None:
+        raise ValueError("distillation_mode='topk_logits' needs distillation_topk, e.g. 100.")
+
+
+def _check_top1(args: RLSDConfig) -> None:
+    """The top-1 methods are one fixed function: another divergence would be another method."""
+    for name in ("distillation_mode", "distillation_alpha"):
+        value = getattr(args, name)
+        if value not in (None, "full_logits"):
+            raise ValueError(
+                f"{name}={value!r} means nothing for method={args.method!r}, which looks at "
+                "one token. Use method='opsd' with it."
+            )

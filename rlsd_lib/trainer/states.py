@@ -12,6 +12,18 @@ from trl import GRPOConfig
 
 from rlsd_lib.trainer import sharded
 
+# What TRL's output dictionary holds of the images; the teacher sees the very same tensors.
+IMAGE_FIELDS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "image_position_ids",
+)
+TYPE_ID_FIELDS = ("token_type_ids", "mm_token_type_ids")
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
 LOGIT_CHANGES = (
     "final_logit_softcapping",

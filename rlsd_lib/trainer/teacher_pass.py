@@ -16,11 +16,18 @@ from trl.trainer.utils import pad
 
 from rlsd_lib import prompts as privileged
 from rlsd_lib.methods import PROMPT
-from rlsd_lib.tasks.encode import IMAGE_FIELDS, TYPE_ID_FIELDS, without_images
+from rlsd_lib.prompts import without_images
 from rlsd_lib.trainer import shared_prompts as prefix
 from rlsd_lib.trainer.config import AUTO, PLAIN, SHARED
 from rlsd_lib.trainer.shared_prompts import Prompts
-from rlsd_lib.trainer.states import causal_lm, head_of, hidden_states, predicting
+from rlsd_lib.trainer.states import (
+    IMAGE_FIELDS,
+    TYPE_ID_FIELDS,
+    causal_lm,
+    head_of,
+    hidden_states,
+    predicting,
+)
 
 if TYPE_CHECKING:
     from rlsd_lib.trainer.trainer import RLSDTrainer

@@ -20,7 +20,7 @@ from rlsd_lib import prompts as privileged
 from rlsd_lib.credit import drift_sums, gap_sums, weight_sums
 from rlsd_lib.divergence import divergence
 from rlsd_lib.methods import PEER, PROMPT
-from rlsd_lib.peers import demonstrations
+from rlsd_lib.prompts import demonstrations
 from rlsd_lib.trainer import checks, sharded
 from rlsd_lib.trainer import states as distillation
 from rlsd_lib.trainer.checkpoints import checkpoint_name

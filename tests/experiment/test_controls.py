@@ -16,7 +16,7 @@ from rlsd_lib.experiment.controls import (
 from rlsd_lib.experiment.presets import resolve_parameters
 from rlsd_lib.methods import PEER, PRIVILEGED
 from rlsd_lib.runs.parameters import read_parameters
-from rlsd_lib.runs.provenance import find_notebook
+from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.runs.suites import SUITES, jobs_of
 
 

@@ -10,10 +10,8 @@ import torch
 
 from rlsd_lib.measure.evaluate import (
     accuracies,
-    bootstrap_interval,
     evaluate,
     generate,
-    paired_interval,
     pass_at_k,
     per_problem,
 )
@@ -126,50 +124,7 @@ def test_a_run_records_sampled_and_greedy_accuracy_and_pass_at_all_its_samples()
     assert all(interval.low <= interval.mean <= interval.high for interval in found.values())
 
 
-def test_the_interval_over_problems_covers_as_often_as_it_says():
-    random, hits = np.random.default_rng(0), 0
-    for _ in range(200):
-        successes = random.binomial(4, random.beta(1, 1, size=80)) / 4
-        interval = bootstrap_interval(successes, resamples=400)
-        hits += interval.low <= 0.5 <= interval.high
-    assert 0.90 <= hits / 200 <= 0.98
-
-
-@pytest.mark.parametrize(("over", "seeds", "problems"), [("seeds", 5, 30), ("problems", 1, 80)])
-def test_the_paired_interval_covers_as_often_as_it_says(over, seeds, problems):
-    random, hits = np.random.default_rng(0), 0
-    for _ in range(200):
-        base = random.normal(0.5, 0.3, size=(1, problems))
-        noise = random.normal(0, 0.05, size=(seeds, 1)) + random.normal(0, 0.1, (seeds, problems))
-        interval = paired_interval(
-            base + 0 * noise,
-            base
-            + 0.1
-            + noise * (over == "seeds")
-            + random.normal(0, 0.1, (1, problems)) * (over == "problems"),
-            over=over,
-            resamples=400,
-        )
-        hits += interval.low <= 0.1 <= interval.high
-    assert 0.90 <= hits / 200 <= 0.98
-
-
-def test_equal_values_and_single_values_have_no_invented_spread():
-    assert bootstrap_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
-    mean, low, high = bootstrap_interval([0.25])
-    assert mean == 0.25
-    assert np.isnan([low, high]).all()
-
-
 def test_bad_input_raises(untrained, task):
-    with pytest.raises(ValueError, match="one finite number per problem"):
-        bootstrap_interval([])
-    with pytest.raises(ValueError, match="one finite number per problem"):
-        bootstrap_interval([1.0, float("nan")])
-    with pytest.raises(ValueError, match="pairs need equal"):
-        paired_interval([[1.0, 2.0]], [[1.0]], over="seeds")
-    with pytest.raises(ValueError, match="choose 'problems' or 'seeds'"):
-        paired_interval([[1.0]], [[1.0]], over="steps")
     with pytest.raises(ValueError, match="temperature=-1"):
         generate(*untrained, task.test["prompt"], max_new_tokens=1, temperature=-1)
     with pytest.raises(ValueError, match="greedy"):

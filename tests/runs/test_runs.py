@@ -14,7 +14,7 @@ import pytest
 from conftest import FINISH, START, NotebookMaker
 from datasets import Dataset, Image, List
 
-from rlsd_lib.runs import claims, execute, provenance
+from rlsd_lib.runs import claims, execute, paths, provenance
 from rlsd_lib.runs.execute import NotebookError, execute_notebook
 from rlsd_lib.runs.parameters import (
     Parameter,
@@ -282,8 +282,8 @@ def test_a_damaged_file_is_named_and_not_skipped(tmp_path: Path) -> None:
 
 def test_the_default_directory_is_the_same_for_the_same_parameters(tmp_path: Path) -> None:
     base = {"method": "rlsd", "preset": "lab", "seed": 1, "overrides": {}, "max_steps": -1}
-    name = provenance.run_name
-    assert provenance.default_run_dir("demo", base) == tmp_path / "outputs/demo/rlsd-lab-s1"
+    name = paths.run_name
+    assert paths.default_run_dir("demo", base) == tmp_path / "outputs/demo/rlsd-lab-s1"
     assert name({**base, "control": "none", "num_processes": 1}) == "rlsd-lab-s1"
     assert name({**base, "control": "shuffled"}) == "rlsd-lab-s1-shuffled"
     changed = [{"overrides": {"beta": 0.1}}, {"max_steps": 5}, {"overrides": {"beta": 0.2}}]
@@ -296,7 +296,7 @@ def test_the_default_directory_is_the_same_for_the_same_parameters(tmp_path: Pat
 
 
 def test_a_field_that_is_given_as_a_parameter_is_told_where_it_goes() -> None:
-    source = provenance.find_notebook("15_rlsd")
+    source = paths.find_notebook("15_rlsd")
     declared = read_parameters(source)
     for name, owner in {"epsilon_w": "RLSDConfig", "train_size": "the preset"}.items():
         told = rf"no parameter '{name}': it is a field of {owner}.*overrides=.\"{name}\": 0.5"
@@ -336,7 +336,7 @@ def test_outputs_stand_in_the_project_of_the_current_folder(
     inner.mkdir(parents=True)
     (tmp_path / "project" / "pyproject.toml").touch()
     monkeypatch.chdir(inner)
-    assert provenance.outputs_root() == tmp_path / "project" / "outputs"
+    assert paths.outputs_root() == tmp_path / "project" / "outputs"
 
 
 def test_git_state_says_dirty_for_a_new_module(tmp_path: Path) -> None:
@@ -488,9 +488,9 @@ def test_a_misspelt_notebook_names_the_nearest(
     (project / "pyproject.toml").touch()
     make_notebook("15_rlsd").rename(project / "notebooks" / "15_rlsd.ipynb")
     monkeypatch.chdir(project)
-    assert provenance.find_notebook("15_rlsd").name == "15_rlsd.ipynb"
+    assert paths.find_notebook("15_rlsd").name == "15_rlsd.ipynb"
     with pytest.raises(FileNotFoundError, match="did you mean '15_rlsd'"):
-        provenance.find_notebook("15_rsld")
+        paths.find_notebook("15_rsld")
 
 
 def test_braces_in_a_path_stay_braces(make_notebook: NotebookMaker, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from rlsd_lib.measure import rollouts as lens
 from rlsd_lib.measure.evaluate import evaluate, generate
+from rlsd_lib.prompts import without_images, without_pixels
 from rlsd_lib.tasks import load_task
-from rlsd_lib.tasks.encode import encode, extend, messages_of, without_images, without_pixels
+from rlsd_lib.tasks.encode import encode, extend, messages_of
 from rlsd_lib.tasks.models import load_model
 
 

@@ -10,8 +10,8 @@ from trl.data_utils import prepare_multimodal_messages
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.prompts import check_contexts
-from rlsd_lib.tasks.encode import IMAGE_FIELDS, TYPE_ID_FIELDS
 from rlsd_lib.trainer.checks import check_images, drop_empty_images
+from rlsd_lib.trainer.states import IMAGE_FIELDS, TYPE_ID_FIELDS
 
 ONE = [1] * 8
 SEVERAL = [1, 2, 3, 1, 2, 1, 1, 2]

@@ -21,8 +21,8 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from rlsd_lib.experiment.presets import PRESETS, resolve_config
-from rlsd_lib.methods import look_up
-from rlsd_lib.runs import provenance
+from rlsd_lib.names import look_up
+from rlsd_lib.runs import paths
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.models import load_model
 from rlsd_lib.trainer.trainer import RLSDTrainer
@@ -64,7 +64,7 @@ def measure(method: str, preset: str, steps: int, **overrides: Any) -> Clock:
     """Train `steps` + 2 steps from the preset's start and return the times of the last `steps`."""
     chosen = PRESETS[look_up(preset, PRESETS, "preset")]
     model, tokenizer = load_model(
-        chosen.model, provenance.outputs_root() / "cache", **chosen.model_options
+        chosen.model, paths.outputs_root() / "cache", **chosen.model_options
     )
     task = load_task(
         chosen.task,

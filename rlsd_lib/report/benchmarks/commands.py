@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsd_lib.runs.provenance import nearest
+from rlsd_lib.names import nearest
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 MAX_NEW_TOKENS = 4096  # the length of a response in training

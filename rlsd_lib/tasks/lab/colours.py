@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlsd_lib.runs.provenance import outputs_root
+from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.tasks import mmfinereason
 from rlsd_lib.tasks.lab.model import new_folder
 from rlsd_lib.tasks.task import Task

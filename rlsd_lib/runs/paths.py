@@ -1,0 +1,91 @@
+"""Where things lie: the repository, its notebooks, and the directory of each run."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlsd_lib.names import nearest
+
+# What a run is called when these parameters hold these values: nothing.
+NEUTRAL = {"overrides": {}, "max_steps": -1, "control": "none", "num_processes": 1}
+
+
+def project_root(start: Path | None = None) -> Path | None:
+    """The nearest folder at or above `start` (default: here) that holds a pyproject.toml."""
+    here = (start or Path.cwd()).resolve()
+    return next((f for f in (here, *here.parents) if (f / "pyproject.toml").is_file()), None)
+
+
+def repository_root() -> Path:
+    """The folder that holds the package: the repository, when the package is installed editable."""
+    return Path(__file__).resolve().parents[2]
+
+
+def outputs_root() -> Path:
+    """Where run folders go: RLSD_OUTPUTS if set, else `outputs` in the project, else here."""
+    told = os.environ.get("RLSD_OUTPUTS")
+    return Path(told).resolve() if told else (project_root() or Path.cwd()) / "outputs"
+
+
+def default_run_dir(group: str, parameters: Mapping[str, Any]) -> Path:
+    """The folder of a run, from what it is: outputs/<group>/<method>-<preset>-s<seed>[...].
+
+    `group` is a suite's name or a notebook's stem. A control other than "none" stands in the name;
+    every other parameter that is not neutral goes into a short hash, so that the same parameters
+    always give the same folder and different ones never share it.
+    """
+    return outputs_root() / group / run_name(parameters)
+
+
+def run_name(parameters: Mapping[str, Any]) -> str:
+    """The last part of a run's folder; see `default_run_dir`."""
+    parts = [str(parameters[k]) for k in ("method", "preset") if parameters.get(k)]
+    parts += [f"s{parameters['seed']}"] if "seed" in parameters else []
+    rest = settings(parameters)
+    parts += [str(rest.pop("control"))] if "control" in rest else []
+    parts += [digest(rest)[:6]] if rest else []
+    return "-".join(parts).replace(os.sep, "_") or "run"
+
+
+def settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What sets a run apart beside method, preset and seed: parameters that are not neutral."""
+    named = ("method", "preset", "seed", "run_dir")
+    return {
+        name: value
+        for name, value in parameters.items()
+        if name not in named and (name not in NEUTRAL or value != NEUTRAL[name])
+    }
+
+
+def flat_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The `settings` of a run, its overrides among them."""
+    rest = settings(parameters)
+    return {**rest.pop("overrides", {}), **rest}
+
+
+def find_notebook(name_or_path: str | Path) -> Path:
+    """The notebook file for a path, or for a name such as "15_rlsd" in the notebooks folder.
+
+    Raises:
+        FileNotFoundError: there is none; the message names the nearest that exists.
+    """
+    given = Path(name_or_path)
+    file = given if given.suffix == ".ipynb" else given.with_name(given.name + ".ipynb")
+    folders = [root / "notebooks" for root in (project_root(), repository_root()) if root]
+    for candidate in (file, *(folder / file for folder in folders)):
+        if candidate.is_file():
+            return candidate.resolve()
+    known = sorted({p.stem for folder in folders for p in folder.glob("*.ipynb")})
+    raise FileNotFoundError(
+        f"no notebook {str(name_or_path)!r}{nearest(given.stem, known)}; looked here and in "
+        f"{', '.join(str(f) for f in dict.fromkeys(folders))}"
+    )
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON (keys sorted)."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

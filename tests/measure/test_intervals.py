@@ -1,0 +1,87 @@
+"""Means over seeds: an interval that covers as often as it says, and what it could have seen."""
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from rlsd_lib.measure.intervals import (
+    bootstrap_interval,
+    paired_interval,
+    smallest_detectable,
+    student_interval,
+)
+
+
+def test_the_interval_of_a_mean() -> None:
+    alone = student_interval([0.5])
+    assert (alone.mean, alone.is_known, f"{alone:.2f}") == (0.5, False, "0.50")
+    assert f"{student_interval([0.0, 1.0]):.1f}" == "0.5 [-5.9, 6.9]"
+    mean, low, high = student_interval([0.0, 1.0])
+    assert (mean, round(high - low, 3)) == (0.5, 12.706)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_it_covers_the_truth_as_often_as_it_says(seeds: int) -> None:
+    random = np.random.default_rng(0)
+    found = [student_interval(random.normal(0.8, 0.02, size=seeds).tolist()) for _ in range(500)]
+    covered = np.mean([interval.low <= 0.8 <= interval.high for interval in found])
+    assert 0.90 <= covered <= 0.98
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_difference_of_the_detectable_size_is_found_four_times_in_five(seeds: int) -> None:
+    random = np.random.default_rng(0)
+    sample = random.normal(size=seeds)
+    sample = 0.02 * (sample - sample.mean()) / sample.std(ddof=1)
+    size = smallest_detectable(sample)
+    repeated = random.normal(size, 0.02, size=(4000, seeds))
+    found = ttest_1samp(repeated, 0.0, axis=1).pvalue < 0.05
+    assert 0.77 <= found.mean() <= 0.83
+    assert np.isnan(smallest_detectable([0.1]))
+    assert smallest_detectable([0.1, 0.1]) == 0.0
+
+
+def test_the_interval_over_problems_covers_as_often_as_it_says():
+    random, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        successes = random.binomial(4, random.beta(1, 1, size=80)) / 4
+        interval = bootstrap_interval(successes, resamples=400)
+        hits += interval.low <= 0.5 <= interval.high
+    assert 0.90 <= hits / 200 <= 0.98
+
+
+@pytest.mark.parametrize(("over", "seeds", "problems"), [("seeds", 5, 30), ("problems", 1, 80)])
+def test_the_paired_interval_covers_as_often_as_it_says(over, seeds, problems):
+    random, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        base = random.normal(0.5, 0.3, size=(1, problems))
+        noise = random.normal(0, 0.05, size=(seeds, 1)) + random.normal(0, 0.1, (seeds, problems))
+        interval = paired_interval(
+            base + 0 * noise,
+            base
+            + 0.1
+            + noise * (over == "seeds")
+            + random.normal(0, 0.1, (1, problems)) * (over == "problems"),
+            over=over,
+            resamples=400,
+        )
+        hits += interval.low <= 0.1 <= interval.high
+    assert 0.90 <= hits / 200 <= 0.98
+
+
+def test_equal_values_and_single_values_have_no_invented_spread():
+    assert bootstrap_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
+    mean, low, high = bootstrap_interval([0.25])
+    assert mean == 0.25
+    assert np.isnan([low, high]).all()
+
+
+def test_bad_input_raises():
+    with pytest.raises(ValueError, match="one finite number per problem"):
+        bootstrap_interval([])
+    with pytest.raises(ValueError, match="one finite number per problem"):
+        bootstrap_interval([1.0, float("nan")])
+    with pytest.raises(ValueError, match="pairs need equal"):
+        paired_interval([[1.0, 2.0]], [[1.0]], over="seeds")
+    with pytest.raises(ValueError, match="choose 'problems' or 'seeds'"):
+        paired_interval([[1.0]], [[1.0]], over="steps")
