@@ -35,7 +35,7 @@ def test_every_method_and_room_is_in_the_readme():
     for method in METHODS:
         assert f"| `{method}` |" in README
     package = Path(__file__).parent.parent / "rlsd_lib"
-    tree = README[README.index("\nrlsd_lib/\n") : README.index("\noutputs/ ")]
+    tree = README[README.index("\nrlsd_lib/ ") : README.index("\noutputs/ ")]
     rooms = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
     top = [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
     for name in (*rooms, *top):
