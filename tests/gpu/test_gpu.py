@@ -1,0 +1,296 @@
+"""What a card can show: `pytest -m gpu` on a machine with CUDA, at most 150 s, no network.
+
+Without CUDA every test is skipped; with `--on-cpu` the same bodies run there at the same tiny size,
+as `make test` does, so that none of them can rot between two visits to a GPU.
+"""
+
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_vlm
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from rlsd_lib import RLSDTrainer
+
+pytestmark = pytest.mark.gpu
+
+HERE = Path(__file__).parent
+PLAIN = "{prompt}{privileged_context}"  # shows an empty reference as nothing
+LONG = "{prompt}" + " so" * 40 + "{privileged_context}"  # a prompt that is worth sharing
+KINDS = ("live", "base", "snapshot", "ema")
+# Largest difference of a log-probability between the shared and the plain pass: rounding of the
+# compute type, over two layers and logits of size 10.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.25}
+FLASH = importlib.util.find_spec("flash_attn") is not None
+KERNELS = ("math", "efficient", "flash", "cudnn")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if request.config.getoption("--on-cpu"):
+        return "cpu"
+    pytest.skip("no CUDA device; --on-cpu runs this on the CPU")
+
+
+def build(folder: Path, device: str, student: Any = None, **overrides: Any) -> RLSDTrainer:
+    """A trainer of the tiny model on the device under test."""
+    return tiny.trainer(folder, student, **{"use_cpu": device == "cpu", **overrides})
+
+
+def lora() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return get_peft_model(tiny.model(), LoraConfig(r=4, init_lora_weights=False))
+
+
+@contextmanager
+def rollouts_of(trainer: RLSDTrainer):
+    """Collect TRL's dictionary of every rollout batch that is scored inside."""
+    found: list[dict[str, Any]] = []
+    score = trainer._generate_and_score_completions
+
+    def keep(inputs: list) -> dict[str, Any]:
+        output = score(inputs)
+        found.append({k: v.clone() for k, v in output.items() if isinstance(v, torch.Tensor)})
+        return output
+
+    trainer._generate_and_score_completions = keep
+    yield found
+
+
+def steps(trainer: RLSDTrainer) -> list[dict[str, float]]:
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def weights(trainer: RLSDTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters()}
+
+
+def with_empty_references(count: int = 32) -> Any:
+    return tiny.dataset(count, privileged_context=[""] * count)
+
+
+# --- the gap ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_teacher_that_sees_the_same_has_a_gap_of_exactly_zero(
+    tmp_path, device, bf16, checkpointing
+):
+    settings = {"bf16": bf16, "gradient_checkpointing": checkpointing, "max_steps": 2}
+    settings |= {"privileged_template": PLAIN, "teacher_model_kind": "live"}
+    trainer = build(tmp_path, device, data=with_empty_references(), **settings)
+    assert [row["rlsd/gap_abs_mean"] for row in steps(trainer)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("variant", ["full", "LoRA"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_teacher_trains(tmp_path, device, kind, variant):
+    student = lora() if variant == "LoRA" else tiny.model()
+    settings = {"teacher_model_kind": kind, "teacher_sync_steps": 1, "bf16": device == "cuda"}
+    trainer = build(tmp_path, device, student, max_steps=2, **settings)
+    before = weights(trainer)
+    logged = steps(trainer)
+    assert [row["rlsd/teacher_age"] for row in logged] == [0, 1 if kind == "base" else 0]
+    assert all(row["rlsd/gap_abs_mean"] > 0 for row in logged)
+    moved = [k for k, v in weights(trainer).items() if not torch.equal(v, before[k])]
+    trained = [k for k, p in trainer.model.named_parameters() if p.requires_grad]
+    assert set(trained) <= set(moved), "a trained parameter did not move"
+
+
+def _attention(name: str, device: str):
+    """The context that forces an attention kernel of torch's sdpa; skips where it does not run."""
+    backend = {
+        "math": SDPBackend.MATH,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+    }.get(name)
+    if backend is None:
+        return nullcontext()
+    if name != "math" and device == "cpu":
+        pytest.skip(f"the {name} kernel of sdpa runs on CUDA")
+    # A padding mask rules some kernels out: the next best takes over, as in training.
+    return sdpa_kernel(
+        [backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True
+    )
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", *KERNELS, "eager", "flash_attention_2"])
+def test_the_shared_pass_agrees_with_the_plain_one(tmp_path, device, attention, bf16):
+    if attention == "flash_attention_2" and not (FLASH and device == "cuda"):
+        pytest.skip("flash_attn is not installed, or there is no CUDA device")
+    if attention == "flash_attention_2" and not bf16:
+        pytest.skip("flash attention computes in half precision")
+    scored = {}
+    for teacher_pass in ("plain", "shared"):
+        kind = attention if attention in ("eager", "flash_attention_2") else "sdpa"
+        student = tiny.model(attn_implementation=kind)
+        settings = {"teacher_pass": teacher_pass, "privileged_template": LONG, "bf16": bf16}
+        trainer = build(tmp_path / teacher_pass, device, student, max_steps=1, **settings)
+        with _attention(attention, device), rollouts_of(trainer) as found:
+            trainer.train()
+        scored[teacher_pass] = found[0]
+    plain, shared = scored["plain"], scored["shared"]
+    assert torch.equal(plain["completion_ids"], shared["completion_ids"])
+    mask = plain["completion_mask"].bool()
+    key = "teacher_per_token_logps"
+    difference = (plain[key] - shared[key])[mask].abs().max().item()
+    print(f"{attention}, {'bf16' if bf16 else 'fp32'}: {difference:.2e} nats")
+    assert difference < TOLERANCE[torch.bfloat16 if bf16 else torch.float32]
+
+
+def test_what_rounding_of_the_head_adds_to_the_gap(tmp_path, device):
+    """In bf16 the logits are rounded; TRL's `cast_lm_head_to_fp32` should take that part away."""
+    errors = {}
+    for cast in (False, True):
+        student = tiny.model(tie_word_embeddings=False)
+        reference = tiny.model(tie_word_embeddings=False).to(device).eval()
+        settings = {"bf16": True, "cast_lm_head_to_fp32": cast, "teacher_model_kind": "live"}
+        trainer = build(tmp_path / str(cast), device, student, max_steps=1, **settings)
+        with rollouts_of(trainer) as found:
+            trainer.train()
+        batch = found[0]
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        length, mask = batch["completion_ids"].size(1), batch["completion_mask"].bool()
+        head = reference.lm_head.weight.float()
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            states = reference.model(ids, attention_mask=attention).last_hidden_state
+        exact = states[:, -length - 1 : -1].float() @ head.T
+        rounded = exact.bfloat16().float()
+        chosen = batch["completion_ids"][..., None]
+        logps = [x.log_softmax(-1).gather(-1, chosen)[..., 0][mask] for x in (exact, rounded)]
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            ours, _, _ = trainer._get_per_token_logps_and_entropies(
+                _untrained(trainer, reference), ids, attention, length
+            )
+        errors[cast] = (ours[mask] - logps[0]).abs().mean().item()
+        errors["logits rounded once"] = (logps[1] - logps[0]).abs().mean().item()
+    print(
+        "mean error of a log-probability, nats:", json.dumps({str(k): v for k, v in errors.items()})
+    )
+    assert errors[True] < errors[False]
+
+
+def _untrained(trainer: RLSDTrainer, reference: PreTrainedModel) -> torch.nn.Module:
+    """The trainer's own patched model with the weights from before the step."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.load_state_dict(reference.state_dict())
+    return model.eval()
+
+
+# --- memory and life ---------------------------------------------------------------------------------
+
+
+def test_where_a_teacher_lives_changes_nothing(tmp_path, device):
+    if device == "cpu":
+        pytest.skip("offloading moves weights between a device and the CPU")
+    gaps = {}
+    for offload in (False, True):
+        trainer = build(tmp_path / str(offload), device, max_steps=3, teacher_offload=offload)
+        gaps[offload] = [row["rlsd/gap_mean"] for row in steps(trainer)]
+    assert gaps[True] == gaps[False]
+    assert {p.device.type for p in trainer.teacher.model.parameters()} == {"cpu"}
+
+
+def test_a_full_copy_is_freed_when_lambda_reaches_zero(tmp_path, device):
+    trainer = build(tmp_path, device, max_steps=3, lambda_decay_steps=2)
+    size = sum(p.numel() * p.element_size() for p in trainer.teacher.model.parameters())
+    held: list[int] = []
+
+    def measure(*_: Any, **__: Any) -> None:
+        gc.collect()
+        held.append(torch.cuda.memory_allocated() if device == "cuda" else 0)
+
+    # Registered after the teacher's own callback, so it sees what that has released.
+    trainer.callback_handler.callbacks[-1].on_step_begin = measure
+    steps(trainer)
+    assert trainer.teacher.model is None
+    if device == "cuda":
+        assert held[1] - held[2] >= 0.9 * size
+
+
+def test_a_run_resumes_bit_by_bit(tmp_path, device):
+    settings = {"max_steps": 4, "teacher_sync_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    whole = build(tmp_path / "whole", device, **settings)
+    whole.train()
+    resumed = build(tmp_path / "resumed", device, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    ours, theirs = weights(resumed), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# --- images, several processes, vLLM -----------------------------------------------------------------
+
+
+def test_a_vision_language_model_trains_with_an_exact_null_gap(tmp_path, device):
+    data = tiny_vlm.dataset([1, 2, 1, 1] * 4, privileged_context=[""] * 16)
+    settings = {"use_cpu": device == "cpu", "bf16": device == "cuda", "max_steps": 2}
+    settings |= {"privileged_template": PLAIN, "teacher_model_kind": "live"}
+    trainer = tiny_vlm.trainer(tmp_path, data, **settings)
+    assert [row["rlsd/gap_abs_mean"] for row in steps(trainer)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero3"])
+def test_sharded_parameters_train_as_one_process_does(tmp_path, device, sharding, processes):
+    if device == "cpu":
+        pytest.skip("sharding on a CPU is the subject of tests/trainer/test_sharded.py")
+    if sharding == "zero3" and not importlib.util.find_spec("deepspeed"):
+        pytest.skip("deepspeed is not installed: pip install '.[deepspeed]'")
+    if processes > torch.cuda.device_count() and sharding == "zero3":
+        pytest.skip("DeepSpeed's collectives are NCCL's, which refuses two ranks on one card")
+    import rlsd_lib.experiment
+
+    config = Path(rlsd_lib.experiment.__file__).parent / "accelerate" / f"{sharding}.yaml"
+    backend = "gloo" if processes > torch.cuda.device_count() else "nccl"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+    count = ["--num_processes", str(processes), "--main_process_port", "0"]
+    worker = [str(HERE / "sharded_worker.py"), str(tmp_path), backend, str(processes)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, *launch, *count, *worker],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = json.loads((tmp_path / "steps.json").read_text())
+    alone = steps(build(tmp_path / "alone", device, max_steps=2, bf16=True))
+    assert len(ours) == 2
+    # Other kernels and another order of sums: what must agree is what was measured.
+    for row, expected in zip(ours, alone, strict=True):
+        assert row["rlsd/lambda"] == expected["rlsd/lambda"]
+        assert row["rlsd/gap_abs_mean"] == pytest.approx(expected["rlsd/gap_abs_mean"], rel=0.3)
+
+
+def test_rollouts_of_colocated_vllm_are_the_policys(tmp_path, device):
+    pytest.importorskip("vllm", reason="vLLM is not installed: pip install '.[vllm]'")
+    if device == "cpu":
+        pytest.skip("vLLM on a CPU is the subject of `make test-vllm`")
+    folder = tmp_path / "student"
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    settings = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2}
+    trainer = build(tmp_path, device, str(folder), max_steps=2, **settings)
+    for row in steps(trainer):
+        assert row["sampling/sampling_logp_difference/mean"] < 0.05
+        assert row["rlsd/gap_abs_mean"] > 0
