@@ -151,7 +151,7 @@ def same_maths(gold: str, answer: str, rough: bool = False) -> bool:
     if all(pairs) and pairs[0].groups() != pairs[1].groups():
         return False
     latex = [re.sub(r" (?:or|and) ", ", ", text).replace("°", r"^\circ") for text in (gold, answer)]
-    return symbolic.equal(*latex, _tolerance(gold) if rough else 0.0)
+    return symbolic.WORKER.equal(*latex, _tolerance(gold) if rough else 0.0)
 
 
 def _tolerance(gold: str) -> float:

@@ -1,14 +1,7 @@
 """Data sets of reasoning-gym as tasks, judged by their own verifiers.
 
 Any data set of the installed reasoning-gym is a task under its own name, and the fields of its
-config are options: `load_task("chain_sum", ..., min_terms=2, max_terms=2)`. `extract` decides what
-of a completion the data set's `score_answer` reads:
-
-| `extract` | what counts as the answer |
-|---|---|
-| `last_number` | the last number of the completion |
-| `answer_tag` | the inside of the only `<answer>...</answer>` |
-| `whole` | the completion without surrounding white space and one final full stop |
+config are options: `load_task("chain_sum", ..., min_terms=2, max_terms=2)`.
 """
 
 import json
@@ -20,7 +13,6 @@ from random import Random
 from typing import Any
 
 import reasoning_gym
-from datasets import Dataset
 from reasoning_gym.factory import DATASETS
 
 from rlsd_lib.names import look_up
@@ -59,15 +51,12 @@ def load(
     seed: int,
     extract: str = "last_number",
     instruction: str = "",
-    system: str = "",
-    examples: int = 0,
     **config: Any,
 ) -> Task:
     """Build a task from a data set of reasoning-gym.
 
-    `instruction` is appended to every question, `system` is the system prompt; both may be empty.
-    Every prompt opens with the same `examples` solved questions as earlier turns; they are in
-    neither train nor test, and they show a small model what form an answer has.
+    `extract` names the function of this file that reads the answer in a completion; `instruction`,
+    which may be empty, is appended to every question.
 
     Raises:
         ValueError: there is no such `extract`, the data set's config has no such option, or there
@@ -85,15 +74,8 @@ def load(
             )
             yield from (_row(entry, instruction) for entry in entries)
 
-    sizes = {"train_size": train_size + examples, "test_size": test_size}
-    sides = draw_sides(rows, itemgetter("question"), **sizes, seed=seed)
-    opening = [{"role": "system", "content": system}] if system else []
-    for row in sides["train"][:examples]:
-        answer = f"<answer>{row['answer']}</answer>" if extract == "answer_tag" else row["answer"]
-        opening += [*row["prompt"], {"role": "assistant", "content": answer}]
-    sides["train"] = sides["train"][examples:]
-    for row in (*sides["train"], *sides["test"]):
-        row["prompt"] = [*opening, *row["prompt"]]
+    sizes = {"train_size": train_size, "test_size": test_size, "seed": seed}
+    sides = draw_sides(rows, itemgetter("question"), **sizes)
     judge = reasoning_gym.create_dataset(name, size=1, seed=seed, **config)
 
     def verify(completion: str, row: Row) -> bool:
@@ -101,8 +83,7 @@ def load(
         answer = answer_in(completion)
         return bool(answer) and judge.score_answer(answer, json.loads(row["entry"])) >= 1.0
 
-    datasets = {side: Dataset.from_list(rows) for side, rows in sides.items()}
-    return Task(name=name, verify=verify, **datasets)
+    return Task(name=name, verify=verify, **sides)
 
 
 def _row(entry: dict[str, Any], instruction: str) -> Row:

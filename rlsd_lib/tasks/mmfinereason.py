@@ -35,10 +35,6 @@ TRACE = "qwen3vl_235b_thinking_response"
 FIELDS = ("problem", "answer", "problem_type", "data_type", "images", "videos", TRACE)
 MIN_AREA, MAX_AREA = 262_144, 1_048_576  # pixels of one image, as the released code has them
 MAX_ASPECT = 200  # Qwen's image processors refuse longer shapes
-REFERENCE_PATTERN = (
-    r"\b(?:reference|provided|given|known|sample) (?:solution|answer)\b|\breference\b"
-    r"|\b(?:solution|answer) (?:above|provided|given)\b"
-)
 FORMAT = (
     "Think first, in <thought> </thought>, then give only the final answer in <answer> </answer>."
 )
@@ -122,7 +118,6 @@ def load(
         test=_choose(rows, "test", test_size, seed),
         verify=partial(_judge, grade),
         score=partial(_judge, weighted) if reward == "weighted" else None,
-        reference_pattern=REFERENCE_PATTERN,
         report=report,
     )
 
@@ -135,10 +130,8 @@ def prepare(
     source: str | Path = HUB,
     *,
     revision: str | None = None,
-    split: str = "train",
     image_folder: str | Path = "",
     privileged: str = "answer",
-    preamble: bool = True,
     min_area: int = MIN_AREA,
     max_area: int = MAX_AREA,
     num_proc: int | None = None,
@@ -146,11 +139,10 @@ def prepare(
 ) -> tuple[Dataset, Report]:
     """Read, check and map a data set, scaling its images to `min_area` .. `max_area` pixels.
 
-    `source` is a name on the hub (`revision` and `split` are for it), or a folder of .parquet or
-    .jsonl files. Image paths are relative to `image_folder`, by default that folder. `privileged`
-    is "answer" (RLSD) or "trace" (OPSD). With `preamble` the student's turn begins with an
-    instruction. `num_proc` processes do the work. `text_columns` reads a set of mathematical texts
-    with columns of its own: {field: its column}, see `rlsd_lib.tasks.maths`.
+    `source` is a name on the hub (at `revision`), or a folder of .parquet or .jsonl files. Image
+    paths are relative to `image_folder`, by default that folder. `privileged` is "answer" (RLSD) or
+    "trace" (OPSD). `num_proc` processes do the work. `text_columns` reads a set of mathematical
+    texts with columns of its own: {field: its column}, see `rlsd_lib.tasks.maths`.
 
     Raises:
         FileNotFoundError: the folder has no data files.
@@ -158,15 +150,15 @@ def prepare(
     """
     if privileged not in ("answer", "trace"):
         raise ValueError(f"privileged={privileged!r}: choose 'answer' or 'trace'")
-    raw = _read(source, revision, split)
+    raw = _read(source, revision)
     raw = raw if text_columns is None else _as_texts(raw, text_columns)
     if missing := [field for field in FIELDS if field not in raw.column_names]:
         have = ", ".join(raw.column_names)
         raise ValueError(f"{source} has no {', '.join(missing)}, only {have}; rename its columns")
-    raw = _undecoded(raw)
+    raw = _undecoded(raw.select_columns(list(FIELDS)))
     name = f"{source}@{revision}" if revision else str(source)
     folder = str(image_folder or (source if Path(source).is_dir() else ""))
-    how = {"folder": folder, "privileged": privileged, "preamble": preamble}
+    how = {"folder": folder, "privileged": privileged}
     fresh = {"load_from_cache_file": False, "keep_in_memory": True}  # files may have changed
     checked = raw.map(
         partial(inspect_row, **how), remove_columns=raw.column_names, num_proc=num_proc, **fresh
@@ -186,9 +178,9 @@ def prepare(
     return rows, report
 
 
-def _read(source: str | Path, revision: str | None, split: str) -> Dataset:
+def _read(source: str | Path, revision: str | None) -> Dataset:
     if not Path(source).is_dir():
-        return load_dataset(str(source), revision=revision, split=split)
+        return load_dataset(str(source), revision=revision, split="train")
     files = [p for p in Path(source).rglob("*") if p.suffix in (".parquet", ".jsonl")]
     if len(kinds := {file.suffix for file in files}) != 1:
         kinds = " and ".join(sorted(kinds)) or "neither"
@@ -217,7 +209,7 @@ def _undecoded(rows: Dataset) -> Dataset:
     return rows.cast_column("images", List(Image(decode=False))) if many else rows
 
 
-def inspect_row(row: Row, folder: str, privileged: str, preamble: bool) -> dict[str, Any]:
+def inspect_row(row: Row, folder: str, privileged: str) -> dict[str, Any]:
     """Return a raw row's `faults`, the hash `key` of its question, and the hash `content` of all."""
     problem, answer, kind, trace = _texts(row)
     images = [read_bytes(image) for image in images_of(row, folder)]
@@ -229,7 +221,7 @@ def inspect_row(row: Row, folder: str, privileged: str, preamble: bool) -> dict[
     # The answer's place is looked at for traces too: methods are compared on the same problems.
     shown = [answer, trace] if traced else [answer]
     known = kind.lower() in TYPES
-    prompt = [{"content": _content(problem, TYPES[kind.lower()], preamble)}] if known else problem
+    prompt = [{"content": _content(problem, TYPES[kind.lower()])}] if known else problem
     faults = {
         "empty_problem": not problem.replace("<image>", "").strip(),
         "empty_answer": not clean(answer),
@@ -276,14 +268,12 @@ def _report(source: str, raw: Dataset, checked: list[Row]) -> tuple[Report, list
     ), list(kept.values())
 
 
-def to_columns(
-    row: Row, area: tuple[int, int], folder: str, privileged: str, preamble: bool
-) -> Row:
+def to_columns(row: Row, area: tuple[int, int], folder: str, privileged: str) -> Row:
     """Map a raw row without faults to the columns of `FEATURES`; `area` bounds its images' pixels."""
     problem, answer, kind, trace = _texts(row)
     kind = TYPES[kind.lower()]
     return {
-        "prompt": [{"role": "user", "content": _content(problem, kind, preamble)}],
+        "prompt": [{"role": "user", "content": _content(problem, kind)}],
         "images": [stored(image, *area) for image in images_of(row, folder)],
         "privileged_context": answer if privileged == "answer" else trace,
         "reference_trace": trace,
@@ -294,13 +284,14 @@ def to_columns(
     }
 
 
-def _content(problem: str, kind: str, preamble: bool) -> list[dict[str, Any]]:
-    """The parts of the student's turn."""
-    texts = problem.split("<image>")
-    parts = [{"type": "text", "text": f"{INSTRUCTIONS[kind]}\n\n" * preamble + texts[0]}]
-    for text in texts[1:]:
-        parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
-    return [part for part in parts if part["type"] == "image" or part["text"].strip()]
+def _content(problem: str, kind: str) -> list[dict[str, Any]]:
+    """The parts of the student's turn: an instruction, then text and images in turn."""
+    first, *rest = problem.split("<image>")
+    parts = [{"type": "text", "text": f"{INSTRUCTIONS[kind]}\n\n{first}"}]
+    for text in rest:
+        parts.append({"type": "image", "text": None})
+        parts += [{"type": "text", "text": text}] if text.strip() else []
+    return parts
 
 
 def choices_of(problem: str) -> list[str]:

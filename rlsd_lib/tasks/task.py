@@ -90,14 +90,16 @@ def draw_sides(
     train_size: int,
     test_size: int,
     seed: int,
-) -> dict[str, list[Row]]:
-    """Draw the rows of `train` and `test`, each different, from streams of random rows.
+) -> dict[str, Dataset]:
+    """Draw different rows for `train` and `test` from streams of random rows.
+
+    `question` is the text of a row that decides its side.
 
     Raises:
         ValueError: a size is below 1, or the stream repeats itself before there are enough rows.
     """
     return {
-        side: _draw(stream(Random(f"{side}-{seed}")), question, side, size)
+        side: Dataset.from_list(_draw(stream(Random(f"{side}-{seed}")), question, side, size))
         for side, size in (("train", train_size), ("test", test_size))
     }
 

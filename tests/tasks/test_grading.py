@@ -257,13 +257,13 @@ def test_verdicts_do_not_need_the_main_thread() -> None:
 
 def test_a_killed_worker_is_replaced() -> None:
     assert grade("7+7", "14", "math")
-    os.kill(symbolic._WORKER._process.pid, signal.SIGKILL)
-    symbolic._WORKER._process.wait()
+    os.kill(symbolic.WORKER._process.pid, signal.SIGKILL)
+    symbolic.WORKER._process.wait()
     assert grade("8+8", "16", "math")
 
 
 def _in_child(queue: multiprocessing.Queue) -> None:
-    queue.put([grade("9+9", "18", "math"), symbolic._WORKER._process.pid])
+    queue.put([grade("9+9", "18", "math"), symbolic.WORKER._process.pid])
 
 
 def test_a_forked_process_has_a_worker_of_its_own() -> None:
@@ -275,7 +275,7 @@ def test_a_forked_process_has_a_worker_of_its_own() -> None:
     verdict, worker = queue.get(timeout=60)
     child.join()
     assert verdict
-    assert worker != symbolic._WORKER._process.pid
+    assert worker != symbolic.WORKER._process.pid
     assert grade("5+5", "10", "math")
 
 
@@ -285,7 +285,7 @@ def test_a_timeout_says_so_and_is_not_remembered(
     monkeypatch.setattr(symbolic, "SECONDS", 0.2)
     assert not grade("9^{9^{9^{7}}}", "5", "math")
     assert "no verdict" in caplog.text
-    assert not any("9^{7}" in question for question in symbolic._WORKER._known)
+    assert not any("9^{7}" in question for question in symbolic.WORKER._known)
 
 
 def test_final_answer() -> None:

@@ -156,11 +156,11 @@ def test_bad_requests_name_what_would_be_right():
             load_task(name, **{"train_size": 1, "test_size": 1, "seed": 0, **options})
 
 
-def test_solved_examples_open_every_prompt_and_are_in_neither_side():
-    task = load_task("chain_sum", train_size=20, test_size=10, seed=0, examples=2, system="Add.")
-    prompts = [*task.train["prompt"], *task.test["prompt"]]
-    opening = prompts[0][:-1]
-    assert [turn["role"] for turn in opening] == ["system", *["user", "assistant"] * 2]
-    assert all(prompt[:-1] == opening for prompt in prompts)
-    shown = {turn["content"] for turn in opening}
-    assert not shown & {prompt[-1]["content"] for prompt in prompts}
+def test_an_instruction_stands_in_every_prompt_and_moves_no_question_to_the_other_side():
+    plain, told = (
+        load_task("chain_sum", train_size=20, test_size=10, seed=0, instruction=text)
+        for text in ("", "In a tag.")
+    )
+    for side in ("train", "test"):
+        expected = [f"{question} In a tag." for question in questions(getattr(plain, side))]
+        assert questions(getattr(told, side)) == expected

@@ -14,8 +14,6 @@ import re
 from collections.abc import Iterator
 from random import Random
 
-from datasets import Dataset
-
 from rlsd_lib.names import look_up
 from rlsd_lib.tasks.task import Row, Task, draw_sides
 
@@ -156,13 +154,10 @@ def load(
 
     def problems(random: Random) -> Iterator[Row]:
         while True:
-            yield draw_problem(random, digits)
+            row = draw_problem(random, digits)
+            yield {**row, "privileged_context": bare_chain(row)} if traced else row
 
-    sizes = {"train_size": train_size, "test_size": test_size}
-    sides = draw_sides(problems, question_of, **sizes, seed=seed)
-    if traced:
-        for row in (*sides["train"], *sides["test"]):
-            row["privileged_context"] = bare_chain(row)
+    sizes = {"train_size": train_size, "test_size": test_size, "seed": seed}
     return Task(
         name="arithmetic",
         verify=verify,
@@ -171,5 +166,5 @@ def load(
         first_error=first_error,
         nuisance_mask=nuisance_mask,
         underived=underived,
-        **{side: Dataset.from_list(rows) for side, rows in sides.items()},
+        **draw_sides(problems, question_of, **sizes),
     )
