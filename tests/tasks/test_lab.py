@@ -21,7 +21,7 @@ from rlsd_lib.tasks.lab.arithmetic import (
     tokens_of,
     verify,
 )
-from rlsd_lib.tasks.lab.chains import Style, longest_chain, write_chain
+from rlsd_lib.tasks.lab.chains import Style, write_chain
 from rlsd_lib.tasks.lab.model import LabRecipe, build_tokenizer, conversation, load_lab
 from rlsd_lib.tasks.task import is_held_out
 
@@ -46,7 +46,7 @@ def test_a_chain_without_doubts_is_right_and_as_talkative_as_the_dial_says(digit
     fillers = sum(sum(nuisance_mask(chain)) for _, chain in written)
     lengths = [len(tokens_of(chain)) + 1 for _, chain in written]  # and the end token
     assert fillers / sum(lengths) == pytest.approx(nuisance, abs=0.01)
-    assert max(lengths) <= longest_chain(digits, nuisance, quoted=False)
+    assert max(lengths) <= Style(nuisance).longest_chain(digits, quoted=False)
 
 
 def test_a_doubtful_fact_is_written_wrong_at_its_rate_and_carried_on():

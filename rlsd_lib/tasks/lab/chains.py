@@ -14,6 +14,7 @@ from rlsd_lib.tasks.lab.arithmetic import ANSWER, FILLERS, QUOTE, columns_of
 from rlsd_lib.tasks.task import Row
 
 Fact = tuple[int, int, int]  # smaller digit, larger digit, carry in
+FACTS = [(a, b, carry) for a in range(10) for b in range(a, 10) for carry in (0, 1)]
 SLIPS = (-10, -2, -1, 1, 2, 10)  # a wrong sum differs by one of these: in the digit, carry or both
 
 
@@ -31,10 +32,9 @@ def draw_beliefs(
 
     A `hard_share` of them gets an error rate uniform in `hard_rates`, the others `easy_rate`.
     """
-    facts = [(a, b, carry) for a in range(10) for b in range(a, 10) for carry in (0, 1)]
-    hard = set(random.sample(facts, round(hard_share * len(facts))))
+    hard = set(random.sample(FACTS, round(hard_share * len(FACTS))))
     beliefs = {}
-    for fact in facts:
+    for fact in FACTS:
         wrong = random.choice([sum(fact) + s for s in SLIPS if 0 <= sum(fact) + s <= 19])
         rate = random.uniform(*hard_rates) if fact in hard else easy_rate
         beliefs[fact] = Belief(rate, wrong)
@@ -66,10 +66,13 @@ class Style:
         weights = [2.718281828**-self.tilt] * half + [1.0] * (len(FILLERS) - half)
         return random.choices(FILLERS, weights, k=count)
 
-    def most_words(self, digits: int) -> int:
-        """Return the most filler words of a whole chain."""
+    def longest_chain(self, digits: int, *, quoted: bool) -> int:
+        """Return the most tokens a chain can have, end token included, with or without a quote."""
         mean = self._mean(digits)
-        return (digits + 1) * (int(mean) + (2 if mean >= 1 else 1)) if mean else 0
+        words = (digits + 1) * (int(mean) + (2 if mean >= 1 else 1)) if mean else 0
+        quote = len(QUOTE) + digits + 1 if quoted else 0
+        columns, answer = 9 * digits, 1 + digits + 1
+        return quote + words + columns + answer + 1
 
     def _mean(self, digits: int) -> float:
         """Words per slot that make their expected share of all tokens equal to `nuisance`."""
@@ -100,10 +103,3 @@ def write_chain(
         carry, result = total // 10, f"{total % 10}{result}"
     parts += style.words(random, len(columns))
     return " ".join([*parts, ANSWER, *(f"{carry}{result}" if carry else result)])
-
-
-def longest_chain(digits: int, nuisance: float, *, quoted: bool) -> int:
-    """Return the most tokens a chain can have, end token included, with or without a quote."""
-    quote = len(QUOTE) + digits + 1 if quoted else 0
-    columns, answer = 9 * digits, 1 + digits + 1
-    return quote + Style(nuisance).most_words(digits) + columns + answer + 1

@@ -29,7 +29,7 @@ from rlsd_lib.tasks.lab.arithmetic import (
     draw_problem,
     question_of,
 )
-from rlsd_lib.tasks.lab.chains import Belief, Fact, Style, draw_beliefs, longest_chain, write_chain
+from rlsd_lib.tasks.lab.chains import Belief, Fact, Style, draw_beliefs, write_chain
 from rlsd_lib.tasks.task import is_held_out
 
 SPECIALS = ("<pad>", "<eos>", "<system>", "<user>", "<assistant>")
@@ -75,7 +75,7 @@ class LabRecipe:
     @property
     def max_completion_length(self) -> int:
         """The most tokens that a chain of the corpus has, with a quotation and the end token."""
-        return longest_chain(self.digits, self.nuisance, quoted=self.quote_share > 0)
+        return Style(self.nuisance).longest_chain(self.digits, quoted=self.quote_share > 0)
 
     def beliefs(self) -> dict[Fact, Belief]:
         """Return what the corpus believes about each fact."""
