@@ -28,7 +28,13 @@ def messages_of(row: Mapping[str, Any]) -> Prompt:
     """
     if "images" not in row or isinstance(row["prompt"], str):
         return row["prompt"]
-    return prepare_multimodal_messages(row["prompt"], images=row["images"])
+    try:
+        return prepare_multimodal_messages(row["prompt"], images=row["images"])
+    except ValueError as error:
+        raise ValueError(
+            f"row {row.get('key', row['prompt'])}: {error} Write one part "
+            '{"type": "image"} where each image belongs.'
+        ) from error
 
 
 def text_of_prompt(processing: Processing, prompt: Prompt, **template: Any) -> str:
