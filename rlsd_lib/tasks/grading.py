@@ -3,13 +3,12 @@ r"""Graders for verifiable answers: is the one answer that a completion commits 
 The answer is what stands in `<answer>` tags or in `\boxed{}`, else what follows "the answer is",
 else a completion of one short line. Two different answers are a hedge, and a hedge is wrong.
 
-No model output is ever run: mathematics goes to the worker of `rlsd_lib.tasks.symbolic`. The reward
-weights are those of the code released with arXiv 2604.03128.
+No model output is ever run: mathematics goes to the worker of `rlsd_lib.tasks.symbolic`. The weighted
+reward is that of the code released with arXiv 2604.03128.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rlsd_lib.tasks import symbolic
 
@@ -20,6 +19,7 @@ TYPES = {  # every spelling that is accepted, in lower case -> the grader
     **dict.fromkeys(("boolean", "binary classification"), "boolean"),
 }
 MAX_COMPLETION, MAX_ANSWER = 100_000, 500  # characters; what is longer is wrong
+FORMAT_WEIGHT = 0.1
 
 _ANY_TAG = re.compile(r"</?(?:think|thought|answer)>", re.IGNORECASE)
 _FORMATS = [[f"<{t}>", f"</{t}>", "<answer>", "</answer>"] for t in ("think", "thought")]
@@ -47,10 +47,11 @@ _REWRITES = (  # applied in this order to every answer
 _WITH_UNIT = re.compile(
     r"([^A-Za-z]*(?:\\(?:times|frac|sqrt)[^A-Za-z]*)*[0-9})])( ?[A-Za-z°][A-Za-z° /^{}23]*)"
 )
-_UNITS = {name: names.split()[0] for names in (
-    "m meter metre", "km kilometer", "cm centimeter", "mm millimeter", "kg kilogram", "g gram",
-    "s second sec", "min minute", "h hour hr", "l L liter", "ml mL milliliter", "° degree",
-    "ft foot feet", "in inch inche") for name in names.split()}  # fmt: skip
+_SPELLINGS = (  # of each unit, its symbol first; a plural s is cut off before the look-up
+    "m meter metre, km kilometer, cm centimeter, mm millimeter, kg kilogram, g gram, s second sec, "
+    "min minute, h hour hr, l L liter, ml mL milliliter, ° degree, ft foot feet, in inch inche"
+)
+_UNITS = {name: unit.split()[0] for unit in _SPELLINGS.split(", ") for name in unit.split()}
 _LATIN = re.compile("[A-Za-z°]+")
 _MATHS_WORDS = r"(?:and|or|sin|cos|tan|cot|log|exp|[pbvB]?matrix|cases)(?![A-Za-z])"
 _WORD = re.compile(rf"(?<![\\A-Za-z])(?!{_MATHS_WORDS})[A-Za-z]{{3}}")  # prose, not mathematics
@@ -150,7 +151,7 @@ def same_maths(gold: str, answer: str, rough: bool = False) -> bool:
     if all(pairs) and pairs[0].groups() != pairs[1].groups():
         return False
     latex = [re.sub(r" (?:or|and) ", ", ", text).replace("°", r"^\circ") for text in (gold, answer)]
-    return symbolic.equal(*latex, _tolerance(gold) if rough else 0.0)
+    return symbolic.WORKER.equal(*latex, _tolerance(gold) if rough else 0.0)
 
 
 def _tolerance(gold: str) -> float:
@@ -186,59 +187,20 @@ def grade(completion: str, answer: str, problem_type: str, choices: Sequence[str
     return same_maths(gold, given)
 
 
-def accuracy_reward(
-    completions: list[Any], answer: list[Any], problem_type: list[str], **columns: Any
-) -> list[float | None]:
-    """Reward 1.0 for a right answer and 0.0 for a wrong one: the paper's text.
+def weighted(completion: str, answer: str, problem_type: str, choices: Sequence[str] = ()) -> float:
+    """Return the released code's reward: maths 0.9 accuracy + 0.1 format, other types accuracy.
 
-    The arguments are what TRL passes, all equally long; a column `choices` is used when there is
-    one. A row whose answer is None gets None, which TRL leaves to the other reward functions.
+    That code also has a penalty for long completions, whose limit lies far above the 4096 tokens
+    that are generated: the term is 0 and left out here. Raises as `grade` does.
     """
-    from rlsd_lib.prompts import text_of  # here: the worker runs this file and needs no datasets
-
-    choices = columns.get("choices") or [()] * len(completions)
-    rows = zip(map(text_of, completions), answer, problem_type, choices, strict=True)
-    return [None if a is None else float(grade(t, str(a), p, c or ())) for t, a, p, c in rows]
-
-
-def format_reward(completions: list[Any], **columns: Any) -> list[float]:
-    """Reward 1.0 for one reasoning block, then one answer block, and no such tag beside them."""
-    from rlsd_lib.prompts import text_of
-
-    return [float(_is_formatted(text_of(completion))) for completion in completions]
+    right = float(grade(completion, answer, problem_type, choices))
+    if TYPES[problem_type.strip().lower()] != "math":
+        return right
+    return (1 - FORMAT_WEIGHT) * right + FORMAT_WEIGHT * is_formatted(completion)
 
 
-def _is_formatted(text: str) -> bool:
-    tags = [tag.lower() for tag in _ANY_TAG.findall(text)]
-    filled = [bool(part.strip()) for part in _ANY_TAG.split(text)]
+def is_formatted(completion: str) -> bool:
+    """Say whether it is one reasoning block, then one answer block, and no such tag beside them."""
+    tags = [tag.lower() for tag in _ANY_TAG.findall(completion)]
+    filled = [bool(part.strip()) for part in _ANY_TAG.split(completion)]
     return tags in _FORMATS and filled == [False, True, False, True, False]
-
-
-def soft_overlong(length: int, max_length: int, buffer: int) -> float:
-    """Fall linearly from 0 to -1 over the last `buffer` of `max_length` tokens."""
-    return -min(max((length - max_length + buffer) / buffer, 0.0), 1.0)
-
-
-def weighted_reward(
-    *, format_weight: float = 0.1, overlong_weight: float = 0.0, max_length: int = 4096,
-    overlong_buffer: int = 1024,
-) -> Callable[..., list[float | None]]:  # fmt: skip
-    """Make the released code's reward: maths 0.9 accuracy + 0.1 format, other types accuracy.
-
-    `overlong_weight` adds `soft_overlong` of the completion's tokens to maths. (The released code
-    has it at 0.1, with a limit far above the 4096 tokens that are generated: the term is 0.)
-    """
-
-    def graded(completions: list[Any], problem_type: list[str], **columns: Any) -> list[Any]:
-        rewards = accuracy_reward(completions, problem_type=problem_type, **columns)
-        formats = format_reward(completions)
-        for i, kind in enumerate(problem_type):
-            if rewards[i] is None or TYPES[kind.strip().lower()] != "math":
-                continue
-            rewards[i] = (1 - format_weight) * rewards[i] + format_weight * formats[i]
-            if overlong_weight:
-                length = len(columns["completion_ids"][i])
-                rewards[i] += overlong_weight * soft_overlong(length, max_length, overlong_buffer)
-        return rewards
-
-    return graded

@@ -1,4 +1,4 @@
-"""How many tokens prompts have, images included, without touching a pixel; what is too long."""
+"""How many tokens prompts have, images included, without decoding a pixel; which are too long."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from datasets import Dataset, Image, List
 from PIL import Image as PillowImage
 from transformers import ProcessorMixin
 
-from rlsd_lib.prompts import COLUMN, Prompt, count_images, teacher_prompt
-from rlsd_lib.tasks import Task
-from rlsd_lib.tasks.encode import Processing, tokenizer_of
+from rlsd_lib.prompts import COLUMN, count_images, teacher_prompt
+from rlsd_lib.tasks.encode import Processing, text_of_prompt, tokenizer_of
+from rlsd_lib.tasks.task import Task
 
-BATCH = 1000
+BATCH = 1000  # prompts tokenised at a time
 
 
 def prompt_lengths(
@@ -32,7 +32,8 @@ def prompt_lengths(
     if privileged_template is not None:
         pairs = zip(prompts, rows[COLUMN][:], strict=True)
         prompts = [teacher_prompt(prompt, text, privileged_template) for prompt, text in pairs]
-    texts = [_text(processing, prompt, dict(chat_template_kwargs or {})) for prompt in prompts]
+    template = chat_template_kwargs or {}
+    texts = [text_of_prompt(processing, prompt, **template) for prompt in prompts]
     tokenizer = tokenizer_of(processing)
     lengths: list[int] = []
     for start in range(0, len(texts), BATCH):
@@ -40,18 +41,9 @@ def prompt_lengths(
         lengths += map(len, batch)
     if isinstance(processing, ProcessorMixin) and "images" in rows.column_names:
         # In the text, each image was one token.
-        extra = _image_tokens(rows, processing)
-        held = map(count_images, prompts)
-        lengths = [n + e - c for n, e, c in zip(lengths, extra, held, strict=True)]
+        extra = zip(lengths, _image_tokens(rows, processing), prompts, strict=True)
+        lengths = [length + tokens - count_images(prompt) for length, tokens, prompt in extra]
     return lengths
-
-
-def _text(processing: Processing, prompt: Prompt, template: dict[str, Any]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return processing.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=True, **template
-    )
 
 
 def _image_tokens(rows: Dataset, processing: ProcessorMixin) -> list[int]:
@@ -72,12 +64,13 @@ def _size(image: Mapping[str, Any]) -> list[int]:
 def within(task: Task, processing: Processing, limit: int, **template: Any) -> tuple[Task, int]:
     """Leave out the rows whose prompt has more than `limit` tokens; also returns how many.
 
+    `template` are the keywords of `prompt_lengths`.
+
     Raises:
         ValueError: a side has no row left.
     """
     sides, dropped = {}, 0
-    for name in ("train", "test"):
-        rows: Dataset = getattr(task, name)
+    for name, rows in (("train", task.train), ("test", task.test)):
         lengths = prompt_lengths(rows, processing, **template)
         kept = fitting(lengths, limit)
         if not kept:

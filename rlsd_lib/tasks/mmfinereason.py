@@ -4,14 +4,16 @@ A row has the fields of `FIELDS`. It becomes TRL's `prompt` (a user turn in whic
 of the problem is an image part) and `images`, with `privileged_context` (the final answer; or the
 trace of the released set's teacher, for OPSD), `reference_trace`, and what the grader needs.
 
-Broken rows are never used: each is listed in a `Report` under every fault it has. The split and
-the fingerprint are made of hashed contents (texts and image files): the same on every machine.
+Broken rows are never used: a `Report` lists each under every fault it has. The split and the
+fingerprint are made of hashed contents (texts and image files): the same on every machine.
 """
 
+import json
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,8 +25,8 @@ from datasets import Dataset, Features, Image, List, Value, load_dataset
 from rlsd_lib.prompts import has_image_token, leaks
 from rlsd_lib.runs.paths import digest
 from rlsd_lib.runs.provenance import fingerprint
-from rlsd_lib.tasks.data_report import Report
-from rlsd_lib.tasks.grading import TYPES, clean, grade, weighted_reward
+from rlsd_lib.runs.records import replace_text, write_json
+from rlsd_lib.tasks.grading import TYPES, clean, grade, weighted
 from rlsd_lib.tasks.images import images_of, read_bytes, shape_of, stored
 from rlsd_lib.tasks.task import Row, Task, is_held_out
 
@@ -33,10 +35,6 @@ TRACE = "qwen3vl_235b_thinking_response"
 FIELDS = ("problem", "answer", "problem_type", "data_type", "images", "videos", TRACE)
 MIN_AREA, MAX_AREA = 262_144, 1_048_576  # pixels of one image, as the released code has them
 MAX_ASPECT = 200  # Qwen's image processors refuse longer shapes
-REFERENCE_PATTERN = (
-    r"\b(?:reference|provided|given|known|sample) (?:solution|answer)\b|\breference\b"
-    r"|\b(?:solution|answer) (?:above|provided|given)\b"
-)
 FORMAT = (
     "Think first, in <thought> </thought>, then give only the final answer in <answer> </answer>."
 )
@@ -59,140 +57,171 @@ FEATURES = Features(
 _CHOICE = re.compile(r"(?m)^[ \t]*\(?([A-J])[.):][ \t]*(\S.*?)[ \t]*$")
 
 
+@dataclass(frozen=True)
+class Report:
+    """How many rows were read and kept; `faults` names the rows (from 0) that have each fault."""
+
+    source: str
+    rows: int
+    kept: int
+    faults: dict[str, list[int]]
+    unknown_types: dict[str, int]  # how often each type without a grader occurs
+    fingerprint: str  # of the kept rows, in order
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows have each fault that occurs."""
+        return {fault: len(rows) for fault, rows in self.faults.items()}
+
+    def summary(self) -> str:
+        """Say in one line how many rows were kept, and how many were dropped for each fault."""
+        parts = ", ".join(f"{fault} {count}" for fault, count in self.counts.items())
+        return f"{self.source}: {self.kept} of {self.rows} rows kept; dropped: {parts or 'none'}"
+
+    def write(self, folder: str | Path) -> None:
+        """Write data_report.json (counts) and dropped.jsonl (row, fault) to an existing folder."""
+        facts = asdict(self)
+        pairs = [(row, fault) for fault, rows in facts.pop("faults").items() for row in rows]
+        write_json(Path(folder) / "data_report.json", {**facts, "counts": self.counts})
+        lines = [json.dumps({"row": row, "fault": fault}) + "\n" for row, fault in pairs]
+        replace_text(Path(folder) / "dropped.jsonl", "".join(lines))
+
+
 def load(
-    *, train_size: int, test_size: int, seed: int, source: str = HUB, report_dir: str = "",
-    reward: str = "binary", **options: Any,
-) -> Task:  # fmt: skip
+    *,
+    train_size: int,
+    test_size: int,
+    seed: int,
+    source: str = HUB,
+    report_dir: str = "",
+    reward: str = "binary",
+    **options: Any,
+) -> Task:
     """Build the task; a size of -1 takes all rows of that side, else `seed` chooses among them.
 
-    `options` are those of `prepare`. What was dropped is logged, and written to `report_dir` where
-    one is given. `reward` is "binary" (the paper's text) or "weighted" (the released code: see
-    `grading.weighted_reward`). Raises ValueError when a side has fewer rows than asked for.
+    `options` are those of `prepare`. The counts of dropped rows are logged, and written to
+    `report_dir` where one is given. `reward` is "binary" (the paper's text) or "weighted" (the
+    released code: see `grading.weighted`).
+
+    Raises:
+        ValueError: a side has fewer rows than asked for, or there is no such `reward`.
     """
-    check_reward(reward)  # before the data set is read
+    if reward not in ("binary", "weighted"):
+        raise ValueError(f"reward={reward!r}: choose 'binary' or 'weighted'")
     rows, report = prepare(source, **options)
-    how = {"train_size": train_size, "test_size": test_size, "seed": seed, "reward": reward}
-    return as_task("mmfinereason", rows, report, report_dir=report_dir, **how)
-
-
-def as_task(
-    name: str, rows: Dataset, report: Report, *, train_size: int, test_size: int, seed: int,
-    reward: str, report_dir: str,
-) -> Task:  # fmt: skip
-    """Split prepared rows into a task, and tell what was dropped."""
     logging.getLogger(__name__).warning(report.summary())
     if report_dir:
         report.write(report_dir)
-    sides = {s: _choose(rows, s, n, seed) for s, n in (("train", train_size), ("test", test_size))}
-    judging = {"verify": verify, "score": weighted if reward == "weighted" else None}
-    return Task(name=name, reference_pattern=REFERENCE_PATTERN, report=report, **judging, **sides)
+    return Task(
+        name="mmfinereason",
+        train=_choose(rows, "train", train_size, seed),
+        test=_choose(rows, "test", test_size, seed),
+        verify=partial(_judge, grade),
+        score=partial(_judge, weighted) if reward == "weighted" else None,
+        report=report,
+    )
 
 
-def check_reward(reward: str) -> None:
-    """Raise ValueError for a kind of reward that there is not."""
-    if reward not in ("binary", "weighted"):
-        raise ValueError(f"reward={reward!r}: choose 'binary' or 'weighted'")
-
-
-def verify(completion: str, row: Row) -> bool:
-    """Say whether a completion's final answer is right for its problem type."""
-    return grade(completion, row["answer"], row["problem_type"], row["choices"])
-
-
-def weighted(completion: str, row: Row) -> float:
-    """Return the released code's reward: for maths, 0.9 accuracy + 0.1 format."""
-    columns = {name: [row[name]] for name in ("answer", "problem_type", "choices")}
-    return weighted_reward()([completion], **columns)[0]
+def _judge(grader: Any, completion: str, row: Row) -> Any:
+    return grader(completion, row["answer"], row["problem_type"], row["choices"])
 
 
 def prepare(
-    source: str | Path = HUB, *, revision: str | None = None, split: str = "train",
-    image_folder: str | Path = "", privileged: str = "answer", preamble: bool = True,
-    min_area: int = MIN_AREA, max_area: int = MAX_AREA, num_proc: int | None = None,
+    source: str | Path = HUB,
+    *,
+    revision: str | None = None,
+    image_folder: str | Path = "",
+    privileged: str = "answer",
+    min_area: int = MIN_AREA,
+    max_area: int = MAX_AREA,
+    num_proc: int | None = None,
     text_columns: Mapping[str, str] | None = None,
-) -> tuple[Dataset, Report]:  # fmt: skip
+) -> tuple[Dataset, Report]:
     """Read, check and map a data set, scaling its images to `min_area` .. `max_area` pixels.
 
-    `source` is a name on the hub (`revision` and `split` are for it), or a folder of .parquet or
-    .jsonl files. Image paths are relative to `image_folder`, by default that folder. `privileged`
-    is "answer" (RLSD) or "trace" (OPSD). With `preamble` the student's turn begins with an
-    instruction. `num_proc` processes do the work. `text_columns` reads a set of mathematical texts
-    with columns of its own: {field: its column}, see `rlsd_lib.tasks.maths`. Raises
-    FileNotFoundError for a folder without data files, ValueError for missing fields, no usable row,
-    or an unknown `privileged`.
+    `source` is a name on the hub (at `revision`), or a folder of .parquet or .jsonl files. Image
+    paths are relative to `image_folder`, by default that folder. `privileged` is "answer" (RLSD) or
+    "trace" (OPSD). `num_proc` processes do the work. `text_columns` reads a set of mathematical
+    texts with columns of its own: {field: its column}, see `rlsd_lib.tasks.maths`.
+
+    Raises:
+        FileNotFoundError: the folder has no data files.
+        ValueError: fields are missing, no row is usable, or there is no such `privileged`.
     """
     if privileged not in ("answer", "trace"):
         raise ValueError(f"privileged={privileged!r}: choose 'answer' or 'trace'")
-    raw = _read(source, revision, split, text_columns)
+    raw = _read(source, revision)
+    raw = raw if text_columns is None else _as_texts(raw, text_columns)
+    if missing := [field for field in FIELDS if field not in raw.column_names]:
+        have = ", ".join(raw.column_names)
+        raise ValueError(f"{source} has no {', '.join(missing)}, only {have}; rename its columns")
+    raw = _undecoded(raw.select_columns(list(FIELDS)))
     name = f"{source}@{revision}" if revision else str(source)
     folder = str(image_folder or (source if Path(source).is_dir() else ""))
-    check = partial(inspect_row, folder=folder, need_trace=privileged == "trace", preamble=preamble)
+    how = {"folder": folder, "privileged": privileged}
     fresh = {"load_from_cache_file": False, "keep_in_memory": True}  # files may have changed
-    checked = raw.map(check, remove_columns=raw.column_names, num_proc=num_proc, **fresh).to_list()
+    checked = raw.map(
+        partial(inspect_row, **how), remove_columns=raw.column_names, num_proc=num_proc, **fresh
+    ).to_list()
     report, kept = _report(name, raw, checked)
     if not kept:
         raise ValueError(f"{report.summary()}. No row is left; check the source and image_folder")
-    facts = {"folder": folder, "privileged": privileged, "preamble": preamble}
-    keys = [checked[index]["key"] for index in kept]  # contents: they also tell the cache apart
-    to_trl = partial(to_columns, keys=keys, area=(min_area, max_area), **facts)
-    # One image may take a megabyte, so rows are written out in small batches.
-    how = {"with_indices": True, "num_proc": num_proc, "writer_batch_size": 64}
-    rows = raw.select(kept)
-    return rows.map(to_trl, remove_columns=raw.column_names, features=FEATURES, **how), report
+    # The keys are contents: they also tell apart what `datasets` caches.
+    raw = raw.add_column("key", [row["key"] for row in checked])
+    rows = raw.select(kept).map(
+        partial(to_columns, area=(min_area, max_area), **how),
+        remove_columns=raw.column_names,
+        features=FEATURES,
+        num_proc=num_proc,
+        writer_batch_size=64,  # one image may take a megabyte
+    )
+    return rows, report
 
 
-def _read(
-    source: str | Path, revision: str | None, split: str, text_columns: Mapping[str, str] | None
-) -> Dataset:
-    """Load the rows with their images not decoded."""
-    if Path(source).is_dir():
-        files = [p for p in Path(source).rglob("*") if p.suffix in (".parquet", ".jsonl")]
-        if len(kinds := {file.suffix for file in files}) != 1:
-            kinds = " and ".join(sorted(kinds)) or "neither"
-            raise FileNotFoundError(f"{source}: expected .parquet or .jsonl files, found {kinds}")
-        loader = {".parquet": "parquet", ".jsonl": "json"}[kinds.pop()]
-        rows = load_dataset(loader, data_files=sorted(map(str, files)), split="train")
-    else:
-        rows = load_dataset(str(source), revision=revision, split=split)
-    rows = rows if text_columns is None else _as_texts(rows, text_columns)
-    if missing := [field for field in FIELDS if field not in rows.column_names]:
-        have = ", ".join(rows.column_names)
-        raise ValueError(f"{source} has no {', '.join(missing)}, only {have}; rename its columns")
-    feature = rows.features["images"]
-    if isinstance(feature, Image):
-        return rows.cast_column("images", Image(decode=False))
-    decoded = isinstance(getattr(feature, "feature", None), Image)
-    return rows.cast_column("images", List(Image(decode=False))) if decoded else rows
+def _read(source: str | Path, revision: str | None) -> Dataset:
+    if not Path(source).is_dir():
+        return load_dataset(str(source), revision=revision, split="train")
+    files = [p for p in Path(source).rglob("*") if p.suffix in (".parquet", ".jsonl")]
+    if len(kinds := {file.suffix for file in files}) != 1:
+        kinds = " and ".join(sorted(kinds)) or "neither"
+        raise FileNotFoundError(f"{source}: expected .parquet or .jsonl files, found {kinds}")
+    loader = {".parquet": "parquet", ".jsonl": "json"}[kinds.pop()]
+    return load_dataset(loader, data_files=sorted(map(str, files)), split="train")
 
 
 def _as_texts(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
     """Give a set of mathematical texts the fields that it lacks; its other columns are dropped."""
-    here = {field: column for field, column in columns.items() if column in rows.column_names}
-    rows = rows.select_columns(list(here.values()))
-    rows = rows.rename_columns({column: field for field, column in here.items() if column != field})
+    here = {column: field for field, column in columns.items() if column in rows.column_names}
+    rows = rows.select_columns(list(here))
+    rows = rows.rename_columns({old: new for old, new in here.items() if old != new})
     same = {"problem_type": "math", "data_type": "text", "images": [], "videos": []}
     same |= {} if TRACE in rows.column_names else {TRACE: ""}
-    new = {name: Value("string") for name in same} | {
-        name: List(Value("string")) for name in ("images", "videos")
-    }
-    features = Features({**rows.features, **new})
-    return rows.map(lambda _: same, features=features)
+    new = {k: List(Value("string")) if v == [] else Value("string") for k, v in same.items()}
+    return rows.map(lambda _: same, features=Features({**rows.features, **new}))
 
 
-def inspect_row(
-    row: Row, folder: str = "", need_trace: bool = False, preamble: bool = True
-) -> dict[str, Any]:
-    """Return a raw row's `faults`, the hash `key` of its question, `content` of all, and `traced`."""
-    problem, answer, kind, trace = (_text(row[f]) for f in (*FIELDS[:3], TRACE))
+def _undecoded(rows: Dataset) -> Dataset:
+    """Leave images as bytes or paths, whether the column has one a row or a list of them."""
+    feature = rows.features["images"]
+    if isinstance(feature, Image):
+        return rows.cast_column("images", Image(decode=False))
+    many = isinstance(getattr(feature, "feature", None), Image)
+    return rows.cast_column("images", List(Image(decode=False))) if many else rows
+
+
+def inspect_row(row: Row, folder: str, privileged: str) -> dict[str, Any]:
+    """Return a raw row's `faults`, the hash `key` of its question, and the hash `content` of all."""
+    problem, answer, kind, trace = _texts(row)
     images = [read_bytes(image) for image in images_of(row, folder)]
     shapes = [shape_of(data) for data in images if data is not None]
     count = problem.count("<image>")
     has_video = bool(row["videos"]) or row["data_type"] == "video" or "<video>" in problem
     needs_image = count > 0 or row["data_type"] == "image"
+    traced = privileged == "trace"
     # The answer's place is looked at for traces too: methods are compared on the same problems.
-    shown = [answer, trace] if need_trace else [answer]
+    shown = [answer, trace] if traced else [answer]
     known = kind.lower() in TYPES
-    prompt = [{"content": _content(problem, TYPES[kind.lower()], preamble)}] if known else problem
+    prompt = [{"content": _content(problem, TYPES[kind.lower()])}] if known else problem
     faults = {
         "empty_problem": not problem.replace("<image>", "").strip(),
         "empty_answer": not clean(answer),
@@ -204,68 +233,65 @@ def inspect_row(
         "unreadable_image": None in shapes,
         "image_shape": any(shape and max(shape) > MAX_ASPECT * min(shape) for shape in shapes),
         "placeholders": bool(images) and count != len(images),
-        "missing_trace": need_trace and not trace,
-        "image_in_trace": need_trace and has_image_token(trace),
+        "missing_trace": traced and not trace,
+        "image_in_trace": traced and has_image_token(trace),
     }
     key = digest([problem, [sha256(data or b"").hexdigest() for data in images]])
     found = [name for name, here in faults.items() if here]
-    facts = {"content": digest([key, answer, kind, trace]), "traced": bool(trace)}
-    return {"faults": found, "key": key, **facts}
+    return {"faults": found, "key": key, "content": digest([key, answer, kind, trace])}
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+def _texts(row: Row) -> list[str]:
+    """Problem, answer, type and trace, with "" for None."""
+    fields = ("problem", "answer", "problem_type", TRACE)
+    return ["" if row[field] is None else str(row[field]).strip() for field in fields]
 
 
 def _report(source: str, raw: Dataset, checked: list[Row]) -> tuple[Report, list[int]]:
     """Collect the faults of all rows, duplicates among the whole ones included."""
-    faults: dict[str, list[int]] = {}
+    faults: dict[str, list[int]] = defaultdict(list)
     kept: dict[str, int] = {}
     for index, row in enumerate(checked):
         found = row["faults"] or (["duplicate"] if row["key"] in kept else [])
         for fault in found:
-            faults.setdefault(fault, []).append(index)
+            faults[fault].append(index)
         if not found:
             kept[row["key"]] = index
-    whole = [checked[index] for index in kept.values()]
-    types = raw.select_columns("problem_type").select(faults.get("unknown_type", []))
+    unknown = raw.select_columns("problem_type").select(faults.get("unknown_type", []))
     return Report(
         source=source,
         rows=len(raw),
-        kept=len(whole),
-        faults=faults,
-        unknown_types=dict(Counter(_text(row["problem_type"]) for row in types)),
-        without_trace=sum(not row["traced"] for row in whole),
-        fingerprint=fingerprint(row["content"] for row in whole),
+        kept=len(kept),
+        faults=dict(faults),
+        unknown_types=dict(Counter(str(row["problem_type"] or "").strip() for row in unknown)),
+        fingerprint=fingerprint(checked[index]["content"] for index in kept.values()),
     ), list(kept.values())
 
 
-def to_columns(
-    row: Row, index: int, *, keys: list[str], area: tuple[int, int], folder: str, privileged: str,
-    preamble: bool,
-) -> Row:  # fmt: skip
-    """Map a raw row that is whole to the columns of `FEATURES`."""
-    problem, answer, kind, trace = (_text(row[f]) for f in (*FIELDS[:3], TRACE))
+def to_columns(row: Row, area: tuple[int, int], folder: str, privileged: str) -> Row:
+    """Map a raw row without faults to the columns of `FEATURES`; `area` bounds its images' pixels."""
+    problem, answer, kind, trace = _texts(row)
     kind = TYPES[kind.lower()]
     return {
-        "prompt": [{"role": "user", "content": _content(problem, kind, preamble)}],
+        "prompt": [{"role": "user", "content": _content(problem, kind)}],
         "images": [stored(image, *area) for image in images_of(row, folder)],
         "privileged_context": answer if privileged == "answer" else trace,
         "reference_trace": trace,
         "answer": answer,
         "problem_type": kind,
         "choices": choices_of(problem) if kind == "multiple choice" else [],
-        "key": keys[index],
+        "key": row["key"],
     }
 
 
-def _content(problem: str, kind: str, preamble: bool) -> list[dict[str, Any]]:
-    """The parts of the student's turn."""
-    texts = problem.split("<image>")
-    parts = [{"type": "text", "text": f"{INSTRUCTIONS[kind]}\n\n" * preamble + texts[0]}]
-    for text in texts[1:]:
-        parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
-    return [part for part in parts if part["type"] == "image" or part["text"].strip()]
+def _content(problem: str, kind: str) -> list[dict[str, Any]]:
+    """The parts of the student's turn: an instruction, then text and images in turn."""
+    first, *rest = problem.split("<image>")
+    parts = [{"type": "text", "text": f"{INSTRUCTIONS[kind]}\n\n{first}"}]
+    for text in rest:
+        parts.append({"type": "image", "text": None})
+        parts += [{"type": "text", "text": text}] if text.strip() else []
+    return parts
 
 
 def choices_of(problem: str) -> list[str]:

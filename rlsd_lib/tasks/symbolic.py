@@ -30,11 +30,14 @@ class Worker:
         self._lock, self._owner = threading.Lock(), os.getpid()
         self._known: dict[str, bool] = {}
 
-    def equal(self, *question: Any) -> bool:
-        """Ask whether gold and answer are equal; no verdict within the deadline means no."""
+    def equal(self, gold: str, answer: str, tolerance: float) -> bool:
+        """Whether two LaTeX answers are equal, or numbers within a relative `tolerance` of the gold.
+
+        No verdict within the deadline means no, which is not remembered.
+        """
         if self._owner != os.getpid():  # after a fork the pipe is the parent's
             self.__init__()
-        key = json.dumps(question)
+        key = json.dumps([gold, answer, tolerance])
         with self._lock:
             if key not in self._known and (verdict := self._ask(key.encode() + b"\n")):
                 self._known[key] = verdict == b"1\n"
@@ -62,12 +65,7 @@ class Worker:
         return out.readline() if select.select([out], [], [], seconds)[0] else b""
 
 
-_WORKER = Worker()
-
-
-def equal(gold: str, answer: str, tolerance: float) -> bool:
-    """Whether two LaTeX answers are equal, or numbers within a relative `tolerance` of the gold."""
-    return _WORKER.equal(gold, answer, tolerance)
+WORKER = Worker()
 
 
 def compare(gold: str, answer: str, tolerance: float) -> bool:

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from datasets import Dataset
@@ -34,7 +35,7 @@ class Task:
     the teacher may read), `answer`, and whatever the verifier needs. `privileged_template` is the
     text of the teacher's user turn, with the placeholders `{prompt}` and `{privileged_context}`;
     None stands for the trainer's default. `score` is the reward where it is more than the verdict.
-    `report` says what became of the rows that were read, None where rows are generated.
+    `report` counts the rows that were read and dropped, None where rows are generated.
     `first_error` gives the index of the first wrong token of a completion (None when there is none)
     and `nuisance_mask` marks the tokens that do not bear on the answer; `underived` cuts a
     completion off where its answer can first have been derived. All three are None where a task
@@ -45,7 +46,7 @@ class Task:
     train: Dataset
     test: Dataset
     verify: Callable[[str, Row], bool]
-    reference_pattern: str
+    reference_pattern: str = REFERENCE_PATTERN
     privileged_template: str | None = None
     score: Callable[[str, Row], float] | None = None
     report: Any = None
@@ -59,10 +60,13 @@ class Task:
         `columns` are the data set's columns, each as long as `completions`; anything else that a
         trainer passes along is ignored.
         """
-        rows = columns_to_rows(columns, len(completions))
+        size = len(completions)
+        kept = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == size}
         judge = self.score or self.verify
-        pairs = zip(completions, rows, strict=True)
-        return [float(judge(text_of(completion), row)) for completion, row in pairs]
+        return [
+            float(judge(text_of(completion), {name: values[i] for name, values in kept.items()}))
+            for i, completion in enumerate(completions)
+        ]
 
     def leak(self, completions: list[Completion], **columns: Any) -> list[float]:
         """Return 1.0 for each completion that mentions a reference: a reward to log, weight 0."""
@@ -73,37 +77,45 @@ class Task:
         return re.search(self.reference_pattern, text_of(completion), re.IGNORECASE) is not None
 
 
-def columns_to_rows(columns: dict[str, Any], size: int) -> list[Row]:
-    """Turn equally long columns into rows; values that are not such columns are left out."""
-    kept = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == size}
-    return [{name: values[index] for name, values in kept.items()} for index in range(size)]
-
-
 def is_held_out(question: str) -> bool:
     """Say whether the question's text puts it on the test side (one in `TEST_BUCKETS`)."""
     digest = hashlib.sha256(question.encode()).digest()
     return int.from_bytes(digest[:8], "big") % TEST_BUCKETS == 0
 
 
-def draw_rows(
-    stream: Iterable[Row], size: int, *, held_out: bool, question: Callable[[Row], str]
-) -> list[Row]:
-    """Take `size` different rows of one side from a stream of random rows.
+def draw_sides(
+    stream: Callable[[Random], Iterable[Row]],
+    question: Callable[[Row], str],
+    *,
+    train_size: int,
+    test_size: int,
+    seed: int,
+) -> dict[str, Dataset]:
+    """Draw different rows for `train` and `test` from streams of random rows.
 
-    Raises ValueError when the stream runs dry, or repeats itself, before there are enough.
+    `question` is the text of a row that decides its side.
+
+    Raises:
+        ValueError: a size is below 1, or the stream repeats itself before there are enough rows.
     """
-    rows: dict[str, Row] = {}
+    return {
+        side: Dataset.from_list(_draw(stream(Random(f"{side}-{seed}")), question, side, size))
+        for side, size in (("train", train_size), ("test", test_size))
+    }
+
+
+def _draw(stream: Iterable[Row], question: Callable[[Row], str], side: str, size: int) -> list[Row]:
     if size < 1:
-        raise ValueError(f"size is {size}; ask for at least one row of each of train and test")
+        raise ValueError(f"{side}_size is {size}; ask for at least one row of train and of test")
+    rows: dict[str, Row] = {}
     for draws, row in enumerate(stream, start=1):
         key = question(row)
-        if is_held_out(key) == held_out:
+        if is_held_out(key) == (side == "test"):
             rows.setdefault(key, row)
         if len(rows) == size:
             return list(rows.values())
         if draws >= DRAWS_PER_ROW * size:
             break
-    side = "test" if held_out else "train"
     raise ValueError(
         f"only {len(rows)} different {side} questions found where {size} were asked for; "
         f"lower {side}_size, or choose options with more questions"

@@ -160,11 +160,11 @@ def test_both_models_are_judged_and_an_untrained_one_once(tmp_path, monkeypatch)
 
 
 def test_what_was_dropped_is_counted_and_kept(tmp_path):
-    from rlsd_lib.tasks.data_report import Report
+    from rlsd_lib.tasks.mmfinereason import Report
 
     one = experiment(tmp_path)
     faults = {"missing_image": [3, 5], "empty_answer": [5]}
-    report = Report("folder", 10, 8, faults, unknown_types={}, without_trace=0, fingerprint="f")
+    report = Report("folder", 10, 8, faults, unknown_types={}, fingerprint="f")
     one.task = SimpleNamespace(train=range(6), test=range(2), report=report)
     rows = dropped(one)["rows"]
     assert rows.to_dict() == {

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlsd_lib.tasks import load_task
-from rlsd_lib.tasks.lab.colours import COLOURS
+from rlsd_lib.tasks.lab.vision import COLOURS, build_processor
 from rlsd_lib.tasks.lengths import within
-from rlsd_lib.tasks.mmfinereason import weighted
 
 
 def write(folder: Path, rows: list[dict]) -> str:
@@ -80,12 +79,10 @@ def test_the_weighted_reward_is_the_released_codes():
     assert task.reward([full, row["answer"], wrong], **columns) == pytest.approx([1, 0.9, 0.1])
     assert task.verify(row["answer"], row)
     choice = next(row for row in task.train if row["problem_type"] == "multiple choice")
-    assert weighted(choice["answer"], choice) == 1.0
+    assert task.score(choice["answer"], choice) == 1.0
 
 
 def test_long_prompts_are_left_out():
-    from rlsd_lib.tasks.lab.vision import build_processor
-
     task = load_task("colours", train_size=-1, test_size=-1, seed=0)
     short, dropped = within(task, build_processor(), 175)
     assert dropped == len(task.train) + len(task.test) - len(short.train) - len(short.test) > 10

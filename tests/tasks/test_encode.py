@@ -34,6 +34,12 @@ def test_a_batch_says_the_same_as_its_rows_alone(task, family):
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-3, atol=1e-4)
 
 
+def test_a_row_with_too_few_images_is_named(task):
+    row = next(row for row in task.train if len(row["images"]) == 2)
+    with pytest.raises(ValueError, match=rf"row {row['key']}.*\(1\).*\(2\).*Write one part"):
+        messages_of({**row, "images": row["images"][:1]})
+
+
 def test_answers_depend_on_the_pixels(task):
     model, processor = tiny_vlm.model().eval(), tiny_vlm.processor()
     row = next(row for row in task.test if row["images"])

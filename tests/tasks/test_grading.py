@@ -1,4 +1,4 @@
-"""Graders: a table of answers with their verdicts, hostile input, the worker, and the rewards."""
+"""Graders: a table of answers with their verdicts, hostile input, the worker, and the reward."""
 
 import multiprocessing
 import os
@@ -10,12 +10,12 @@ import pytest
 import sympy.physics.units  # the worker has it loaded, too
 from sympy.parsing import sympy_parser
 
-from rlsd_lib.tasks import grading, symbolic
-from rlsd_lib.tasks.grading import final_answer, grade
+from rlsd_lib.tasks import symbolic
+from rlsd_lib.tasks.grading import final_answer, grade, is_formatted, weighted
 
 CHOICES = ["red", "12 cm", "a triangle", "Vitamin B"]
 
-# problem type, reference, completion, verdict
+# reference, completion, verdict
 MATHS = [
     ("42", "42", True),
     ("42", "43", False),
@@ -156,22 +156,18 @@ BOOLEANS = [
     ("no", "No, it is not.", True),
     ("yes", "maybe", False),
 ]
-TABLE = [
-    (kind, *line)
-    for kind, lines in (
-        ("math", MATHS),
-        ("numerical", NUMBERS),
-        ("Multiple Choice", LETTERS),
-        ("boolean", BOOLEANS),
-    )
-    for line in lines
-]
+TABLES = {
+    "math": MATHS,
+    "numerical": NUMBERS,
+    "multiple choice": LETTERS,
+    "boolean": BOOLEANS,
+}
 
 
-@pytest.mark.parametrize(("kind", "gold", "completion", "verdict"), TABLE)
-def test_table(kind: str, gold: str, completion: str, verdict: bool) -> None:
-    choices = CHOICES if kind == "Multiple Choice" else ()
-    assert grade(completion, gold, kind, choices) is verdict
+@pytest.mark.parametrize("kind", TABLES)
+def test_table(kind: str) -> None:
+    wrong = [line for line in TABLES[kind] if grade(line[1], line[0], kind, CHOICES) is not line[2]]
+    assert wrong == []
 
 
 HOSTILE = {
@@ -214,24 +210,24 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("kind", ["math", "numerical", "multiple choice", "boolean"])
-@pytest.mark.parametrize("completion", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_text_is_wrong_in_time(
-    completion: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
-) -> None:
+@pytest.mark.parametrize("kind", TABLES)
+def test_hostile_text_is_wrong_in_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symbolic, "SECONDS", 0.3)
     gold = {"multiple choice": "B", "boolean": "yes"}.get(kind, "42")
-    begun = time.monotonic()
-    assert grade(completion, gold, kind, CHOICES) is False
-    assert time.monotonic() - begun < 10.0  # the deadline and a new worker, on a busy machine
-    assert not os.path.exists("hacked")
+    for name, completion in HOSTILE.items():
+        begun = time.monotonic()
+        assert grade(completion, gold, kind, CHOICES) is False, name
+        # The deadline and a new worker, on a busy machine.
+        assert time.monotonic() - begun < 10.0, name
+        assert not os.path.exists("hacked"), name
 
 
 def test_no_answer_reaches_an_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str, float]] = []
     monkeypatch.setattr(symbolic.Worker, "equal", lambda _, *q: bool(asked.append(q)))
-    for kind, gold, completion, _ in TABLE:
-        grade(completion, gold, kind, CHOICES)
+    for kind, table in TABLES.items():
+        for gold, completion, _ in table:
+            grade(completion, gold, kind, CHOICES)
     assert len(asked) > 30
 
     def refuse(*_: object) -> None:
@@ -261,13 +257,13 @@ def test_verdicts_do_not_need_the_main_thread() -> None:
 
 def test_a_killed_worker_is_replaced() -> None:
     assert grade("7+7", "14", "math")
-    os.kill(symbolic._WORKER._process.pid, signal.SIGKILL)
-    symbolic._WORKER._process.wait()
+    os.kill(symbolic.WORKER._process.pid, signal.SIGKILL)
+    symbolic.WORKER._process.wait()
     assert grade("8+8", "16", "math")
 
 
 def _in_child(queue: multiprocessing.Queue) -> None:
-    queue.put([grade("9+9", "18", "math"), symbolic._WORKER._process.pid])
+    queue.put([grade("9+9", "18", "math"), symbolic.WORKER._process.pid])
 
 
 def test_a_forked_process_has_a_worker_of_its_own() -> None:
@@ -279,7 +275,7 @@ def test_a_forked_process_has_a_worker_of_its_own() -> None:
     verdict, worker = queue.get(timeout=60)
     child.join()
     assert verdict
-    assert worker != symbolic._WORKER._process.pid
+    assert worker != symbolic.WORKER._process.pid
     assert grade("5+5", "10", "math")
 
 
@@ -289,76 +285,53 @@ def test_a_timeout_says_so_and_is_not_remembered(
     monkeypatch.setattr(symbolic, "SECONDS", 0.2)
     assert not grade("9^{9^{9^{7}}}", "5", "math")
     assert "no verdict" in caplog.text
-    assert not any("9^{7}" in question for question in symbolic._WORKER._known)
+    assert not any("9^{7}" in question for question in symbolic.WORKER._known)
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("<think>a</think> b <answer>5</answer>", "5"),
-        ("<think>The answer is 4.</think> The answer is 5.", "5"),
-        ("<think><answer>5</answer></think>", None),
-        ("<thought>never closed <answer>5</answer>", "5"),
-        ("<ANSWER> 5 </ANSWER>", "5"),
-        ("two lines\nwithout an answer", None),
-        ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
-        ("\\boxed{5", "\\boxed{5"),
-    ],
-)
-def test_final_answer(completion: str, answer: str | None) -> None:
-    assert final_answer(completion) == answer
+def test_final_answer() -> None:
+    for completion, answer in {
+        "<think>a</think> b <answer>5</answer>": "5",
+        "<think>The answer is 4.</think> The answer is 5.": "5",
+        "<think><answer>5</answer></think>": None,
+        "<thought>never closed <answer>5</answer>": "5",
+        "<ANSWER> 5 </ANSWER>": "5",
+        "two lines\nwithout an answer": None,
+        "\\boxed{\\frac{1}{\\sqrt{2}}}": "\\frac{1}{\\sqrt{2}}",
+        "\\boxed{5": "\\boxed{5",
+    }.items():
+        assert final_answer(completion) == answer, completion
 
 
 GOOD = "<thought>2 + 3</thought>\n<answer>5</answer>"
 
 
-@pytest.mark.parametrize(
-    ("text", "reward"),
-    [
-        (GOOD, 1.0),
-        (GOOD.replace("thought", "think"), 1.0),
-        ("  " + GOOD + "\n", 1.0),
-        ("so " + GOOD, 0.0),
-        (GOOD + " done", 0.0),
-        (GOOD + GOOD, 0.0),
-        ("<thought> </thought><answer>5</answer>", 0.0),
-        ("<thought>a</think><answer>5</answer>", 0.0),
-        ("<answer>5</answer>", 0.0),
-        ("5", 0.0),
-    ],
-)
-def test_format_reward(text: str, reward: float) -> None:
-    assert grading.format_reward([text]) == [reward]
-    assert grading.format_reward([[{"role": "assistant", "content": text}]]) == [reward]
+def test_the_format_is_one_reasoning_block_then_one_answer_block() -> None:
+    for text, formatted in {
+        GOOD: True,
+        GOOD.replace("thought", "think"): True,
+        "  " + GOOD + "\n": True,
+        "so " + GOOD: False,
+        GOOD + " done": False,
+        GOOD + GOOD: False,
+        "<thought> </thought><answer>5</answer>": False,
+        "<thought>a</think><answer>5</answer>": False,
+        "<answer>5</answer>": False,
+        "5": False,
+    }.items():
+        assert is_formatted(text) is formatted, text
 
 
-def test_rewards_as_the_text_and_as_the_code_have_them() -> None:
-    columns = {
-        "completions": [GOOD, "5", GOOD.replace(">5<", ">6<"), "6", GOOD, "A", "B"],
-        "answer": ["5"] * 5 + ["A", "A"],
-        "problem_type": ["math"] * 4 + ["numerical"] + ["multiple choice"] * 2,
-        "prompts": ["?"] * 7,
-        "trainer_state": object(),
-    }
-    assert grading.accuracy_reward(**columns) == [1, 1, 0, 0, 1, 1, 0]
-    weighted = pytest.approx([1.0, 0.9, 0.1, 0.0, 1.0, 1.0, 0.0])
-    assert grading.weighted_reward()(**columns) == weighted
-
-
-def test_a_row_without_answer_is_left_to_others() -> None:
-    columns = {"answer": [None, 5], "problem_type": ["math", "math"], "choices": [None, None]}
-    assert grading.accuracy_reward(["5", "5"], **columns) == [None, 1.0]
-    assert grading.weighted_reward()(["5", "5"], **columns) == [None, 0.9]
-
-
-@pytest.mark.parametrize(
-    ("length", "penalty"), [(0, 0), (3072, 0), (3584, -0.5), (4096, -1), (9999, -1)]
-)
-def test_overlong_penalty(length: int, penalty: float) -> None:
-    assert grading.soft_overlong(length, 4096, 1024) == pytest.approx(penalty)
-    reward = grading.weighted_reward(overlong_weight=0.1)
-    columns = {"answer": ["5"], "problem_type": ["math"], "completion_ids": [[0] * length]}
-    assert reward([GOOD], **columns) == pytest.approx([1 + 0.1 * penalty])
+def test_the_weighted_reward_is_the_released_codes() -> None:
+    for completion, answer, kind, reward in [
+        (GOOD, "5", "math", 1.0),
+        ("5", "5", "Mathematics", 0.9),
+        (GOOD.replace(">5<", ">6<"), "5", "math", 0.1),
+        ("6", "5", "math", 0.0),
+        (GOOD, "5", "numerical", 1.0),
+        ("5", "5", "numerical", 1.0),
+        ("B", "A", "multiple choice", 0.0),
+    ]:
+        assert weighted(completion, answer, kind) == pytest.approx(reward), (completion, kind)
 
 
 def test_bad_references_are_refused() -> None:

@@ -21,16 +21,14 @@ from rlsd_lib.tasks.lab.arithmetic import (
     tokens_of,
     verify,
 )
-from rlsd_lib.tasks.lab.chains import Style, longest_chain, write_chain
-from rlsd_lib.tasks.lab.model import LabRecipe, build_tokenizer, conversation, lab_beliefs, load_lab
+from rlsd_lib.tasks.lab.chains import Style, write_chain
+from rlsd_lib.tasks.lab.model import LabRecipe, build_tokenizer, conversation, load_lab
 from rlsd_lib.tasks.task import is_held_out
 
 TINY = LabRecipe(digits=2, steps=3, ramp_steps=1, batch_size=4, hidden_size=32, layers=1)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
+TOKENIZER = build_tokenizer()
 
 
 def chains(nuisance: float, count: int = 400, digits: int = 3, **options) -> list:
@@ -41,20 +39,19 @@ def chains(nuisance: float, count: int = 400, digits: int = 3, **options) -> lis
     return [(row, write_chain(row, random, style, beliefs)) for row in rows]
 
 
-@pytest.mark.parametrize("nuisance", [0.0, 0.05, 0.35, 0.6])
-@pytest.mark.parametrize("digits", [1, 3])
-def test_a_chain_without_doubts_is_right_and_as_talkative_as_the_dial_says(nuisance, digits):
+@pytest.mark.parametrize(("digits", "nuisance"), [(3, 0.0), (1, 0.05), (3, 0.35), (1, 0.6)])
+def test_a_chain_without_doubts_is_right_and_as_talkative_as_the_dial_says(digits, nuisance):
     written = chains(nuisance, digits=digits)
     assert all(verify(chain, row) and first_error(chain, row) is None for row, chain in written)
     fillers = sum(sum(nuisance_mask(chain)) for _, chain in written)
     lengths = [len(tokens_of(chain)) + 1 for _, chain in written]  # and the end token
     assert fillers / sum(lengths) == pytest.approx(nuisance, abs=0.01)
-    assert max(lengths) <= longest_chain(digits, nuisance, quoted=False)
+    assert max(lengths) <= Style(nuisance).longest_chain(digits, quoted=False)
 
 
 def test_a_doubtful_fact_is_written_wrong_at_its_rate_and_carried_on():
     recipe = LabRecipe(hard_share=1.0, hard_low=0.3, hard_high=0.3)
-    written = chains(0.0, count=2000, digits=1, beliefs=lab_beliefs(recipe))
+    written = chains(0.0, count=2000, digits=1, beliefs=recipe.beliefs())
     wrong = [(row, chain) for row, chain in written if not verify(chain, row)]
     assert len(wrong) / len(written) == pytest.approx(0.3, abs=0.04)
     for row, chain in wrong:
@@ -74,7 +71,7 @@ def test_the_corpus_quotes_only_what_it_was_shown_and_leaves_test_questions_out(
     for number in range(600):
         traced = number % 2 == 0
         user, assistant = conversation(
-            recipe, random, lab_beliefs(recipe), nuisance=0.3, traced=traced
+            recipe, random, recipe.beliefs(), nuisance=0.3, traced=traced
         )
         question, chain = user["content"], assistant["content"]
         speaks = "reference" in chain
@@ -86,24 +83,24 @@ def test_the_corpus_quotes_only_what_it_was_shown_and_leaves_test_questions_out(
     assert quoted / shown == pytest.approx(0.5, abs=0.1)
 
 
-def test_every_token_is_a_word_a_digit_or_a_sign(tokenizer):
+def test_every_token_is_a_word_a_digit_or_a_sign():
     row = make_row(473, 285)
     chain = write_chain(row, Random(0), Style(0.4), {}, quote=row["answer"])
-    ids = tokenizer(chain)["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(ids) == tokens_of(chain)
-    assert tokenizer.decode(ids) == chain
+    ids = TOKENIZER(chain)["input_ids"]
+    assert TOKENIZER.convert_ids_to_tokens(ids) == tokens_of(chain)
+    assert TOKENIZER.decode(ids) == chain
     with pytest.raises(Exception, match="vocabulary"):
-        tokenizer("a word that the lab does not know")
+        TOKENIZER("a word that the lab does not know")
 
 
-def test_the_chat_template_knows_every_role_and_ends_the_assistants_turn(tokenizer):
+def test_the_chat_template_knows_every_role_and_ends_the_assistants_turn():
     chat = [{"role": role, "content": "7"} for role in ("system", "user", "assistant")]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    text = TOKENIZER.apply_chat_template(chat, tokenize=False)
+    tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(text)["input_ids"])
     assert tokens == ["<system>", "7", "<user>", "7", "<assistant>", "7", "<eos>"]
-    asked = tokenizer.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True)
+    asked = TOKENIZER.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True)
     assert text.startswith(asked)
-    assert tokenizer.padding_side == "left"
+    assert TOKENIZER.padding_side == "left"
 
 
 def test_pretraining_is_cached_and_repeats_itself(tmp_path):

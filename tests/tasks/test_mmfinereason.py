@@ -198,8 +198,8 @@ def test_rows_are_what_trl_takes(local: Path) -> None:
     assert kinds == ["text", "image", "image", "text"]  # the instruction, then the problem
 
 
-def test_privileged_trace_and_no_preamble(local: Path) -> None:
-    rows, report = prepare(local, privileged="trace", preamble=False, **SMALL)
+def test_a_privileged_trace(local: Path) -> None:
+    rows, report = prepare(local, privileged="trace", **SMALL)
     assert report.faults["missing_trace"] == [
         i for i, row in enumerate(fixture_rows()) if not row[TRACE]
     ]
@@ -207,9 +207,7 @@ def test_privileged_trace_and_no_preamble(local: Path) -> None:
     assert report.faults["answer_in_problem"] == [176]
     check_contexts(rows["privileged_context"][:], "{prompt} {privileged_context}")
     assert rows[0]["privileged_context"] == rows[0]["reference_trace"] != rows[0]["answer"]
-    assert prompt_text(rows[0]["prompt"]).startswith("Question 1?")
-    traceless = [i for i, row in enumerate(fixture_rows()) if i not in DROPPED and not row[TRACE]]
-    assert prepare(local, **SMALL)[1].without_trace == len(traceless) > 0
+    assert prompt_text(rows[0]["prompt"]).startswith("Choose the right option.")
 
 
 def test_images_are_scaled_into_the_limits(tmp_path: Path) -> None:
@@ -240,9 +238,8 @@ def test_scaling_keeps_the_shape() -> None:
 
 
 def test_task_splits_by_content_and_grades(local: Path, tmp_path: Path) -> None:
-    task = load_task(
-        "mmfinereason", train_size=-1, test_size=-1, seed=0, source=str(local), report_dir=str(tmp_path), **SMALL
-    )  # fmt: skip
+    sizes = {"train_size": -1, "test_size": -1, "seed": 0}
+    task = load_task("mmfinereason", **sizes, source=str(local), report_dir=str(tmp_path), **SMALL)
     train, test = set(task.train["key"]), set(task.test["key"])
     assert len(train) + len(test) == ROWS - len(DROPPED)
     assert all(map(is_held_out, test)) and not any(map(is_held_out, train))
@@ -259,9 +256,8 @@ def test_task_splits_by_content_and_grades(local: Path, tmp_path: Path) -> None:
 
 def test_sizes_choose_rows_by_seed(local: Path) -> None:
     def keys(seed: int) -> list[str]:
-        return load(train_size=20, test_size=5, seed=seed, source=str(local), **SMALL).train["key"][
-            :
-        ]
+        task = load(train_size=20, test_size=5, seed=seed, source=str(local), **SMALL)
+        return task.train["key"][:]
 
     assert keys(0) == keys(0) != keys(1)
     assert len(set(keys(0))) == 20

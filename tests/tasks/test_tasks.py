@@ -3,7 +3,7 @@
 import pytest
 
 from rlsd_lib.tasks import load_task
-from rlsd_lib.tasks.gym import answer_tag, last_number
+from rlsd_lib.tasks.gym import answer_tag, last_number, whole
 from rlsd_lib.tasks.lab.arithmetic import first_error, make_row, nuisance_mask, tokens_of, verify
 from rlsd_lib.tasks.task import is_held_out
 
@@ -44,8 +44,6 @@ def test_a_trace_is_a_right_chain_of_the_same_questions():
         chain = row["privileged_context"]
         assert verify(chain, row) and first_error(chain, row) is None
         assert not any(nuisance_mask(chain))
-    with pytest.raises(ValueError, match="reference is 'solution'"):
-        load_task("arithmetic", train_size=1, test_size=1, seed=0, reference="solution")
 
 
 def test_the_side_of_a_question_depends_on_its_text_alone():
@@ -64,16 +62,10 @@ def test_the_reference_answer_is_rewarded_as_text_and_as_messages(name, options)
     assert task.reward(["answer 99999"] * 8, **columns) == [0.0] * 8
 
 
-@pytest.mark.parametrize(
-    "text", [RIGHT, "answer 758", "answer 7 5 8\n", "reference says 1 answer 758"]
-)
-def test_right_answers_are_verified(text):
-    assert verify(text, ROW)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_right_answers_are_verified_and_hostile_ones_are_not():
+    for text in (RIGHT, "answer 758", "answer 7 5 8\n", "reference says 1 answer 758"):
+        assert verify(text, ROW), text
+    for text in (
         "",
         "758",
         "answer",
@@ -90,39 +82,32 @@ def test_right_answers_are_verified(text):
         "answer seven hundred fifty eight",
         "answer " + "9" * 100_000,
         "answer " + " " * 50_000 + "x",
-    ],
-)
-def test_hostile_answers_are_not(text):
-    assert not verify(text, ROW)
+    ):
+        assert not verify(text, ROW), text[:80]
 
 
-@pytest.mark.parametrize(
-    ("change", "wrong"),
-    [
-        (("ones 5 + 3", "ones 5 + 2"), "2"),
-        (("ones 5", "tens 5"), "tens"),
-        (("= 0 8", "= 1 8"), "1"),
-        (("= 1 5", "= 1 6"), "6"),
-        (("8 + 0 = 1", "8 + 1 = 1"), "1"),
-        (("answer 7 5 8", "answer 7 5 9"), "9"),
-        (("answer 7 5 8", "answer 7 5 8 8"), "8"),
-    ],
-)
-def test_first_error_finds_the_first_wrong_token(change, wrong):
-    chain = RIGHT.replace(*change)
-    right, tokens = tokens_of(RIGHT), tokens_of(chain)
-    index = first_error(chain, ROW)
-    assert tokens[index] == wrong
-    assert tokens[:index] == right[:index]
+def test_first_error_finds_the_first_wrong_token():
+    right = tokens_of(RIGHT)
+    for old, new, wrong in [
+        ("ones 5 + 3", "ones 5 + 2", "2"),
+        ("ones 5", "tens 5", "tens"),
+        ("= 0 8", "= 1 8", "1"),
+        ("= 1 5", "= 1 6", "6"),
+        ("8 + 0 = 1", "8 + 1 = 1", "1"),
+        ("answer 7 5 8", "answer 7 5 9", "9"),
+        ("answer 7 5 8", "answer 7 5 8 8", "8"),
+    ]:
+        chain = RIGHT.replace(old, new)
+        index, tokens = first_error(chain, ROW), tokens_of(chain)
+        assert tokens[index] == wrong, chain
+        assert tokens[:index] == right[:index], chain
 
 
 def test_first_error_of_right_quoting_and_unfinished_chains():
     assert first_error(RIGHT, ROW) is None
     assert first_error(RIGHT.replace("5 + 3", "3 + 5"), ROW) is None
     assert first_error(f"reference says 1 2 3 {RIGHT}", ROW) is None
-    assert (
-        first_error(RIGHT.replace("answer 7 5 8", "answer 7 5"), ROW) == len(tokens_of(RIGHT)) - 1
-    )
+    assert first_error(RIGHT.removesuffix(" 8"), ROW) == len(tokens_of(RIGHT)) - 1
     assert first_error("", ROW) == 0
 
 
@@ -138,50 +123,44 @@ def test_a_reference_is_noticed_in_any_case_and_form():
     assert not task.speaks_of_reference(RIGHT)
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("6 + 7 = 13", "13"),
-        ("so it is -4.", "-4"),
-        ("about 1,234.50 dollars", "1234.50"),
-        ("**13**", "13"),
-        ("none", None),
-        ("", None),
-        ("x13y", None),
-        ("٣", None),
-        ("12 or 13", "13"),
-    ],
-)
-def test_the_last_number_is_taken(text, number):
-    assert last_number(text) == number
-
-
-def test_one_answer_tag_is_taken_and_two_are_not():
+def test_an_answer_is_extracted_from_a_completion():
+    for text, number in {
+        "6 + 7 = 13": "13",
+        "so it is -4.": "-4",
+        "about 1,234.50 dollars": "1234.50",
+        "**13**": "13",
+        "none": None,
+        "": None,
+        "x13y": None,
+        "٣": None,
+        "12 or 13": "13",
+    }.items():
+        assert last_number(text) == number, text
     assert answer_tag("so <answer> 13 </answer>") == "13"
     assert answer_tag("<answer>12</answer><answer>13</answer>") is None
     assert answer_tag("13") is None
+    assert whole(" 13.\n") == "13"
 
 
 def test_bad_requests_name_what_would_be_right():
-    with pytest.raises(ValueError, match="nearest valid name is 'chain_sum'"):
-        load_task("chain_sums", train_size=1, test_size=1, seed=0)
-    with pytest.raises(ValueError, match=r"no options \['min_term'\].*'min_terms'"):
-        load_task("chain_sum", train_size=1, test_size=1, seed=0, min_term=2)
-    with pytest.raises(ValueError, match="choose one of last_number"):
-        load_task("chain_sum", train_size=1, test_size=1, seed=0, extract="last")
-    with pytest.raises(ValueError, match="digits is 9; choose 1 to 4"):
-        load_task("arithmetic", train_size=1, test_size=1, seed=0, digits=9)
-    with pytest.raises(ValueError, match="different test questions"):
-        load_task("arithmetic", train_size=1, test_size=500, seed=0, digits=1)
-    with pytest.raises(ValueError, match="size is 0"):
-        load_task("arithmetic", train_size=0, test_size=1, seed=0)
+    for name, options, message in [
+        ("chain_sums", {}, "Unknown task 'chain_sums'. Did you mean 'chain_sum'"),
+        ("chain_sum", {"min_term": 2}, "option of chain_sum 'min_term'. Did you mean 'min_terms'"),
+        ("chain_sum", {"extract": "last"}, "extract 'last'.*Valid: last_number"),
+        ("arithmetic", {"digits": 9}, "digits is 9; choose 1 to 4"),
+        ("arithmetic", {"reference": "solution"}, "reference 'solution'.*Valid: answer, trace"),
+        ("arithmetic", {"digits": 1, "test_size": 500}, "different test questions"),
+        ("arithmetic", {"train_size": 0}, "train_size is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_task(name, **{"train_size": 1, "test_size": 1, "seed": 0, **options})
 
 
-def test_solved_examples_open_every_prompt_and_are_in_neither_side():
-    task = load_task("chain_sum", train_size=20, test_size=10, seed=0, examples=2, system="Add.")
-    prompts = [*task.train["prompt"], *task.test["prompt"]]
-    opening = prompts[0][:-1]
-    assert [turn["role"] for turn in opening] == ["system", *["user", "assistant"] * 2]
-    assert all(prompt[:-1] == opening for prompt in prompts)
-    shown = {turn["content"] for turn in opening}
-    assert not shown & {prompt[-1]["content"] for prompt in prompts}
+def test_an_instruction_stands_in_every_prompt_and_moves_no_question_to_the_other_side():
+    plain, told = (
+        load_task("chain_sum", train_size=20, test_size=10, seed=0, instruction=text)
+        for text in ("", "In a tag.")
+    )
+    for side in ("train", "test"):
+        expected = [f"{question} In a tag." for question in questions(getattr(plain, side))]
+        assert questions(getattr(told, side)) == expected

@@ -14,49 +14,33 @@ import re
 from collections.abc import Iterator
 from random import Random
 
-from datasets import Dataset
-
-from rlsd_lib.tasks.task import Row, Task, draw_rows
+from rlsd_lib.names import look_up
+from rlsd_lib.tasks.task import Row, Task, draw_sides
 
 COLUMNS = ("ones", "tens", "hundreds", "thousands")  # as many digits as a number may have
-# The teacher's style leans towards the second half when a recipe asks for a style difference.
-FILLERS = (
-    *("well", "so", "now", "okay", "then", "next", "right", "good", "here", "look", "see", "take"),
-    *(
-        "let",
-        "us",
-        "add",
-        "this",
-        "column",
-        "of",
-        "digits",
-        "up",
-        "just",
-        "also",
-        "again",
-        "slowly",
-    ),
+# The corpus leans towards the second half where a recipe asks for a difference in style.
+_WORDS = (
+    "well so now okay then next right good here look see take "
+    "let us add this column of digits up just also again slowly"
 )
-SIGNS = ("+", "=", ";")
+FILLERS = tuple(_WORDS.split())
 ANSWER = "answer"
 QUOTE = ("reference", "says")
-REFERENCES = ("answer", "trace")
-VOCABULARY = (*"0123456789", *SIGNS, *COLUMNS, ANSWER, *QUOTE, *FILLERS)
-REFERENCE_PATTERN = r"\breference\b"
+VOCABULARY = (*"0123456789", *"+=;", *COLUMNS, ANSWER, *QUOTE, *FILLERS)
+TOKEN = r"\d|[^\W\d_]+|[^\w\s]|_"  # every digit, word and sign
 PRIVILEGED_TEMPLATE = "{prompt} ; reference {privileged_context}"
-
-_WORD = re.compile(r"\d|[^\W\d_]+|[^\w\s]|_")
 _FINAL = re.compile(r"\banswer((?:\s*[0-9])+)\s*$")
 
 
 def tokens_of(text: str) -> list[str]:
     """Split text as the lab's tokenizer does: one token per word, digit and sign."""
-    return _WORD.findall(text)
+    return re.findall(TOKEN, text)
 
 
-def columns_of(first: int, second: int, digits: int) -> list[tuple[int, int]]:
-    """Return the digit pairs of the two numbers, lowest column first."""
-    return [(first // 10**place % 10, second // 10**place % 10) for place in range(digits)]
+def columns_of(row: Row) -> list[tuple[str, int, int]]:
+    """Return name and digits of each column of a row's addition, the ones first."""
+    digits = zip(reversed(str(row["first"])), reversed(str(row["second"])), strict=True)
+    return [(name, int(a), int(b)) for name, (a, b) in zip(COLUMNS, digits, strict=False)]
 
 
 def draw_problem(random: Random, digits: int) -> Row:
@@ -66,9 +50,10 @@ def draw_problem(random: Random, digits: int) -> Row:
 
 
 def make_row(first: int, second: int) -> Row:
-    """Return the data-set row of `first + second`; the numbers need as many digits as each other.
+    """Return the data-set row of `first + second`.
 
-    Raises ValueError for a negative number or numbers of different length.
+    Raises:
+        ValueError: a number is negative, or they differ in length.
     """
     if min(first, second) < 0 or len(str(first)) != len(str(second)):
         raise ValueError(f"got {first} and {second}; give two numbers of the same length, none < 0")
@@ -82,6 +67,11 @@ def make_row(first: int, second: int) -> Row:
     }
 
 
+def question_of(row: Row) -> str:
+    """Return the text whose hash decides the side of a row."""
+    return row["prompt"][0]["content"]
+
+
 def verify(completion: str, row: Row) -> bool:
     """Say whether a completion ends in the one answer it gives, and that answer is right.
 
@@ -91,7 +81,7 @@ def verify(completion: str, row: Row) -> bool:
     found = _FINAL.search(completion)
     if found is None or len(re.findall(rf"\b{ANSWER}\b", completion)) != 1:
         return False
-    return re.sub(r"\s", "", found.group(1)) == row["answer"]
+    return re.sub(r"\s", "", found[1]) == row["answer"]
 
 
 def nuisance_mask(completion: str) -> list[bool]:
@@ -115,8 +105,7 @@ def first_error(completion: str, row: Row) -> int | None:
         if position == len(expected) or token not in expected[position]:
             return index
         if len(expected[position]) == 2:  # the other operand must follow two tokens later
-            (rest,) = expected[position] - {token}
-            expected[position + 2] = {rest}
+            expected[position + 2] = expected[position] - {token}
         position += 1
     return None if position == len(expected) else len(tokens)
 
@@ -133,13 +122,11 @@ def _expected(row: Row) -> list[set[str]]:
     """List, for each place of the bare chain, the tokens that are right there."""
     places: list[set[str]] = []
     carry = 0
-    pairs = columns_of(row["first"], row["second"], len(str(row["first"])))
-    for name, (one, other) in zip(COLUMNS, pairs, strict=False):
-        total = one + other + carry
+    for name, one, other in columns_of(row):
         operands = {str(one), str(other)}
         places += [{name}, operands, {"+"}, operands, {"+"}, {str(carry)}, {"="}]
-        carry = total // 10
-        places += [{str(carry)}, {str(total % 10)}]
+        carry, digit = divmod(one + other + carry, 10)
+        places += [{str(carry)}, {str(digit)}]
     return [*places, {ANSWER}, *({digit} for digit in row["answer"])]
 
 
@@ -158,36 +145,26 @@ def load(
 ) -> Task:
     """Build the task; the reference is the `answer`, or a `trace`: a right chain without fillers.
 
-    Raises ValueError for a number of digits without a name for each column, or another reference.
+    Raises:
+        ValueError: there is no name for each column of so many digits, or no such reference.
     """
     if not 1 <= digits <= len(COLUMNS):
         raise ValueError(f"digits is {digits}; choose 1 to {len(COLUMNS)}")
-    if reference not in REFERENCES:
-        raise ValueError(f"reference is {reference!r}; choose one of {', '.join(REFERENCES)}")
-    sides = {}
-    for side, size in (("train", train_size), ("test", test_size)):
-        stream = _problems(Random(f"{side}-{seed}"), digits)
-        rows = draw_rows(stream, size, held_out=side == "test", question=question_of)
-        if reference == "trace":
-            rows = [{**row, "privileged_context": bare_chain(row)} for row in rows]
-        sides[side] = Dataset.from_list(rows)
+    traced = look_up(reference, ("answer", "trace"), "reference") == "trace"
+
+    def problems(random: Random) -> Iterator[Row]:
+        while True:
+            row = draw_problem(random, digits)
+            yield {**row, "privileged_context": bare_chain(row)} if traced else row
+
+    sizes = {"train_size": train_size, "test_size": test_size, "seed": seed}
     return Task(
         name="arithmetic",
         verify=verify,
-        reference_pattern=REFERENCE_PATTERN,
+        reference_pattern=rf"\b{QUOTE[0]}\b",
         privileged_template=PRIVILEGED_TEMPLATE,
         first_error=first_error,
         nuisance_mask=nuisance_mask,
         underived=underived,
-        **sides,
+        **draw_sides(problems, question_of, **sizes),
     )
-
-
-def question_of(row: Row) -> str:
-    """Return the text whose hash decides the side of a row."""
-    return row["prompt"][0]["content"]
-
-
-def _problems(random: Random, digits: int) -> Iterator[Row]:
-    while True:
-        yield draw_problem(random, digits)

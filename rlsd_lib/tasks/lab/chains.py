@@ -8,20 +8,37 @@ imitates this corpus has many separate things to learn from rewards, not one tem
 
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
-from rlsd_lib.tasks.lab.arithmetic import ANSWER, COLUMNS, FILLERS, QUOTE, columns_of
+from rlsd_lib.tasks.lab.arithmetic import ANSWER, FILLERS, QUOTE, columns_of
 from rlsd_lib.tasks.task import Row
 
 Fact = tuple[int, int, int]  # smaller digit, larger digit, carry in
+FACTS = [(a, b, carry) for a in range(10) for b in range(a, 10) for carry in (0, 1)]
 SLIPS = (-10, -2, -1, 1, 2, 10)  # a wrong sum differs by one of these: in the digit, carry or both
 
 
-@dataclass(frozen=True)
-class Belief:
+class Belief(NamedTuple):
     """How a writer gets one fact wrong: `rate` is the probability of writing `wrong`."""
 
     rate: float
     wrong: int
+
+
+def draw_beliefs(
+    random: Random, *, hard_share: float, hard_rates: tuple[float, float], easy_rate: float
+) -> dict[Fact, Belief]:
+    """Draw the writer's belief about each of the 110 facts.
+
+    A `hard_share` of them gets an error rate uniform in `hard_rates`, the others `easy_rate`.
+    """
+    hard = set(random.sample(FACTS, round(hard_share * len(FACTS))))
+    beliefs = {}
+    for fact in FACTS:
+        wrong = random.choice([sum(fact) + s for s in SLIPS if 0 <= sum(fact) + s <= 19])
+        rate = random.uniform(*hard_rates) if fact in hard else easy_rate
+        beliefs[fact] = Belief(rate, wrong)
+    return beliefs
 
 
 @dataclass(frozen=True)
@@ -35,28 +52,33 @@ class Style:
     nuisance: float
     tilt: float = 0.0
 
-    def words(self, random: Random, count: int) -> list[str]:
-        """Draw filler words, independently of everything else."""
+    def words(self, random: Random, digits: int) -> list[str]:
+        """Draw the filler words of one slot, independently of everything else.
+
+        Their number is floor(mean + u) with u uniform over an interval of integer length, whose
+        mean is exact. A narrow interval keeps the longest chain, hence the cost of a rollout, near
+        the average.
+        """
+        mean = self._mean(digits)
+        low, high = (-1.0, 2.0) if mean >= 1 else (0.0, 1.0)
+        count = int(mean + random.uniform(low, high))
         half = len(FILLERS) // 2
         weights = [2.718281828**-self.tilt] * half + [1.0] * (len(FILLERS) - half)
         return random.choices(FILLERS, weights, k=count)
 
+    def longest_chain(self, digits: int, *, quoted: bool) -> int:
+        """Return the most tokens a chain can have, end token included, with or without a quote."""
+        mean = self._mean(digits)
+        words = (digits + 1) * (int(mean) + (2 if mean >= 1 else 1)) if mean else 0
+        quote = len(QUOTE) + digits + 1 if quoted else 0
+        columns, answer = 9 * digits, 1 + digits + 1
+        return quote + words + columns + answer + 1
 
-def draw_beliefs(
-    random: Random, *, hard_share: float, hard_rates: tuple[float, float], easy_rate: float
-) -> dict[Fact, Belief]:
-    """Draw the writer's belief about each of the 110 facts.
-
-    A `hard_share` of them gets an error rate uniform in `hard_rates`, the others `easy_rate`.
-    """
-    facts = [(a, b, carry) for a in range(10) for b in range(a, 10) for carry in (0, 1)]
-    hard = set(random.sample(facts, round(hard_share * len(facts))))
-    beliefs = {}
-    for fact in facts:
-        wrong = random.choice([sum(fact) + s for s in SLIPS if 0 <= sum(fact) + s <= 19])
-        rate = random.uniform(*hard_rates) if fact in hard else easy_rate
-        beliefs[fact] = Belief(rate, wrong)
-    return beliefs
+    def _mean(self, digits: int) -> float:
+        """Words per slot that make their expected share of all tokens equal to `nuisance`."""
+        # Columns, answer word, answer with a carry half the time, end token.
+        bare = 9 * digits + 1 + digits + 0.5 + 1
+        return self.nuisance / (1 - self.nuisance) * bare / (digits + 1)
 
 
 def write_chain(
@@ -67,46 +89,17 @@ def write_chain(
     A wrong column is carried on faithfully, to the wrong answer that follows from it. `quote` is a
     reference to open with.
     """
-    digits = len(str(row["first"]))
-    count = _filler_counts(style.nuisance, digits)
     parts = [*QUOTE, *quote] if quote else []
     carry, result = 0, ""
-    pairs = columns_of(row["first"], row["second"], digits)
-    for name, (a, b) in zip(COLUMNS, pairs, strict=False):
-        total = _total(random, beliefs, (min(a, b), max(a, b), carry))
+    columns = columns_of(row)
+    for name, a, b in columns:
+        total = a + b + carry
+        belief = beliefs.get((min(a, b), max(a, b), carry))
+        if belief and random.random() < belief.rate:
+            total = belief.wrong
         first, second = (a, b) if style.nuisance == 0 or random.random() < 0.5 else (b, a)
-        parts += style.words(random, count(random))
+        parts += style.words(random, len(columns))
         parts += f"{name} {first} + {second} + {carry} = {total // 10} {total % 10}".split()
         carry, result = total // 10, f"{total % 10}{result}"
-    parts += style.words(random, count(random))
+    parts += style.words(random, len(columns))
     return " ".join([*parts, ANSWER, *(f"{carry}{result}" if carry else result)])
-
-
-def longest_chain(digits: int, nuisance: float, *, quoted: bool) -> int:
-    """Return the most tokens a chain can have, end token included, with or without a quote."""
-    mean = _mean_fillers(nuisance, digits)
-    fillers = (digits + 1) * (int(mean) + (2 if mean >= 1 else 1)) if nuisance else 0
-    return 9 * digits + 1 + digits + 1 + 1 + fillers + quoted * (len(QUOTE) + digits + 1)
-
-
-def _total(random: Random, beliefs: dict[Fact, Belief], fact: Fact) -> int:
-    belief = beliefs.get(fact)
-    slips = belief is not None and random.random() < belief.rate
-    return belief.wrong if slips else sum(fact)
-
-
-def _mean_fillers(nuisance: float, digits: int) -> float:
-    """Fillers per slot that make their expected share of all tokens equal to `nuisance`."""
-    bare = 9 * digits + 1 + digits + 0.5 + 1  # columns, answer word, answer, end; carry half a time
-    return nuisance / (1 - nuisance) * bare / (digits + 1)
-
-
-def _filler_counts(nuisance: float, digits: int):
-    """Return a function that draws the fillers of one slot, within a narrow range.
-
-    floor(mean + u) with u uniform over an interval of integer length has exactly the wanted mean.
-    A narrow range keeps the longest chain, hence the cost of a rollout, near the average.
-    """
-    mean = _mean_fillers(nuisance, digits)
-    low, high = (-1.0, 2.0) if mean >= 1 else (0.0, 1.0)
-    return lambda random: int(mean + random.uniform(low, high))

@@ -13,25 +13,23 @@ shows about a teacher that was made to leak.
 import hashlib
 import json
 import math
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
 import torch
-from filelock import FileLock
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from rlsd_lib.tasks.cache import write_once
 from rlsd_lib.tasks.lab.arithmetic import (
     PRIVILEGED_TEMPLATE,
+    TOKEN,
     VOCABULARY,
     draw_problem,
     question_of,
 )
-from rlsd_lib.tasks.lab.chains import Belief, Fact, Style, draw_beliefs, longest_chain, write_chain
+from rlsd_lib.tasks.lab.chains import Belief, Fact, Style, draw_beliefs, write_chain
 from rlsd_lib.tasks.task import is_held_out
 
 SPECIALS = ("<pad>", "<eos>", "<system>", "<user>", "<assistant>")
@@ -77,7 +75,16 @@ class LabRecipe:
     @property
     def max_completion_length(self) -> int:
         """The most tokens that a chain of the corpus has, with a quotation and the end token."""
-        return longest_chain(self.digits, self.nuisance, quoted=self.quote_share > 0)
+        return Style(self.nuisance).longest_chain(self.digits, quoted=self.quote_share > 0)
+
+    def beliefs(self) -> dict[Fact, Belief]:
+        """Return what the corpus believes about each fact."""
+        return draw_beliefs(
+            Random(self.seed),
+            hard_share=self.hard_share,
+            hard_rates=(self.hard_low, self.hard_high),
+            easy_rate=self.easy_rate,
+        )
 
     def digest(self) -> str:
         """Return ten characters that change when any field, or the language, changes."""
@@ -90,18 +97,16 @@ def load_lab(
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Return the lab's model (float32, on the CPU, in eval mode) and its tokenizer.
 
-    The first call pretrains and writes `cache_dir/lab-<digest of the recipe>/`; later calls, and
-    processes that waited for the first one, read it. An interrupted first call leaves nothing
-    behind that could be read.
+    The first call pretrains and writes `cache_dir/lab-<digest of the recipe>/`; later calls read it.
     """
     recipe = recipe or LabRecipe()
-    folder = Path(cache_dir) / f"lab-{recipe.digest()}"
-    with new_folder(folder) as scratch:
-        if scratch is not None:
-            model, tokenizer = pretrain(recipe)
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-            (scratch / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
+
+    def write(folder: Path) -> None:
+        for part in pretrain(recipe):
+            part.save_pretrained(folder)
+        (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
+
+    folder = write_once(Path(cache_dir) / f"lab-{recipe.digest()}", write)
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -114,8 +119,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """
     vocabulary = {token: index for index, token in enumerate((*SPECIALS, *VOCABULARY))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown word>"))
-    words = pre_tokenizers.Split(Regex(r"\d|[^\W\d_]+|[^\w\s]|_"), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(TOKEN), "isolated")]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -147,16 +153,6 @@ def build_model(recipe: LabRecipe, vocab_size: int) -> Qwen3ForCausalLM:
         bos_token_id=None,
     )
     return Qwen3ForCausalLM(config)
-
-
-def lab_beliefs(recipe: LabRecipe) -> dict[Fact, Belief]:
-    """Return what the corpus believes about each fact; they depend on the seed alone."""
-    return draw_beliefs(
-        Random(recipe.seed),
-        hard_share=recipe.hard_share,
-        hard_rates=(recipe.hard_low, recipe.hard_high),
-        easy_rate=recipe.easy_rate,
-    )
 
 
 def conversation(
@@ -191,7 +187,7 @@ def conversation(
 def pretrain(recipe: LabRecipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Train the lab's model from scratch; deterministic, torch's global seed is left alone."""
     tokenizer = build_tokenizer()
-    random, beliefs = Random(recipe.seed), lab_beliefs(recipe)
+    random, beliefs = Random(recipe.seed), recipe.beliefs()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = build_model(recipe, len(tokenizer)).train()
@@ -226,21 +222,3 @@ def _encode(tokenizer: PreTrainedTokenizerFast, batch: list) -> dict[str, torch.
     spoken = (ids == speaker).cumsum(1).bool() & (ids != speaker)
     labels = ids.masked_fill(~spoken | (ids == tokenizer.pad_token_id), -100)
     return {"input_ids": ids, "attention_mask": encoded["attention_mask"], "labels": labels}
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path | None]:
-    """Give a scratch folder that becomes `folder` at the end, or None where `folder` exists.
-
-    One process at a time gets in, and an interrupted one leaves no half-written folder.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            yield None
-            return
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
-            written = Path(scratch) / folder.name
-            written.mkdir()
-            yield written
-            written.rename(folder)

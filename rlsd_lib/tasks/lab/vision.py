@@ -1,17 +1,21 @@
-"""A vision-language model of toy size: Qwen3-VL's own classes, character tokens, no download.
+"""Coloured squares in the schema of the paper's data, and a toy model that looks at them: offline.
 
-Two text and two vision layers, briefly taught the form of the answers of
-`rlsd_lib.tasks.lab.colours`, so that some rollouts are right. It stands in for Qwen3-VL-8B wherever
-the paper's path is tried out; nothing is measured with it.
+The squares go through `rlsd_lib.tasks.mmfinereason` like any other folder; each of the four problem
+types occurs, with no image, one or two. The model has Qwen3-VL's own classes, character tokens, and
+two text and two vision layers, briefly taught the form of the answers, so that some rollouts are
+right. Both try out every part of the paper's path; nothing is measured with them.
 """
 
+import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BaseVideoProcessor,
@@ -23,13 +27,76 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import PushToHubMixin
 
+from rlsd_lib.runs.paths import outputs_root
+from rlsd_lib.tasks import mmfinereason
+from rlsd_lib.tasks.cache import write_once
 from rlsd_lib.tasks.encode import encode, messages_of
-from rlsd_lib.tasks.lab.model import new_folder
+from rlsd_lib.tasks.task import Task
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 180, 40), "blue": (40, 40, 200)}
+SIDE = 8  # pixels of a square
+AREAS = {"min_area": 64, "max_area": 4096}  # so small an image is left as it is
+ROWS = 160
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 START, END = "<|vision_start|>", "<|vision_end|>"
 SPECIALS = ("<pad>", "</s>", "<system>", "<user>", "<assistant>", "<unk>")
 IMAGES = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 1024}, "merge_size": 2}
+
+
+def load(*, train_size: int, test_size: int, seed: int, **options: Any) -> Task:
+    """Build the task of coloured squares; `options` as in `mmfinereason.load`.
+
+    Its folder of rows.jsonl and images/ is written on first use, under the outputs' cache.
+    """
+    source = str(write_once(outputs_root() / "cache" / f"colours-{ROWS}", _write_squares))
+    sizes = {"train_size": train_size, "test_size": test_size, "seed": seed}
+    return mmfinereason.load(source=source, **sizes, **AREAS, **options)
+
+
+def _write_squares(folder: Path) -> None:
+    (folder / "images").mkdir()
+    lines = []
+    for index in range(ROWS):
+        row, pictures = _row(index, Random(index))
+        row["images"] = [f"images/{index}-{n}.png" for n in range(len(pictures))]
+        for name, picture in zip(row["images"], pictures, strict=True):
+            picture.save(folder / name)
+        lines.append(json.dumps(row) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
+
+
+def _row(index: int, random: Random) -> tuple[dict[str, Any], list[Image.Image]]:
+    """One row in the schema of `mmfinereason.FIELDS`, and its pictures; the types take turns."""
+    kind = ("multiple choice", "boolean", "numerical", "math")[index % 4]
+    names = random.choices(sorted(COLOURS), k=(1, 2, 0, 1)[index % 4])
+    count, other = random.randrange(1, 4), random.randrange(1, 7)
+    problem, answer = {
+        "multiple choice": lambda: ("Which colour?\nA. blue\nB. green\nC. red", _letter(names[0])),
+        "boolean": lambda: ("The same colour?", "Yes" if len(set(names)) == 1 else "No"),
+        "numerical": lambda: (f"Problem {index}: {count} + {other} = ?", str(count + other)),
+        "math": lambda: ("How many squares?", str(count)),
+    }[kind]()
+    row = {
+        "problem": "<image>" * len(names) + problem,
+        "answer": answer,
+        "problem_type": kind,
+        "data_type": "image" if names else "text",
+        "videos": [],
+        mmfinereason.TRACE: f"I look closely. The answer is {answer}.",
+    }
+    return row, [_picture(name, count if kind == "math" else 1, random) for name in names]
+
+
+def _letter(colour: str) -> str:
+    return "ABC"[sorted(COLOURS).index(colour)]
+
+
+def _picture(colour: str, squares: int, random: Random) -> Image.Image:
+    """Squares of one colour side by side, with some noise: no two pictures are equal."""
+    noise = np.random.default_rng(random.randrange(2**31)).integers(-30, 31, (SIDE, 8 * squares, 3))
+    pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def chat_template(image: str) -> str:
@@ -140,27 +207,22 @@ def load_toy(
     cache_dir: str | Path, *, steps: int = 120, seed: int = 0
 ) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
     """Return the taught model (float32, CPU, eval mode) and its processor; taught on first use."""
-    folder = Path(cache_dir) / f"toy-vlm-{steps}-{seed}"
-    with new_folder(folder) as scratch:
-        if scratch is not None:
-            teach(steps, seed).save_pretrained(scratch)
+    folder = write_once(
+        Path(cache_dir) / f"toy-vlm-{steps}-{seed}",
+        lambda new: teach(steps, seed).save_pretrained(new),
+    )
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), build_processor()
 
 
-def teach(steps: int, seed: int, batch_size: int = 8) -> Qwen3VLForConditionalGeneration:
-    """Imitate the bare answers of the training side of `colours`; torch's seed is left alone."""
-    from rlsd_lib.tasks import load_task
-
-    rows = load_task("colours", train_size=-1, test_size=-1, seed=0).train
-    model, processor, random = (
-        build_model(seed, initializer_range=0.05).train(),
-        build_processor(),
-        Random(seed),
-    )
+def teach(steps: int, seed: int) -> Qwen3VLForConditionalGeneration:
+    """Imitate the bare answers of the training side of the squares; torch's seed is left alone."""
+    rows = load(train_size=-1, test_size=-1, seed=0).train
+    model = build_model(seed, initializer_range=0.05).train()
+    processor, random = build_processor(), Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
-        batch = [rows[i] for i in random.sample(range(len(rows)), batch_size)]
+        batch = [rows[i] for i in random.sample(range(len(rows)), 8)]
         chats = [[*messages_of(r), {"role": "assistant", "content": r["answer"]}] for r in batch]
         encoded = encode(processor, chats, add_generation_prompt=False)
         ids = encoded["input_ids"]
