@@ -32,9 +32,9 @@ FINISH = 'run.log(1, {"reward": 0.5})\nrun.finish({"accuracy_after": 0.75})'
 
 @pytest.fixture(autouse=True)
 def _own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test writes into the project's outputs, and none inherits a claim."""
+    """No test writes into the project's outputs, and none inherits a run."""
     monkeypatch.setenv("RLSD_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.delenv("RLSD_CLAIM", raising=False)
+    monkeypatch.delenv("RLSD_RUN", raising=False)
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rlsd_lib.names import nearest
-from rlsd_lib.runs.jobs import Job, as_text
-from rlsd_lib.runs.parameters import check_parameters, read_parameters
+from rlsd_lib.names import look_up
+from rlsd_lib.runs.jobs import Job
+from rlsd_lib.runs.parameters import as_text, complete
 from rlsd_lib.runs.paths import default_run_dir, find_notebook
 from rlsd_lib.runs.records import PLAN, write_json
 
@@ -158,17 +158,6 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def get_suite(name: str) -> Suite:
-    """The suite called `name`.
-
-    Raises:
-        ValueError: there is none; the message names the nearest.
-    """
-    if name not in SUITES:
-        raise ValueError(f"no suite {name!r}{nearest(name, SUITES)}")
-    return SUITES[name]
-
-
 def jobs_of(name: str, changes: Mapping[str, Any] | None = None) -> list[Job]:
     """The runs of a suite; `changes` replaces parameters in all of them.
 
@@ -177,13 +166,14 @@ def jobs_of(name: str, changes: Mapping[str, Any] | None = None) -> list[Job]:
         TypeError: a value that does not fit its annotation.
         FileNotFoundError: a notebook of the suite does not exist.
     """
-    jobs = [_job(name, notebook, p) for notebook, p in _cells(get_suite(name), changes or {})]
-    seen: dict[Path, Job] = {}
-    for job in jobs:
-        if other := seen.get(job.run_dir):
-            raise ValueError(f"{job.run_dir} is named by both {other.notebook} and {job.notebook}")
-        seen[job.run_dir] = job
-    return jobs
+    suite = SUITES[look_up(name, SUITES, "suite")]
+    found: dict[Path, Job] = {}
+    for notebook, values in _cells(suite, changes or {}):
+        run_dir = default_run_dir(name, complete(find_notebook(notebook), values))
+        if other := found.get(run_dir):
+            raise ValueError(f"{run_dir} is named by both {other.notebook} and {notebook}")
+        found[run_dir] = Job(notebook, values, run_dir)
+    return list(found.values())
 
 
 def record_plan(name: str, changes: Mapping[str, Any], jobs: Sequence[Job]) -> None:
@@ -208,11 +198,3 @@ def _cells(suite: Suite, changes: Mapping[str, Any]) -> Iterator[tuple[str, dict
         # The first parameter outermost: with the seed there, an interrupted suite is still balanced.
         for *values, notebook in product(*grid.parameters.values(), grid.notebooks):
             yield notebook, {**dict(zip(grid.parameters, values, strict=True)), **changes}
-
-
-def _job(suite: str, notebook: str, parameters: dict[str, Any]) -> Job:
-    source = find_notebook(notebook)
-    declared = read_parameters(source)
-    check_parameters(source, declared, parameters)
-    full = {**{p.name: p.default for p in declared.values()}, **parameters}
-    return Job(notebook, parameters, default_run_dir(suite, full))

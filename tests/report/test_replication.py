@@ -12,7 +12,8 @@ from rlsd_lib.report.benchmarks.commands import VISION
 from rlsd_lib.report.paper_numbers import AVERAGE, BENCHMARKS
 from rlsd_lib.report.replication import HELD_OUT, compare, dropped, judge, open_items
 from rlsd_lib.report.tables import DASH
-from rlsd_lib.runs.run import Run, read_manifest, read_runs
+from rlsd_lib.runs.records import read_manifest, read_runs
+from rlsd_lib.runs.run import Run
 
 PRESET = "smoke-vl"
 ENDS = ("", "_low", "_high")
