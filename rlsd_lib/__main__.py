@@ -80,23 +80,30 @@ def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
 
 
 def _suite(options: argparse.Namespace) -> int:
-    from rlsd_lib.runs.processes import on_sigterm, terminate_children_and_leave
+    from rlsd_lib.runs.processes import on_sigterm, terminate_children
     from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan
 
     changes = _parse_pairs(options.pairs)
     jobs = jobs_of(options.name, changes)
     print(f"{options.name}: {SUITES[options.name].purpose}")
     if changes:  # a suite as it stands is known to resolve
-        _resolve(jobs)
+        _check_that_they_resolve(jobs)
     if options.jobs is None:
         options.jobs = len(jobs) if options.submitit == "slurm" else 1
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs}: expected 1 or more")
     _say_what_stands(jobs, options)
     if options.list:
         return 0
     outcomes = _outcomes(options, jobs)  # judges the options before anything is written
     record_plan(options.name, changes, jobs)
     missing: list[Outcome] = []
-    with on_sigterm(terminate_children_and_leave):
+
+    def leave() -> None:  # start nothing more; what runs may still save and stop
+        terminate_children()
+        raise KeyboardInterrupt
+
+    with on_sigterm(leave):
         for count, outcome in enumerate(outcomes, 1):
             took = f" in {_duration(outcome.seconds)}" if outcome.seconds else ""
             left = f", about {_duration(outcome.left)} left" if outcome.left else ""
@@ -110,8 +117,7 @@ def _suite(options: argparse.Namespace) -> int:
     return 1 if missing else 0
 
 
-def _resolve(jobs: "Sequence[Job]") -> None:
-    """Resolve what each run of a suite will train, so that a bad name costs no run."""
+def _check_that_they_resolve(jobs: "Sequence[Job]") -> None:
     from rlsd_lib.experiment.dryrun import resolve
     from rlsd_lib.runs.parameters import complete
 
@@ -125,7 +131,7 @@ def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[O
     """The runs as they end, made here or on a cluster."""
     from rlsd_lib.runs.jobs import run_jobs
 
-    given = _parse_pairs(options.options)
+    given = _parse_pairs(options.submitit_options)
     if given and not options.submitit:
         raise ValueError("--submitit-options: only with --submitit")
     mode = "resume" if options.resume else "skip"
@@ -147,7 +153,7 @@ def _say_what_stands(jobs: "Sequence[Job]", options: argparse.Namespace) -> None
             print(f"{state:9} {job.run_dir}")
     open_states = ("to run", "failed") if options.retry_failed else ("to run",)
     rest = [job for job, state in zip(jobs, states, strict=True) if state in open_states]
-    left = time_left(rest, seconds_taken(jobs), max(options.jobs, 1))
+    left = time_left(rest, seconds_taken(jobs), options.jobs)
     about = f"; about {_duration(left)} at {options.jobs} a time" if left else ""
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     print(f"{len(jobs)} runs: {counts}{about}", flush=True)
@@ -276,9 +282,7 @@ def parser() -> argparse.ArgumentParser:
     _add_pairs(run, "a parameter of the notebook")
     run.add_argument("--num-processes", type=int, metavar="N", help="as -p num_processes=N")
     run.add_argument(
-        "--accelerate",
-        metavar="CONFIG",
-        help="multi_gpu, multi_cpu, fsdp2, zero3, or a file; default: the preset's, else by hardware",
+        "--accelerate", metavar="CONFIG", help="multi_gpu, multi_cpu, fsdp2, zero3, or a file"
     )
     run.add_argument("--run-dir", default="", help="default: from the notebook and its parameters")
     run.add_argument(
@@ -287,38 +291,22 @@ def parser() -> argparse.ArgumentParser:
         default="raise",
         help="skip: keep a finished run, make an unfinished one again (default: raise)",
     )
-    run.add_argument(
-        "--dry-run", action="store_true", help="resolve and check it, and say what it would do"
-    )
+    run.add_argument("--dry-run", action="store_true", help="check it and say what it would do")
 
     suite = _command(commands, _suite, "run a named set of runs; finished ones are kept")
     suite.add_argument("name")
     _add_pairs(suite, "a parameter of every notebook")
-    suite.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (default: 1, on slurm all)"
-    )
+    suite.add_argument("--jobs", type=int, metavar="N", help="at a time (default: 1, on slurm all)")
     suite.add_argument("--list", action="store_true", help="show how each run stands; run nothing")
     suite.add_argument("--retry-failed", action="store_true", help="make failed runs again")
-    suite.add_argument(
-        "--resume", action="store_true", help="go on with unfinished runs from their checkpoints"
-    )
-    suite.add_argument(
-        "--submitit", choices=("slurm", "local"), help="hand the runs to a cluster through submitit"
-    )
-    suite.add_argument(
-        "--submitit-options",
-        dest="options",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="what submitit asks the cluster for: timeout_min, gpus_per_node, slurm_partition, ...",
-    )
+    suite.add_argument("--resume", action="store_true", help="go on from checkpoints")
+    suite.add_argument("--submitit", choices=("slurm", "local"), help="run them as cluster jobs")
+    asked = "what submitit asks the cluster for, such as timeout_min or gpus_per_node"
+    _add_pairs(suite, asked, "--submitit-options")
 
     table = _command(commands, _table, "a table with intervals over run directories")
     table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
-    table.add_argument(
-        "--against", metavar="METHOD", help="differences from this method, seed by seed, paired"
-    )
+    table.add_argument("--against", metavar="METHOD", help="paired differences from this method")
     table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 
@@ -356,9 +344,10 @@ def _command(
     return parser
 
 
-def _add_pairs(parser: argparse.ArgumentParser, what: str) -> None:
-    how = {"dest": "pairs", "action": "append", "default": [], "metavar": "NAME=VALUE"}
-    parser.add_argument("-p", **how, help=f"{what}; again for more")
+def _add_pairs(parser: argparse.ArgumentParser, what: str, flag: str = "-p") -> None:
+    how = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    dest = "pairs" if flag == "-p" else None
+    parser.add_argument(flag, dest=dest, help=f"{what}; again for more", **how)
 
 
 if __name__ == "__main__":

@@ -72,28 +72,13 @@ class Outcome:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
-    workers: int = 1,
-    *,
-    retry_failed: bool = False,
-    if_exists: str = "skip",
+    jobs: Sequence[Job], workers: int = 1, *, retry_failed: bool = False, if_exists: str = "skip"
 ) -> Iterator[Outcome]:
     """Work through jobs with at most `workers` at a time; outcomes come as they end.
 
     Finished runs are kept, and failed ones too unless `retry_failed`. Of the rest, `if_exists` says
     what becomes of what is there: "skip" begins again, "resume" goes on from the last checkpoint.
-
-    Raises:
-        ValueError: `workers` is below 1.
     """
-    if workers < 1:
-        raise ValueError(f"jobs={workers}: expected 1 or more")
-    return _work(jobs, workers, retry_failed, if_exists)
-
-
-def _work(
-    jobs: Sequence[Job], workers: int, retry_failed: bool, if_exists: str
-) -> Iterator[Outcome]:
     settled = [settle(job, retry_failed) for job in jobs]
     yield from (outcome for outcome in settled if outcome)
     rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]
