@@ -132,10 +132,14 @@ def state_of(path: Path) -> str | None:
     manifest = manifest_or_none(path)
     if manifest and manifest["status"] != "running":
         return manifest["status"]
-    if not (path / LOCK).exists():
-        return "running/killed" if manifest else None
+    if manifest is None and not (path / LOCK).exists():
+        return None
     elsewhere = manifest is not None and manifest["owner"]["host"] != socket.gethostname()
-    return "running" if elsewhere or _is_locked(path / LOCK) else "running/killed"
+    if (path / LOCK).exists() and (elsewhere or _is_locked(path / LOCK)):
+        return "running"
+    # Its status is written before the lock is given up: read again, it may have ended just now.
+    status = (manifest_or_none(path) or {"status": "running"})["status"]
+    return "running/killed" if status == "running" else status
 
 
 def _is_locked(file: Path) -> bool:

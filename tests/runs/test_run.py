@@ -290,3 +290,16 @@ def test_outputs_stand_in_the_project_of_the_current_folder(
     (tmp_path / "project" / "pyproject.toml").touch()
     monkeypatch.chdir(inner)
     assert paths.outputs_root() == tmp_path / "project" / "outputs"
+
+
+def test_a_run_that_ends_while_its_state_is_read_was_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.start(tmp_path / "a", parameters={})
+
+    def ends(_: Path) -> bool:
+        run.finish({})
+        return False
+
+    monkeypatch.setattr("rlsd_lib.runs.records._is_locked", ends)
+    assert state_of(run.path) == "finished"
