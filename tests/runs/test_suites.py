@@ -104,6 +104,12 @@ def test_a_killed_suite_redoes_nothing_and_ends_in_the_same_table(
     monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", (grid,)))
     folders = [job.run_dir for job in jobs_of("tiny")]
 
+    def finish(folder: Path, seed: int) -> None:  # as the notebook does
+        run = Run.start(folder, parameters={"seed": seed, "gate": str(gate)}, notebook=source)
+        run.log(1, {"reward": seed / 4})
+        run.finish({"accuracy_after": 0.5 + seed / 10})
+
+    finish(folders[0], 0)
     words = [sys.executable, "-c", BEGIN, str(source), str(gate)]
     suite = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
     expected = ["finished", "running", None]
@@ -123,7 +129,6 @@ def test_a_killed_suite_redoes_nothing_and_ends_in_the_same_table(
 
     never_killed = tmp_path / "never-killed" / "tiny"
     for seed, folder in enumerate(folders):
-        run = Run.start(never_killed / folder.name, parameters={"seed": seed, "gate": str(gate)})
-        run.finish({"accuracy_after": 0.5 + seed / 10})
+        finish(never_killed / folder.name, seed)
     tables = [make_table(read_runs(tmp_path / name)) for name in ("outputs", "never-killed")]
     assert tables[0].markdown() == tables[1].markdown()
