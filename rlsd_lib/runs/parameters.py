@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nbformat
-
 from rlsd_lib.names import nearest
 
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "list": list}
@@ -35,12 +33,18 @@ def read_parameters(source: Path) -> dict[str, Parameter]:
         ValueError: there is not exactly one cell tagged "parameters", or a line in it is not
             `name: type = literal`.
     """
-    cells = nbformat.read(source, as_version=4).cells
-    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [code for code, tags in _cells(source) if "parameters" in tags]
     if len(tagged) != 1:
         raise ValueError(f'{source.name}: {len(tagged)} cells tagged "parameters", expected one')
-    found = [_parameter(source, line) for line in ast.parse(tagged[0].source).body]
+    found = [_parameter(source, line) for line in ast.parse(tagged[0]).body]
     return {p.name: p for p in found}
+
+
+def _cells(source: Path) -> list[tuple[str, list[str]]]:
+    """Code and tags of each code cell; without nbformat, whose import takes a second."""
+    cells = json.loads(source.read_text()).get("cells", [])
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in code]
 
 
 def _parameter(source: Path, line: ast.stmt) -> Parameter:
@@ -90,11 +94,10 @@ def complete(source: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def unmet(source: Path, parameters: Mapping[str, Any]) -> list[str]:
     """What the notebook asserts of its parameters alone and does not hold, one line for each."""
-    cells = [c.source for c in nbformat.read(source, as_version=4).cells if c.cell_type == "code"]
     asserted = [
         line
-        for cell in cells
-        for line in ast.parse(cell).body
+        for code, _ in _cells(source)
+        for line in ast.parse(code).body
         if isinstance(line, ast.Assert)
         and {n.id for n in ast.walk(line) if isinstance(n, ast.Name)} <= parameters.keys()
     ]
