@@ -1,26 +1,32 @@
-"""The `rlsd` command: run a notebook or a suite, read runs back as a table, measure the cost."""
+"""The `rlsd` command: run a notebook or a suite, read runs back as a table, measure the cost.
+
+A command is a function from its options to the exit status. It imports what it needs by itself, so
+that a typing mistake costs no second.
+"""
 
 import argparse
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsd_lib.arguments import parser
 from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
     from rlsd_lib.runs.jobs import Job, Outcome
+    from rlsd_lib.runs.parameters import Parameter
+
+DESCRIPTION = "Run a notebook or a suite, read runs back as a table, measure and plan the cost."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (a run failed) or 2 (bad input)."""
     options = parser().parse_args(argv)
     try:
-        return COMMANDS[options.command](options)
+        return options.command(options)
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         print(f"rlsd: {error}", file=sys.stderr)
         return 2
@@ -30,35 +36,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from rlsd_lib.runs.parameters import check_parameters, read_parameters
+    from rlsd_lib.runs.execute import NotebookError, execute_notebook
+    from rlsd_lib.runs.parameters import complete, read_parameters
     from rlsd_lib.runs.records import state_of
 
     source = find_notebook(options.notebook)
-    declared = read_parameters(source)
     count = options.num_processes
-    pairs = [*options.pairs, *([f"num_processes={count}"] if count is not None else [])]
-    given = _parse_pairs(pairs, declared)
+    pairs = options.pairs if count is None else [*options.pairs, f"num_processes={count}"]
+    given = _parse_pairs(pairs, read_parameters(source))
+    full = complete(source, given)
     if options.accelerate:
         os.environ["RLSD_ACCELERATE"] = options.accelerate  # read by `launch`, in the kernel
-    check_parameters(source, declared, given)
-    full = {**{p.name: p.default for p in declared.values()}, **given}
     if options.dry_run:
         return _dry_run(source, full)
-    chosen = options.run_dir or full.get("run_dir") or default_run_dir(source.stem, full)
-    folder = Path(chosen).resolve()
-    if options.if_exists == "skip" and state_of(folder) == "finished":
-        print(f"{folder}: finished already, kept")
-        return 0
-    mode = "overwrite" if options.if_exists == "skip" else options.if_exists
+    folder = Path(options.run_dir or default_run_dir(source.stem, full)).resolve()
+    mode = options.if_exists
+    if mode == "skip":
+        if state_of(folder) == "finished":
+            print(f"{folder}: finished already, kept")
+            return 0
+        mode = "overwrite"
     print(f"{source.name} -> {folder}", flush=True)
-    return _execute(source, given, folder, mode)
+    begun = time.monotonic()
+    try:
+        execute_notebook(source, given, run_dir=folder, if_exists=mode)
+    except NotebookError as error:  # in a line: the traceback is in the notebook
+        print(f"rlsd: failed: {error}", file=sys.stderr)
+        return 1
+    print(f"finished in {time.monotonic() - begun:.0f} s")
+    return 0
 
 
 def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
+    # Before the import: the libraries read these when they are imported.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    from rlsd_lib.experiment.dryrun import (
-        dry_run,  # only now: the libraries read these when imported
-    )
+    from rlsd_lib.experiment.dryrun import dry_run
     from rlsd_lib.runs.parameters import unmet
 
     found = dry_run(source.stem, parameters)
@@ -67,38 +79,31 @@ def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
     return 2 if found.wrong else 0
 
 
-def _execute(source: Path, given: dict[str, Any], folder: Path, mode: str) -> int:
-    """Run the notebook; what a cell raised is told in a line, its traceback is in the notebook."""
-    from rlsd_lib.runs.execute import NotebookError, execute_notebook
-
-    begun = time.monotonic()
-    try:
-        execute_notebook(source, given, run_dir=folder, if_exists=mode)
-    except NotebookError as error:
-        print(f"rlsd: failed: {error}", file=sys.stderr)
-        return 1
-    print(f"finished in {time.monotonic() - begun:.0f} s")
-    return 0
-
-
 def _suite(options: argparse.Namespace) -> int:
-    from rlsd_lib.runs.processes import on_sigterm, terminate_children_and_leave
-    from rlsd_lib.runs.suites import get_suite, jobs_of, record_plan
+    from rlsd_lib.runs.processes import on_sigterm, terminate_children
+    from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan
 
-    print(f"{options.name}: {get_suite(options.name).purpose}")
-    changes = _parse_pairs(options.pairs, {})
+    changes = _parse_pairs(options.pairs)
     jobs = jobs_of(options.name, changes)
+    print(f"{options.name}: {SUITES[options.name].purpose}")
     if changes:  # a suite as it stands is known to resolve
-        _resolve(jobs)
+        _check_that_they_resolve(jobs)
     if options.jobs is None:
         options.jobs = len(jobs) if options.submitit == "slurm" else 1
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs}: expected 1 or more")
     _say_what_stands(jobs, options)
     if options.list:
         return 0
     outcomes = _outcomes(options, jobs)  # judges the options before anything is written
     record_plan(options.name, changes, jobs)
     missing: list[Outcome] = []
-    with on_sigterm(terminate_children_and_leave):
+
+    def leave() -> None:  # start nothing more; what runs may still save and stop
+        terminate_children()
+        raise KeyboardInterrupt
+
+    with on_sigterm(leave):
         for count, outcome in enumerate(outcomes, 1):
             took = f" in {_duration(outcome.seconds)}" if outcome.seconds else ""
             left = f", about {_duration(outcome.left)} left" if outcome.left else ""
@@ -112,14 +117,12 @@ def _suite(options: argparse.Namespace) -> int:
     return 1 if missing else 0
 
 
-def _resolve(jobs: "Sequence[Job]") -> None:
-    """Resolve what each run of a suite will train, so that a bad name costs no run."""
+def _check_that_they_resolve(jobs: "Sequence[Job]") -> None:
     from rlsd_lib.experiment.dryrun import resolve
-    from rlsd_lib.runs.parameters import read_parameters
+    from rlsd_lib.runs.parameters import complete
 
     for job in jobs:
-        declared = read_parameters(find_notebook(job.notebook))
-        full = {**{p.name: p.default for p in declared.values()}, **job.parameters}
+        full = complete(find_notebook(job.notebook), job.parameters)
         if "method" in full and "preset" in full:
             resolve(full)
 
@@ -128,13 +131,11 @@ def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[O
     """The runs as they end, made here or on a cluster."""
     from rlsd_lib.runs.jobs import run_jobs
 
-    given = _parse_pairs(options.options, {})
+    given = _parse_pairs(options.submitit_options)
     if given and not options.submitit:
         raise ValueError("--submitit-options: only with --submitit")
-    wishes = {
-        "retry_failed": options.retry_failed,
-        "if_exists": "resume" if options.resume else "skip",
-    }
+    mode = "resume" if options.resume else "skip"
+    wishes = {"retry_failed": options.retry_failed, "if_exists": mode}
     if not options.submitit:
         return run_jobs(jobs, options.jobs, **wishes)
     from rlsd_lib.experiment.cluster import run_submitted
@@ -152,7 +153,7 @@ def _say_what_stands(jobs: "Sequence[Job]", options: argparse.Namespace) -> None
             print(f"{state:9} {job.run_dir}")
     open_states = ("to run", "failed") if options.retry_failed else ("to run",)
     rest = [job for job, state in zip(jobs, states, strict=True) if state in open_states]
-    left = time_left(rest, seconds_taken(jobs), max(options.jobs, 1))
+    left = time_left(rest, seconds_taken(jobs), options.jobs)
     about = f"; about {_duration(left)} at {options.jobs} a time" if left else ""
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     print(f"{len(jobs)} runs: {counts}{about}", flush=True)
@@ -207,7 +208,7 @@ def _bench(options: argparse.Namespace) -> int:
     from rlsd_lib.experiment.cost.race import report, sweep
     from rlsd_lib.names import look_up
 
-    given = _parse_pairs(options.pairs, {})
+    given = _parse_pairs(options.pairs)
     known = [field.name for field in dataclasses.fields(Setting)]
     setting = Setting(**{look_up(name, known, "size"): value for name, value in given.items()})
     names = options.against or list(contenders())
@@ -220,8 +221,6 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from rlsd_lib.experiment.cost.plan import (
         SETTING_FIELDS,
         SPEED_FIELDS,
@@ -234,12 +233,12 @@ def _plan(options: argparse.Namespace) -> int:
     from rlsd_lib.experiment.presets import PRESETS
     from rlsd_lib.names import look_up
 
-    given = _parse_pairs(options.pairs, {})
+    given = _parse_pairs(options.pairs)
     for name in given:
         look_up(name, (*SETTING_FIELDS, *SPEED_FIELDS), "setting")
     speed = Speed(**{name: given.pop(name) for name in SPEED_FIELDS if name in given})
     gpus = options.gpus * options.nodes
-    preset = asdict(PRESETS[look_up(options.preset, PRESETS, "preset")])
+    preset = dataclasses.asdict(PRESETS[look_up(options.preset, PRESETS, "preset")])
     sharding = options.sharding or ("fsdp2" if preset.get("accelerate") else "ddp")
     setting = setting_of(
         preset,
@@ -252,8 +251,10 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parse_pairs(pairs: Sequence[str], declared: dict[str, Any]) -> dict[str, Any]:
-    """`name=value` words as a dictionary.
+def _parse_pairs(
+    pairs: Sequence[str], declared: "Mapping[str, Parameter] | None" = None
+) -> dict[str, Any]:
+    """`name=value` words as a dictionary, read as the notebook declares them.
 
     Raises:
         ValueError: a word without "=", or a name that is given twice.
@@ -267,18 +268,86 @@ def _parse_pairs(pairs: Sequence[str], declared: dict[str, Any]) -> dict[str, An
             raise ValueError(f"-p {pair}: expected name=value")
         if name in found:
             raise ValueError(f"-p {name}: given twice")
-        found[name] = parse_value(text, declared.get(name))
+        found[name] = parse_value(text, (declared or {}).get(name))
     return found
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "run": _run,
-    "suite": _suite,
-    "table": _table,
-    "report": _report,
-    "plan": _plan,
-    "bench": _bench,
-}
+def parser() -> argparse.ArgumentParser:
+    """The sub-commands and their options; `command` of what it parses is the function to call."""
+    words = argparse.ArgumentParser(prog="rlsd", description=DESCRIPTION)
+    commands = words.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(commands, _run, "run one notebook in a run directory of its own")
+    run.add_argument("notebook", help='a path, or a name such as "15_rlsd"')
+    _add_pairs(run, "a parameter of the notebook")
+    run.add_argument("--num-processes", type=int, metavar="N", help="as -p num_processes=N")
+    run.add_argument(
+        "--accelerate", metavar="CONFIG", help="multi_gpu, multi_cpu, fsdp2, zero3, or a file"
+    )
+    run.add_argument("--run-dir", default="", help="default: from the notebook and its parameters")
+    run.add_argument(
+        "--if-exists",
+        choices=("skip", "raise", "overwrite", "resume"),
+        default="raise",
+        help="skip: keep a finished run, make an unfinished one again (default: raise)",
+    )
+    run.add_argument("--dry-run", action="store_true", help="check it and say what it would do")
+
+    suite = _command(commands, _suite, "run a named set of runs; finished ones are kept")
+    suite.add_argument("name")
+    _add_pairs(suite, "a parameter of every notebook")
+    suite.add_argument("--jobs", type=int, metavar="N", help="at a time (default: 1, on slurm all)")
+    suite.add_argument("--list", action="store_true", help="show how each run stands; run nothing")
+    suite.add_argument("--retry-failed", action="store_true", help="make failed runs again")
+    suite.add_argument("--resume", action="store_true", help="go on from checkpoints")
+    suite.add_argument("--submitit", choices=("slurm", "local"), help="run them as cluster jobs")
+    asked = "what submitit asks the cluster for, such as timeout_min or gpus_per_node"
+    _add_pairs(suite, asked, "--submitit-options")
+
+    table = _command(commands, _table, "a table with intervals over run directories")
+    table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
+    table.add_argument("--against", metavar="METHOD", help="paired differences from this method")
+    table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
+    table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
+
+    report = _command(commands, _report, "one page with a suite's tables and figures")
+    report.add_argument("suite", help="a suite that was run, or a folder of runs")
+
+    plan = _command(commands, _plan, "memory and cost of a preset on GPUs, by arithmetic")
+    plan.add_argument("--preset", required=True)
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU")
+    plan.add_argument("--sharding", default="", help="ddp, fsdp2 or zero3 (default: the preset's)")
+    _add_pairs(plan, "a setting or speed, such as max_completion_length or mfu")
+
+    bench = _command(commands, _bench, "step time and memory of RLSD beside GRPO, as ratios")
+    bench.add_argument("--preset", default="lab")
+    bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
+    bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
+    bench.add_argument(
+        "--against",
+        nargs="*",
+        metavar="TRAINER",
+        help="instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)",
+    )
+    bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
+    _add_pairs(bench, "a size of the synthetic rollouts, such as prompt=1024")
+    return words
+
+
+def _command(
+    commands: Any, function: Callable[[argparse.Namespace], int], purpose: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(function.__name__.removeprefix("_"), help=purpose)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_pairs(parser: argparse.ArgumentParser, what: str, flag: str = "-p") -> None:
+    how = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    dest = "pairs" if flag == "-p" else None
+    parser.add_argument(flag, dest=dest, help=f"{what}; again for more", **how)
 
 
 if __name__ == "__main__":

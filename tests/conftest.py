@@ -38,9 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test writes into the project's outputs, and none inherits a claim."""
+    """No test writes into the project's outputs, and none inherits a run."""
     monkeypatch.setenv("RLSD_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.delenv("RLSD_CLAIM", raising=False)
+    monkeypatch.delenv("RLSD_RUN", raising=False)
 
 
 @pytest.fixture

@@ -57,26 +57,20 @@ def _loaded_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize(
-    ("statement", "absent"),
-    [
+def test_an_import_loads_no_more_than_it_needs() -> None:
+    for statement, absent in (
         ("import rlsd_lib", {"torch", "trl", "transformers", "pandas", "matplotlib"}),
         ("import rlsd_lib.credit", {"trl", "transformers", "accelerate", "pandas"}),
         ("from rlsd_lib import Run", {"torch", "trl", "transformers"}),
         ("import rlsd_lib.__main__", {"torch", "trl", "transformers", "pandas", "papermill"}),
         ("import rlsd_lib.report.plots", {"torch", "trl", "transformers"}),
-    ],
-)
-def test_an_import_loads_no_more_than_it_needs(statement: str, absent: set[str]) -> None:
-    assert absent & _loaded_after(statement) == set()
+    ):
+        assert absent & _loaded_after(statement) == set(), statement
 
 
-def test_every_public_name_exists() -> None:
+def test_every_public_name_exists_and_an_unknown_one_says_what_there_is() -> None:
     for name in rlsd_lib.__all__:
         assert getattr(rlsd_lib, name) is not None
         assert name in dir(rlsd_lib)
-
-
-def test_an_unknown_public_name_says_what_there_is() -> None:
     with pytest.raises(AttributeError, match=r"'RLSDTrainr'.*RLSDTrainer"):
         _ = rlsd_lib.RLSDTrainr

@@ -20,7 +20,6 @@ import torch
 import yaml
 
 from rlsd_lib.names import nearest
-from rlsd_lib.runs import claims
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.processes import kill_tree, on_sigterm
 from rlsd_lib.runs.records import read_lines
@@ -103,9 +102,8 @@ def run_workers(
 def _running(command: list[str], log: Any, folder: Path) -> Iterator[subprocess.Popen]:
     """The launcher in a session of its own, so that ctrl-C reaches this process alone."""
     environment = {name: value for name, value in os.environ.items() if name != HANDED_ON}
-    me = {"pid": os.getpid(), "process_started": claims.process_start(os.getpid())}
     environment |= {
-        LAUNCHER: json.dumps(me),
+        LAUNCHER: str(os.getpid()),
         "RLSD_OUTPUTS": str(outputs_root()),
         "MPLBACKEND": "agg",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS),

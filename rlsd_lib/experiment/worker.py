@@ -6,7 +6,6 @@ It attaches to a run that a notebook has begun, rebuilds the experiment from the
 and leaves the trained weights in the run directory, from where the notebook reads them.
 """
 
-import json
 import os
 import signal
 import sys
@@ -19,7 +18,6 @@ import psutil
 from rlsd_lib.experiment.experiment import Experiment
 from rlsd_lib.experiment.launch import ERRORS, LAUNCHER, RESULT
 from rlsd_lib.experiment.training import MODEL, train_here
-from rlsd_lib.runs import claims
 from rlsd_lib.runs.records import append_lines, write_json
 
 
@@ -41,23 +39,17 @@ def main(run_dir: str) -> None:
 
 def _end_with_launcher() -> None:
     """End this process when the one that launched it is gone, however that one was killed."""
-    told = json.loads(os.environ.get(LAUNCHER, "null"))
+    launcher = os.environ.get(LAUNCHER)
     # Another machine's processes cannot be looked up; their launcher ends them.
-    if told and int(os.environ.get("GROUP_RANK", 0)) == 0:
-        threading.Thread(target=_watch, args=(told, os.getppid()), daemon=True).start()
+    if launcher and int(os.environ.get("GROUP_RANK", 0)) == 0:
+        threading.Thread(target=_watch, args=(int(launcher), os.getppid()), daemon=True).start()
 
 
-def _watch(launcher: dict[str, float], parent: int) -> None:
-    while os.getppid() == parent and _is_alive(launcher):
+def _watch(launcher: int, parent: int) -> None:
+    process = psutil.Process(launcher) if psutil.pid_exists(launcher) else None
+    while process and process.is_running() and os.getppid() == parent:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _is_alive(launcher: dict[str, float]) -> bool:
-    try:
-        return claims.process_start(int(launcher["pid"])) == launcher["process_started"]
-    except psutil.NoSuchProcess:
-        return False
 
 
 if __name__ == "__main__":

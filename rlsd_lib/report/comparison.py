@@ -10,7 +10,7 @@ from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.report.arms import Arms
 from rlsd_lib.report.paper_numbers import AVERAGE, table_1, table_2
 from rlsd_lib.report.tables import DASH, Table, each_once, settings_of, source_notes, with_arms
-from rlsd_lib.runs.jobs import as_text
+from rlsd_lib.runs.parameters import as_text
 from rlsd_lib.runs.paths import NEUTRAL
 from rlsd_lib.runs.records import PLAN, Runs
 

@@ -4,11 +4,8 @@ papermill warns of an unknown parameter, takes any type, creates no folder and r
 caller stands. Here each of these is an error or is done.
 """
 
-import json
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-from rlsd_lib.runs.parameters import check_parameters, read_parameters
+from rlsd_lib.runs.parameters import complete
 from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 from rlsd_lib.runs.processes import on_sigterm, terminate_children
 from rlsd_lib.runs.run import HANDED_ON, Run
@@ -32,14 +29,6 @@ KERNEL = {
 
 class NotebookError(RuntimeError):
     """A cell raised, the kernel died, or the notebook never finished its run."""
-
-
-class _OwnInterpreter(AsyncKernelManager):
-    """The python3 kernel of this interpreter, whatever kernels the user has registered."""
-
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=ERROR"]))
 
 
 def execute_notebook(
@@ -68,17 +57,16 @@ def execute_notebook(
             finish it; the run is marked failed.
     """
     source = find_notebook(notebook)
-    declared = read_parameters(source)
-    chosen = {**(parameters or {}), **({"run_dir": str(run_dir)} if run_dir else {})}
-    check_parameters(source, declared, parameters or {})
-    full = {**{p.name: p.default for p in declared.values()}, **chosen}
-    folder = Path(full.get("run_dir") or default_run_dir(source.stem, full)).resolve()
-    if "run_dir" in declared:
-        chosen["run_dir"] = full["run_dir"] = str(folder)
-    run = Run.start(folder, parameters=full, notebook=source, if_exists=if_exists)
+    full = complete(source, parameters or {})
+    folder = Path(run_dir or default_run_dir(source.stem, full)).resolve()
+    injected = dict(parameters or {})
+    if "run_dir" in full:
+        injected["run_dir"] = str(folder)
+    run = Run.start(folder, parameters={**full, **injected}, notebook=source, if_exists=if_exists)
     try:
-        _run_cells(source, run, {k: v for k, v in chosen.items() if k in declared})
-        _check_finished(run)
+        _run_cells(source, run, injected)
+        if run.manifest["attached"] and not (run.path / "metrics.json").exists():
+            raise NotebookError("the notebook ended without run.finish(metrics)")
     except Exception as error:
         reason = _reason(error)
         run.fail(reason)
@@ -93,19 +81,18 @@ def execute_notebook(
 def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
     import papermill  # a second to import: only when something runs
 
-    handed = json.dumps({"run_dir": str(run.path), "attempt": run.attempt})
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its warnings are errors here, above
     # papermill formats its paths with the parameters, so a brace must be doubled to stay one.
     source_path, target = (
         str(p).replace("{", "{{").replace("}", "}}") for p in (source, run.path / source.name)
     )
-    variables = {HANDED_ON: handed, "RLSD_OUTPUTS": str(outputs_root()), **KERNEL}
     told: list[str] = []
 
     def hand_on() -> None:  # the kernel may save and stop; its end then ends this run
         told.append("SIGTERM")
         terminate_children()
 
-    with _environment(variables), _errors_only("papermill"), on_sigterm(hand_on):
+    with on_sigterm(hand_on):
         try:
             papermill.execute_notebook(
                 source_path,
@@ -114,7 +101,7 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
                 kernel_name="python3",
                 cwd=str(run.path),
                 progress_bar=False,
-                kernel_manager_class=_OwnInterpreter,
+                kernel_manager_class=_kernel_manager(run),
             )
         except Exception as error:
             reason = _reason(error)
@@ -123,10 +110,13 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
             raise
 
 
-def _check_finished(run: Run) -> None:
-    """A notebook that opens its run must also write its metrics; others need not open one."""
-    if run.manifest["attached"] and not (run.path / "metrics.json").exists():
-        raise NotebookError("the notebook ended without run.finish(metrics)")
+def _kernel_manager(run: Run) -> type[AsyncKernelManager]:
+    """Starts this interpreter, whatever kernels the user has registered, and hands the run on."""
+    variables = {HANDED_ON: str(run.path), "RLSD_OUTPUTS": str(outputs_root()), **KERNEL}
+    # Jupyter fills in variables that stand in these texts; a dollar of a path must stay one.
+    variables = {name: value.replace("$", "$$") for name, value in variables.items()}
+    spec = KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=ERROR"]), env=variables)
+    return type("OwnInterpreter", (AsyncKernelManager,), {"kernel_spec": spec})
 
 
 def _reason(error: BaseException) -> str:
@@ -138,30 +128,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, NotebookError):
         return str(error)
     return f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def _errors_only(logger: str) -> Iterator[None]:
-    """Silence a library's warnings: what papermill warns of was checked before, and more."""
-    log = logging.getLogger(logger)
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for what is started inside, and put them back."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -5,7 +5,6 @@ failed by an error of its own would fail again: it is listed, and made again on 
 """
 
 import heapq
-import json
 import os
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlsd_lib.runs.claims import latest_claim, owned
-from rlsd_lib.runs.records import read_manifest, state_of
+from rlsd_lib.runs.parameters import as_text
+from rlsd_lib.runs.records import owned, read_manifest, state_of
 
 INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons begin
 
@@ -73,28 +72,13 @@ class Outcome:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
-    workers: int = 1,
-    *,
-    retry_failed: bool = False,
-    if_exists: str = "skip",
+    jobs: Sequence[Job], workers: int = 1, *, retry_failed: bool = False, if_exists: str = "skip"
 ) -> Iterator[Outcome]:
     """Work through jobs with at most `workers` at a time; outcomes come as they end.
 
     Finished runs are kept, and failed ones too unless `retry_failed`. Of the rest, `if_exists` says
     what becomes of what is there: "skip" begins again, "resume" goes on from the last checkpoint.
-
-    Raises:
-        ValueError: `workers` is below 1.
     """
-    if workers < 1:
-        raise ValueError(f"jobs={workers}: expected 1 or more")
-    return _work(jobs, workers, retry_failed, if_exists)
-
-
-def _work(
-    jobs: Sequence[Job], workers: int, retry_failed: bool, if_exists: str
-) -> Iterator[Outcome]:
     settled = [settle(job, retry_failed) for job in jobs]
     yield from (outcome for outcome in settled if outcome)
     rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]
@@ -107,7 +91,8 @@ def _work(
                 ended = waiting.pop(done)
                 outcome = done.result()
                 took[ended.kind] += [outcome.seconds] if outcome.status == "done" else []
-                left = time_left(list(waiting.values()), took, workers, _elapsed(begun))
+                elapsed = {path: time.monotonic() - since for path, since in list(begun.items())}
+                left = time_left(list(waiting.values()), took, workers, elapsed)
                 yield replace(outcome, left=left)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -145,17 +130,13 @@ def time_left(
     return max(free)
 
 
-def _elapsed(begun: Mapping[Path, float]) -> dict[Path, float]:
-    return {path: time.monotonic() - since for path, since in list(begun.items())}
-
-
 def settle(job: Job, retry_failed: bool) -> Outcome | None:
     """The outcome of a job that needs no run, or None."""
     state = job.state()
     if state == "finished":
         return Outcome(job, "kept")
     if state == "running":
-        return Outcome(job, "busy", error=owned(job.run_dir, latest_claim(job.run_dir)))
+        return Outcome(job, "busy", error=owned(job.run_dir))
     if state == "failed" and not retry_failed:
         return Outcome(job, "failed before", error=read_manifest(job.run_dir)["error"])
     return None
@@ -171,8 +152,3 @@ def _run_job(job: Job, workers: int, if_exists: str, begun: dict[Path, float]) -
     if done.returncode == 0:
         return Outcome(job, "done", seconds)
     return Outcome(job, "failed", seconds, done.stderr.strip()[-2000:] or "no error output")
-
-
-def as_text(value: Any) -> str:
-    """A value as `parse_value` reads it back."""
-    return value if isinstance(value, str) else str(value) if value is None else json.dumps(value)

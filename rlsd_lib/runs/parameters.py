@@ -2,14 +2,10 @@
 
 import ast
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import nbformat
-import yaml
 
 from rlsd_lib.names import nearest
 
@@ -37,12 +33,18 @@ def read_parameters(source: Path) -> dict[str, Parameter]:
         ValueError: there is not exactly one cell tagged "parameters", or a line in it is not
             `name: type = literal`.
     """
-    cells = nbformat.read(source, as_version=4).cells
-    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [code for code, tags in _cells(source) if "parameters" in tags]
     if len(tagged) != 1:
         raise ValueError(f'{source.name}: {len(tagged)} cells tagged "parameters", expected one')
-    found = [_parameter(source, line) for line in ast.parse(tagged[0].source).body]
+    found = [_parameter(source, line) for line in ast.parse(tagged[0]).body]
     return {p.name: p for p in found}
+
+
+def _cells(source: Path) -> list[tuple[str, list[str]]]:
+    """Code and tags of each code cell; without nbformat, whose import takes a second."""
+    cells = json.loads(source.read_text()).get("cells", [])
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in code]
 
 
 def _parameter(source: Path, line: ast.stmt) -> Parameter:
@@ -67,99 +69,69 @@ def _types(annotation: ast.expr) -> tuple[type, ...]:
     return (type(None),) if name == "None" else (_TYPES[name],)
 
 
-def check_parameters(
-    source: Path, declared: Mapping[str, Parameter], given: Mapping[str, Any]
-) -> None:
-    """Refuse parameters that the notebook would ignore or cannot take.
+def complete(source: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of every parameter of a notebook: those given, checked, and defaults for the rest.
 
     Raises:
         ValueError: a name that the notebook does not declare; the message names the nearest.
         TypeError: a value that does not fit its annotation.
     """
+    declared = read_parameters(source)
     for name, value in given.items():
         if name not in declared:
-            hint = _as_override(name, value, declared) or nearest(name, declared)
+            hint = nearest(name, declared)
+            if "overrides" in declared:
+                pair = shlex.quote(f"overrides={json.dumps({name: value}, default=str)}")
+                hint += f"; a field of RLSDConfig or of the preset goes into -p {pair}"
             raise ValueError(f"{source.name} has no parameter {name!r}{hint}")
         if not declared[name].accepts(value):
             wanted = " or ".join(t.__name__ for t in declared[name].types)
             raise TypeError(
                 f"{source.name}: {name}={value!r} is {type(value).__name__}, expected {wanted}"
             )
+    return {**{p.name: p.default for p in declared.values()}, **given}
 
 
 def unmet(source: Path, parameters: Mapping[str, Any]) -> list[str]:
     """What the notebook asserts of its parameters alone and does not hold, one line for each."""
-    cells = [c.source for c in nbformat.read(source, as_version=4).cells if c.cell_type == "code"]
-    lines = [line for cell in cells for line in _assertions(cell)]
+    asserted = [
+        line
+        for code, _ in _cells(source)
+        for line in ast.parse(code).body
+        if isinstance(line, ast.Assert)
+        and {n.id for n in ast.walk(line) if isinstance(n, ast.Name)} <= parameters.keys()
+    ]
     return [
         f"{source.name} is not for these parameters: {ast.unparse(line.test)} does not hold"
         + (f" ({line.msg.value})" if isinstance(line.msg, ast.Constant) else "")
-        for line in lines
-        if {n.id for n in ast.walk(line) if isinstance(n, ast.Name)} <= parameters.keys()
-        and not _value(line.test, parameters)
+        for line in asserted
+        if not eval(ast.unparse(line.test), {}, dict(parameters))  # as the notebook would
     ]
 
 
-def _assertions(cell: str) -> list[ast.Assert]:
-    return [line for line in ast.parse(cell).body if isinstance(line, ast.Assert)]
-
-
-def _value(test: ast.expr, names: Mapping[str, Any]) -> Any:
-    """The value of an assertion's test, which the notebook would compute as well."""
-    return eval(compile(ast.Expression(test), "<assertion>", "eval"), {}, dict(names))
-
-
-def _as_override(name: str, value: Any, declared: Mapping[str, Parameter]) -> str:
-    """The hint for a field of the configuration that was given as a parameter; "" for others."""
-    if "overrides" not in declared:
-        return ""
-    from rlsd_lib.experiment.presets import (  # seconds: only for an error
-        IDENTITY,
-        OF_PRESET,
-        override_types,
-    )
-
-    if name in IDENTITY or name not in override_types():
-        return ""
-    owner = "the preset" if name in OF_PRESET else "RLSDConfig"
-    pair = f"overrides={json.dumps({name: value})}"
-    return f": it is a field of {owner}. Set it with -p {shlex.quote(pair)}"
-
-
 def parse_value(text: str, parameter: Parameter | None = None) -> Any:
-    """A command-line value: True, False, None, numbers, YAML for {...} and [...], else text.
+    """A command-line value: JSON if it is JSON, else a Python literal if it is one, else text.
 
     A parameter that is declared as text alone takes the text as it is: `run_dir=007` stays 007.
 
     Raises:
-        ValueError: braces or brackets that are not valid YAML.
+        ValueError: braces or brackets that are neither JSON nor a Python literal.
     """
-    words = {"True": True, "False": False, "true": True, "false": False, "None": None}
     if parameter is not None and parameter.types == (str,):
         return text
-    if text in words:
-        return words[text]
-    if text[:1] in ("{", "["):
-        return _parse_yaml(text)
-    for number in (int, float):
+    for read in (json.loads, ast.literal_eval):
         try:
-            return number(text)
-        except ValueError:
+            return read(text)
+        except (ValueError, SyntaxError):
             continue
+    if text.startswith(("{", "[")):
+        raise ValueError(
+            f'{text!r} is neither JSON nor a Python literal: write {{"name": value}} or [1, 2], '
+            "with names and text in quotes"
+        )
     return text
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-5 as a number; plain YAML 1.1 reads it as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{text!r} is not valid YAML: {error}") from error
+def as_text(value: Any) -> str:
+    """A value as `parse_value` reads it back."""
+    return value if isinstance(value, str) else json.dumps(value)

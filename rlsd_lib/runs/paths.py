@@ -31,17 +31,19 @@ def outputs_root() -> Path:
 
 
 def default_run_dir(group: str, parameters: Mapping[str, Any]) -> Path:
-    """The folder of a run, from what it is: outputs/<group>/<method>-<preset>-s<seed>[...].
+    """The folder of a run: its parameter `run_dir`, else outputs/<group>/<run_name>.
 
-    `group` is a suite's name or a notebook's stem. A control other than "none" stands in the name;
-    every other parameter that is not neutral goes into a short hash, so that the same parameters
-    always give the same folder and different ones never share it.
+    `group` is a suite's name or a notebook's stem.
     """
-    return outputs_root() / group / run_name(parameters)
+    return Path(parameters.get("run_dir") or outputs_root() / group / run_name(parameters))
 
 
 def run_name(parameters: Mapping[str, Any]) -> str:
-    """The last part of a run's folder; see `default_run_dir`."""
+    """What a run is called from what it is: <method>-<preset>-s<seed>, and what sets it apart.
+
+    A control other than "none" stands in the name; every other parameter that is not neutral goes
+    into a short hash, so that the same parameters always give the same name and others never do.
+    """
     parts = [str(parameters[k]) for k in ("method", "preset") if parameters.get(k)]
     parts += [f"s{parameters['seed']}"] if "seed" in parameters else []
     rest = settings(parameters)

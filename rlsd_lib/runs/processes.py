@@ -27,16 +27,6 @@ def terminate_children() -> None:
         child.terminate()
 
 
-def terminate_children_and_leave() -> None:
-    """The same, and start nothing more: what runs may still save and stop.
-
-    Raises:
-        KeyboardInterrupt: always, as ctrl-C would.
-    """
-    terminate_children()
-    raise KeyboardInterrupt
-
-
 def kill_tree(pid: int) -> None:
     """Kill a process and all that it started; nothing happens where it is gone."""
     try:

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,30 +20,24 @@ PACKAGES = ("torch", "trl", "transformers", "accelerate", "datasets", "peft", "v
 def fingerprint(rows: Iterable[Any]) -> str:
     """SHA-256 over the rows of a data set, in order: two runs on the same data print the same.
 
+    Images are not decoded: the column `key`, a hash of a row's question and images, stands for them.
+
     Raises:
-        ValueError: for rows with images and without a column `key` that stands for them.
+        ValueError: for rows with images and without a column `key`.
     """
-    total = hashlib.sha256()
-    for row in _without_images(rows):
-        total.update(digest(row).encode())
-    return total.hexdigest()
-
-
-def _without_images(rows: Iterable[Any]) -> Iterator[Any]:
-    """The rows with their images left out, for which the hash in `key` stands: none is decoded."""
     features = getattr(rows, "features", None) or {}
     images = [name for name, feature in features.items() if _is_of_images(feature)]
-    if not images:
-        yield from rows
-        return
-    if "key" not in features:
+    if images and "key" not in features:
         raise ValueError(
             f"the column {images[0]!r} holds images, and there is no column 'key' that tells them "
             "apart: add one with a hash of each row's question and image files"
         )
-    empty: dict[str, list] = {name: [] for name in images}  # what a row without images holds
-    for row in rows.remove_columns(images):
-        yield {**row, **empty}
+    rows = rows.remove_columns(images) if images else rows
+    blank: dict[str, list] = {name: [] for name in images}  # what a row without images holds
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(digest({**row, **blank} if blank else row).encode())
+    return total.hexdigest()
 
 
 def _is_of_images(feature: Any) -> bool:

@@ -3,14 +3,15 @@
 import json
 import math
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from filelock import FileLock
 
-from rlsd_lib.runs.claims import latest_claim
-
+LOCK = ".run.lock"  # in a run directory: whoever has the lock on it writes the run, see `run`
 PLAN = "suite.json"  # in a suite's folder: the runs that it is to have, and the commands
 
 
@@ -39,15 +40,18 @@ def read_runs(folder: str | Path) -> Runs:
         raise FileNotFoundError(
             f"{folder}: no such folder; runs are written to outputs/ by default"
         )
-    paths = sorted({p.parent for mark in ("manifest.json", ".claim-*") for p in root.rglob(mark)})
+    paths = sorted({p.parent for mark in ("manifest.json", LOCK) for p in root.rglob(mark)})
     rows, lines = [], []
     for path in paths:
         facts = _facts(path)
         metrics = path / "metrics.json"
         rows.append({**(_read_json(metrics) if metrics.exists() else {}), **facts})
         identity = {k: v for k, v in facts.items() if k not in ("error", "started", "parameters")}
-        lines += [{**line, **identity} for line in _steps(path)]
-    rows += [_not_started(path) for path in _planned(root) if path not in paths]
+        if (steps := path / "metrics.jsonl").exists():
+            # Only a run that was cut off may end in half a line.
+            logged = read_lines(steps, torn=facts["status"] != "finished")
+            lines += [{**row, **identity} for row in logged]
+    rows += [_identity(path, "not started") for path in _planned(root) if path not in paths]
     return Runs(pd.DataFrame(rows), pd.DataFrame(lines))
 
 
@@ -59,11 +63,6 @@ def _planned(root: Path) -> list[Path]:
         for plan in _read_json(file)["plans"]
         for name in plan["runs"]
     ]
-
-
-def _not_started(path: Path) -> dict[str, Any]:
-    identity = {"path": str(path), "group": path.parent.name, "name": path.name}
-    return {**identity, "status": "not started", "error": None, "parameters": None}
 
 
 def is_finished(frame: pd.DataFrame) -> pd.Series:
@@ -124,46 +123,63 @@ def manifest_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def attempts_of(path: Path) -> list[dict[str, Any]]:
-    """Every attempt at the run in `path` up to its manifest's, oldest first."""
-    last = manifest_or_none(path)
-    if last is None:
-        return []
-    keep = ("attempt", "status", "error", "started", "seconds")
-    return [*last["previous"], {name: last[name] for name in keep}]
-
-
 def state_of(path: Path) -> str | None:
-    """How a run stands: None (no run), finished, failed, running or running/killed."""
-    owner = latest_claim(path)
+    """How a run stands: None (no run), finished, failed, running or running/killed.
+
+    Only a live process has the lock on the directory. A run of another host counts as running
+    while its lock file is there, since not every shared disk carries locks between hosts.
+    """
     manifest = manifest_or_none(path)
-    if owner is None and manifest is None:
+    if manifest and manifest["status"] != "running":
+        return manifest["status"]
+    if manifest is None and not (path / LOCK).exists():
         return None
-    # A claim newer than the manifest belongs to an attempt that is only just beginning.
-    if manifest and (owner is None or manifest["attempt"] >= owner.attempt):
-        if manifest["status"] != "running":
-            return manifest["status"]
-        alive = owner is not None and manifest["attempt"] == owner.attempt and owner.is_alive()
-    else:
-        alive = owner.is_alive()
-    return "running" if alive else "running/killed"
+    elsewhere = manifest is not None and manifest["owner"]["host"] != socket.gethostname()
+    if (path / LOCK).exists() and (elsewhere or _is_locked(path / LOCK)):
+        return "running"
+    # Its status is written before the lock is given up: read again, it may have ended just now.
+    status = (manifest_or_none(path) or {"status": "running"})["status"]
+    return "running/killed" if status == "running" else status
+
+
+def _is_locked(file: Path) -> bool:
+    try:
+        # Not at once: another reader may have it for the same instant.
+        with FileLock(file).acquire(timeout=0.2, poll_interval=0.02):
+            return False
+    except OSError:  # a timeout, or somebody else's file
+        return True
+
+
+def owner_of(path: Path) -> str:
+    """The process that began the run in `path`, for a message."""
+    manifest = manifest_or_none(path)
+    if manifest is None:
+        return "a process that has only just begun"
+    return "process {pid} on {host}".format(**manifest["owner"])
+
+
+def owned(path: Path) -> str:
+    """Who writes in `path`, and what to do should that process be gone."""
+    return (
+        f"{path} is being written by {owner_of(path)}. Wait for it or choose another run_dir; if "
+        f"you know that process to be gone, delete {path / LOCK}"
+    )
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    state = state_of(path)
-    facts = {"path": str(path), "group": path.parent.name, "name": path.name, "status": state}
+    facts = _identity(path, state_of(path))
     manifest = manifest_or_none(path)
-    if manifest is None:  # killed between the claim and the manifest
-        return {**facts, "error": None, "parameters": None}
+    if manifest is None:  # killed before it could write one
+        return facts
     kept = {k: manifest[k] for k in ("error", "notebook", "started", "seconds")}
     parameters = manifest["parameters"]
     return {**parameters, **facts, **kept, **manifest["git"], "parameters": parameters}
 
 
-def _steps(path: Path) -> list[dict[str, Any]]:
-    file = path / "metrics.jsonl"
-    # Only a run that was cut off may end in half a line.
-    return read_lines(file, torn=state_of(path) != "finished") if file.exists() else []
+def _identity(path: Path, status: str | None) -> dict[str, Any]:
+    names = {"path": str(path), "group": path.parent.name, "name": path.name}
+    return {**names, "status": status, "error": None, "parameters": None}
 
 
 def read_lines(file: Path, *, torn: bool = False) -> list[dict[str, Any]]:

@@ -7,28 +7,36 @@ of them back into tidy frames. Layout of a run directory:
     metrics.json    the final numbers                   samples.jsonl   rollouts with token credit
     figures/        pictures                            <name>.ipynb    the executed notebook
     evaluation_before.json, evaluation_after.json       scores, problem by problem
+
+One process at a time owns the directory: the one with the operating system's lock on `.run.lock`.
+The system drops the lock when that process ends, however it ends, so nothing has to be cleaned up.
+Across hosts the lock is certain only on disks that share it (NFS 4, GPFS, Lustre with `-o flock`).
+Therefore an unfinished run of another host counts as alive until its lock file is deleted, and two
+hosts should not start the same directory in the same second.
 """
 
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from IPython import get_ipython
 
 from rlsd_lib.runs import paths, provenance
-from rlsd_lib.runs.claims import Claim, latest_claim, make_claim, owned
 from rlsd_lib.runs.records import (
+    LOCK,
     append_lines,
-    attempts_of,
     drop_torn_line,
     manifest_or_none,
+    owned,
+    owner_of,
     read_lines,
     read_manifest,
-    read_runs,
     replace_text,
     scalar,
     state_of,
@@ -38,21 +46,23 @@ from rlsd_lib.runs.records import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Run", "read_manifest", "read_runs", "state_of"]
-
-HANDED_ON = "RLSD_CLAIM"  # environment variable by which a runner gives its claim to the kernel
+HANDED_ON = "RLSD_RUN"  # environment variable: the directory that a runner claimed for its kernel
 IF_EXISTS = ("raise", "overwrite", "resume")
 # What the manifest says by itself; `record` may not replace it.
 RESERVED = ("status", "error", "attempt", "previous", "resumed", "started", "seconds", "owner")
+OF_ATTEMPT = ("attempt", "status", "error", "started", "seconds")  # kept of an attempt gone on with
+PATIENCE_SECONDS = 0.5  # `state_of` takes the lock for an instant, which must not refuse a start
+
+_STARTED: dict[Path, "Run"] = {}  # by this process; a run's lock must not end with a variable
 
 
 class Run:
     """One open run directory. Made by `Run.start` or `Run.attach`, not by hand."""
 
-    def __init__(self, path: Path, attempt: int, *, attached: bool) -> None:
+    def __init__(self, path: Path, attempt: int, lock: FileLock | None = None) -> None:
         self.path = path
         self.attempt = attempt
-        self.attached = attached  # someone else claimed the directory and decides how it ended
+        self._lock = lock  # None: another process owns the directory and decides how the run ended
 
     @classmethod
     def start(
@@ -65,7 +75,7 @@ class Run:
     ) -> "Run":
         """Claim a run directory and write its manifest.
 
-        Under `rlsd run` the directory is claimed already and is only taken over. Elsewhere an
+        Under `rlsd run` the runner owns the directory, and its kernel attaches. Elsewhere an
         exception in a later notebook cell marks the run failed. A cell that starts a run may be
         run again in the same kernel: an unfinished run of this very process is begun anew.
 
@@ -83,45 +93,44 @@ class Run:
             ValueError: `if_exists` is unknown.
         """
         source = paths.find_notebook(notebook) if notebook else None
-        handed = json.loads(os.environ.get(HANDED_ON, "null"))
-        if handed and (not str(run_dir) or Path(run_dir).resolve() == Path(handed["run_dir"])):
-            run = cls.attach(handed["run_dir"])
+        handed = os.environ.get(HANDED_ON)
+        if handed and (not str(run_dir) or Path(run_dir).resolve() == Path(handed)):
+            run = cls.attach(handed)
             full = {**run.manifest["parameters"], **parameters}
             run._update(parameters=full, seeds=_seeds(full), attached=True)
             return run
         group = source.stem if source else "runs"
-        default = run_dir or paths.default_run_dir(group, parameters)
-        run, previous = cls._claim(Path(default).resolve(), if_exists)
-        write_json(run.path / "manifest.json", _manifest(run, parameters, source, previous))
-        run._watch_cells()
+        path = Path(run_dir or paths.default_run_dir(group, parameters)).resolve()
+        found = manifest_or_none(path)
+        if _is_begun_here(path, found):
+            _STARTED[path]._lock.release(force=True)
+        else:
+            _check_allowed(path, if_exists)
+        earlier = found if if_exists == "resume" else None
+        attempt = found["attempt"] + 1 if found else 1
+        # Everything slow comes first: a process that is refused reads in the manifest by whom.
+        manifest = {"attempt": attempt, **_manifest(parameters, source, earlier)}
+        run = _STARTED[path] = cls(path, attempt, _lock(path, found))
+        if earlier:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                drop_torn_line(path / name)
+            (path / "metrics.json").unlink(missing_ok=True)
+        else:
+            _empty(path)
+        write_json(path / "manifest.json", manifest)
+        if shell := get_ipython():
+            shell.events.register("post_run_cell", run._after_cell)
         return run
 
     @classmethod
     def attach(cls, run_dir: str | Path) -> "Run":
-        """Open a run that another process claimed, for a launched worker.
+        """Open a run that another process owns, for a kernel or a launched worker.
 
         Raises:
             FileNotFoundError: there is no run in `run_dir`.
         """
         path = Path(run_dir).resolve()
-        return cls(path, read_manifest(path)["attempt"], attached=True)
-
-    @classmethod
-    def _claim(cls, path: Path, if_exists: str) -> tuple["Run", list[dict[str, Any]]]:
-        """Claim the directory; returns the run and the attempts that it continues."""
-        owner = latest_claim(path)  # first: whoever claims after this makes `make_claim` fail
-        state = state_of(path)
-        again = get_ipython() is not None and owner is not None and owner.is_mine()
-        _check_allowed(path, state, if_exists, owner, again=again and state != "finished")
-        claim = make_claim(path, owner.attempt + 1 if owner else 1)
-        run = cls(path, claim.attempt, attached=False)
-        if if_exists != "resume":
-            _empty(path)
-            return run, []
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            drop_torn_line(path / name)
-        (path / "metrics.json").unlink(missing_ok=True)
-        return run, attempts_of(path)
+        return cls(path, read_manifest(path)["attempt"])
 
     @property
     def figures(self) -> Path:
@@ -183,7 +192,7 @@ class Run:
         write_json(self.path / "metrics.json", dict(metrics or {}))
         # The kernel knows its accelerators; the runner that wrote the manifest may not.
         self._update(hardware=provenance.hardware())
-        if not self.attached:
+        if self._lock:
             self.close("finished")
 
     def fail(self, error: str) -> None:
@@ -191,10 +200,12 @@ class Run:
         self.close("failed", error)
 
     def close(self, status: str, error: str | None = None) -> None:
-        """Write how the run ended and how long it took."""
+        """Write how the run ended and how long it took; its directory is free again."""
         begun = datetime.fromisoformat(self.manifest["started"])
         seconds = round((datetime.now(UTC) - begun).total_seconds(), 2)
         self._update(status=status, error=error, seconds=seconds)
+        if self._lock:
+            self._lock.release(force=True)
 
     def __enter__(self) -> "Run":
         return self
@@ -218,10 +229,6 @@ class Run:
             )
         return manifest
 
-    def _watch_cells(self) -> None:
-        if shell := get_ipython():
-            shell.events.register("post_run_cell", self._after_cell)
-
     def _after_cell(self, result: Any) -> None:
         error = result.error_before_exec or result.error_in_exec
         now = manifest_or_none(self.path)
@@ -232,21 +239,29 @@ class Run:
             self.fail(f"{type(error).__name__}: {error}")
 
 
-def _check_allowed(
-    path: Path, state: str | None, if_exists: str, owner: Claim | None, *, again: bool
-) -> None:
+def _is_begun_here(path: Path, found: Mapping[str, Any] | None) -> bool:
+    """Whether the run in `path` is an unfinished one of this kernel."""
+    mine = _STARTED.get(path)
+    return bool(
+        get_ipython()
+        and mine
+        and found
+        and found["attempt"] == mine.attempt
+        and found["status"] != "finished"
+    )
+
+
+def _check_allowed(path: Path, if_exists: str) -> None:
     """Refuse to start where a run stands that `if_exists` does not give up."""
     if if_exists not in IF_EXISTS:
         raise ValueError(f"if_exists={if_exists!r}: expected one of {', '.join(IF_EXISTS)}")
-    files = path.iterdir() if path.exists() else ()
-    foreign = any(not file.name.startswith(".claim-") for file in files)
-    if state is None and foreign and state_of(path) is None:  # asked again: a run may just begin
+    # Files before the state: a run that begins in between is then no foreign file.
+    has_files = path.exists() and any(path.iterdir())
+    state = state_of(path)
+    if state is None and has_files:
         raise FileExistsError(f"{path} holds files but no run: choose another run_dir")
-    if again:
-        return
     if state == "running":
-        # Asked again: it may have claimed after the first look.
-        raise FileExistsError(owned(path, latest_claim(path)))
+        raise FileExistsError(owned(path))
     if if_exists == "resume" and state == "finished":
         raise FileExistsError(f"{path} is finished: there is nothing to resume")
     if if_exists == "raise" and state is not None:
@@ -256,12 +271,31 @@ def _check_allowed(
         )
 
 
+def _lock(path: Path, found: Mapping[str, Any] | None) -> FileLock:
+    """The lock on a directory whose manifest still is `found`.
+
+    Raises:
+        FileExistsError: another process owns the directory, or has written a run since.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=PATIENCE_SECONDS)
+    except Timeout:
+        raise FileExistsError(owned(path)) from None
+    if manifest_or_none(path) != found:
+        lock.release()
+        raise FileExistsError(f"{path} was claimed a moment ago by {owner_of(path)}")
+    return lock
+
+
 def _empty(path: Path) -> None:
-    """Delete an earlier run's files; the claims stay, so that attempts go on counting."""
+    """Delete an earlier run's files, the manifest first: half a run must not be resumed."""
+    (path / "manifest.json").unlink(missing_ok=True)
     for item in path.iterdir():
         if item.is_dir():
             shutil.rmtree(item)
-        elif not item.name.startswith(".claim-"):
+        elif item.name != LOCK:
             item.unlink()
 
 
@@ -270,14 +304,14 @@ def _seeds(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _manifest(
-    run: Run, parameters: Mapping[str, Any], source: Path | None, previous: list[dict[str, Any]]
+    parameters: Mapping[str, Any], source: Path | None, earlier: Mapping[str, Any] | None
 ) -> dict[str, Any]:
+    last = {name: earlier[name] for name in OF_ATTEMPT} if earlier else None
     return {
         "status": "running",
         "error": None,
-        "attempt": run.attempt,
-        "resumed": bool(previous),
-        "previous": previous,
+        "resumed": earlier is not None,
+        "previous": [*earlier["previous"], last] if earlier else [],
         "attached": False,
         "parameters": dict(parameters),
         "seeds": _seeds(parameters),
@@ -288,7 +322,7 @@ def _manifest(
         "git": provenance.git_state(),
         "packages": provenance.package_versions(),
         "hardware": provenance.hardware(),
-        "owner": latest_claim(run.path)._asdict(),
+        "owner": {"pid": os.getpid(), "host": socket.gethostname()},
         "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "seconds": None,
     }

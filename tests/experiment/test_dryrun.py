@@ -59,12 +59,15 @@ def test_a_preset_passes_offline_and_says_what_it_does(preset, capsys, tmp_path)
     ("words", "said"),
     [
         (["preset=qwen3-vl"], "Did you mean 'qwen3-vl-8b'"),
-        (["preset=smoke-vl", "overrides={lambda_inti: 1}"], "lambda_init"),
+        (["preset=smoke-vl", 'overrides={"lambda_inti": 1}'], "lambda_init"),
         (["preset=smoke-vl", "control=shufled"], "shuffled"),
         (["preset=smoke-vl", "methd=rlsd"], "method"),
         (["preset=qwen3-vl-8b", "method=grpo_opsd"], "distillation_weight"),
-        (["preset=qwen3-vl-8b", "overrides={per_device_train_batch_size: 3}"], "cannot be shared"),
-        (["preset=qwen3-vl-8b", "overrides={num_generations: 7}"], "divisible"),
+        (
+            ["preset=qwen3-vl-8b", 'overrides={"per_device_train_batch_size": 3}'],
+            "cannot be shared",
+        ),
+        (["preset=qwen3-vl-8b", 'overrides={"num_generations": 7}'], "divisible"),
     ],
 )
 def test_what_cannot_be_resolved_is_an_error(words, said, capsys):
@@ -142,7 +145,7 @@ def test_a_notebook_of_another_method_is_told(capsys):
     printed = capsys.readouterr().out
     assert "WRONG        15_rlsd.ipynb is not for these parameters: method.startswith" in printed
     assert "use the one of your method" in printed
-    assert main([*words, "overrides={lambda_init: 0.0}"]) == 2
+    assert main([*words, 'overrides={"lambda_init": 0.0}']) == 2
     assert "use 10_grpo" in capsys.readouterr().out
 
 
@@ -186,7 +189,7 @@ def test_lengths_of_a_family_that_writes_more_around_an_image_are_close():
 
 
 def test_the_words_of_the_command_can_be_given_again(capsys):
-    words = ["-p", "preset=smoke-vl", "-p", "overrides={max_prompt_length: 400}"]
+    words = ["-p", "preset=smoke-vl", "-p", 'overrides={"max_prompt_length": 400}']
     main(["run", "15_rlsd", *words, "--dry-run"])
     printed = capsys.readouterr().out
     assert """-p 'overrides={"max_prompt_length": 400}'""" in printed

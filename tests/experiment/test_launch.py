@@ -138,7 +138,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, outputs: Path, *words: str) -> subprocess.Popen:
-    overrides = "overrides={save_steps: 1, save_total_limit: 2}"
+    overrides = 'overrides={"save_steps": 1, "save_total_limit": 2}'
     given = ["-p", "preset=smoke", "-p", overrides, "-p", "max_steps=12", "--num-processes", "2"]
     command = [sys.executable, "-m", "rlsd_lib", "run", "15_rlsd", "--run-dir", str(folder)]
     return subprocess.Popen(

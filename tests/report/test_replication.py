@@ -12,7 +12,8 @@ from rlsd_lib.report.benchmarks.commands import VISION
 from rlsd_lib.report.paper_numbers import AVERAGE, BENCHMARKS
 from rlsd_lib.report.replication import HELD_OUT, compare, dropped, judge, open_items
 from rlsd_lib.report.tables import DASH
-from rlsd_lib.runs.run import Run, read_manifest, read_runs
+from rlsd_lib.runs.records import read_manifest, read_runs
+from rlsd_lib.runs.run import Run
 
 PRESET = "smoke-vl"
 ENDS = ("", "_low", "_high")
@@ -105,9 +106,9 @@ def test_the_untrained_model_is_told_of_by_every_run_that_leaves_it_alone(tmp_pa
 
 def test_a_run_that_is_still_open_counts_only_where_it_is_named(tmp_path):
     folder = tmp_path / "open"
-    run = Run.start(folder, parameters={"method": "grpo", "preset": PRESET, "seed": 0})
-    run.attached = True  # as under a runner, which closes the run after the last cell
-    run.finish(shares(MMMU=0.5))
+    Run.start(folder, parameters={"method": "grpo", "preset": PRESET, "seed": 0})
+    # As in a kernel under a runner, which closes the run after the last cell.
+    Run.attach(folder).finish(shares(MMMU=0.5))
     assert ours(tmp_path, "grpo", "MMMU") == DASH
     assert ours(tmp_path, "grpo", "MMMU", own=folder) == "50.00 [48.0, 52.0]"
 

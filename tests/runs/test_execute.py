@@ -1,0 +1,105 @@
+"""Strict papermill: a notebook and its parameters in, a finished or failed run directory out."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from conftest import FINISH, START, NotebookMaker
+
+from rlsd_lib.runs import execute, provenance
+from rlsd_lib.runs.execute import NotebookError, execute_notebook
+from rlsd_lib.runs.records import read_lines, read_runs, state_of
+
+
+def test_a_notebook_runs_from_a_foreign_folder_inside_its_run_directory(
+    make_notebook: NotebookMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "assert Path.cwd() == run.path\n"
+        "run.finish({'here': str(Path.cwd()), 'python': sys.executable})"
+    )
+    source = make_notebook(cells=(START, look))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    monkeypatch.chdir(foreign)
+    # What papermill and Jupyter would fill in stays as it is in a path.
+    monkeypatch.setenv("RLSD_OUTPUTS", str(tmp_path / "a{seed}$HOME"))
+    folder = execute_notebook(source, {"seed": 7, "overrides": {"a": [1, None]}})
+
+    assert list(foreign.iterdir()) == []
+    assert folder.parent == tmp_path / "a{seed}$HOME" / "tiny"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == {"here": str(folder), "python": sys.executable}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["notebook_sha256"] == provenance.file_sha256(source)
+    assert manifest["parameters"]["seed"] == 7
+    assert manifest["parameters"]["overrides"] == {"a": [1, None]}
+    assert (folder / "tiny.ipynb").exists()
+    assert execute.HANDED_ON not in os.environ
+
+
+def test_a_failed_notebook_is_marked_and_its_executed_copy_kept(
+    make_notebook: NotebookMaker, tmp_path: Path
+) -> None:
+    source = make_notebook(cells=(START, FINISH, "assert 1 > 2, 'the figure claims it'"))
+    with pytest.raises(NotebookError, match="AssertionError: the figure claims it"):
+        execute_notebook(source, run_dir=tmp_path / "a")
+    frame = read_runs(tmp_path / "a").runs
+    assert frame.loc[0, "status"] == "failed"  # although the notebook had called run.finish
+    assert "the figure claims it" in frame.loc[0, "error"]
+    executed = nbformat.read(tmp_path / "a" / "tiny.ipynb", as_version=4)
+    assert any(cell.get("outputs") for cell in executed.cells)
+    with pytest.raises(FileExistsError, match="failed"):
+        execute_notebook(source, run_dir=tmp_path / "a")
+
+
+def test_a_kernel_that_dies_leaves_a_failed_run(
+    make_notebook: NotebookMaker, tmp_path: Path
+) -> None:
+    source = make_notebook(cells=(START, "import os\nos.kill(os.getpid(), 9)", FINISH))
+    with pytest.raises(NotebookError, match="died"):
+        execute_notebook(source, run_dir=tmp_path / "a")
+    assert state_of(tmp_path / "a") == "failed"
+
+
+def test_a_run_that_is_begun_must_be_finished(make_notebook: NotebookMaker, tmp_path: Path) -> None:
+    with pytest.raises(NotebookError, match=r"without run\.finish"):
+        execute_notebook(make_notebook(cells=(START,)), run_dir=tmp_path / "a")
+    assert state_of(tmp_path / "a") == "failed"
+
+
+def test_a_notebook_without_a_run_may_be_executed_too(
+    make_notebook: NotebookMaker, tmp_path: Path
+) -> None:
+    execute_notebook(make_notebook(cells=("1 + 1",)), run_dir=tmp_path / "a")
+    assert state_of(tmp_path / "a") == "finished"
+
+
+def test_plain_papermill_claims_by_itself_and_may_run_the_start_cell_again(
+    make_notebook: NotebookMaker, tmp_path: Path
+) -> None:
+    source = make_notebook(cells=(START, 'run.log(1, {"reward": 0.0})', START, FINISH))
+    words = str(source), str(tmp_path / "out.ipynb"), {"run_dir": str(tmp_path / "a")}
+    papermill.execute_notebook(*words, progress_bar=False)
+    assert state_of(tmp_path / "a") == "finished"
+    assert [row["reward"] for row in read_lines(tmp_path / "a" / "metrics.jsonl")] == [0.5]
+    with pytest.raises(papermill.PapermillExecutionError, match="FileExistsError"):
+        papermill.execute_notebook(*words, progress_bar=False)
+    assert state_of(tmp_path / "a") == "finished"
+
+
+def test_a_cell_that_raises_under_plain_papermill_fails_the_run(
+    make_notebook: NotebookMaker, tmp_path: Path
+) -> None:
+    words = str(make_notebook(cells=(START, "1 / 0"))), str(tmp_path / "out.ipynb")
+    with pytest.raises(papermill.PapermillExecutionError):
+        papermill.execute_notebook(*words, {"run_dir": str(tmp_path / "a")}, progress_bar=False)
+    run = read_runs(tmp_path / "a").runs.loc[0]
+    assert run["status"] == "failed"
+    assert run["error"].startswith("ZeroDivisionError")
