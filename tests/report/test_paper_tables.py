@@ -1,16 +1,16 @@
-"""Table 2: the paper beside ours, whose cells come from finished runs and from nothing else."""
+"""The paper beside ours, whose cells come from finished runs and from nothing else."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from synthetic import write_folder
 
-from rlsd_lib.report import replication
-from rlsd_lib.report.benchmarks.commands import VISION
-from rlsd_lib.report.paper_numbers import AVERAGE, BENCHMARKS
-from rlsd_lib.report.replication import HELD_OUT, compare, dropped, judge, open_items
+from rlsd_lib.report import benchmarks, paper_tables
+from rlsd_lib.report.benchmarks import VISION, judge
+from rlsd_lib.report.paper_numbers import AVERAGE, BENCHMARKS, table_2
+from rlsd_lib.report.paper_tables import HELD_OUT, compare, dropped, open_items
 from rlsd_lib.report.tables import DASH
 from rlsd_lib.runs.run import Run, read_manifest, read_runs
 
@@ -38,6 +38,24 @@ def ours(folder: Path, row: str, column: str, **options) -> str:
     ]
 
 
+def test_ours_and_the_papers_stand_in_columns_of_their_own(tmp_path: Path) -> None:
+    runs = read_runs(write_folder(tmp_path, ["grpo", "opd"]))
+    rows = paper_tables.beside_paper(runs, runs).rows.set_index("method")
+    printed = rows.loc[table_2().index, "paper: average"]
+    assert printed.astype(float).to_dict() == table_2()["average"].to_dict()
+    assert rows.loc["opd", "paper: average"] == "-"
+    assert rows.loc["grpo", "lab: accuracy"].startswith("80.0 [")
+    assert rows.loc["base", "lab: accuracy"] == "50.0 [50.0, 50.0]"
+    assert rows.loc["rlsd", "lab: accuracy"] == "-"
+
+
+def test_a_point_has_a_price_only_where_there_is_a_gain(tmp_path: Path) -> None:
+    runs = read_runs(write_folder(tmp_path, ["grpo", "sdpo"], sdpo={"after": 0.4}))
+    rows = paper_tables.cost_of_a_point(runs).rows.set_index("method")
+    assert rows.loc["grpo", "s per point"] == "2.0"  # 60 steps of a second for 30 points
+    assert rows.loc["sdpo", "s per point"] == "-"
+
+
 def test_without_a_run_every_cell_of_ours_is_a_dash(tmp_path):
     made(tmp_path / "killed", shares(MMMU=0.7), finish=False)
     table, sources = compare(read_runs(tmp_path), BENCHMARKS, PRESET)
@@ -53,7 +71,7 @@ def test_cells_come_from_runs_which_are_named(tmp_path):
     trained = made(
         tmp_path / "train", {k + e: v for k, v in held.items() for e in ("", "_low", "_high")}
     )
-    judged = made(trained / "benchmarks", shares(MMMU=0.7, WeMath=0.6), limit=0)
+    judged = made(trained / "benchmarks", shares(MMMU=0.7, WeMath=0.6))
     table, sources = compare(read_runs(tmp_path), BENCHMARKS, PRESET)
     assert table.loc["rlsd", ("MMMU", "ours")] == "70.00 [68.0, 72.0]"
     assert table.loc["rlsd", (HELD_OUT, "ours")] == "50.00 [50.0, 50.0]"
@@ -76,7 +94,6 @@ def test_seeds_are_taken_together_and_settings_apart(tmp_path):
     for seed, share in enumerate((0.60, 0.62, 0.64)):
         made(tmp_path / f"s{seed}", shares(MMMU=share), seed=seed)
     made(tmp_path / "wide", shares(MMMU=0.9), overrides={"epsilon_w": 0.5})
-    made(tmp_path / "limited", shares(MMMU=0.1), limit=5)
     made(tmp_path / "other", shares(MMMU=0.1), preset="qwen3-vl-8b")
     mean, _, count = ours(tmp_path, "rlsd", "MMMU").partition(" ")
     assert mean == "62.00"
@@ -129,31 +146,22 @@ def test_what_was_left_open_is_read_from_the_manifest(tmp_path):
         open_items({**read_manifest(run.path), "packages": {}}, VISION)
 
 
-def experiment(tmp_path: Path, **overrides) -> SimpleNamespace:
-    """What `judge` and `dropped` read of an Experiment."""
-    run = Run.start(
-        tmp_path / "runs" / "rlsd",
-        parameters={"method": "rlsd", "preset": PRESET, "seed": 2, "overrides": overrides},
-    )
-    (run.path / "model").mkdir()
-    (run.path / "model" / "config.json").write_text("{}")
-    preset = SimpleNamespace(sees_images=True, model="hub/base")
-    return SimpleNamespace(run=run, preset=preset, model=torch.nn.Linear(1, 1))
-
-
 def test_both_models_are_judged_and_an_untrained_one_once(tmp_path, monkeypatch):
     asked = []
 
     def evaluate(model, names, *, run_dir, trained, **options):
-        asked.append((str(model), trained["method"], options["sampling_seed"]))
-        made(run_dir, shares(MMMU=0.5), **{**trained, "benchmarks": names, "limit": 0})
+        asked.append((str(model), trained["method"], trained["seed"]))
+        made(run_dir, shares(MMMU=0.5), **{**trained, "benchmarks": names})
 
-    monkeypatch.setattr(replication, "evaluate_benchmarks", evaluate)
-    one = experiment(tmp_path, epsilon_w=0.5)
-    judge(one, ["MMMU"], tmp_path / "runs")
-    model = str(one.run.path / "model")
-    assert asked == [("hub/base", "base", 2), (model, "rlsd", 2)]
-    judge(one, ["MMMU"], tmp_path / "runs")
+    monkeypatch.setattr(benchmarks, "evaluate_benchmarks", evaluate)
+    facts = {"method": "rlsd", "preset": PRESET, "seed": 2, "overrides": {"epsilon_w": 0.5}}
+    run = Run.start(tmp_path / "runs" / "rlsd", parameters=facts)
+    run.record(preset={"sees_images": True, "model": "hub/base"})
+    (run.path / "model").mkdir()
+    (run.path / "model" / "config.json").write_text("{}")
+    judge(run, ["MMMU"], tmp_path / "runs")
+    assert asked == [("hub/base", "base", 2), (str(run.path / "model"), "rlsd", 2)]
+    judge(run, ["MMMU"], tmp_path / "runs")
     assert len(asked) == 2
     assert ours(tmp_path, "base", "MMMU") == "50.00 [48.0, 52.0]"
     assert ours(tmp_path, "rlsd (epsilon_w=0.5)", "MMMU") == "50.00 [48.0, 52.0]"
@@ -162,16 +170,13 @@ def test_both_models_are_judged_and_an_untrained_one_once(tmp_path, monkeypatch)
 def test_what_was_dropped_is_counted_and_kept(tmp_path):
     from rlsd_lib.tasks.data_report import Report
 
-    one = experiment(tmp_path)
     faults = {"missing_image": [3, 5], "empty_answer": [5]}
     report = Report("folder", 10, 8, faults, unknown_types={}, without_trace=0, fingerprint="f")
-    one.task = SimpleNamespace(train=range(6), test=range(2), report=report)
-    rows = dropped(one)["rows"]
-    assert rows.to_dict() == {
-        "read": 10, "dropped: missing_image": 2, "dropped: empty_answer": 1, "kept": 8,
-        "train": 6, "test": 2,
-    }  # fmt: skip
-    assert json.loads((one.run.path / "data_report.json").read_text())["kept"] == 8
-    assert (one.run.path / "dropped.jsonl").read_text().count("\n") == 3
-    one.task.report = None
-    assert dropped(one)["rows"].to_dict() == {"generated": 8, "train": 6, "test": 2}
+    task = SimpleNamespace(train=range(6), test=range(2), report=report)
+    read = {"read": 10, "dropped: missing_image": 2, "dropped: empty_answer": 1, "kept": 8}
+    assert dropped(task, tmp_path)["rows"].to_dict() == {**read, "train": 6, "test": 2}
+    assert json.loads((tmp_path / "data_report.json").read_text())["kept"] == 8
+    assert (tmp_path / "dropped.jsonl").read_text().count("\n") == 3
+    task.report = None
+    made_up = {"generated": 8, "train": 6, "test": 2}
+    assert dropped(task, tmp_path)["rows"].to_dict() == made_up
