@@ -1,11 +1,10 @@
 """Public benchmarks: which tool judges what, how, on which questions; and a run that does so.
 
-No benchmark is implemented here. The tools (lmms-eval for images, lm-eval for text) pin packages
-that this one does not bear (antlr4, torchvision), so they live in an environment of their own whose
-Python is named by `RLSD_EVAL_PYTHON`. An evaluation is a run: its directory has the tool's files
-with every judged question (`tool/`, `tool.log`), metrics.json with `benchmark/<name>` as a share in
-[0, 1] and its interval, and a manifest with the protocol, the command, and the data as the tool
-identified them.
+The tools (lmms-eval for images, lm-eval for text) pin packages that this one does not bear, so they
+live in an environment of their own, whose Python is named by `RLSD_EVAL_PYTHON`. An evaluation is a
+run: its directory has the tool's files with every judged question (`tool/`, `tool.log`),
+metrics.json with `benchmark/<name>` as a share in [0, 1] and its interval, and a manifest with the
+protocol, the command, and the data as the tool identified them.
 
 The paper does not report its evaluation. Two things follow from its numbers: ZeroBench's
 sub-questions were used, not its main questions, and WeMath's score, not the share of right answers.
@@ -28,7 +27,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 from scipy.stats import binomtest
 
-from rlsd_lib.names import nearest
+from rlsd_lib.names import look_up
 from rlsd_lib.runs.paths import run_name
 from rlsd_lib.runs.records import state_of
 from rlsd_lib.runs.run import Run
@@ -38,6 +37,7 @@ TASKS = Path(__file__).resolve().parent / "benchmark_tasks"  # those that a tool
 MAX_NEW_TOKENS = 4096  # the length of a response in training
 PYTHON = "RLSD_EVAL_PYTHON"  # environment variable: the interpreter of the tools' environment
 PREFIX = "benchmark/"  # of the metrics' names
+Engine = tuple[list[str], dict[str, Any], dict[str, Any]]  # words, model's and sampling's settings
 # No paid model may judge: lmms-eval's MathVista asks for a key on import, and gets one that opens
 # nothing. A notebook's plotting backend is not in the tools' environment.
 CHILD = {"USE_LLM_JUDGE": "False", "OPENAI_API_KEY": "unused", "MPLBACKEND": "agg"}
@@ -113,25 +113,20 @@ BENCHMARKS = {
         "We-Math/We-Math",
         "testmini",
         1740,
-        metric="wemath_strict,none",
+        "wemath_strict,none",
     ),
     "GSM8K": Benchmark(
-        TEXT,
-        "gsm8k_cot_zeroshot",
-        "openai/gsm8k",
-        "test",
-        1319,
-        metric="exact_match,flexible-extract",
+        TEXT, "gsm8k_cot_zeroshot", "openai/gsm8k", "test", 1319, "exact_match,flexible-extract"
     ),
     "MATH-500": Benchmark(
-        TEXT, "minerva_math500", "HuggingFaceH4/MATH-500", "test", 500, metric="math_verify,none"
+        TEXT, "minerva_math500", "HuggingFaceH4/MATH-500", "test", 500, "math_verify,none"
     ),
     "AIME24": Benchmark(TEXT, "aime24", "Maxwell-Jia/AIME_2024", "train", 30, "exact_match,none"),
     "AIME25": Benchmark(TEXT, "aime25", "math-ai/aime25", "test", 30, "exact_match,none"),
 }
 
 
-def judge(run: Run, names: Sequence[str], runs_dir: str | Path) -> list[Path]:
+def judge(run: Run, names: Sequence[str], runs_dir: str | Path) -> None:
     """Evaluate a run's model before and after training, in run directories of their own.
 
     The trained model's lies in the run directory, the untrained one's in `runs_dir`, where other
@@ -143,17 +138,15 @@ def judge(run: Run, names: Sequence[str], runs_dir: str | Path) -> list[Path]:
     base = {"method": "base", "overrides": changed}
     base |= {name: parameters[name] for name in ("preset", "seed")}
     whole = merged(run.path / "model", sees_images=preset["sees_images"])
-    places = {
-        Path(runs_dir) / run_name(base): (preset["model"], base),
-        run.path / "benchmarks": (whole, parameters),
-    }
     gc.collect()
     torch.cuda.empty_cache()
-    for folder, (model, trained) in places.items():
+    for folder, model, trained in (
+        (Path(runs_dir) / run_name(base), preset["model"], base),
+        (run.path / "benchmarks", whole, parameters),
+    ):
         if state_of(folder) != "finished":
             how = {"run_dir": folder, "trained": trained, "if_exists": "overwrite"}
             evaluate_benchmarks(model, names, **how)
-    return list(places)
 
 
 def evaluate_benchmarks(
@@ -205,17 +198,12 @@ def check_ready(names: Sequence[str]) -> str:
     python = os.environ.get(PYTHON, "")
     how = f"python -m venv FOLDER; FOLDER/bin/{protocol.install}"
     if not python:
-        raise ValueError(
-            f"no interpreter for {protocol.package}: {how}; {PYTHON}=FOLDER/bin/python"
-        )
+        raise ValueError(f"{PYTHON} is not set: {how}; {PYTHON}=FOLDER/bin/python")
     ask = f"from importlib.metadata import version; print(version({protocol.package!r}))"
     done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise BenchmarkError(f"{python} has no {protocol.package}: {how}")
-    if (found := done.stdout.strip()) != protocol.version:
-        raise BenchmarkError(
-            f"{protocol.package} {found}, the protocol is of {protocol.version}: {protocol.install}"
-        )
+    found = f"{protocol.package} {done.stdout.strip() or 'missing'}"
+    if found != f"{protocol.package} {protocol.version}":
+        raise BenchmarkError(f"{python}: {found}, the protocol is of {protocol.version}: {how}")
     return python
 
 
@@ -228,8 +216,7 @@ def check_benchmarks(names: Sequence[str]) -> Protocol:
     if not names:
         raise ValueError(f"no benchmark named; choose from {', '.join(BENCHMARKS)}")
     for name in names:
-        if name not in BENCHMARKS:
-            raise ValueError(f"no benchmark {name!r}{nearest(name, BENCHMARKS)}")
+        look_up(name, BENCHMARKS, "benchmark")
     if repeated := sorted({name for name in names if list(names).count(name) > 1}):
         raise ValueError(f"{', '.join(repeated)}: named more than once")
     tools = {BENCHMARKS[name].protocol.package for name in names}
@@ -249,14 +236,16 @@ def command(model: str, names: Sequence[str], *, seed: int = 0, devices: int = 0
     protocol = check_benchmarks(names)
     if any(sign in model for sign in ",= "):
         raise ValueError(f"model={model!r}: the tool splits at commas, equal signs and spaces")
-    tool = (_vision if protocol is VISION else _text)(model, seed, devices)
+    engine, settings, sampling = (_vision if protocol is VISION else _text)(model, seed, devices)
     tasks = ",".join(BENCHMARKS[name].task for name in names)
     seeds = ",".join([str(seed)] * 4)  # Python, numpy, torch, examples
-    shared = ["--tasks", tasks, "--include_path", str(TASKS), "--seed", seeds, "--log_samples"]
-    return ["-m", protocol.package.replace("-", "_"), *tool, *shared]
+    settings, sampling = (",".join(f"{k}={v}" for k, v in d.items()) for d in (settings, sampling))
+    words = ["--model_args", settings, "--gen_kwargs", sampling, "--tasks", tasks, "--seed", seeds]
+    words += ["--include_path", str(TASKS), "--log_samples"]
+    return ["-m", protocol.package.replace("-", "_"), *engine, *words]
 
 
-def _vision(model: str, seed: int, devices: int) -> list[str]:
+def _vision(model: str, seed: int, devices: int) -> Engine:
     low, high = VISION.image_area
     settings = {
         "model": model,
@@ -267,29 +256,22 @@ def _vision(model: str, seed: int, devices: int) -> list[str]:
     }
     # Always vLLM: transformers has no presence penalty.
     sampling = {**VISION.sampling, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}
-    arguments = ["--model", "vllm_chat", "--model_args", _pairs(settings), "--batch_size", "256"]
-    return [*arguments, "--gen_kwargs", _pairs(sampling)]
+    return ["--model", "vllm_chat", "--batch_size", "256"], settings, sampling
 
 
-def _text(model: str, seed: int, devices: int) -> list[str]:
+def _text(model: str, seed: int, devices: int) -> Engine:
     settings = {"pretrained": model, "enable_thinking": False}
     settings |= {"tensor_parallel_size": devices, "seed": seed} if devices else {}
     sampling = {**TEXT.sampling, "do_sample": True, "max_gen_toks": MAX_NEW_TOKENS}
     chat = ["--apply_chat_template", "--system_instruction", TEXT.system, "--num_fewshot", "0"]
     engine = ["run", "--model", "vllm" if devices else "hf", "--batch_size", "auto"]
-    arguments = ["--model_args", _pairs(settings), "--gen_kwargs", _pairs(sampling)]
-    return [*engine, *arguments, *chat]
-
-
-def _pairs(values: Mapping[str, object]) -> str:
-    return ",".join(f"{name}={value}" for name, value in values.items())
+    return [*engine, *chat], settings, sampling
 
 
 def _run_tool(words: Sequence[str], output: Path, log: Path) -> dict[str, Any]:
     """Start the tool and return the results that it wrote below `output`."""
-    with log.open("w") as handle:
-        environment = {**os.environ, **CHILD}
-        done = subprocess.run(words, stdout=handle, stderr=subprocess.STDOUT, env=environment)
+    with log.open("w") as stream:
+        done = subprocess.run(words, stdout=stream, stderr=stream, env=os.environ | CHILD)
     files = [file for file in output.rglob("*.json") if "results" in file.name]
     # lmms-eval reports a failure on its log alone and still ends with status 0.
     if done.returncode != 0 or len(files) != 1:
@@ -312,12 +294,12 @@ def score_of(results: Mapping[str, Any], name: str, model: str) -> dict[str, flo
     row = BENCHMARKS[name]
     if results.get("model_name") != model:
         raise BenchmarkError(f"results of {results.get('model_name')!r}, asked for {model!r}")
-    found = results["results"].get(row.task)
-    if found is None or row.metric not in found:
-        have = sorted(results["results"] if found is None else found)
+    found = results["results"].get(row.task, {})
+    if row.metric not in found:
+        have = sorted(found or results["results"])
         raise BenchmarkError(f"{name}: no {row.task} with {row.metric}; there is {have}")
-    share = _share(found[row.metric])
-    if share is None:
+    share = _number(found[row.metric])
+    if not 0 <= share <= 1:
         raise BenchmarkError(f"{name}: {row.metric} is {found[row.metric]!r}, not a share")
     judged = int(results["n-samples"][row.task]["effective"])
     if judged != row.questions:
@@ -330,17 +312,12 @@ def score_of(results: Mapping[str, Any], name: str, model: str) -> dict[str, flo
     return {key: share, f"{key}_low": low, f"{key}_high": high, f"{key}_questions": judged}
 
 
-def _share(value: Any) -> float | None:
-    """A share in [0, 1] from a number, or from a text such as "54.10%"."""
-    percent = isinstance(value, str) and value.endswith("%")
-    number = _number(value.rstrip("%") if percent else value) / (100 if percent else 1)
-    return number if 0 <= number <= 1 else None
-
-
 def _number(value: Any) -> float:
+    """A number, or NaN; the tools write "54.10%" for a share and "N/A" for what they cannot say."""
+    percent = isinstance(value, str) and value.endswith("%")
     try:
-        return float(value)
-    except (TypeError, ValueError):  # the tools write "N/A" for what they cannot say
+        return float(value.rstrip("%")) / 100 if percent else float(value)
+    except (TypeError, ValueError):
         return math.nan
 
 

@@ -16,13 +16,13 @@ from rlsd_lib.report.paper_numbers import (
     figure_1b,
     table_2,
 )
-from rlsd_lib.report.tables import LAST, NO_VALUES, Arms, Window
+from rlsd_lib.report.tables import LAST, NO_VALUES, Arms
 from rlsd_lib.report.verdicts import Claim, Part
 
 MARGIN = 0.02  # accuracy or leak rate: the size of the paper's gain of RLSD over GRPO
 REWARD, LEAK, ENTROPY, DIVERGENCE = "reward", "rewards/leak/mean", "entropy", "rlsd/divergence"
 VARIANTS = ("opsd", "opsd_teacher_top1", "opsd_student_top1")  # the paper's order of severity
-PEAK = Window(10, 20)
+PEAK = (10, 20)  # steps
 
 
 def _lead(arms: Arms, other: str) -> Part:
@@ -40,16 +40,16 @@ def _double(arms: Arms) -> list[Part]:
 
 
 def _early(arms: Arms) -> list[Part]:
-    window = Window(1, (arms.length or 0) // 4)
-    ours, theirs = (arms.mean(method, REWARD, window) for method in ("rlsd", "grpo"))
-    return [Part(f"reward of steps 1 to {window.last}", ours - theirs, low=0.0)]
+    last = (arms.length or 0) // 4
+    ours, theirs = (arms.mean(method, REWARD, 1, last) for method in ("rlsd", "grpo"))
+    return [Part(f"reward of steps 1 to {last}", ours - theirs, low=0.0)]
 
 
 def _peak(arms: Arms) -> list[Part]:
-    if arms.length is not None and arms.length < PEAK.last + LAST:
+    if arms.length is not None and arms.length < PEAK[1] + LAST:
         why_not = f"{arms.length} steps end before a fall could show"
         return [Part("opsd", NO_VALUES, why_not=why_not)]
-    peak = {method: arms.mean(method, REWARD, PEAK) for method in ("opsd", "rlsd")}
+    peak = {method: arms.mean(method, REWARD, *PEAK) for method in ("opsd", "rlsd")}
     change = {method: arms.end(method, REWARD) - peak[method] for method in peak}
     return [
         Part("opsd, steps 10-20 - start", peak["opsd"] - arms.start("opsd", REWARD), low=0.0),
@@ -116,9 +116,9 @@ def _answer(arms: Arms) -> list[Part]:
 
 def _cost(arms: Arms) -> list[Part]:
     # Once lambda is 0 the pass is saved: only the steps before that say what it costs.
-    with_teacher = Window(2, arms.last_above_zero("rlsd", "rlsd/lambda"))
-    ours, theirs = (arms.mean(method, "step_time", with_teacher) for method in ("rlsd", "grpo"))
-    what = f"seconds per step, rlsd / grpo - 1, steps {with_teacher.first}-{with_teacher.last}"
+    last = arms.last_above_zero("rlsd", "rlsd/lambda")
+    ours, theirs = (arms.mean(method, "step_time", 2, last) for method in ("rlsd", "grpo"))
+    what = f"seconds per step, rlsd / grpo - 1, steps 2-{last}"
     return [Part(what, ours / theirs - 1, high=0.1)]
 
 

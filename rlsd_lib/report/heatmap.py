@@ -78,12 +78,8 @@ def new_figure(size: tuple[float, float]) -> Figure:
 
 def show_token(token: str) -> str:
     """Return a token with its spaces, line ends and control characters made visible."""
-    return "".join(MARKS.get(char) or _visible(char) for char in token) or "∅"
-
-
-def _visible(char: str) -> str:
-    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp")
-    return f"\\x{ord(char):02x}" if hidden else char
+    visible = (c if c.isprintable() else f"\\x{ord(c):02x}" for c in token)
+    return "".join(MARKS.get(c, shown) for c, shown in zip(token, visible, strict=True)) or "∅"
 
 
 class Piece(NamedTuple):

@@ -198,11 +198,9 @@ def _ours(found: pd.DataFrame, name: str, names: Sequence[str]) -> str:
     cells = 100 * found.loc[found["column"] == name, ["value", "low", "high"]].astype(float)
     if cells.empty:
         return DASH
-    mean, low, high = (
-        Interval(*cells.iloc[0]) if len(cells) == 1 else student_interval(cells["value"])
-    )
-    ends = f" [{low:.1f}, {high:.1f}]" if is_number(low) else ""
-    return f"{mean:.2f}{ends}" + (f" (n={len(cells)})" if len(cells) > 1 else "")
+    if len(cells) == 1:
+        return f"{Interval(*cells.iloc[0]):.2f}"
+    return f"{student_interval(cells['value']):.2f} (n={len(cells)})"
 
 
 def dropped(task: Task, folder: Path) -> pd.DataFrame:

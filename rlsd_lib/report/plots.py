@@ -22,18 +22,8 @@ from rlsd_lib.runs.records import Runs, described, is_finished, left_out
 
 SIZE = (6.4, 3.8)
 Colour = tuple[float, float, float]
-# Ten colours and eight dashes: forty names before a pair comes again.
-DASHES = (
-    "",
-    (4, 1.5),
-    (1, 1),
-    (3, 1.2, 1.5, 1.2),
-    (6, 2),
-    (5, 1, 1, 1),
-    (2, 2),
-    (3, 1, 1, 1, 1, 1),
-)
-CLIPS = {"rlsd/clip_low_frac": "low side", "rlsd/clip_high_frac": "high side"}
+# Ten colours and seven dashes: seventy names before a pair comes again.
+DASHES = ("", (4, 1.5), (1, 1), (3, 1.2, 1.5, 1.2), (6, 2), (5, 1, 1, 1), (2, 2))
 
 
 def training_curve(
@@ -63,18 +53,9 @@ def training_curve(
     data[metric] = smooth.droplevel(lines)
     figure, axes = _canvas(title or metric)
     ordered = list(dict.fromkeys([*names, *data[hue]]))
-    sns.lineplot(
-        data=data,
-        x="step",
-        y=metric,
-        hue=hue,
-        style=hue,
-        palette=_colours(ordered),
-        dashes={name: DASHES[i % len(DASHES)] for i, name in enumerate(ordered)},
-        errorbar=("ci", 95),
-        seed=0,
-        ax=axes,
-    )
+    dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(ordered)}
+    look = {"palette": _colours(ordered), "dashes": dashes, "errorbar": ("ci", 95), "seed": 0}
+    sns.lineplot(data, x="step", y=metric, hue=hue, style=hue, ax=axes, **look)
     axes.set(xlabel="optimiser step", ylabel=metric)
     _name_legend(axes, data.groupby(hue)["path"].nunique())
     return footnote(figure, left_out(steps))
@@ -97,23 +78,6 @@ def curve(runs: Runs, metric: str, *, window: int = 1, title: str = "") -> Figur
 def logged(runs: Runs, metric: str) -> bool:
     """Whether a finished run has a value of a metric other than 0."""
     return metric in runs.steps and bool(runs.steps.loc[is_finished(runs.steps), metric].any())
-
-
-def clip_fractions(runs: Runs, *, window: int = 1) -> Figure:
-    """The share of RLSD's tokens whose weight is clipped, by side (the paper's Figure 5c).
-
-    Raises:
-        ValueError: no finished plain run of RLSD logged it.
-    """
-    arms = Arms(runs).frame
-    rlsd = runs.steps[runs.steps["path"].isin(arms.loc[arms["method"] == "rlsd", "path"])]
-    sides = [
-        rlsd[["step", "path"]].assign(side=name, share=rlsd.get(column))
-        for column, name in CLIPS.items()
-    ]
-    title = "share of tokens whose weight is clipped, plain RLSD"
-    figure = training_curve(pd.concat(sides), "share", hue="side", window=window, title=title)
-    return footnote(figure, described(runs))
 
 
 def double_budget(runs: Runs) -> Figure:
@@ -171,59 +135,44 @@ def _interval(
 
 
 def histogram(
-    values: pd.DataFrame,
-    column: str,
-    *,
-    hue: str | None = None,
-    marks: Sequence[float] = (),
-    log_counts: bool = False,
-    title: str = "",
+    values: pd.DataFrame, column: str, hue: str, *, marks: Sequence[float] = (), title: str = ""
 ) -> Figure:
-    """How a token quantity is spread, such as the gap or the evidence weight.
+    """How a token quantity is spread, such as the gap or the evidence weight, on log counts.
 
     `values` has a row per token. `hue` is a column to split by, such as the sign of the advantage;
-    vertical lines stand at `marks`, such as the clip bounds; `log_counts` shows the tails.
+    vertical lines stand at `marks`, such as the clip bounds.
 
     Raises:
         ValueError: an absent column, or no value in it.
     """
-    data = _present(values, [column, *([hue] if hue else [])], column)
+    data = _present(values, [column, hue], column)
     figure, axes = _canvas(title or column)
-    sns.histplot(
-        data=data,
-        x=column,
-        hue=hue,
-        bins=60,
-        element="step",
-        palette=_colours(data[hue]) if hue else None,
-        fill=not log_counts,  # there is no zero to fill down to on a logarithmic axis
-        ax=axes,
-    )
-    if log_counts:
-        axes.set_yscale("log")
+    # Not filled: there is no zero to fill down to on a logarithmic axis.
+    style = {"bins": 60, "element": "step", "fill": False, "palette": _colours(data[hue])}
+    sns.histplot(data, x=column, hue=hue, ax=axes, **style)
     for mark in marks:
         axes.axvline(mark, color="0.3", linestyle="--", linewidth=1)
-    axes.set(xlabel=column, ylabel="tokens")
+    axes.set(xlabel=column, ylabel="tokens", yscale="log")
     return figure
 
 
-def leak_measures(frame: pd.DataFrame, *, by: str = "method", title: str = "leakage") -> Figure:
+def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     """Every measure of leakage in a panel: a point per run with its own 95 % interval.
 
-    `frame` has the rows of `leakage.summarise` for one run or several, and a column `by`, whose
+    `frame` has the rows of `leakage.summarise` for one run or several, and a column `arm`, whose
     values get a row and a colour each. The band is the base model's interval, the dashed line the
     mean null value of the runs.
 
     Raises:
         ValueError: an absent column, or no row of a model.
     """
-    data = _present(frame, [by, "measure", "of", "null", "mean", "low", "high"], "mean")
-    colours, measures = _colours(data[by]), list(dict.fromkeys(data["measure"]))
+    data = _present(frame, ["arm", "measure", "of", "null", "mean", "low", "high"], "mean")
+    colours, measures = _colours(data["arm"]), list(dict.fromkeys(data["measure"]))
     figure = new_figure((2.2 * len(measures) + 2.2, 0.4 * len(colours) + 1.6))
     with sns.axes_style("whitegrid"):
         panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
-        _leak_panel(axes, data[data["measure"] == measure], by, colours)
+        _leak_panel(axes, data[data["measure"] == measure], colours)
         axes.set_title(measure, loc="left", fontsize=10)
         axes.set(xlabel="nats" if measure == "evidence" else "share")
     labels = [textwrap.fill(str(name), 34) for name in colours]
@@ -234,13 +183,13 @@ def leak_measures(frame: pd.DataFrame, *, by: str = "method", title: str = "leak
     return figure
 
 
-def _leak_panel(axes: Axes, rows: pd.DataFrame, by: str, colours: dict[object, Colour]) -> None:
+def _leak_panel(axes: Axes, rows: pd.DataFrame, colours: dict[object, Colour]) -> None:
     base, model = (rows[rows["of"] == of] for of in ("base", "model"))
     axes.axvspan(base["low"].min(), base["high"].max(), color="0.85", label="base model")
     if model["null"].notna().any():  # an accuracy has none
         axes.axvline(model["null"].mean(), color="0.3", linestyle="--", linewidth=1, label="null")
     for place, (name, colour) in enumerate(colours.items()):
-        chosen = model[model[by] == name]
+        chosen = model[model["arm"] == name]
         for number, (_, run) in enumerate(chosen.iterrows()):
             height = place + 0.6 * ((number + 0.5) / len(chosen) - 0.5)
             axes.hlines(height, run["low"], run["high"], color=colour, linewidth=1.2)

@@ -267,13 +267,6 @@ def together(*folders: Runs) -> Runs:
     return Runs(*(pd.concat(frames, ignore_index=True) for frames in (runs, steps)))
 
 
-class Window(NamedTuple):
-    """Steps `first` to `last` of a run, both included and counted from 1."""
-
-    first: int
-    last: int
-
-
 class Arms:
     """Finished plain runs of one preset, by method and seed.
 
@@ -314,24 +307,24 @@ class Arms:
         before = self.final(method, "accuracy_before", steps=steps)
         return (self.final(method, "accuracy_after", steps=steps) - before).dropna()
 
-    def mean(self, method: str, column: str, window: Window) -> pd.Series:
-        """Return the mean of a logged column over a window of steps, one per seed."""
+    def mean(self, method: str, column: str, first: int, last: int) -> pd.Series:
+        """Return the mean of a logged column over steps `first` to `last`, one per seed."""
         steps = self.runs.steps
         if column not in steps:
             return NO_VALUES
         seeds = self._of(method).reset_index().set_index("path")["seed"]
         lines = steps[steps["path"].isin(seeds.index) & steps[column].notna()]
-        lines = lines[lines["step"].between(*window)]
+        lines = lines[lines["step"].between(first, last)]
         return lines.groupby(lines["path"].map(seeds))[column].mean().astype(float)
 
     def start(self, method: str, column: str) -> pd.Series:
         """Return the mean over the first steps, one per seed."""
-        return self.mean(method, column, Window(1, FIRST))
+        return self.mean(method, column, 1, FIRST)
 
     def end(self, method: str, column: str) -> pd.Series:
         """Return the mean over the last steps, one per seed."""
         length = self.length or 0
-        return self.mean(method, column, Window(length - LAST + 1, length))
+        return self.mean(method, column, length - LAST + 1, length)
 
     def last_above_zero(self, method: str, column: str) -> int:
         """Return the last step at which a logged column is above 0 in any seed's run; 0 for none."""
@@ -352,9 +345,9 @@ class Arms:
         if len(longer):
             at_n = [self.final(method, "accuracy_after") for method in ("rlsd", "grpo")]
             return "held-out accuracy", n, [*at_n, longer]
-        window = Window(n // 2 - LAST + 1, n // 2)
-        at_n = [self.mean(method, "reward", window) for method in ("rlsd", "grpo")]
-        return "training reward", n // 2, [*at_n, self.end("grpo", "reward")]
+        n //= 2
+        at_n = [self.mean(method, "reward", n - LAST + 1, n) for method in ("rlsd", "grpo")]
+        return "training reward", n, [*at_n, self.end("grpo", "reward")]
 
     def _of(self, method: str, steps: int | None = None) -> pd.DataFrame:
         wanted = self.length if steps is None else steps

@@ -125,7 +125,7 @@ def test_the_task_file_of_ours_is_the_one_that_the_command_names():
 def test_a_list_that_cannot_be_run_is_refused():
     refused = {
         "no benchmark named": [],
-        "did you mean 'MathVista'": ["MathVist"],
+        "Unknown benchmark 'MathVist'. Did you mean 'MathVista'": ["MathVist"],
         "one run for each": ["MMMU", "GSM8K"],
         "more than once": ["MMMU", "MMMU"],
     }
@@ -136,7 +136,7 @@ def test_a_list_that_cannot_be_run_is_refused():
 
 def test_what_is_missing_costs_no_directory(tool, model, tmp_path, monkeypatch):
     for version, said in {
-        "": r"has no lmms-eval: .*pip install lmms-eval==0.7.3",
+        "": r"lmms-eval missing, .*pip install lmms-eval==0.7.3",
         "0.5.0": r"lmms-eval 0.5.0, the protocol is of 0.7.3",
     }.items():
         tool(version=version)

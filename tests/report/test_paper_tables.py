@@ -73,9 +73,9 @@ def test_cells_come_from_runs_which_are_named(tmp_path):
     )
     judged = made(trained / "benchmarks", shares(MMMU=0.7, WeMath=0.6))
     table, sources = compare(read_runs(tmp_path), BENCHMARKS, PRESET)
-    assert table.loc["rlsd", ("MMMU", "ours")] == "70.00 [68.0, 72.0]"
-    assert table.loc["rlsd", (HELD_OUT, "ours")] == "50.00 [50.0, 50.0]"
-    assert table.loc["base", (HELD_OUT, "ours")] == "25.00 [25.0, 25.0]"
+    assert table.loc["rlsd", ("MMMU", "ours")] == "70.00 [68.00, 72.00]"
+    assert table.loc["rlsd", (HELD_OUT, "ours")] == "50.00 [50.00, 50.00]"
+    assert table.loc["base", (HELD_OUT, "ours")] == "25.00 [25.00, 25.00]"
     assert table.loc["rlsd", ("MathVista", "ours")] == DASH
     assert table.loc["rlsd", (AVERAGE, "ours")] == DASH  # three benchmarks are missing
     assert set(sources["run"]) == {str(trained), str(judged)}
@@ -107,12 +107,12 @@ def test_the_untrained_model_is_told_of_by_every_run_that_leaves_it_alone(tmp_pa
         return made(tmp_path / name, ends, **parameters)
 
     mixed = run("mixed", 0.5, method="grpo_opsd", overrides={"distillation_weight": 0.1})
-    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.0, 50.0]"
+    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.00, 50.00]"
     for name, value in {"model": "a/copy", "test_size": 4, "max_completion_length": 9}.items():
         run(name, 0.1, overrides={name: value})
     run("shuffled", 0.1, control="shuffled")
     run("same seed", 0.5, max_steps=3)
-    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.0, 50.0]"
+    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.00, 50.00]"
     run("another seed", 0.7, seed=1)
     assert ours(tmp_path, "base", HELD_OUT).startswith("60.00")
     assert ours(tmp_path, "base", HELD_OUT).endswith("(n=2)")
@@ -126,7 +126,7 @@ def test_a_run_that_is_still_open_counts_only_where_it_is_named(tmp_path):
     run.attached = True  # as under a runner, which closes the run after the last cell
     run.finish(shares(MMMU=0.5))
     assert ours(tmp_path, "grpo", "MMMU") == DASH
-    assert ours(tmp_path, "grpo", "MMMU", own=folder) == "50.00 [48.0, 52.0]"
+    assert ours(tmp_path, "grpo", "MMMU", own=folder) == "50.00 [48.00, 52.00]"
 
 
 def test_what_was_left_open_is_read_from_the_manifest(tmp_path):
@@ -163,8 +163,8 @@ def test_both_models_are_judged_and_an_untrained_one_once(tmp_path, monkeypatch)
     assert asked == [("hub/base", "base", 2), (str(run.path / "model"), "rlsd", 2)]
     judge(run, ["MMMU"], tmp_path / "runs")
     assert len(asked) == 2
-    assert ours(tmp_path, "base", "MMMU") == "50.00 [48.0, 52.0]"
-    assert ours(tmp_path, "rlsd (epsilon_w=0.5)", "MMMU") == "50.00 [48.0, 52.0]"
+    assert ours(tmp_path, "base", "MMMU") == "50.00 [48.00, 52.00]"
+    assert ours(tmp_path, "rlsd (epsilon_w=0.5)", "MMMU") == "50.00 [48.00, 52.00]"
 
 
 def test_what_was_dropped_is_counted_and_kept(tmp_path):

@@ -32,7 +32,6 @@ MISSING = "INCOMPLETE, 2 left out: rlsd-s2 (failed), rlsd-s3 (not started)"
 def test_a_figure_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> None:
     figures = {
         "curve": plots.curve(incomplete, "reward"),
-        "clip_fractions": plots.clip_fractions(incomplete),
         "double_budget": plots.double_budget(incomplete),
         "before_after": plots.before_after(incomplete),
     }
