@@ -1,15 +1,13 @@
 """Public benchmarks: which tool judges what, how, on which questions; and a run that does so.
 
-The tools (lmms-eval for images, lm-eval for text) pin packages that this one does not bear, so they
-live in an environment of their own, whose Python is named by `RLSD_EVAL_PYTHON`. An evaluation is a
-run: its directory has the tool's files with every judged question (`tool/`, `tool.log`),
-metrics.json with `benchmark/<name>` as a share in [0, 1] and its interval, and a manifest with the
-protocol, the command, and the data as the tool identified them.
+The tools (lmms-eval for images, lm-eval for text) pin packages that this one does not bear, so
+`RLSD_EVAL_PYTHON` names the Python of their own environment. An evaluation is a run: its directory
+has the tool's files with every judged question (`tool/`, `tool.log`), `benchmark/<name>` as a share
+with its interval, and in the manifest the protocol, the command, and the data as the tool saw them.
 
-The paper does not report its evaluation. Two things follow from its numbers: ZeroBench's
-sub-questions were used, not its main questions, and WeMath's score, not the share of right answers.
-Where nothing follows, the release's reasoning tasks are taken: one prompt and one rule-based grader
-for all, and no model as a judge.
+The paper does not report its evaluation. Its numbers tell that ZeroBench's sub-questions were used,
+not its main questions, and WeMath's score, not the share of right answers. For the rest we take the
+release's reasoning tasks: one prompt and one rule-based grader for all, and no model as a judge.
 """
 
 import gc
@@ -135,8 +133,11 @@ def judge(run: Run, names: Sequence[str], runs_dir: str | Path) -> None:
     """
     parameters, preset = run.manifest["parameters"], run.manifest["preset"]
     changed = {k: v for k, v in parameters["overrides"].items() if k.startswith("model")}
-    base = {"method": "base", "overrides": changed}
-    base |= {name: parameters[name] for name in ("preset", "seed")}
+    base = {
+        **{k: parameters[k] for k in ("preset", "seed")},
+        "method": "base",
+        "overrides": changed,
+    }
     whole = merged(run.path / "model", sees_images=preset["sees_images"])
     gc.collect()
     torch.cuda.empty_cache()
@@ -145,8 +146,9 @@ def judge(run: Run, names: Sequence[str], runs_dir: str | Path) -> None:
         (run.path / "benchmarks", whole, parameters),
     ):
         if state_of(folder) != "finished":
-            how = {"run_dir": folder, "trained": trained, "if_exists": "overwrite"}
-            evaluate_benchmarks(model, names, **how)
+            evaluate_benchmarks(
+                model, names, run_dir=folder, trained=trained, if_exists="overwrite"
+            )
 
 
 def evaluate_benchmarks(
@@ -167,22 +169,21 @@ def evaluate_benchmarks(
     Raises:
         ValueError: as `command`, or no interpreter named.
         FileNotFoundError: the interpreter or the model's folder does not exist.
-        FileExistsError: as `Run.start` by `if_exists`.
         BenchmarkError: the tool is missing or of another version, ended with an error, or its
             results lack a benchmark, are of another model or of another number of questions.
     """
     python = check_ready(names)
     name = str(Path(model).resolve() if Path(model).is_dir() else model)
     if Path(name).is_absolute() and not Path(name, "config.json").is_file():
-        hint = "merge the adapter first" if Path(name, "adapter_config.json").is_file() else "save"
-        raise FileNotFoundError(f"{name} holds no model (no config.json): {hint}")
+        raise FileNotFoundError(
+            f"{name} holds no config.json: save a whole model, merge an adapter"
+        )
     words = command(name, names, seed=trained["seed"], devices=torch.cuda.device_count())
     parameters = {**trained, "model": name, "benchmarks": list(names), "run_dir": str(run_dir)}
     with Run.start(run_dir, parameters=parameters, if_exists=if_exists) as run:
-        output, log = run.path / "tool", run.path / "tool.log"
-        words = [python, *words, "--output_path", str(output)]
+        words = [python, *words, "--output_path", str(run.path / "tool")]
         run.record(evaluation={"protocol": asdict(BENCHMARKS[names[0]].protocol), "command": words})
-        results = _run_tool(words, output, log)
+        results = _run_tool(words, run.path)
         scores = [score_of(results, each, name) for each in names]
         run.record(data={each: _identity(results, each) for each in names})
         run.finish({metric: value for score in scores for metric, value in score.items()})
@@ -195,15 +196,13 @@ def check_ready(names: Sequence[str]) -> str:
     Call it before a training whose result they are to judge. Raises as `evaluate_benchmarks`.
     """
     protocol = check_benchmarks(names)
-    python = os.environ.get(PYTHON, "")
     how = f"python -m venv FOLDER; FOLDER/bin/{protocol.install}"
-    if not python:
+    if not (python := os.environ.get(PYTHON)):
         raise ValueError(f"{PYTHON} is not set: {how}; {PYTHON}=FOLDER/bin/python")
     ask = f"from importlib.metadata import version; print(version({protocol.package!r}))"
     done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
-    found = f"{protocol.package} {done.stdout.strip() or 'missing'}"
-    if found != f"{protocol.package} {protocol.version}":
-        raise BenchmarkError(f"{python}: {found}, the protocol is of {protocol.version}: {how}")
+    if (found := done.stdout.strip() or "missing") != protocol.version:
+        raise BenchmarkError(f"{python}: {protocol.package} {found}, not {protocol.version}: {how}")
     return python
 
 
@@ -215,14 +214,12 @@ def check_benchmarks(names: Sequence[str]) -> Protocol:
     """
     if not names:
         raise ValueError(f"no benchmark named; choose from {', '.join(BENCHMARKS)}")
-    for name in names:
-        look_up(name, BENCHMARKS, "benchmark")
+    rows = [BENCHMARKS[look_up(name, BENCHMARKS, "benchmark")] for name in names]
     if repeated := sorted({name for name in names if list(names).count(name) > 1}):
         raise ValueError(f"{', '.join(repeated)}: named more than once")
-    tools = {BENCHMARKS[name].protocol.package for name in names}
-    if len(tools) > 1:
+    if len(tools := {row.protocol.package for row in rows}) > 1:
         raise ValueError(f"{', '.join(names)} need {' and '.join(sorted(tools))}: one run for each")
-    return BENCHMARKS[names[0]].protocol
+    return rows[0].protocol
 
 
 def command(model: str, names: Sequence[str], *, seed: int = 0, devices: int = 0) -> list[str]:
@@ -268,11 +265,12 @@ def _text(model: str, seed: int, devices: int) -> Engine:
     return [*engine, *chat], settings, sampling
 
 
-def _run_tool(words: Sequence[str], output: Path, log: Path) -> dict[str, Any]:
-    """Start the tool and return the results that it wrote below `output`."""
+def _run_tool(words: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Start the tool and return the results that it wrote below `folder`/tool."""
+    log = folder / "tool.log"
     with log.open("w") as stream:
         done = subprocess.run(words, stdout=stream, stderr=stream, env=os.environ | CHILD)
-    files = [file for file in output.rglob("*.json") if "results" in file.name]
+    files = [file for file in folder.rglob("tool/**/*.json") if "results" in file.name]
     # lmms-eval reports a failure on its log alone and still ends with status 0.
     if done.returncode != 0 or len(files) != 1:
         raise BenchmarkError(
