@@ -133,11 +133,8 @@ def judge(run: Run, names: Sequence[str], runs_dir: str | Path) -> None:
     """
     parameters, preset = run.manifest["parameters"], run.manifest["preset"]
     changed = {k: v for k, v in parameters["overrides"].items() if k.startswith("model")}
-    base = {
-        **{k: parameters[k] for k in ("preset", "seed")},
-        "method": "base",
-        "overrides": changed,
-    }
+    base = {"method": "base", "overrides": changed}
+    base |= {name: parameters[name] for name in ("preset", "seed")}
     whole = merged(run.path / "model", sees_images=preset["sees_images"])
     gc.collect()
     torch.cuda.empty_cache()
@@ -146,9 +143,8 @@ def judge(run: Run, names: Sequence[str], runs_dir: str | Path) -> None:
         (run.path / "benchmarks", whole, parameters),
     ):
         if state_of(folder) != "finished":
-            evaluate_benchmarks(
-                model, names, run_dir=folder, trained=trained, if_exists="overwrite"
-            )
+            how = {"run_dir": folder, "trained": trained, "if_exists": "overwrite"}
+            evaluate_benchmarks(model, names, **how)
 
 
 def evaluate_benchmarks(
@@ -175,9 +171,7 @@ def evaluate_benchmarks(
     python = check_ready(names)
     name = str(Path(model).resolve() if Path(model).is_dir() else model)
     if Path(name).is_absolute() and not Path(name, "config.json").is_file():
-        raise FileNotFoundError(
-            f"{name} holds no config.json: save a whole model, merge an adapter"
-        )
+        raise FileNotFoundError(f"{name} has no config.json: save it whole, merge an adapter")
     words = command(name, names, seed=trained["seed"], devices=torch.cuda.device_count())
     parameters = {**trained, "model": name, "benchmarks": list(names), "run_dir": str(run_dir)}
     with Run.start(run_dir, parameters=parameters, if_exists=if_exists) as run:
