@@ -168,8 +168,7 @@ def _duration(seconds: float) -> str:
 
 
 def _table(options: argparse.Namespace) -> int:
-    from rlsd_lib.report.arms import together
-    from rlsd_lib.report.tables import make_table, paired_differences
+    from rlsd_lib.report.tables import make_table, paired_differences, together
     from rlsd_lib.runs.records import read_runs
 
     runs = together(*map(read_runs, options.folder or [outputs_root()]))

@@ -19,7 +19,7 @@ def ramp(first: float, last: float, steps: int = STEPS) -> Curve:
     return lambda step: first + (last - first) * (step - 1) / (steps - 1)
 
 
-# As the paper has it: every claim of `paper_claims` is reproduced on these.
+# As the paper has it: every one of `CLAIMS` is reproduced on these.
 PAPER: dict[str, dict[str, Any]] = {
     "grpo": {"after": 0.8, "reward": ramp(0.5, 0.8), "entropy": ramp(0.42, 0.25)},
     "rlsd": {

@@ -70,7 +70,7 @@ def attempt(found: Findings, check: Callable[[], str]) -> None:
 
 def check_benchmark_names(names: list[str]) -> str:
     """Refuse a benchmark that there is not."""
-    from rlsd_lib.report.benchmarks.commands import check_benchmarks
+    from rlsd_lib.report.benchmarks import check_benchmarks
 
     if names:
         check_benchmarks(names)

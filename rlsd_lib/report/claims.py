@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import pandas as pd
 
-from rlsd_lib.report.arms import LAST, Arms, Window
 from rlsd_lib.report.paper_numbers import (
     AVERAGE,
     FIGURE_3C,
@@ -17,22 +16,18 @@ from rlsd_lib.report.paper_numbers import (
     figure_1b,
     table_2,
 )
+from rlsd_lib.report.tables import LAST, NO_VALUES, Arms
 from rlsd_lib.report.verdicts import Claim, Part
 
 MARGIN = 0.02  # accuracy or leak rate: the size of the paper's gain of RLSD over GRPO
 REWARD, LEAK, ENTROPY, DIVERGENCE = "reward", "rewards/leak/mean", "entropy", "rlsd/divergence"
 VARIANTS = ("opsd", "opsd_teacher_top1", "opsd_student_top1")  # the paper's order of severity
-PEAK = Window(10, 20)
+PEAK = (10, 20)  # steps
 
 
 def _lead(arms: Arms, other: str) -> Part:
     ours, theirs = (arms.final(method, "accuracy_after") for method in ("rlsd", other))
-    return Part(f"rlsd - {other}", _paired(ours - theirs), low=0.0)
-
-
-def _paired(values: pd.Series) -> pd.Series:
-    """Drop the seeds that only one side has."""
-    return values.dropna()
+    return Part(f"rlsd - {other}", ours - theirs, low=0.0)
 
 
 def _best(arms: Arms) -> list[Part]:
@@ -41,25 +36,23 @@ def _best(arms: Arms) -> list[Part]:
 
 def _double(arms: Arms) -> list[Part]:
     measure, n, (ours, _, theirs) = arms.doubled()
-    name = f"{measure}, rlsd, {n} steps - grpo, {2 * n} steps"
-    return [Part(name, _paired(ours - theirs), low=0.0)]
+    return [Part(f"{measure}, rlsd, {n} steps - grpo, {2 * n} steps", ours - theirs, low=0.0)]
 
 
 def _early(arms: Arms) -> list[Part]:
-    window = Window(1, (arms.length or 0) // 4)
-    ours, theirs = (arms.mean(method, REWARD, window) for method in ("rlsd", "grpo"))
-    return [Part(f"reward of steps 1 to {window.last}", _paired(ours - theirs), low=0.0)]
+    last = (arms.length or 0) // 4
+    ours, theirs = (arms.mean(method, REWARD, 1, last) for method in ("rlsd", "grpo"))
+    return [Part(f"reward of steps 1 to {last}", ours - theirs, low=0.0)]
 
 
 def _peak(arms: Arms) -> list[Part]:
-    if arms.length is not None and arms.length < PEAK.last + LAST:
+    if arms.length is not None and arms.length < PEAK[1] + LAST:
         why_not = f"{arms.length} steps end before a fall could show"
-        return [Part("opsd", pd.Series(dtype=float), why_not=why_not)]
-    peak = {method: arms.mean(method, REWARD, PEAK) for method in ("opsd", "rlsd")}
-    rise = peak["opsd"] - arms.start("opsd", REWARD)
-    change = {method: _paired(arms.end(method, REWARD) - peak[method]) for method in peak}
+        return [Part("opsd", NO_VALUES, why_not=why_not)]
+    peak = {method: arms.mean(method, REWARD, *PEAK) for method in ("opsd", "rlsd")}
+    change = {method: arms.end(method, REWARD) - peak[method] for method in peak}
     return [
-        Part("opsd, steps 10-20 - start", _paired(rise), low=0.0),
+        Part("opsd, steps 10-20 - start", peak["opsd"] - arms.start("opsd", REWARD), low=0.0),
         Part("opsd, end - steps 10-20", change["opsd"], high=0.0),
         Part("rlsd, end - steps 10-20", change["rlsd"], low=0.0),
     ]
@@ -67,29 +60,33 @@ def _peak(arms: Arms) -> list[Part]:
 
 def _leak_order(arms: Arms) -> list[Part]:
     end = {method: arms.end(method, LEAK) for method in VARIANTS}
-    growth = {method: _paired(end[method] - arms.start(method, LEAK)) for method in VARIANTS}
-    parts = [Part(f"{method}, end - start", growth[method], low=0.0) for method in VARIANTS]
-    for worse, milder in pairwise(VARIANTS):
-        parts.append(Part(f"{worse} - {milder}", _paired(end[worse] - end[milder]), low=0.0))
-    return parts
+    growth = [
+        Part(f"{method}, end - start", end[method] - arms.start(method, LEAK), low=0.0)
+        for method in VARIANTS
+    ]
+    order = [
+        Part(f"{worse} - {milder}", end[worse] - end[milder], low=0.0)
+        for worse, milder in pairwise(VARIANTS)
+    ]
+    return growth + order
 
 
 def _leak_free(arms: Arms) -> list[Part]:
     ours, theirs = (arms.final(method, "leak_rate_after") for method in ("rlsd", "grpo"))
     above = arms.final("rlsd", "leak_rate_after_high") - ours
     slack = float(above.mean()) if len(above) else 0.0
-    return [Part("leak rate, rlsd - grpo", _paired(ours - theirs), high=MARGIN, slack=slack)]
+    return [Part("leak rate, rlsd - grpo", ours - theirs, high=MARGIN, slack=slack)]
 
 
-def _kept(arms: Arms, method: str, column: str) -> pd.Series:
+def _left(arms: Arms, method: str, column: str) -> pd.Series:
     """The share of a curve's start that is left at its end."""
-    return _paired(arms.end(method, column) / arms.start(method, column))
+    return arms.end(method, column) / arms.start(method, column)
 
 
 def _stall(arms: Arms) -> list[Part]:
     return [
-        Part("opd, KL at the end / start", _kept(arms, "opd", DIVERGENCE), high=0.5),
-        Part("opsd, KL at the end / start", _kept(arms, "opsd", DIVERGENCE), low=0.5),
+        Part("opd, KL at the end / start", _left(arms, "opd", DIVERGENCE), high=0.5),
+        Part("opsd, KL at the end / start", _left(arms, "opsd", DIVERGENCE), low=0.5),
     ]
 
 
@@ -101,28 +98,28 @@ def _clipped(arms: Arms) -> list[Part]:
 
 
 def _entropy(arms: Arms) -> list[Part]:
-    kept = {method: _kept(arms, method, ENTROPY) for method in ("grpo", "rlsd")}
-    weight = arms.end("rlsd", "rlsd/lambda")
-    still = len(weight) and weight.max() > 0
-    why_not = "lambda is above 0 to the end" if still else ""
+    grpo, rlsd = (_left(arms, method, ENTROPY) for method in ("grpo", "rlsd"))
+    why_not = ""
+    if (arms.end("rlsd", "rlsd/lambda") > 0).any():
+        rlsd, why_not = NO_VALUES, "lambda is above 0 to the end"
     return [
-        Part("grpo, entropy at the end / start", kept["grpo"], high=0.75),
-        Part("rlsd", kept["rlsd"].iloc[:0] if still else kept["rlsd"], low=0.75, why_not=why_not),
+        Part("grpo, entropy at the end / start", grpo, high=0.75),
+        Part("rlsd", rlsd, low=0.75, why_not=why_not),
     ]
 
 
 def _answer(arms: Arms) -> list[Part]:
-    trace = arms.of_preset(f"{arms.preset}-trace")
-    gap = _paired(arms.gain("rlsd", steps=trace.length) - trace.gain("rlsd"))
+    trace = Arms(arms.runs, f"{arms.preset}-trace")
+    gap = arms.gain("rlsd", steps=trace.length) - trace.gain("rlsd")
     return [Part("gain with the answer - gain with the trace", gap, low=-MARGIN)]
 
 
 def _cost(arms: Arms) -> list[Part]:
     # Once lambda is 0 the pass is saved: only the steps before that say what it costs.
-    with_teacher = Window(2, arms.last_above_zero("rlsd", "rlsd/lambda"))
-    ours, theirs = (arms.mean(method, "step_time", with_teacher) for method in ("rlsd", "grpo"))
-    what = f"seconds per step, rlsd / grpo - 1, steps {with_teacher.first}-{with_teacher.last}"
-    return [Part(what, _paired(ours / theirs - 1), high=0.1)]
+    last = arms.last_above_zero("rlsd", "rlsd/lambda")
+    ours, theirs = (arms.mean(method, "step_time", 2, last) for method in ("rlsd", "grpo"))
+    what = f"seconds per step, rlsd / grpo - 1, steps 2-{last}"
+    return [Part(what, ours / theirs - 1, high=0.1)]
 
 
 def _points(other: str) -> str:

@@ -14,20 +14,19 @@ from rlsd_lib.runs.records import read_manifest, write_json
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.models import load_model
 
-# What decides the base model and the problems: runs that agree on it share one judged base model.
-OF_BASE = ("model", "model_options", "task", "task_options", "train_size", "test_size", "data_seed")
+# Runs whose presets agree on these fields began with one model, which is judged once.
+ORIGIN = ("model", "model_options", "task", "task_options", "train_size", "test_size", "data_seed")
 IDENTITY = ("path", "group", "name", "method", "preset", "seed", "control", "arm")
 
 
 def report_runs(
-    runs: pd.DataFrame, cache: Path, *, num_problems: int | None = None, alpha: float = 0.05
+    runs: pd.DataFrame, cache: Path, *, num_problems: int | None = None
 ) -> pd.DataFrame:
-    """The frame of `leakage.summarise` for every finished run that saved its model.
+    """Return the frame of `leakage.summarise` for every finished run that saved its model.
 
     `runs` is a frame of `read_runs`; its columns `IDENTITY` come along. Whatever a control showed
-    the teacher, the task's own references and template are measured with. What was computed lies
-    in `cache`, one file per run, and is only read the next time. Runs without a saved model, and
-    unfinished ones, are left out: `not_measured` names them.
+    the teacher, the task's own references and template are measured with. `cache` keeps one file
+    per run, which is only read the next time. `not_measured` names the runs that are left out.
 
     Raises:
         ValueError: no run has a saved model.
@@ -39,10 +38,10 @@ def report_runs(
     bases: dict[str, Any] = {}
     parts = []
     for _, run in chosen.iterrows():
-        key = digest([run["path"], run["started"], num_problems, alpha])[:10]
+        key = digest([run["path"], run["started"], num_problems])[:10]
         file = cache / f"{run['group']}-{run['name']}-{key}.json"
         if not file.exists():
-            found = _report(Path(run["path"]), bases, num_problems, alpha)
+            found = _measure(Path(run["path"]), bases, num_problems)
             write_json(file, {"rows": found.to_dict("records")})
         frame = pd.DataFrame(json.loads(file.read_text())["rows"])
         parts.append(frame.assign(**{name: run[name] for name in IDENTITY if name in run}))
@@ -50,44 +49,41 @@ def report_runs(
 
 
 def not_measured(runs: pd.DataFrame) -> pd.DataFrame:
-    """The rows of runs that did not finish or saved no model."""
+    """Return the rows of runs that did not finish or saved no model."""
     saved = [(Path(path) / "model").is_dir() for path in runs["path"]]
     return runs[(runs["status"] != "finished") | ~pd.Series(saved, index=runs.index, dtype=bool)]
 
 
 def accuracies(runs: pd.DataFrame) -> pd.DataFrame:
-    """Held-out accuracy of finished runs in the columns of `report_runs`: after, and `base` before."""
-    ends, parts = ("", "_low", "_high"), []
+    """Return held-out accuracy in the columns of `report_runs`: after training, and `base` before."""
+    finished, parts = runs[runs["status"] == "finished"], []
     for of, when in {"model": "after", "base": "before"}.items():
-        found = runs.loc[runs["status"] == "finished", [f"accuracy_{when}{end}" for end in ends]]
+        found = finished[[f"accuracy_{when}{end}" for end in ("", "_low", "_high")]]
         found = found.set_axis(["mean", "low", "high"], axis=1)
         parts.append(found.assign(measure="accuracy", of=of, null=float("nan")))
     return pd.concat(parts).join(runs[[name for name in IDENTITY if name in runs]])
 
 
-def _report(
-    path: Path, bases: dict[str, Any], num_problems: int | None, alpha: float
-) -> pd.DataFrame:
+def _measure(path: Path, bases: dict[str, Any], num_problems: int | None) -> pd.DataFrame:
+    """Measure one run; `bases` keeps the models that runs began with, and how they were judged."""
     manifest = read_manifest(path)
     preset, config = manifest["preset"], manifest["config"]
     sampling = {"max_new_tokens": config["max_completion_length"], "num_problems": num_problems}
     # A model that was trained under, say, enable_thinking=False is measured under it as well.
     sampling |= {"chat_template_kwargs": config["chat_template_kwargs"]}
-    key = digest([[preset[name] for name in OF_BASE], sampling])
+    key = digest([[preset[name] for name in ORIGIN], sampling])
     if key not in bases:
         bases[key] = _base(preset, sampling)
     base, tokenizer, task, judged_base = bases[key]
     model, _ = load_model(str(path / "model"), outputs_root() / "cache")
     model.to(base.device)
     judged = leakage.measure(model, tokenizer, task, base_model=base, **sampling)
-    return leakage.summarise(judged, judged_base, alpha=alpha)
+    return leakage.summarise(judged, judged_base)
 
 
 def _base(preset: Mapping[str, Any], sampling: Mapping[str, Any]) -> tuple:
-    """The model that a run began with, its tokenizer and task, and how it was judged itself."""
-    model, tokenizer = load_model(
-        preset["model"], outputs_root() / "cache", **preset["model_options"]
-    )
+    cache = outputs_root() / "cache"
+    model, tokenizer = load_model(preset["model"], cache, **preset["model_options"])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     sizes = {name: preset[name] for name in ("train_size", "test_size")}
     task = load_task(preset["task"], **sizes, seed=preset["data_seed"], **preset["task_options"])

@@ -16,25 +16,16 @@ from rlsd_lib.runs.records import described, read_runs
 NOTEBOOK = "20_compare"
 # Folders beside the suite's that the claims table also needs, by the notebook's parameter.
 BESIDE = {"real_dir": "smollm2", "ablations_dir": "ablations"}
-
 PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
+<head><meta charset="utf-8"><title>{title}</title>
 <style>
-body {{ font: 15px/1.5 Georgia, serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; }}
-h1, h2 {{ line-height: 1.2; }} h2 {{ margin-top: 2.5rem; }} a.anchor-link {{ display: none; }}
-table {{ border-collapse: collapse; font: 12px/1.4 sans-serif; margin: 1rem 0; display: block;
-  overflow-x: auto; }}
-th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left;
-  vertical-align: top; }}
-caption {{ text-align: left; color: #666; }}
+body {{ font: 15px/1.5 Georgia, serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; font: 12px/1.4 sans-serif; display: block; overflow-x: auto; }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; }}
 pre {{ font-size: 12px; white-space: pre-wrap; }} ul {{ font-size: 12px; color: #444; }}
-img {{ max-width: 100%; }} .about {{ color: #666; }}
-</style>
-</head>
+img {{ max-width: 100%; }} a.anchor-link {{ display: none; }} .about, caption {{ color: #666; }}
+</style></head>
 <body>
 <p class="about">{about}</p>
 {body}
@@ -61,30 +52,25 @@ def write_report(suite_or_folder: str | Path) -> Path:
         raise ValueError(f"{folder}: no finished run to report on")
     beside = {name: folder.parent / other for name, other in BESIDE.items()}
     given = {name: str(path) for name, path in beside.items() if path.is_dir() and path != folder}
+    given["runs_dir"] = str(folder)
     target = outputs_root() / "reports" / folder.name
-    execute_notebook(
-        NOTEBOOK, {"runs_dir": str(folder), **given}, run_dir=target, if_exists="overwrite"
-    )
+    execute_notebook(NOTEBOOK, given, run_dir=target, if_exists="overwrite")
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     about = f"Made {when} by rlsd report {folder.name}. {described(runs)}"
-    page = to_html(target / f"{NOTEBOOK}.ipynb", title=f"RLSD workbook: {folder.name}", about=about)
+    title = f"RLSD workbook: {folder.name}"
+    body = _without_code(target / f"{NOTEBOOK}.ipynb")
     file = target / "report.html"
-    file.write_text(page)
+    file.write_text(PAGE.format(title=html.escape(title), about=html.escape(about), body=body))
     return file
 
 
-def to_html(notebook: Path, *, title: str, about: str) -> str:
-    """An executed notebook as a page without code; `about` stands above it."""
+def _without_code(notebook: Path) -> str:
+    """The texts, tables and figures of an executed notebook."""
     from nbconvert import HTMLExporter  # half a second to import
 
-    exporter = HTMLExporter(
-        template_name="basic",
-        exclude_input=True,
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-    )
-    body, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
-    return PAGE.format(title=html.escape(title), about=html.escape(about), body=body)
+    hidden = ("exclude_input", "exclude_input_prompt", "exclude_output_prompt")
+    exporter = HTMLExporter(template_name="basic", **dict.fromkeys(hidden, True))
+    return exporter.from_notebook_node(nbformat.read(notebook, as_version=4))[0]
 
 
 def _folder(suite_or_folder: str | Path) -> Path:

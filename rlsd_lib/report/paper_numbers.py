@@ -59,20 +59,3 @@ def figure_1b() -> pd.DataFrame:
         "rlsd, 200 steps": table_2().loc["rlsd", list(FIGURE_1B)],
     }
     return pd.DataFrame(rows).T
-
-
-# A share of n questions can take n + 1 values. With these n almost every printed number is one of
-# them, which tells what was counted: MMMU's validation split, MathVista's testmini, MathVision's
-# test split, ZeroBench's sub-questions (of its 100 main questions every share would be whole), and
-# WeMath's score, which counts half points of 525 problems.
-QUESTIONS = {"MMMU": 900, "MathVista": 1000, "MathVision": 3040, "ZeroBench": 334, "WeMath": 1050}
-
-
-def not_shares() -> list[tuple[str, str]]:
-    """The (method, benchmark) cells of Table 2 that no whole number of right answers gives."""
-    cells = table_2()[list(QUESTIONS)].stack()
-    return [key for key, value in cells.items() if not _is_share(value, QUESTIONS[key[1]])]
-
-
-def _is_share(percent: float, questions: int) -> bool:
-    return round(100 * round(percent / 100 * questions) / questions, 2) == percent

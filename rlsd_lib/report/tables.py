@@ -1,4 +1,7 @@
-"""Run directories as one table: a row per method, seeds taken together, nothing left out."""
+"""Run directories as tables: a row per method, seeds taken together, nothing left out.
+
+`Arms` picks the plain runs of one preset, which claims and the tables of the paper are about.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +17,7 @@ from rlsd_lib.measure.intervals import (
     smallest_detectable,
     student_interval,
 )
-from rlsd_lib.runs.paths import flat_settings
+from rlsd_lib.runs.paths import flat_settings, settings
 from rlsd_lib.runs.records import Runs, described, is_finished, is_number, read_manifest
 
 DASH = "-"
@@ -35,35 +38,52 @@ METRICS = {
     "leak_rate_after": ("leak after", 3),
     "seconds_per_step": ("s / step", 2),
 }
+FIRST, LAST = 3, 10  # steps averaged at the start and at the end of a curve
+NO_VALUES = pd.Series(dtype=float)
 
 
 class Table(NamedTuple):
-    """The rows of the table, and what a reader must be told beside them."""
+    """Rows, and the notes without which nobody should read them."""
 
     rows: pd.DataFrame
     notes: list[str]
 
     def markdown(self) -> str:
-        """The table and its notes as aligned Markdown."""
+        """Return the table as aligned Markdown, with a list of its notes below."""
         notes = "\n".join(f"- {note}" for note in self.notes)
         return "\n\n".join(part for part in (_markdown(self.rows), notes) if part)
 
     def csv(self) -> str:
-        """The rows as CSV, and a comment line (#) where runs are left out of them."""
+        """Return the rows as CSV, and a comment line (#) where runs are missing from them."""
         notes = [f"\n# {note}" for note in self.notes if "INCOMPLETE" in note]
         return self.rows.to_csv(index=False).rstrip() + "".join(notes)
 
     def _repr_markdown_(self) -> str:
-        """What a notebook shows: the table is never seen without its notes."""
         return self.markdown()
 
 
+def _markdown(rows: pd.DataFrame) -> str:
+    if rows.empty:
+        return ""
+    lines = [list(rows.columns), *([_text(v) for v in row] for row in rows.values.tolist())]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}" if is_number(value) else DASH
+    return str(value) or DASH
+
+
 def make_table(runs: Runs) -> Table:
-    """One row per group, method and settings, with its seeds taken together.
+    """Return one row per group, method, preset and settings, with its seeds taken together.
 
     Several seeds: mean over seeds, with the Student 95 % interval of that mean. One seed: the
     run's own numbers, with the interval over its evaluation problems. Runs that did not finish
-    give no numbers; they stand in the notes.
+    give no numbers; the notes name them.
     """
     frame = runs.runs
     if frame.empty:
@@ -76,30 +96,75 @@ def make_table(runs: Runs) -> Table:
     groups = [cells for _, cells in keyed.groupby(keys, sort=True, dropna=False)]
     rows = pd.DataFrame([_row(cells, keys, metrics) for cells in groups])
     notes = [note for cells in groups for note in _warnings(cells)]
-    notes += _interval_note(groups)
+    if any(len(cells) > 1 for cells in groups):
+        notes.append("n > 1: mean over seeds, 95 % Student interval of the mean")
+    if any(len(cells) == 1 for cells in groups):
+        notes.append("n = 1: one seed; its interval is over problems and not over seeds")
     notes += [f"finished, no metrics: {p}" for p in finished.drop(measured.index)["path"]]
     return Table(_drop_constant(rows), [*dict.fromkeys(notes), *source_notes(runs)])
 
 
-def source_notes(runs: Runs) -> list[str]:
-    """Which runs a table is made from, and a line for each that gave it nothing.
+def _row(cells: pd.DataFrame, keys: list[str], metrics: list[str]) -> dict[str, str]:
+    first = cells.iloc[0]
+    row = {key: str(first[key]) for key in keys if pd.notna(first[key])}
+    if "seed" in cells:
+        row["seeds"] = " ".join(f"{seed:g}" for seed in sorted(cells["seed"].dropna()))
+    row["n"] = str(len(cells))
+    return {**row, **{METRICS[name][0]: _cell(cells, name) for name in metrics}}
 
-    Runs did so that failed, still run, were killed, or were planned and never started.
+
+def _cell(cells: pd.DataFrame, name: str) -> str:
+    values = [v for v in cells[name] if is_number(v)]
+    if not values:
+        return DASH
+    found = student_interval(values)
+    if not found.is_known and f"{name}_low" in cells:
+        found = Interval(found.mean, *cells[[f"{name}_low", f"{name}_high"]].iloc[0])
+    shown = found if name.startswith("accuracy") else found.mean
+    partial = f" (n={len(values)})" if len(values) < len(cells) else ""
+    return f"{shown:.{METRICS[name][1]}f}{partial}"
+
+
+def _warnings(cells: pd.DataFrame) -> list[str]:
+    label = " ".join(str(cells.iloc[0].get(k, "")) for k in ("group", "method", "preset")).strip()
+    notes = []
+    if "seed" in cells and cells["seed"].duplicated().any():
+        notes.append(f"{label}: a seed stands more than once, so the interval is too narrow")
+    if cells["commit"].nunique(dropna=False) > 1:
+        notes.append(f"{label}: its runs come from different commits")
+    if (cells["dirty"] == True).any():  # noqa: E712  the column also holds None
+        notes.append(f"{label}: run from code that was not committed")
+    return notes
+
+
+def _drop_constant(rows: pd.DataFrame) -> pd.DataFrame:
+    """Leave out settings where every run is plain, and the group where there is one."""
+    empty = [k for k in ("settings",) if k in rows and (rows[k] == "").all()]
+    alike = [k for k in ("group",) if k in rows and rows[k].nunique() == 1]
+    return rows.drop(columns=empty + alike).fillna(DASH)
+
+
+def source_notes(runs: Runs) -> list[str]:
+    """Return which runs a table is made from, and a line for each that gave it nothing.
+
+    Runs give nothing that failed, still run, were killed, or were planned and never started.
     """
-    missing = runs.runs[~is_finished(runs.runs)]
-    lines = [_incomplete(run) for _, run in missing.iterrows()]
+    lines = []
+    for _, run in runs.runs[~is_finished(runs.runs)].iterrows():
+        reason = f": {run['error']}" if isinstance(run.get("error"), str) else ""
+        lines.append(f"{run['status']}, not in the table: {run['path']}{reason}")
     more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
     return [described(runs), *lines[:MOST_LINES], *more]
 
 
 def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
-    """Accuracy after training minus the baseline's, on the same problems and the same seeds.
+    """Return accuracy after training minus the baseline's, on the same problems and seeds.
 
     A run is compared with the baseline's run of the same preset, seed and settings; where there is
-    no other, with that without its control, or else with that which sets its length alone. A row per
-    method and settings: the mean difference, its 95 % interval over problems (a bootstrap) and over
-    seeds (Student's t; NaN for one seed), the smallest difference that so many seeds would find with
-    80 % power, and the number of shared seeds. What has no partner stands in the notes.
+    no other, with that without its control, or else with that which sets its length alone. A row
+    per method and settings: the mean difference, its 95 % interval over problems (a bootstrap) and
+    over seeds (Student's t; NaN for one seed), the smallest difference that so many seeds would
+    find with 80 % power, and the number of shared seeds. The notes name what has no partner.
 
     Raises:
         ValueError: no finished run of `baseline`, or runs that were judged on other problems.
@@ -121,23 +186,12 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
     columns = ["method", f"accuracy - {baseline}", *ends, "detectable", "n seeds"]
     table = pd.DataFrame(rows, columns=columns).sort_values(columns[1], ascending=False)
     notes = [
-        "intervals are of 95 %: over problems a bootstrap, over seeds Student's t; one that holds 0 "
-        "settles nothing",
+        "intervals are of 95 %: over problems a bootstrap, over seeds Student's t; one that contains "
+        "0 settles nothing",
         "detectable: the smallest true difference that a repetition with so many seeds would find "
         "in four cases of five, from the spread between these seeds",
     ]
     return Table(table, [*notes, *alone, *repeated, *source_notes(runs)])
-
-
-def each_once(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of `with_arms`, one for each arm and seed, and a note on what was left out.
-
-    A run that two suites share is one piece of evidence, not two seeds.
-    """
-    again = frame["arm"].notna() & frame.duplicated(["arm", "seed"])
-    names = ", ".join(frame.loc[again, "path"].map(lambda path: "/".join(Path(path).parts[-2:])))
-    notes = [f"left out, the same settings and seed as another run: {names}"] if names else []
-    return frame[~again], notes
 
 
 def _partner(run: pd.Series, base: Mapping[tuple[Any, ...], pd.Series]) -> pd.Series | None:
@@ -158,28 +212,23 @@ def _place(run: pd.Series, parameters: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _compared(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> tuple[float, ...]:
     """Mean difference of paired runs, four ends of intervals, and what could have been seen."""
-    ours, theirs = ([_evaluation(run) for run in side] for side in zip(*pairs, strict=True))
-    if len({one.problems for one in (*ours, *theirs)}) > 1:
+    problems = {read_manifest(run["path"])["data"]["problems"] for pair in pairs for run in pair}
+    if len(problems) > 1:
         names = " and ".join(sorted({run["name"] for pair in pairs for run in pair}))
         raise ValueError(f"{names} were not judged on the same problems")
-    scores = [one.correct for one in theirs], [one.correct for one in ours]
-    problems, seeds = (paired_interval(*scores, over=over) for over in ("problems", "seeds"))
-    seen = smallest_detectable(np.subtract(scores[1], scores[0]).mean(axis=1))
-    return (problems.mean, *problems[1:], *seeds[1:], seen)
+    ours, theirs = ([_correct(run["path"]) for run in side] for side in zip(*pairs, strict=True))
+    by_problem, by_seed = (paired_interval(theirs, ours, over=o) for o in ("problems", "seeds"))
+    seen = smallest_detectable(np.subtract(ours, theirs).mean(axis=1))
+    return (*by_problem, by_seed.low, by_seed.high, seen)
 
 
-class _Evaluation(NamedTuple):
-    problems: str  # fingerprint of the test rows, references apart
-    correct: list[float]  # share correct, problem by problem
-
-
-def _evaluation(run: pd.Series) -> _Evaluation:
-    shares = json.loads((Path(run["path"]) / "evaluation_after.json").read_text())["correct"]
-    return _Evaluation(read_manifest(run["path"])["data"]["problems"], shares)
+def _correct(path: str) -> list[float]:
+    """The share of correct completions, problem by problem."""
+    return json.loads((Path(path) / "evaluation_after.json").read_text())["correct"]
 
 
 def settings_of(parameters: Mapping[str, Any]) -> str:
-    """What sets a run apart beside method, preset and seed, as one line."""
+    """Return what sets a run apart beside method, preset and seed, as one line."""
     flat = flat_settings(parameters)
     return ", ".join(f"{name}={flat[name]}" for name in sorted(flat))
 
@@ -191,82 +240,125 @@ def with_arms(frame: pd.DataFrame) -> pd.DataFrame:
     """
     known = frame[frame["parameters"].notna()]
     given = [{"preset": p.get("preset"), **flat_settings(p)} for p in known["parameters"]]
-    names = {name for settings in given for name in settings}
-    apart = {n for n in names if len({repr(settings.get(n)) for settings in given}) > 1}
+    names = {name for found in given for name in found}
+    apart = {n for n in names if len({repr(found.get(n)) for found in given}) > 1}
     labels = []
     for method, found in zip(known["method"], given, strict=True):
-        told = [found["preset"]] if "preset" in apart else []
-        told += [f"{name}={found[name]}" for name in sorted(apart - {"preset"}) if name in found]
-        labels.append(f"{method} ({', '.join(told)})" if told else method)
+        parts = [found["preset"]] if "preset" in apart else []
+        parts += [f"{name}={found[name]}" for name in sorted(apart - {"preset"}) if name in found]
+        labels.append(f"{method} ({', '.join(parts)})" if parts else method)
     return frame.assign(arm=pd.Series(labels, index=known.index, dtype=object))
 
 
-def _row(cells: pd.DataFrame, keys: list[str], metrics: list[str]) -> dict[str, str]:
-    first = cells.iloc[0]
-    row = {key: str(first[key]) for key in keys if pd.notna(first[key])}
-    if "seed" in cells:
-        row["seeds"] = " ".join(f"{seed:g}" for seed in sorted(cells["seed"].dropna()))
-    row["n"] = str(len(cells))
-    return {**row, **{METRICS[name][0]: _cell(cells, name) for name in metrics}}
+def each_once(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return the rows of `with_arms`, one for each arm and seed, and a note on those left out.
+
+    A run that two suites share is one piece of evidence, not two seeds.
+    """
+    again = frame["arm"].notna() & frame.duplicated(["arm", "seed"])
+    names = ", ".join(frame.loc[again, "path"].map(lambda path: "/".join(Path(path).parts[-2:])))
+    notes = [f"left out, the same settings and seed as another run: {names}"] if names else []
+    return frame[~again], notes
 
 
-def _cell(cells: pd.DataFrame, name: str) -> str:
-    values = [v for v in cells[name] if is_number(v)]
-    if not values:
-        return DASH
-    digits, found = METRICS[name][1], student_interval(values)
-    if not found.is_known and f"{name}_low" in cells:
-        found = Interval(found.mean, cells[f"{name}_low"].iloc[0], cells[f"{name}_high"].iloc[0])
-    partial = f" (n={len(values)})" if len(values) < len(cells) else ""
-    shown = found if name.startswith("accuracy") else found.mean
-    return f"{shown:.{digits}f}{partial}"
+def together(*folders: Runs) -> Runs:
+    """Return several folders' runs as one, such as a suite's and those of its ablations."""
+    runs, steps = zip(*folders, strict=True)
+    return Runs(*(pd.concat(frames, ignore_index=True) for frames in (runs, steps)))
 
 
-def _warnings(cells: pd.DataFrame) -> list[str]:
-    label = " ".join(str(cells.iloc[0].get(k, "")) for k in ("group", "method", "preset")).strip()
-    notes = []
-    if "seed" in cells and cells["seed"].duplicated().any():
-        notes.append(f"{label}: a seed stands more than once, so the interval is too narrow")
-    if cells["commit"].nunique(dropna=False) > 1:
-        notes.append(f"{label}: its runs come from different commits")
-    if (cells["dirty"] == True).any():  # noqa: E712  the column also holds None
-        notes.append(f"{label}: run from code that was not committed")
-    return notes
+class Arms:
+    """Finished plain runs of one preset, by method and seed.
+
+    Plain means as the preset has it: no override, no control. Values come as a series with one
+    entry per seed, empty where there is no such run, so that methods are compared seed by seed.
+
+    Args:
+        runs: what `read_runs` returns; runs that did not finish are left out.
+        preset: which preset; "" for the one that most of the plain runs have.
+
+    Attributes:
+        length: the number of steps that the method RLSD was trained for (most of its runs, else
+            most of all runs); None where there is no plain run.
+    """
+
+    def __init__(self, runs: Runs, preset: str = "") -> None:
+        self.runs = runs
+        needed = pd.Index(["status", "parameters", "method", "preset", "steps", "seed", "path"])
+        frame = runs.runs.reindex(columns=runs.runs.columns.union(needed, sort=False))
+        plain = frame["parameters"].map(_is_plain).astype(bool)
+        frame = frame[(frame["status"] == "finished") & plain & frame["steps"].notna()]
+        self.preset = preset or _most_common(frame["preset"]) or ""
+        self.frame = frame[frame["preset"] == self.preset]
+        rlsd = self.frame.loc[self.frame["method"] == "rlsd", "steps"]
+        length = _most_common(rlsd if len(rlsd) else self.frame["steps"])
+        self.length = None if length is None else int(length)
+
+    def methods(self) -> list[str]:
+        """Return the methods that have a run of this length."""
+        return sorted(self.frame.loc[self.frame["steps"] == self.length, "method"].unique())
+
+    def final(self, method: str, column: str, *, steps: int | None = None) -> pd.Series:
+        """Return a number of metrics.json, one per seed, from runs of `steps` (default: `length`)."""
+        return self._of(method, steps).get(column, NO_VALUES).astype(float).dropna()
+
+    def gain(self, method: str, *, steps: int | None = None) -> pd.Series:
+        """Return accuracy after training minus before, one per seed."""
+        before = self.final(method, "accuracy_before", steps=steps)
+        return (self.final(method, "accuracy_after", steps=steps) - before).dropna()
+
+    def mean(self, method: str, column: str, first: int, last: int) -> pd.Series:
+        """Return the mean of a logged column over steps `first` to `last`, one per seed."""
+        steps = self.runs.steps
+        if column not in steps:
+            return NO_VALUES
+        seeds = self._of(method).reset_index().set_index("path")["seed"]
+        lines = steps[steps["path"].isin(seeds.index) & steps[column].notna()]
+        lines = lines[lines["step"].between(first, last)]
+        return lines.groupby(lines["path"].map(seeds))[column].mean().astype(float)
+
+    def start(self, method: str, column: str) -> pd.Series:
+        """Return the mean over the first steps, one per seed."""
+        return self.mean(method, column, 1, FIRST)
+
+    def end(self, method: str, column: str) -> pd.Series:
+        """Return the mean over the last steps, one per seed."""
+        length = self.length or 0
+        return self.mean(method, column, length - LAST + 1, length)
+
+    def last_above_zero(self, method: str, column: str) -> int:
+        """Return the last step at which a logged column is above 0 in any seed's run; 0 for none."""
+        steps = self.runs.steps
+        if column not in steps:
+            return 0
+        mine = steps["path"].isin(self._of(method)["path"])
+        return max(steps.loc[mine & (steps[column] > 0), "step"], default=0)
+
+    def doubled(self) -> tuple[str, int, list[pd.Series]]:
+        """Return what was measured, N, and a series each: RLSD at N steps, GRPO at N, GRPO at 2N.
+
+        The held-out accuracy where GRPO was run for 2N steps. Else one length of run has to do:
+        N is half of it, and the training reward is compared.
+        """
+        n = self.length or 0
+        longer = self.final("grpo", "accuracy_after", steps=2 * n)
+        if len(longer):
+            at_n = [self.final(method, "accuracy_after") for method in ("rlsd", "grpo")]
+            return "held-out accuracy", n, [*at_n, longer]
+        n //= 2
+        at_n = [self.mean(method, "reward", n - LAST + 1, n) for method in ("rlsd", "grpo")]
+        return "training reward", n, [*at_n, self.end("grpo", "reward")]
+
+    def _of(self, method: str, steps: int | None = None) -> pd.DataFrame:
+        wanted = self.length if steps is None else steps
+        chosen = self.frame[(self.frame["method"] == method) & (self.frame["steps"] == wanted)]
+        return chosen.drop_duplicates("seed").set_index("seed").sort_index()
 
 
-def _interval_note(groups: list[pd.DataFrame]) -> list[str]:
-    kinds = {len(cells) > 1 for cells in groups}
-    said = {
-        True: "n > 1: mean over seeds, 95 % Student interval of the mean",
-        False: "n = 1: one seed; its interval is over problems and says nothing about other seeds",
-    }
-    return [said[kind] for kind in sorted(kinds, reverse=True)]
+def _is_plain(parameters: dict | float) -> bool:
+    """Whether a run is its preset, whatever its length; runs without parameters hold NaN."""
+    return isinstance(parameters, dict) and not settings(parameters).keys() - {"max_steps"}
 
 
-def _incomplete(run: pd.Series) -> str:
-    error = run.get("error")
-    reason = f": {error}" if isinstance(error, str) else ""
-    return f"{run['status']}, not in the table: {run['path']}{reason}"
-
-
-def _drop_constant(rows: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the columns that say the same everywhere and nothing in themselves."""
-    plain = [k for k in ("settings",) if k in rows and (rows[k] == "").all()]
-    same = [k for k in ("group",) if k in rows and rows[k].nunique() == 1]
-    return rows.drop(columns=plain + same).fillna(DASH)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}" if is_number(value) else DASH
-    return str(value) or DASH
-
-
-def _markdown(rows: pd.DataFrame) -> str:
-    if rows.empty:
-        return ""
-    lines = [list(rows.columns), *([_text(v) for v in row] for row in rows.values.tolist())]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
-    rule = ["-" * width for width in widths]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
+def _most_common(values: pd.Series) -> Any:
+    return values.value_counts().index[0] if len(values) else None

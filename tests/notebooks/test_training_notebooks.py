@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.report.replication import HELD_OUT, compare
+from rlsd_lib.report.paper_tables import HELD_OUT, compare
 from rlsd_lib.runs.execute import execute_notebook
 from rlsd_lib.runs.records import read_manifest, read_runs
 

@@ -75,8 +75,8 @@ def test_a_panel_per_measure_with_every_run_the_base_model_and_the_null():
         ("evidence", "model", 7.0, 6.0, 8.0, 1.0, "opsd"),
         ("evidence", "base", 0.1, 0.0, 0.2, 1.0, "opsd"),
     ]
-    columns = ["measure", "of", "mean", "low", "high", "null", "method"]
-    figure = plots.leak_measures(pd.DataFrame(rows, columns=columns))
+    columns = ["measure", "of", "mean", "low", "high", "null", "arm"]
+    figure = plots.leak_measures(pd.DataFrame(rows, columns=columns), "leakage")
     phrase, evidence = figure.axes
     assert [t.get_text() for t in phrase.get_yticklabels()] == ["opsd", "grpo"]
     points = [line.get_xdata()[0] for line in phrase.lines if len(line.get_xdata()) == 1]
@@ -85,4 +85,4 @@ def test_a_panel_per_measure_with_every_run_the_base_model_and_the_null():
     assert dashed.get_xdata()[0] == 1.0
     assert phrase.patches[0].get_extents().width > 0  # the base model's interval
     with pytest.raises(ValueError, match="no column arm"):
-        plots.leak_measures(pd.DataFrame(rows, columns=columns), by="arm")
+        plots.leak_measures(pd.DataFrame(rows, columns=columns).drop(columns="arm"), "leakage")

@@ -1,18 +1,16 @@
-"""Tables and figures over runs: right numbers, honest partners, and nothing hidden."""
+"""Tables over runs: right numbers, honest partners, and nothing hidden."""
 
 import json
 from io import StringIO
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from synthetic import flat, write_folder, write_run
+from synthetic import write_folder, write_run
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.report import comparison, figures
+from rlsd_lib.report import paper_tables, plots
 from rlsd_lib.report.claims import CLAIMS
-from rlsd_lib.report.paper_numbers import table_2
 from rlsd_lib.report.tables import make_table, paired_differences, with_arms
 from rlsd_lib.report.verdicts import claims_table
 from rlsd_lib.runs.records import Runs, described, read_runs
@@ -28,44 +26,35 @@ def incomplete(tmp_path: Path) -> Runs:
     return read_runs(folder)
 
 
-def _texts(figure: plt.Figure) -> str:
-    return "\n".join(text.get_text() for text in figure.texts).replace("\n", " ")
-
-
 MISSING = "INCOMPLETE, 2 left out: rlsd-s2 (failed), rlsd-s3 (not started)"
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda runs: figures.curve(runs, "reward"),
-        lambda runs: figures.clip_fractions(runs),
-        lambda runs: figures.double_budget(runs),
-        lambda runs: figures.before_after(runs),
-    ],
-)
-def test_a_figure_names_its_runs_and_those_it_leaves_out(incomplete: Runs, make) -> None:
-    said = _texts(make(incomplete))
-    assert "paper: 4 of 6 runs, seeds 0 1" in said
-    assert MISSING in said
+def test_a_figure_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> None:
+    figures = {
+        "curve": plots.curve(incomplete, "reward"),
+        "double_budget": plots.double_budget(incomplete),
+        "before_after": plots.before_after(incomplete),
+    }
+    for name, figure in figures.items():
+        said = "\n".join(text.get_text() for text in figure.texts).replace("\n", " ")
+        assert "paper: 4 of 6 runs, seeds 0 1" in said, name
+        assert MISSING in said, name
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        make_table,
-        paired_differences,
-        comparison.paradigms,
-        lambda runs: comparison.beside_paper(runs, runs),
-        comparison.cost_of_a_point,
-        lambda runs: claims_table(CLAIMS, runs, runs),
-    ],
-)
-def test_a_table_names_its_runs_and_those_it_leaves_out(incomplete: Runs, make) -> None:
-    shown = make(incomplete)._repr_markdown_()
-    assert MISSING in shown
-    assert "failed, not in the table" in shown
-    assert "not started, not in the table" in shown
+def test_a_table_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> None:
+    tables = {
+        "make_table": make_table(incomplete),
+        "paired_differences": paired_differences(incomplete),
+        "paradigms": paper_tables.paradigms(incomplete),
+        "beside_paper": paper_tables.beside_paper(incomplete, incomplete),
+        "cost_of_a_point": paper_tables.cost_of_a_point(incomplete),
+        "claims_table": claims_table(CLAIMS, incomplete, incomplete),
+    }
+    for name, table in tables.items():
+        shown = table._repr_markdown_()
+        assert MISSING in shown, name
+        assert "failed, not in the table" in shown, name
+        assert "not started, not in the table" in shown, name
 
 
 def test_a_csv_says_so_too(incomplete: Runs) -> None:
@@ -77,11 +66,11 @@ def test_a_csv_says_so_too(incomplete: Runs) -> None:
 def test_every_run_is_in_the_list_and_its_suite_in_the_commands(
     incomplete: Runs, tmp_path: Path
 ) -> None:
-    states = comparison.run_list(incomplete).rows.set_index("run")["status"]
+    states = paper_tables.run_list(incomplete).rows.set_index("run")["status"]
     assert states["paper/rlsd-s2"] == "failed"
     assert states["paper/rlsd-s3"] == "not started"
     assert len(states) == 6
-    assert comparison.commands(tmp_path / "paper", incomplete) == ["rlsd suite paper"]
+    assert paper_tables.commands(tmp_path / "paper", incomplete) == ["rlsd suite paper"]
     assert described(incomplete).startswith("paper: 4 of 6 runs")
 
 
@@ -127,7 +116,7 @@ def test_a_run_that_two_suites_share_counts_once(tmp_path: Path) -> None:
     values = [name for name in alone.rows if name != "method"]
     assert both.rows[values].equals(alone.rows[values])
     assert "the same settings and seed as another run: controls/grpo-s0, " in both.markdown()
-    assert comparison.cost_of_a_point(read_runs(tmp_path)).rows["n"].tolist() == ["3", "3"]
+    assert paper_tables.cost_of_a_point(read_runs(tmp_path)).rows["n"].tolist() == ["3", "3"]
 
 
 def test_the_command_shows_differences_over_several_folders(tmp_path: Path, capsys) -> None:
@@ -149,45 +138,3 @@ def test_other_problems_are_no_pair(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"the same"', '"others"'))
     with pytest.raises(ValueError, match="grpo-s0 and rlsd-s0 were not judged on the same"):
         paired_differences(read_runs(tmp_path))
-
-
-def test_ours_and_the_papers_stand_in_columns_of_their_own(tmp_path: Path) -> None:
-    runs = read_runs(write_folder(tmp_path, ["grpo", "opd"]))
-    rows = comparison.beside_paper(runs, runs).rows.set_index("method")
-    printed = rows.loc[table_2().index, "paper: average"]
-    assert printed.astype(float).to_dict() == table_2()["average"].to_dict()
-    assert rows.loc["opd", "paper: average"] == "-"
-    assert rows.loc["grpo", "lab: accuracy"].startswith("80.0 [")
-    assert rows.loc["base", "lab: accuracy"] == "50.0 [50.0, 50.0]"
-    assert rows.loc["rlsd", "lab: accuracy"] == "-"
-
-
-def test_a_point_has_a_price_only_where_there_is_a_gain(tmp_path: Path) -> None:
-    runs = read_runs(write_folder(tmp_path, ["grpo", "sdpo"], sdpo={"after": 0.4}))
-    rows = comparison.cost_of_a_point(runs).rows.set_index("method")
-    assert rows.loc["grpo", "s per point"] == "2.0"  # 60 steps of a second for 30 points
-    assert rows.loc["sdpo", "s per point"] == "-"
-
-
-def test_clipped_sides_are_not_averaged_into_each_other(tmp_path: Path) -> None:
-    runs = read_runs(write_folder(tmp_path, ["rlsd"], rlsd={"rlsd/clip_low_frac": flat(0.01)}))
-    [axes] = figures.clip_fractions(runs, window=5).axes
-    ends = {round(float(line.get_ydata()[0]), 3) for line in axes.lines if len(line.get_ydata())}
-    assert ends == {0.01, 0.04}
-
-
-def test_lines_can_be_told_apart_without_colour(tmp_path: Path) -> None:
-    runs = read_runs(write_folder(tmp_path, ["grpo", "rlsd", "opd"], seeds=1))
-    [axes] = figures.curve(runs, "reward").axes
-    lines = [line for line in axes.lines if len(line.get_ydata())]
-    assert len({str(line._dash_pattern) for line in lines}) == 3
-
-
-def test_a_method_looks_alike_in_every_figure(tmp_path: Path) -> None:
-    runs = read_runs(write_folder(tmp_path, ["grpo", "opd", "opsd"], seeds=1))
-    looks = []
-    for metric in ("reward", "rlsd/divergence"):  # which GRPO does not log
-        [axes] = figures.curve(runs, metric).axes
-        last = [line for line in axes.lines if len(line.get_ydata())][-1]
-        looks.append((last.get_color(), last._dash_pattern))
-    assert looks[0] == looks[1]

@@ -1,16 +1,16 @@
-"""Table 2: the paper beside ours, whose cells come from finished runs and from nothing else."""
+"""The paper beside ours, whose cells come from finished runs and from nothing else."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from synthetic import write_folder
 
-from rlsd_lib.report import replication
-from rlsd_lib.report.benchmarks.commands import VISION
-from rlsd_lib.report.paper_numbers import AVERAGE, BENCHMARKS
-from rlsd_lib.report.replication import HELD_OUT, compare, dropped, judge, open_items
+from rlsd_lib.report import benchmarks, paper_tables
+from rlsd_lib.report.benchmarks import VISION, judge
+from rlsd_lib.report.paper_numbers import AVERAGE, BENCHMARKS, table_2
+from rlsd_lib.report.paper_tables import HELD_OUT, compare, dropped, open_items
 from rlsd_lib.report.tables import DASH
 from rlsd_lib.runs.records import read_manifest, read_runs
 from rlsd_lib.runs.run import Run
@@ -39,6 +39,24 @@ def ours(folder: Path, row: str, column: str, **options) -> str:
     ]
 
 
+def test_ours_and_the_papers_stand_in_columns_of_their_own(tmp_path: Path) -> None:
+    runs = read_runs(write_folder(tmp_path, ["grpo", "opd"]))
+    rows = paper_tables.beside_paper(runs, runs).rows.set_index("method")
+    printed = rows.loc[table_2().index, "paper: average"]
+    assert printed.astype(float).to_dict() == table_2()["average"].to_dict()
+    assert rows.loc["opd", "paper: average"] == "-"
+    assert rows.loc["grpo", "lab: accuracy"].startswith("80.0 [")
+    assert rows.loc["base", "lab: accuracy"] == "50.0 [50.0, 50.0]"
+    assert rows.loc["rlsd", "lab: accuracy"] == "-"
+
+
+def test_a_point_has_a_price_only_where_there_is_a_gain(tmp_path: Path) -> None:
+    runs = read_runs(write_folder(tmp_path, ["grpo", "sdpo"], sdpo={"after": 0.4}))
+    rows = paper_tables.cost_of_a_point(runs).rows.set_index("method")
+    assert rows.loc["grpo", "s per point"] == "2.0"  # 60 steps of a second for 30 points
+    assert rows.loc["sdpo", "s per point"] == "-"
+
+
 def test_without_a_run_every_cell_of_ours_is_a_dash(tmp_path):
     made(tmp_path / "killed", shares(MMMU=0.7), finish=False)
     table, sources = compare(read_runs(tmp_path), BENCHMARKS, PRESET)
@@ -54,11 +72,11 @@ def test_cells_come_from_runs_which_are_named(tmp_path):
     trained = made(
         tmp_path / "train", {k + e: v for k, v in held.items() for e in ("", "_low", "_high")}
     )
-    judged = made(trained / "benchmarks", shares(MMMU=0.7, WeMath=0.6), limit=0)
+    judged = made(trained / "benchmarks", shares(MMMU=0.7, WeMath=0.6))
     table, sources = compare(read_runs(tmp_path), BENCHMARKS, PRESET)
-    assert table.loc["rlsd", ("MMMU", "ours")] == "70.00 [68.0, 72.0]"
-    assert table.loc["rlsd", (HELD_OUT, "ours")] == "50.00 [50.0, 50.0]"
-    assert table.loc["base", (HELD_OUT, "ours")] == "25.00 [25.0, 25.0]"
+    assert table.loc["rlsd", ("MMMU", "ours")] == "70.00 [68.00, 72.00]"
+    assert table.loc["rlsd", (HELD_OUT, "ours")] == "50.00 [50.00, 50.00]"
+    assert table.loc["base", (HELD_OUT, "ours")] == "25.00 [25.00, 25.00]"
     assert table.loc["rlsd", ("MathVista", "ours")] == DASH
     assert table.loc["rlsd", (AVERAGE, "ours")] == DASH  # three benchmarks are missing
     assert set(sources["run"]) == {str(trained), str(judged)}
@@ -77,7 +95,6 @@ def test_seeds_are_taken_together_and_settings_apart(tmp_path):
     for seed, share in enumerate((0.60, 0.62, 0.64)):
         made(tmp_path / f"s{seed}", shares(MMMU=share), seed=seed)
     made(tmp_path / "wide", shares(MMMU=0.9), overrides={"epsilon_w": 0.5})
-    made(tmp_path / "limited", shares(MMMU=0.1), limit=5)
     made(tmp_path / "other", shares(MMMU=0.1), preset="qwen3-vl-8b")
     mean, _, count = ours(tmp_path, "rlsd", "MMMU").partition(" ")
     assert mean == "62.00"
@@ -91,12 +108,12 @@ def test_the_untrained_model_is_told_of_by_every_run_that_leaves_it_alone(tmp_pa
         return made(tmp_path / name, ends, **parameters)
 
     mixed = run("mixed", 0.5, method="grpo_opsd", overrides={"distillation_weight": 0.1})
-    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.0, 50.0]"
+    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.00, 50.00]"
     for name, value in {"model": "a/copy", "test_size": 4, "max_completion_length": 9}.items():
         run(name, 0.1, overrides={name: value})
     run("shuffled", 0.1, control="shuffled")
     run("same seed", 0.5, max_steps=3)
-    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.0, 50.0]"
+    assert ours(tmp_path, "base", HELD_OUT) == "50.00 [50.00, 50.00]"
     run("another seed", 0.7, seed=1)
     assert ours(tmp_path, "base", HELD_OUT).startswith("60.00")
     assert ours(tmp_path, "base", HELD_OUT).endswith("(n=2)")
@@ -110,7 +127,7 @@ def test_a_run_that_is_still_open_counts_only_where_it_is_named(tmp_path):
     # As in a kernel under a runner, which closes the run after the last cell.
     Run.attach(folder).finish(shares(MMMU=0.5))
     assert ours(tmp_path, "grpo", "MMMU") == DASH
-    assert ours(tmp_path, "grpo", "MMMU", own=folder) == "50.00 [48.0, 52.0]"
+    assert ours(tmp_path, "grpo", "MMMU", own=folder) == "50.00 [48.00, 52.00]"
 
 
 def test_what_was_left_open_is_read_from_the_manifest(tmp_path):
@@ -130,49 +147,37 @@ def test_what_was_left_open_is_read_from_the_manifest(tmp_path):
         open_items({**read_manifest(run.path), "packages": {}}, VISION)
 
 
-def experiment(tmp_path: Path, **overrides) -> SimpleNamespace:
-    """What `judge` and `dropped` read of an Experiment."""
-    run = Run.start(
-        tmp_path / "runs" / "rlsd",
-        parameters={"method": "rlsd", "preset": PRESET, "seed": 2, "overrides": overrides},
-    )
-    (run.path / "model").mkdir()
-    (run.path / "model" / "config.json").write_text("{}")
-    preset = SimpleNamespace(sees_images=True, model="hub/base")
-    return SimpleNamespace(run=run, preset=preset, model=torch.nn.Linear(1, 1))
-
-
 def test_both_models_are_judged_and_an_untrained_one_once(tmp_path, monkeypatch):
     asked = []
 
     def evaluate(model, names, *, run_dir, trained, **options):
-        asked.append((str(model), trained["method"], options["sampling_seed"]))
-        made(run_dir, shares(MMMU=0.5), **{**trained, "benchmarks": names, "limit": 0})
+        asked.append((str(model), trained["method"], trained["seed"]))
+        made(run_dir, shares(MMMU=0.5), **{**trained, "benchmarks": names})
 
-    monkeypatch.setattr(replication, "evaluate_benchmarks", evaluate)
-    one = experiment(tmp_path, epsilon_w=0.5)
-    judge(one, ["MMMU"], tmp_path / "runs")
-    model = str(one.run.path / "model")
-    assert asked == [("hub/base", "base", 2), (model, "rlsd", 2)]
-    judge(one, ["MMMU"], tmp_path / "runs")
+    monkeypatch.setattr(benchmarks, "evaluate_benchmarks", evaluate)
+    facts = {"method": "rlsd", "preset": PRESET, "seed": 2, "overrides": {"epsilon_w": 0.5}}
+    run = Run.start(tmp_path / "runs" / "rlsd", parameters=facts)
+    run.record(preset={"sees_images": True, "model": "hub/base"})
+    (run.path / "model").mkdir()
+    (run.path / "model" / "config.json").write_text("{}")
+    judge(run, ["MMMU"], tmp_path / "runs")
+    assert asked == [("hub/base", "base", 2), (str(run.path / "model"), "rlsd", 2)]
+    judge(run, ["MMMU"], tmp_path / "runs")
     assert len(asked) == 2
-    assert ours(tmp_path, "base", "MMMU") == "50.00 [48.0, 52.0]"
-    assert ours(tmp_path, "rlsd (epsilon_w=0.5)", "MMMU") == "50.00 [48.0, 52.0]"
+    assert ours(tmp_path, "base", "MMMU") == "50.00 [48.00, 52.00]"
+    assert ours(tmp_path, "rlsd (epsilon_w=0.5)", "MMMU") == "50.00 [48.00, 52.00]"
 
 
 def test_what_was_dropped_is_counted_and_kept(tmp_path):
     from rlsd_lib.tasks.mmfinereason import Report
 
-    one = experiment(tmp_path)
     faults = {"missing_image": [3, 5], "empty_answer": [5]}
     report = Report("folder", 10, 8, faults, unknown_types={}, fingerprint="f")
-    one.task = SimpleNamespace(train=range(6), test=range(2), report=report)
-    rows = dropped(one)["rows"]
-    assert rows.to_dict() == {
-        "read": 10, "dropped: missing_image": 2, "dropped: empty_answer": 1, "kept": 8,
-        "train": 6, "test": 2,
-    }  # fmt: skip
-    assert json.loads((one.run.path / "data_report.json").read_text())["kept"] == 8
-    assert (one.run.path / "dropped.jsonl").read_text().count("\n") == 3
-    one.task.report = None
-    assert dropped(one)["rows"].to_dict() == {"generated": 8, "train": 6, "test": 2}
+    task = SimpleNamespace(train=range(6), test=range(2), report=report)
+    read = {"read": 10, "dropped: missing_image": 2, "dropped: empty_answer": 1, "kept": 8}
+    assert dropped(task, tmp_path)["rows"].to_dict() == {**read, "train": 6, "test": 2}
+    assert json.loads((tmp_path / "data_report.json").read_text())["kept"] == 8
+    assert (tmp_path / "dropped.jsonl").read_text().count("\n") == 3
+    task.report = None
+    made_up = {"generated": 8, "train": 6, "test": 2}
+    assert dropped(task, tmp_path)["rows"].to_dict() == made_up

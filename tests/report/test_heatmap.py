@@ -1,0 +1,84 @@
+"""The token heat map shows every token legibly, on the colour of its value."""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from rlsd_lib.report.heatmap import place, show_token, text_width, token_heatmap
+
+
+def faces(figure: Figure) -> list[tuple[float, float, float]]:
+    """Red, green and blue of each token."""
+    return [patch.get_facecolor()[:3] for patch in figure.axes[0].patches]
+
+
+def test_the_heat_map_colours_by_sign_and_greys_what_has_no_value() -> None:
+    figure = token_heatmap(["a", "b", "c", "d"], [1.4, 1.0, 0.6, math.nan], title="w", center=1)
+    above, at, below, none = faces(figure)
+    assert above[2] > above[0] + 0.25  # blue
+    assert below[0] > below[2] + 0.25  # red
+    assert min(at) > 0.95
+    assert len(set(none)) == 1 and none[0] < 0.9  # grey
+    # Letters stand out from the colour behind them.
+    assert [text.get_color() for text in figure.axes[0].texts] == ["white", "black"] * 2
+
+
+def test_a_limit_clips_and_equal_values_are_neutral() -> None:
+    first, second = faces(token_heatmap(["a", "b"], [0.5, 50.0], title="gap", limit=0.5))
+    assert first == second
+    [colour] = faces(token_heatmap(["a"], [0.0], title="gap"))
+    assert min(colour) > 0.95
+
+
+def test_bad_heat_maps_are_refused() -> None:
+    bad = {
+        "1 tokens and 2 values": (["a"], [1.0, 2.0], None),
+        "0 tokens": ([], [], None),
+        "infinite": (["a"], [float("inf")], None),
+        "limit=0.0": (["a"], [1.0], 0.0),
+    }
+    for message, (tokens, values, limit) in bad.items():
+        with pytest.raises(ValueError, match=message):
+            token_heatmap(tokens, values, title="x", limit=limit)
+
+
+def test_tokens_are_shown_legibly() -> None:
+    shown = {
+        "Ġthe": "·the",
+        "▁the": "·the",
+        " x": "·x",
+        "\n": "↵\n",
+        "Ċ": "↵\n",
+        "<|im_end|>": "<|im_end|>",
+        "\x00": "\\x00",
+        "\u200b": "\\x200b",
+        "": "∅",
+        "数": "数",
+    }
+    assert {token: show_token(token) for token in shown} == shown
+
+
+def test_layout_wraps_at_the_margin_and_at_line_ends() -> None:
+    laid = list(place(["abc", "def", "↵\n", "gh"], 8))
+    assert laid == [("abc", 0, 0, 0), ("def", 3, 0, 1), ("↵", 6, 0, 2), ("gh", 0, 1, 3)]
+    wrapped = list(place(["abcde", "fghij"], 8))
+    assert [(p.column, p.row) for p in wrapped] == [(0, 0), (0, 1)]
+    long = list(place(["x" * 30], 8))
+    assert "".join(p.text for p in long) == "x" * 30
+    assert all(p.column + text_width(p.text) <= 8 for p in long)
+    assert text_width("数a") == 3
+
+
+def test_the_picture_is_written_and_a_dollar_is_no_formula(tmp_path: Path) -> None:
+    figure = token_heatmap(["$\\x$", "_", "^$", "\\frac"], [1, -1, 0.2, 0], title="$\\x$")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(tmp_path / "heat.png")
+    pixels = np.asarray(Image.open(tmp_path / "heat.png").convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(pixels, axis=0)) > 10
+    assert [text.get_text() for text in figure.axes[0].texts] == ["$\\x$", "_", "^$", "\\frac"]
