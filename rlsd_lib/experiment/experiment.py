@@ -184,20 +184,8 @@ class Experiment:
 
     def look(self, row: int = 0, **changes: Any) -> list[lens.Rollout]:
         """One group of rollouts of test problem `row` with gap, weight and credit per token."""
-        settings = {
-            "method": self.method,
-            "template": self.config.privileged_template,
-            "lam": self.config.lambda_init,
-            "epsilon_w": self.config.epsilon_w,
-            "credit": self.config.credit,
-            "max_new_tokens": self.config.max_completion_length,
-            "temperature": self.config.temperature,
-            "seed": self.seed,
-            "teacher": self.teacher_model,
-            "peer_context": self.config.peer_context,
-            "chat_template_kwargs": self.config.chat_template_kwargs,
-        }
-        return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
+        settings = {"teacher": self.teacher_model, "seed": self.seed, **changes}
+        return lens.look(self.model, self.tokenizer, self.task, row, self.config, **settings)
 
     def evaluate(self, when: str) -> pd.DataFrame:
         """Accuracy, pass@k and leak rate on the held-out problems; one row per sampled completion.

@@ -15,61 +15,35 @@ Of a completion that was sampled without a reference, and of the share of comple
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from scipy.stats import binomtest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsd_lib.measure.evaluate import generate
-from rlsd_lib.measure.intervals import Interval, bootstrap_interval
-from rlsd_lib.measure.leak_evidence import view_evidence, view_ratios
+from rlsd_lib.measure.intervals import (
+    Interval,
+    bootstrap_interval,
+    share_difference,
+    share_interval,
+)
+from rlsd_lib.measure.leak_evidence import highest_capital, view_ratios
 from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, Completion, prompt_text, text_of
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.task import REFERENCE_PATTERN
 
 Cut = Callable[[str, Row], str]  # the part of a completion in which nothing can be derived yet
-SHARES = ("phrase", "value", "privileged view")
-COLUMNS = ("measure", "of", "mean", "low", "high", "null", "problems")
 
 
-class LeakRate(NamedTuple):
-    """Completions that speak of a reference: `count` of `total`, as a share with an interval."""
-
-    share: float
-    low: float
-    high: float
-    count: int
-    total: int
-
-
-def leak_rate(found: Iterable[bool], *, level: float = 0.95) -> LeakRate:
-    """Return the share of completions in which something was found, with its Wilson interval.
-
-    Wilson's interval stays honest at a count of 0, where it says how large the share could still
-    be; it takes completions as independent, so give one per problem where problems were sampled
-    repeatedly. Raises ValueError for no completions.
-    """
-    marks = [bool(mark) for mark in found]
-    if not marks:
-        raise ValueError("there are no completions; give at least one")
-    count = sum(marks)
-    interval = binomtest(count, len(marks)).proportion_ci(level, method="wilson")
-    share = count / len(marks)
-    return LeakRate(share, float(interval.low), float(interval.high), count, len(marks))
-
-
-def phrase_leakage(
-    completions: Iterable[Completion], pattern: str, *, level: float = 0.95
-) -> LeakRate:
+def phrase_leakage(completions: Iterable[Completion], pattern: str) -> Interval:
     """Return the share of completions in which `pattern` is found, with its Wilson interval.
 
     `completions` are texts or chat messages, sampled without a reference; upper and lower case are
     the same. Raises ValueError for no completions, or a pattern that is no regular expression.
     """
-    return leak_rate(_mentions(completions, pattern), level=level)
+    return share_interval(_mentions(completions, pattern))
 
 
 def _mentions(completions: Iterable[Completion], pattern: str) -> list[bool]:
@@ -129,29 +103,62 @@ def judge(
     template: str = DEFAULT_TEMPLATE,
     pattern: str = REFERENCE_PATTERN,
     underived: Cut | None = None,
-    **options: Any,
+    **view: Any,
 ) -> pd.DataFrame:
     """Measure completions that exist already: one row each, in the given order.
 
     Columns: `completion`, `phrase` (bool), `value` and `chance` (see `value_leakage`) and
-    `evidence` (nats, see `rlsd_lib.measure.leak_evidence`; `view_ratios` takes the `options`, such as the
-    `chat_template_kwargs` that the prompts were written with). `rows` hold `prompt` and
+    `evidence` (nats, see `rlsd_lib.measure.leak_evidence`). `rows` hold `prompt` and
     `privileged_context`; completions were sampled at temperature 1, `max_new_tokens` at most.
+    `view` are further arguments of `view_ratios`, such as `chat_template_kwargs`.
     """
     texts = [text_of(completion) for completion in completions]
-    ratios = view_ratios(
-        base_model,
-        tokenizer,
-        [row["prompt"] for row in rows],
-        texts,
-        [row[COLUMN] for row in rows],
-        template=template,
-        max_new_tokens=max_new_tokens,
-        **options,
+    prompts, references = ([row[name] for row in rows] for name in ("prompt", COLUMN))
+    view |= {"template": template, "max_new_tokens": max_new_tokens}
+    ratios = view_ratios(base_model, tokenizer, prompts, texts, references, **view)
+    return value_leakage(texts, rows, underived or first_half).assign(
+        completion=texts,
+        phrase=_mentions(texts, pattern),
+        evidence=highest_capital(ratios, max_new_tokens).numpy(),
     )
-    evidence = view_evidence(ratios, max_new_tokens)
-    marks = pd.DataFrame({"completion": texts, "phrase": _mentions(texts, pattern)})
-    return marks.join(value_leakage(texts, rows, underived or first_half)).join(evidence)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | Dataset,
+    *,
+    base_model: PreTrainedModel,
+    max_new_tokens: int,
+    num_problems: int | None = None,
+    seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **known: Any,
+) -> pd.DataFrame:
+    """Sample one completion per problem from `model` at temperature 1 and `judge` it.
+
+    `task` is a `Task` (its test problems count; it brings its own template, pattern and cut), or a
+    data set with the columns `prompt` and `privileged_context`. `num_problems` takes the first so
+    many. `chat_template_kwargs` are those that the model was trained with: it is sampled and judged
+    under the same template. `known` are `template`, `pattern` and `underived` of `judge`.
+
+    Raises:
+        ValueError: for prompts with images.
+    """
+    data = task
+    if isinstance(task, Task):
+        data = task.test
+        template = task.privileged_template or DEFAULT_TEMPLATE
+        own = {"template": template, "pattern": task.reference_pattern, "underived": task.underived}
+        known = {**own, **known}
+    rows = list(data.select(range(min(num_problems or len(data), len(data)))))
+    if any(row.get("images") for row in rows):
+        raise ValueError("rows with images cannot be measured here: the judge reads text alone.")
+    sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
+    sampling["chat_template_kwargs"] = chat_template_kwargs
+    samples = generate(model, tokenizer, [row["prompt"] for row in rows], **sampling)
+    texts = [text for (text,) in samples]
+    return judge(texts, rows, tokenizer, base_model=base_model, **sampling, **known)
 
 
 def report(
@@ -160,63 +167,21 @@ def report(
     task: Task | Dataset,
     *,
     base_model: PreTrainedModel,
-    max_new_tokens: int,
     alpha: float = 0.05,
-    num_problems: int | None = None,
-    seed: int = 0,
     **settings: Any,
 ) -> pd.DataFrame:
     """Measure the leakage of `model` and of the model it was trained from, on the same problems.
 
-    One completion per problem at temperature 1, of `num_problems` at most. `task` is a `Task` (its
-    test problems count), or a data set with the columns `prompt` and `privileged_context`.
-    `settings` go to `measure` and `judge`; a task brings its own template, pattern and cut.
-
         leakage.report(model, tokenizer, dataset, base_model=base, max_new_tokens=512)
 
-    Returns the frame of `summarise`. Raises ValueError for prompts with images.
+    `settings` are further arguments of `measure`. Returns the frame of `summarise`. Raises
+    ValueError for prompts with images.
     """
-    settings |= {"base_model": base_model, "max_new_tokens": max_new_tokens}
-    settings |= {"num_problems": num_problems, "seed": seed}
-    judged = [measure(each, tokenizer, task, **settings) for each in (model, base_model)]
+    judged = [
+        measure(each, tokenizer, task, base_model=base_model, **settings)
+        for each in (model, base_model)
+    ]
     return summarise(*judged, alpha=alpha)
-
-
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task | Dataset,
-    *,
-    max_new_tokens: int,
-    num_problems: int | None = None,
-    seed: int = 0,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> pd.DataFrame:
-    """Sample one completion per problem from `model` and judge it: the frame of `judge`.
-
-    `chat_template_kwargs` are those that the model was trained with: it is sampled and judged under
-    the same template.
-    """
-    rows, known = _subject(task, num_problems)
-    prompts = [row["prompt"] for row in rows]
-    shared = {"max_new_tokens": max_new_tokens, "seed": seed}
-    shared |= {"chat_template_kwargs": chat_template_kwargs}
-    samples = generate(model, tokenizer, prompts, **shared)
-    settings = {**known, **settings, **shared}
-    return judge([texts[0] for texts in samples], rows, tokenizer, **settings)
-
-
-def _subject(task: Task | Dataset, num_problems: int | None) -> tuple[list[Row], dict[str, Any]]:
-    """The rows to measure on, and what the task knows about leaking."""
-    data = task.test if isinstance(task, Task) else task
-    rows = list(data.select(range(min(num_problems or len(data), len(data)))))
-    if any(row.get("images") for row in rows):
-        raise ValueError("rows with images cannot be measured here: the judge reads text alone.")
-    if not isinstance(task, Task):
-        return rows, {}
-    known = {"pattern": task.reference_pattern, "underived": task.underived}
-    return rows, {**known, "template": task.privileged_template or DEFAULT_TEMPLATE}
 
 
 def summarise(judged: pd.DataFrame, base: pd.DataFrame, *, alpha: float = 0.05) -> pd.DataFrame:
@@ -225,32 +190,30 @@ def summarise(judged: pd.DataFrame, base: pd.DataFrame, *, alpha: float = 0.05) 
     Rows: the measures `phrase`, `value`, `privileged view` (shares) and `evidence` (mean, nats),
     `of` the model, the base model, and their difference. Columns: `mean`, `low`, `high` (95 %:
     Wilson for a share, Newcombe's combination of two for a difference, a bootstrap over problems
-    for nats), `null` and `problems`, the number that could be judged.
+    for nats), `null` and `problems`, the number that could be judged. A share of which no
+    completion could be judged is left out.
     """
-    sides = {"model": judged, "base": base}
-    found = [row for measure in SHARES for row in _shares(measure, sides, alpha)]
-    nats = {of: frame["evidence"].to_numpy() for of, frame in sides.items()}
-    nats["difference"] = nats["model"] - nats["base"]
-    for of, values in nats.items():
-        null = 0.0 if of == "difference" else 1.0
-        found.append(("evidence", of, *bootstrap_interval(values), null, len(values)))
-    return pd.DataFrame(found, columns=COLUMNS)
-
-
-def _shares(measure: str, sides: dict[str, pd.DataFrame], alpha: float) -> list[tuple]:
-    """The rows of `summarise` for one share; none where no completion could be judged."""
-    marks = {of: _marks(frame, measure, alpha) for of, frame in sides.items()}
-    if any(mark.empty for mark in marks.values()):
-        return []
-    rates = {of: leak_rate(mark) for of, mark in marks.items()}
-    nulls = {
-        "phrase": dict.fromkeys(sides, rates["base"].share),
-        "value": {of: float(frame["chance"].mean()) for of, frame in sides.items()},
-        "privileged view": dict.fromkeys(sides, alpha),
-    }[measure]
-    rows = [(measure, of, *rate[:3], nulls[of], rate.total) for of, rate in rates.items()]
-    difference = rate_difference(rates["model"], rates["base"])
-    return [*rows, (measure, "difference", *difference, 0.0, rates["model"].total)]
+    rows = []
+    for measure in ("phrase", "value", "privileged view"):
+        marks = [_marks(frame, measure, alpha) for frame in (judged, base)]
+        if any(mark.empty for mark in marks):
+            continue
+        model, other = map(share_interval, marks)
+        nulls = {
+            "phrase": (other.mean, other.mean),
+            "value": (judged["chance"].mean(), base["chance"].mean()),
+            "privileged view": (alpha, alpha),
+        }[measure]
+        rows += [
+            (measure, "model", *model, nulls[0], len(marks[0])),
+            (measure, "base", *other, nulls[1], len(marks[1])),
+            (measure, "difference", *share_difference(model, other), 0.0, len(marks[0])),
+        ]
+    nats, base_nats = judged["evidence"].to_numpy(), base["evidence"].to_numpy()
+    sides = ("model", nats, 1.0), ("base", base_nats, 1.0), ("difference", nats - base_nats, 0.0)
+    for of, values, null in sides:
+        rows.append(("evidence", of, *bootstrap_interval(values), null, len(values)))
+    return pd.DataFrame(rows, columns=["measure", "of", "mean", "low", "high", "null", "problems"])
 
 
 def _marks(frame: pd.DataFrame, measure: str, alpha: float) -> pd.Series:
@@ -258,15 +221,3 @@ def _marks(frame: pd.DataFrame, measure: str, alpha: float) -> pd.Series:
     if measure == "privileged view":
         return frame["evidence"] >= math.log(1 / alpha)
     return frame[measure].dropna().astype(bool)
-
-
-def rate_difference(first: LeakRate, second: LeakRate) -> Interval:
-    """first - second with Newcombe's interval, made of the two Wilson intervals.
-
-    Distances to the ends add up in squares. It stays honest where both counts are 0, and takes the
-    two as independent, which for completions of the same problems is on the safe side.
-    """
-    share = first.share - second.share
-    below = math.hypot(first.share - first.low, second.high - second.share)
-    above = math.hypot(first.high - first.share, second.share - second.low)
-    return Interval(share, share - below, share + above)
