@@ -27,7 +27,7 @@ from rlsd_lib.experiment.presets import resolve_parameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
 from rlsd_lib.measure import rollouts as lens
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
-from rlsd_lib.measure.leakage import phrase_leakage
+from rlsd_lib.measure.intervals import share_interval
 from rlsd_lib.methods import PROMPT
 from rlsd_lib.prompts import COLUMN
 from rlsd_lib.runs import paths, provenance
@@ -201,8 +201,7 @@ class Experiment:
             greedy = evaluate(*measured, **once)
         # Kept per problem, so that runs can be compared problem by problem.
         self.run.add_evaluation(when, correct=per_problem(results), greedy=per_problem(greedy))
-        texts = results.loc[results["sample"] == 0, "completion"]
-        leak = phrase_leakage(texts, self.task.reference_pattern)
+        leak = share_interval(results.loc[results["sample"] == 0, "speaks_of_reference"])
         for name, value in {**accuracies(results, greedy), "leak_rate": leak}.items():
             self.metrics[f"{name}_{when}"] = value[0]
             self.metrics[f"{name}_{when}_low"] = value.low

@@ -4,8 +4,7 @@ Completions come from transformers' own `generate`, whatever the model was train
 every method is measured in the same way.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,74 +24,52 @@ def generate(
     processing: Processing,
     prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
     num_samples: int = 1,
-    batch_size: int = 64,
-    seed: int = 0,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **sampling: Any,
 ) -> list[list[str]]:
-    """Sample `num_samples` completions per prompt; temperature 0 is greedy.
+    """Sample `num_samples` completions per prompt; `sampling` are arguments of `sample`.
 
-    Prompts hold their images, where `processing` is a processor. `batch_size` counts completions.
-    Sampling is from the full distribution (no top-k, no top-p). The model's mode and torch's global
-    seed are as before afterwards; the same arguments give the same completions on the same machine.
-    Returns one list of texts per prompt, without special tokens. Raises ValueError for prompts,
-    counts or temperatures that make no sense.
+    Returns one list of texts per prompt, without special tokens. Raises ValueError for several
+    greedy samples, and as `sample` does.
     """
-    if not prompts or min(max_new_tokens, num_samples, batch_size) < 1 or temperature < 0:
-        raise ValueError(
-            f"got {len(prompts)} prompts, {max_new_tokens=}, {num_samples=}, {batch_size=}, "
-            f"{temperature=}; each count must be at least 1 and the temperature at least 0"
-        )
-    if temperature == 0 and num_samples > 1:
-        raise ValueError(f"greedy samples are all equal; ask for 1 instead of {num_samples}")
+    if num_samples < 1 or (num_samples > 1 and sampling.get("temperature") == 0):
+        raise ValueError(f"got {num_samples=}; ask for at least 1, and for 1 where it is greedy")
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-    with repeatable(model, seed):
-        ids = [
-            row
-            for start in range(0, len(repeated), batch_size)
-            for row in sample(
-                model,
-                processing,
-                repeated[start : start + batch_size],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-        ]
+    ids = sample(model, processing, repeated, **sampling)
     texts = processing.batch_decode(ids, skip_special_tokens=True)
     return [texts[start : start + num_samples] for start in range(0, len(texts), num_samples)]
 
 
-@contextmanager
-def repeatable(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Evaluation mode without gradients, torch seeded; mode and random state return afterwards."""
-    was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        model.eval()
-        yield
-    model.train(was_training)
-
-
+@torch.no_grad()
 def sample(
     model: PreTrainedModel,
     processing: Processing,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
-    temperature: float,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[list[int]]:
     """Sample one completion per prompt, as token ids up to and including its first end token.
 
-    `settings` are further fields of transformers' `GenerationConfig`. Of the model's own generation
-    config only the end tokens count, beside the tokenizer's: what is measured must not depend on
-    the settings a model was published with.
+    Prompts hold their images, where `processing` is a processor. Temperature 0 is greedy. Sampling
+    is from the full distribution; `settings` are further fields of transformers' `GenerationConfig`
+    that change it. Of the model's own generation config only the end tokens count, beside the
+    tokenizer's: what is measured must not depend on the settings a model was published with.
+
+    The same arguments give the same completions on the same machine; the model's mode and torch's
+    random state are as before afterwards. Raises ValueError for prompts, counts or temperatures
+    that make no sense.
     """
-    tokenizer, own = tokenizer_of(processing), model.generation_config
+    if not prompts or min(max_new_tokens, batch_size) < 1 or temperature < 0:
+        raise ValueError(
+            f"got {len(prompts)} prompts, {max_new_tokens=}, {batch_size=}, {temperature=}; "
+            "each count must be at least 1 and the temperature at least 0"
+        )
+    tokenizer, own, was_training = tokenizer_of(processing), model.generation_config, model.training
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {*ends, tokenizer.eos_token_id} - {None}
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
@@ -102,14 +79,21 @@ def sample(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted(ends),
     )
-    encoded = encode(processing, prompts, **(chat_template_kwargs or {})).to(model.device)
-    try:
+    rows: list[list[int]] = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model.eval()
         # `generate` fills every field that is None in its argument from the model's own config.
         model.generation_config = GenerationConfig()
-        generated = model.generate(**encoded, generation_config=asked)
-    finally:
-        model.generation_config = own
-    rows = generated[:, encoded["input_ids"].shape[1] :].tolist()
+        try:
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                encoded = encode(processing, batch, **(chat_template_kwargs or {})).to(model.device)
+                generated = model.generate(**encoded, generation_config=asked)
+                rows += generated[:, encoded["input_ids"].shape[1] :].tolist()
+        finally:
+            model.generation_config = own
+            model.train(was_training)
     return [_until_end(row, ends) for row in rows]
 
 

@@ -33,8 +33,8 @@ class Interval(NamedTuple):
 def bootstrap_interval(values: Values, *, resamples: int = 5000, seed: int = 0) -> Interval:
     """Return the mean of one value per problem with its percentile bootstrap interval.
 
-    `values` (N,) must be independent draws: one per problem, never one per sample, because samples
-    of one problem rise and fall together. One value gives NaN ends; none raises ValueError.
+    `values` (N,) are independent: one per problem, never one per sample, because samples of one
+    problem rise and fall together. One value gives NaN ends; none raises ValueError.
     """
     data = np.asarray(values, dtype=float)
     if data.ndim != 1 or data.size == 0 or not np.isfinite(data).all():
@@ -77,11 +77,10 @@ def paired_interval(
 ) -> Interval:
     """Return the mean difference second - first of paired scores, with an interval.
 
-    Both are (S, N): one row per seed, one column per problem, the same seeds and problems in the
-    same order. `over="problems"` says how far the difference would move with other problems (a
-    percentile bootstrap of whole columns), `over="seeds"` with other training seeds (Student's t on
-    the rows' means). Raises ValueError for shapes that do not match and another `over`; one row or
-    column has NaN ends.
+    Both are (S, N): a row per seed, a column per problem, in the same order. `over="problems"` says
+    how far the difference would move with other problems (a percentile bootstrap of whole columns),
+    `over="seeds"` with other training seeds (Student's t on the rows' means); one row or column has
+    NaN ends. Raises ValueError for shapes that do not match and another `over`.
     """
     one, two = (np.atleast_2d(np.asarray(side, dtype=float)) for side in (first, second))
     if one.shape != two.shape or one.size == 0:

@@ -118,7 +118,7 @@ def view_ratios(
         return pad_sequence(rows, batch_first=True).double()
 
     plain = torch.maximum(score(prompts), score(prompts, CARELESS))
-    shown = other_references(references, NUM_REFERENCES, seed)
+    shown = other_references(references, seed)
     views = [
         score([teacher_prompt(p, r, template) for p, r in zip(prompts, column, strict=True)])
         for column in zip(*shown, strict=True)
@@ -126,8 +126,8 @@ def view_ratios(
     return torch.stack(views).logsumexp(0) - math.log(len(views)) - plain
 
 
-def other_references(references: Sequence[str], count: int, seed: int) -> list[list[str]]:
-    """For each row, `count` different references of other rows, never one that reads like its own.
+def other_references(references: Sequence[str], seed: int) -> list[list[str]]:
+    """For each row, 8 different references of other rows, never one that reads like its own.
 
     All others where there are fewer. Raises ValueError where there are no two different ones.
     """
@@ -138,7 +138,7 @@ def other_references(references: Sequence[str], count: int, seed: int) -> list[l
             "rows' references; give at least two rows that differ."
         )
     draw = random.Random(seed)
-    take = min(count, len(distinct) - 1)
+    take = min(NUM_REFERENCES, len(distinct) - 1)
     return [draw.sample([r for r in distinct if r != own], take) for own in references]
 
 

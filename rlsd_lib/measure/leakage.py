@@ -6,15 +6,15 @@ Of a completion that was sampled without a reference, and of the share of comple
 - `value`: it states the reference's value before that can have been derived. Null: the share that
   states the value of another row there.
 - `privileged view`: it reads as if some reference had been shown, whatever it quotes, invented
-  values included, and with no list of words (`rlsd_lib.measure.leak_evidence`). Null: at most `alpha`,
+  values included, and with no list of words (`rlsd_lib.measure.leak_evidence`). Null: at most 5 %,
   exact for tokenizers that re-encode their own text alike (the lab's), approximate otherwise.
 
-`report` measures a model and its base model in one call; `judge` takes completions.
+`report` measures a model and its base model in one call.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,34 +24,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsd_lib.measure.evaluate import generate
 from rlsd_lib.measure.intervals import (
-    Interval,
     bootstrap_interval,
     share_difference,
     share_interval,
 )
 from rlsd_lib.measure.leak_evidence import highest_capital, view_ratios
-from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, Completion, prompt_text, text_of
+from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, prompt_text
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.task import REFERENCE_PATTERN
 
+ALPHA = 0.05  # share of completions without a leak that the privileged view may count
 Cut = Callable[[str, Row], str]  # the part of a completion in which nothing can be derived yet
-
-
-def phrase_leakage(completions: Iterable[Completion], pattern: str) -> Interval:
-    """Return the share of completions in which `pattern` is found, with its Wilson interval.
-
-    `completions` are texts or chat messages, sampled without a reference; upper and lower case are
-    the same. Raises ValueError for no completions, or a pattern that is no regular expression.
-    """
-    return share_interval(_mentions(completions, pattern))
-
-
-def _mentions(completions: Iterable[Completion], pattern: str) -> list[bool]:
-    try:
-        found = re.compile(pattern, re.IGNORECASE)
-    except re.error as error:
-        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
-    return [found.search(text_of(completion)) is not None for completion in completions]
 
 
 def first_half(completion: str, row: Row) -> str:
@@ -93,36 +76,6 @@ def _value_pattern(value: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?<!\d[.,]){pattern}(?!\w|[.,]\d)", re.IGNORECASE)
 
 
-def judge(
-    completions: Sequence[Completion],
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    base_model: PreTrainedModel,
-    max_new_tokens: int,
-    template: str = DEFAULT_TEMPLATE,
-    pattern: str = REFERENCE_PATTERN,
-    underived: Cut | None = None,
-    **view: Any,
-) -> pd.DataFrame:
-    """Measure completions that exist already: one row each, in the given order.
-
-    Columns: `completion`, `phrase` (bool), `value` and `chance` (see `value_leakage`) and
-    `evidence` (nats, see `rlsd_lib.measure.leak_evidence`). `rows` hold `prompt` and
-    `privileged_context`; completions were sampled at temperature 1, `max_new_tokens` at most.
-    `view` are further arguments of `view_ratios`, such as `chat_template_kwargs`.
-    """
-    texts = [text_of(completion) for completion in completions]
-    prompts, references = ([row[name] for row in rows] for name in ("prompt", COLUMN))
-    view |= {"template": template, "max_new_tokens": max_new_tokens}
-    ratios = view_ratios(base_model, tokenizer, prompts, texts, references, **view)
-    return value_leakage(texts, rows, underived or first_half).assign(
-        completion=texts,
-        phrase=_mentions(texts, pattern),
-        evidence=highest_capital(ratios, max_new_tokens).numpy(),
-    )
-
-
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,34 +84,48 @@ def measure(
     base_model: PreTrainedModel,
     max_new_tokens: int,
     num_problems: int | None = None,
-    seed: int = 0,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    **known: Any,
+    template: str | None = None,
+    pattern: str | None = None,
+    **sampling: Any,
 ) -> pd.DataFrame:
-    """Sample one completion per problem from `model` at temperature 1 and `judge` it.
+    """Sample one completion per problem from `model` at temperature 1, and judge each.
 
     `task` is a `Task` (its test problems count; it brings its own template, pattern and cut), or a
     data set with the columns `prompt` and `privileged_context`. `num_problems` takes the first so
-    many. `chat_template_kwargs` are those that the model was trained with: it is sampled and judged
-    under the same template. `known` are `template`, `pattern` and `underived` of `judge`.
+    many. `sampling` are `seed`, `batch_size`, and the `chat_template_kwargs` that the model was
+    trained with: it is sampled and judged under the same template.
+
+    Returns a row per problem: `completion`, `phrase` (bool), `value` and `chance` (see
+    `value_leakage`) and `evidence` (nats, see `rlsd_lib.measure.leak_evidence`).
 
     Raises:
-        ValueError: for prompts with images.
+        ValueError: for prompts with images, or a pattern that is no regular expression.
     """
-    data = task
+    data, underived = task, first_half
     if isinstance(task, Task):
-        data = task.test
-        template = task.privileged_template or DEFAULT_TEMPLATE
-        own = {"template": template, "pattern": task.reference_pattern, "underived": task.underived}
-        known = {**own, **known}
+        data, underived = task.test, task.underived or first_half
+        template, pattern = template or task.privileged_template, pattern or task.reference_pattern
     rows = list(data.select(range(min(num_problems or len(data), len(data)))))
     if any(row.get("images") for row in rows):
         raise ValueError("rows with images cannot be measured here: the judge reads text alone.")
-    sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
-    sampling["chat_template_kwargs"] = chat_template_kwargs
-    samples = generate(model, tokenizer, [row["prompt"] for row in rows], **sampling)
-    texts = [text for (text,) in samples]
-    return judge(texts, rows, tokenizer, base_model=base_model, **sampling, **known)
+    mentions = _search(pattern or REFERENCE_PATTERN)
+    prompts, references = ([row[name] for row in rows] for name in ("prompt", COLUMN))
+    sampling["max_new_tokens"] = max_new_tokens
+    texts = [text for (text,) in generate(model, tokenizer, prompts, **sampling)]
+    how = {"template": template or DEFAULT_TEMPLATE, **sampling}
+    ratios = view_ratios(base_model, tokenizer, prompts, texts, references, **how)
+    return value_leakage(texts, rows, underived).assign(
+        completion=texts,
+        phrase=[mentions(text) is not None for text in texts],
+        evidence=highest_capital(ratios, max_new_tokens).numpy(),
+    )
+
+
+def _search(pattern: str) -> Callable[[str], re.Match[str] | None]:
+    try:
+        return re.compile(pattern, re.IGNORECASE).search
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def report(
@@ -167,7 +134,6 @@ def report(
     task: Task | Dataset,
     *,
     base_model: PreTrainedModel,
-    alpha: float = 0.05,
     **settings: Any,
 ) -> pd.DataFrame:
     """Measure the leakage of `model` and of the model it was trained from, on the same problems.
@@ -177,15 +143,12 @@ def report(
     `settings` are further arguments of `measure`. Returns the frame of `summarise`. Raises
     ValueError for prompts with images.
     """
-    judged = [
-        measure(each, tokenizer, task, base_model=base_model, **settings)
-        for each in (model, base_model)
-    ]
-    return summarise(*judged, alpha=alpha)
+    settings["base_model"] = base_model
+    return summarise(*(measure(who, tokenizer, task, **settings) for who in (model, base_model)))
 
 
-def summarise(judged: pd.DataFrame, base: pd.DataFrame, *, alpha: float = 0.05) -> pd.DataFrame:
-    """Put two frames of `judge` on the same problems, the model's and its base model's, together.
+def summarise(judged: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
+    """Put two frames of `measure` on the same problems, the model's and its base model's, together.
 
     Rows: the measures `phrase`, `value`, `privileged view` (shares) and `evidence` (mean, nats),
     `of` the model, the base model, and their difference. Columns: `mean`, `low`, `high` (95 %:
@@ -193,22 +156,21 @@ def summarise(judged: pd.DataFrame, base: pd.DataFrame, *, alpha: float = 0.05) 
     for nats), `null` and `problems`, the number that could be judged. A share of which no
     completion could be judged is left out.
     """
-    rows = []
+    rows: list[tuple] = []
     for measure in ("phrase", "value", "privileged view"):
-        marks = [_marks(frame, measure, alpha) for frame in (judged, base)]
-        if any(mark.empty for mark in marks):
+        marks, base_marks = (_marks(frame, measure) for frame in (judged, base))
+        if marks.empty or base_marks.empty:
             continue
-        model, other = map(share_interval, marks)
-        nulls = {
-            "phrase": (other.mean, other.mean),
+        share, base_share = share_interval(marks), share_interval(base_marks)
+        null, base_null = {
+            "phrase": (base_share.mean, base_share.mean),
             "value": (judged["chance"].mean(), base["chance"].mean()),
-            "privileged view": (alpha, alpha),
+            "privileged view": (ALPHA, ALPHA),
         }[measure]
-        rows += [
-            (measure, "model", *model, nulls[0], len(marks[0])),
-            (measure, "base", *other, nulls[1], len(marks[1])),
-            (measure, "difference", *share_difference(model, other), 0.0, len(marks[0])),
-        ]
+        difference = share_difference(share, base_share)
+        rows.append((measure, "model", *share, null, len(marks)))
+        rows.append((measure, "base", *base_share, base_null, len(base_marks)))
+        rows.append((measure, "difference", *difference, 0.0, len(marks)))
     nats, base_nats = judged["evidence"].to_numpy(), base["evidence"].to_numpy()
     sides = ("model", nats, 1.0), ("base", base_nats, 1.0), ("difference", nats - base_nats, 0.0)
     for of, values, null in sides:
@@ -216,8 +178,8 @@ def summarise(judged: pd.DataFrame, base: pd.DataFrame, *, alpha: float = 0.05) 
     return pd.DataFrame(rows, columns=["measure", "of", "mean", "low", "high", "null", "problems"])
 
 
-def _marks(frame: pd.DataFrame, measure: str, alpha: float) -> pd.Series:
+def _marks(judged: pd.DataFrame, measure: str) -> pd.Series:
     """Which completions count, of those that could be judged."""
     if measure == "privileged view":
-        return frame["evidence"] >= math.log(1 / alpha)
-    return frame[measure].dropna().astype(bool)
+        return judged["evidence"] >= math.log(1 / ALPHA)
+    return judged[measure].dropna().astype(bool)

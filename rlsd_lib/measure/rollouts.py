@@ -8,7 +8,7 @@ the notebooks' heat maps, from the same `RLSDConfig` as the trainer. The teacher
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from rlsd_lib.measure.evaluate import repeatable, sample
+from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.logps import log_probabilities, of_tokens
 from rlsd_lib.methods import PEER, PROMPT
 from rlsd_lib.prompts import (
@@ -93,28 +93,25 @@ def look(
         # TRL derives generation_batch_size from steps_per_generation, and refuses it beside that.
         config = replace(config, generation_batch_size=None, **changes)
     problem = task.test[row]
-    prompt = messages_of(problem)
-    with repeatable(model, seed):
-        prompts = [prompt] * (num_generations or config.num_generations)
-        completions = sample(model, processing, prompts, **_sampling(config))
-        texts = processing.batch_decode(completions, skip_special_tokens=True)
-        rewards = _rewards(config, task, problem, texts)
-        contexts = _contexts(config, processing, problem, texts, rewards)
-        seen = [
-            prompt
-            if context is None
-            else teacher_prompt(prompt, context, config.privileged_template)
-            for context in contexts
-        ]
-        pairs = [
-            _compare(config, (model, teacher or model), processing, (prompt, told), ids)
-            for told, ids in zip(seen, completions, strict=True)
-        ]
+    prompt, count = messages_of(problem), num_generations or config.num_generations
+    completions = sample(model, processing, [prompt] * count, seed=seed, **_sampling(config))
+    texts = processing.batch_decode(completions, skip_special_tokens=True)
+    rewards = _rewards(config, task, problem, texts)
+    contexts = _contexts(config, processing, problem, texts, rewards)
+    seen = [
+        prompt if text is None else teacher_prompt(prompt, text, config.privileged_template)
+        for text in contexts
+    ]
+    models = (model, teacher or model)
+    compared = [
+        _compare(config, models, processing, (prompt, told), ids)
+        for told, ids in zip(seen, completions, strict=True)
+    ]
+    logps, gaps, divergences = zip(*compared, strict=True)
     # A peer's rollout that no other demonstrates is neither reweighted nor distilled.
     moved = [config.row.teacher_sees != PEER or context is not None for context in contexts]
-    mask = [torch.full_like(pair.gap, float(one)) for pair, one in zip(pairs, moved, strict=True)]
     advantages = _advantages(config, rewards)
-    weight, credit = _weight_and_credit(config, advantages, [pair.gap for pair in pairs], mask)
+    weights, credits = _weights_and_credits(config, advantages, gaps, moved)
     return [
         Rollout(
             problem={name: value for name, value in problem.items() if name != "images"},
@@ -123,11 +120,11 @@ def look(
             tokens=[tokenizer_of(processing).decode([token]) for token in ids],
             reward=rewards[i],
             advantage=advantages[i].item(),
-            student_logp=pairs[i].student_logp.tolist(),
-            gap=pairs[i].gap.tolist(),
-            weight=weight[i, : len(ids)].tolist(),
-            credit=credit[i, : len(ids)].tolist(),
-            divergence=(pairs[i].divergence * moved[i]).tolist(),
+            student_logp=logps[i].tolist(),
+            gap=gaps[i].tolist(),
+            weight=weights[i, : len(ids)].tolist(),
+            credit=credits[i, : len(ids)].tolist(),
+            divergence=(divergences[i] * moved[i]).tolist(),
         )
         for i, ids in enumerate(completions)
     ]
@@ -213,20 +210,17 @@ def _fitted(config: RLSDConfig, processing: Processing, prompt: Prompt, context:
     return shorten_to_fit(prompt, context, template, limit, tokenizer_of(processing), length)
 
 
-class _Pair(NamedTuple):
-    student_logp: Tensor  # (T,)
-    gap: Tensor  # (T,)
-    divergence: Tensor  # (T,), or (0,) without a distillation term
-
-
 def _compare(
     config: RLSDConfig,
     models: tuple[PreTrainedModel, PreTrainedModel],
     processing: Processing,
     prompts: tuple[Prompt, Prompt],
     ids: list[int],
-) -> _Pair:
-    """Student and teacher on one completion; of a group at once, (N, T, V) would not always fit."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log P_S, gap and divergence of one completion, (T,) each; (0,) without a distillation term.
+
+    Of a whole group (N, T, V) would not always fit into memory.
+    """
     how = {"temperature": config.temperature, "chat_template_kwargs": config.chat_template_kwargs}
     log_p_s, log_p_t = (
         log_probabilities(model, processing, [prompt], [ids], **how).cpu()
@@ -234,14 +228,16 @@ def _compare(
     )
     (ours,), (theirs,) = (of_tokens(log_p, [ids]) for log_p in (log_p_s, log_p_t))
     distance = config.divergence(log_p_t, log_p_s)[0] if config.divergence else torch.empty(0)
-    return _Pair(ours, theirs - ours, distance)
+    return ours, theirs - ours, distance
 
 
-def _weight_and_credit(
-    config: RLSDConfig, advantages: Tensor, gaps: list[Tensor], masks: list[Tensor]
+def _weights_and_credits(
+    config: RLSDConfig, advantages: Tensor, gaps: Sequence[Tensor], moved: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """The clipped weight, 1 where the method has none or A = 0, and the credit: both (N, T)."""
-    gap, mask = (pad_sequence(rows, batch_first=True) for rows in (gaps, masks))
+    gap = pad_sequence(gaps, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in gaps], batch_first=True)
+    mask *= torch.tensor(moved)[:, None]
     assign = partial(config.credit, gap=gap, mask=mask, epsilon_w=config.epsilon_w)
     weight, sign = torch.ones_like(gap), advantages.sign()[:, None]
     if config.row.evidence is not None:

@@ -80,7 +80,7 @@ def _report(
     model, _ = load_model(str(path / "model"), outputs_root() / "cache")
     model.to(base.device)
     judged = leakage.measure(model, tokenizer, task, base_model=base, **sampling)
-    return leakage.summarise(judged, judged_base, alpha=alpha)
+    return leakage.summarise(judged, judged_base)
 
 
 def _base(preset: Mapping[str, Any], sampling: Mapping[str, Any]) -> tuple:

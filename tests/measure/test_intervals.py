@@ -86,6 +86,8 @@ def test_equal_values_and_single_values_have_no_invented_spread():
 
 
 def test_bad_input_raises():
+    with pytest.raises(ValueError, match="no completions"):
+        share_interval([])
     with pytest.raises(ValueError, match="one finite number per problem"):
         bootstrap_interval([])
     with pytest.raises(ValueError, match="one finite number per problem"):

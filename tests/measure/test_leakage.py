@@ -14,26 +14,12 @@ from scripted import CHAT, Scripted, talk, tokenizer
 from rlsd_lib.measure.evaluate import generate
 from rlsd_lib.measure.intervals import share_interval
 from rlsd_lib.measure.leak_evidence import highest_capital, other_references, view_ratios
-from rlsd_lib.measure.leakage import judge, measure, phrase_leakage, report, value_leakage
+from rlsd_lib.measure.leakage import measure, report, value_leakage
 from rlsd_lib.tasks.lab.arithmetic import make_row, underived
 
 PATTERN = r"\breference\b"
 TEMPLATE = "{prompt} ; {privileged_context}"
 CHAIN = "well ones 3 + 5 + 0 = 0 8 tens 7 + 8 + 0 = 1 5 so hundreds 4 + 2 + 1 = 0 7 answer 7 5 8"
-
-
-# ---- phrase level -----------------------------------------------------------------------------
-
-
-def test_planted_leaks_are_counted_in_texts_and_messages():
-    texts = ["The Reference says 4", "answer 4", [{"role": "assistant", "content": "reference"}]]
-    rate = phrase_leakage(texts, PATTERN)
-    assert rate.mean == pytest.approx(2 / 3)
-    assert rate.low < rate.mean < rate.high
-    with pytest.raises(ValueError, match="no completions"):
-        phrase_leakage([], PATTERN)
-    with pytest.raises(ValueError, match="no regular expression"):
-        phrase_leakage(["a"], "(")
 
 
 # ---- value level ------------------------------------------------------------------------------
@@ -213,7 +199,7 @@ def test_the_base_model_stays_within_the_null_however_it_talks():
         texts = [text for (text,) in sampled]
         ratios = view_ratios(model, tokenizer(), prompts, texts, references, **settings)
         found = highest_capital(ratios, LIMIT)
-        assert phrase_leakage(texts, PATTERN).mean > 0, "it mentions a reference, now and then"
+        assert any("reference" in text for text in texts), "it mentions one, now and then"
         assert share_interval(found >= math.log(20)).low <= 0.05, quoting
         assert found.mean() <= 1.0, quoting
 
@@ -232,16 +218,12 @@ def test_quotations_are_found_wherever_they_begin_and_whatever_they_quote():
 
 def test_the_word_alone_is_not_counted_where_there_is_a_good_reason_for_it():
     asked = [{"prompt": [{"role": "user", "content": "reference 3 ?"}], "privileged_context": "6"}]
-    texts = ["reference 3 so answer"] * 10
-    judged = judge(
-        texts,
-        asked * 9 + ROWS[:1],
-        tokenizer(),
-        base_model=BASE,
-        max_new_tokens=LIMIT,
-        template=TEMPLATE,
-        pattern=PATTERN,
-    )
+    said = ["reference", "3", "so", "answer", "<end>"]
+    speaker = Scripted(lambda words: {said[min(len(words) - 1 - words.index("<assistant>"), 4)]: 1})
+    data = Dataset.from_list(asked * 9 + ROWS[:1])
+    settings = {"base_model": BASE, "max_new_tokens": LIMIT, "template": TEMPLATE}
+    judged = measure(speaker, tokenizer(), data, **settings, pattern="REFERENCE")
+    assert set(judged["completion"]) == {"reference 3 so answer"}
     assert judged["phrase"].all()
     assert judged["value"].fillna(0).sum() == 0
     assert (judged["evidence"][:9] < 0.2).all()
@@ -283,12 +265,14 @@ def test_what_cannot_be_measured_is_refused():
         evidence(["so so", "so"], max_new_tokens=1)
     with pytest.raises(ValueError, match="images"):
         evidence(["so", "so"], [{**ROWS[0], "prompt": prompt}, ROWS[1]])
+    with pytest.raises(ValueError, match="no regular expression"):
+        measure(BASE, None, Dataset.from_list(ROWS), base_model=BASE, max_new_tokens=4, pattern="(")
     with pytest.raises(ValueError, match="2 prompts, 1 completions"):
         view_ratios(BASE, tokenizer(), ["?", "?"], ["so"], ["1"], template="", max_new_tokens=4)
 
 
 def test_the_references_shown_are_never_the_rows_own():
-    shown = other_references(["1", "1", "2", "3"], 8, seed=0)
+    shown = other_references(["1", "1", "2", "3"], seed=0)
     assert [sorted(row) for row in shown] == [["2", "3"], ["2", "3"], ["1", "3"], ["1", "2"]]
 
 
