@@ -1,8 +1,7 @@
 """Rollouts under the lens: one group of rollouts with gap, weight and credit of every token.
 
-What a training step computes in passing is computed here for a handful of rollouts and kept, for
-the notebooks' heat maps, from the same `RLSDConfig` as the trainer. The teacher is the model itself
-(a `live` teacher), or another one.
+What a training step computes in passing is computed here for a handful of rollouts and kept, from
+the trainer's own `RLSDConfig`. The teacher is the model itself (a `live` teacher), or another one.
 """
 
 from collections.abc import Sequence
@@ -87,7 +86,7 @@ def look(
         num_generations: rollouts in the group, the config's by default.
 
     Raises:
-        ValueError: `changes` that make no valid config.
+        ValueError: `changes` that make no valid config; a TypeError where one is no field of it.
     """
     if changes:
         # TRL derives generation_batch_size from steps_per_generation, and refuses it beside that.
@@ -110,7 +109,9 @@ def look(
     logps, gaps, divergences = zip(*compared, strict=True)
     # A peer's rollout that no other demonstrates is neither reweighted nor distilled.
     moved = [config.row.teacher_sees != PEER or context is not None for context in contexts]
-    advantages = _advantages(config, rewards)
+    advantages = torch.tensor(rewards) - torch.tensor(rewards).mean()
+    if config.scale_rewards != "none":
+        advantages /= torch.tensor(rewards).std() + 1e-4  # Eq. 1, with TRL's sample deviation
     weights, credits = _weights_and_credits(config, advantages, gaps, moved)
     return [
         Rollout(
@@ -132,20 +133,11 @@ def look(
 
 def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
     """A row per token of all rollouts: rollout, position, token, advantage, gap, weight, credit."""
-    frames = [
-        pd.DataFrame(
-            {
-                "rollout": number,
-                "position": range(len(rollout.tokens)),
-                "token": rollout.tokens,
-                "advantage": rollout.advantage,
-                "gap": rollout.gap,
-                "weight": rollout.weight,
-                "credit": rollout.credit,
-            }
-        )
-        for number, rollout in enumerate(rollouts)
-    ]
+    frames = []
+    for number, rollout in enumerate(rollouts):
+        where = {"rollout": number, "position": range(len(rollout.tokens))}
+        what = {name: getattr(rollout, name) for name in ("advantage", "gap", "weight", "credit")}
+        frames.append(pd.DataFrame({**where, "token": rollout.tokens, **what}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -164,13 +156,6 @@ def _rewards(config: RLSDConfig, task: Task, problem: Row, texts: list[str]) -> 
     pairs = zip(config.reward_weights or [1.0], (task.reward, task.leak), strict=False)
     weighted = [weight * torch.tensor(reward(texts, **columns)) for weight, reward in pairs]
     return sum(weighted).tolist()
-
-
-def _advantages(config: RLSDConfig, rewards: list[float]) -> Tensor:
-    """Rewards in units of the group, with TRL's sample standard deviation (Eq. 1): (N,)."""
-    values = torch.tensor(rewards)
-    centred = values - values.mean()
-    return centred if config.scale_rewards == "none" else centred / (values.std() + 1e-4)
 
 
 def _contexts(
