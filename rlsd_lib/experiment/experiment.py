@@ -27,7 +27,7 @@ from rlsd_lib.experiment.presets import resolve_parameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
 from rlsd_lib.measure import rollouts as lens
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
-from rlsd_lib.measure.leakage import phrase_leakage
+from rlsd_lib.measure.intervals import share_interval
 from rlsd_lib.methods import PROMPT
 from rlsd_lib.prompts import COLUMN
 from rlsd_lib.runs import paths, provenance
@@ -184,20 +184,8 @@ class Experiment:
 
     def look(self, row: int = 0, **changes: Any) -> list[lens.Rollout]:
         """One group of rollouts of test problem `row` with gap, weight and credit per token."""
-        settings = {
-            "method": self.method,
-            "template": self.config.privileged_template,
-            "lam": self.config.lambda_init,
-            "epsilon_w": self.config.epsilon_w,
-            "credit": self.config.credit,
-            "max_new_tokens": self.config.max_completion_length,
-            "temperature": self.config.temperature,
-            "seed": self.seed,
-            "teacher": self.teacher_model,
-            "peer_context": self.config.peer_context,
-            "chat_template_kwargs": self.config.chat_template_kwargs,
-        }
-        return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
+        settings = {"teacher": self.teacher_model, "seed": self.seed, **changes}
+        return lens.look(self.model, self.tokenizer, self.task, row, self.config, **settings)
 
     def evaluate(self, when: str) -> pd.DataFrame:
         """Accuracy, pass@k and leak rate on the held-out problems; one row per sampled completion.
@@ -213,8 +201,7 @@ class Experiment:
             greedy = evaluate(*measured, **once)
         # Kept per problem, so that runs can be compared problem by problem.
         self.run.add_evaluation(when, correct=per_problem(results), greedy=per_problem(greedy))
-        texts = results.loc[results["sample"] == 0, "completion"]
-        leak = phrase_leakage(texts, self.task.reference_pattern)
+        leak = share_interval(results.loc[results["sample"] == 0, "speaks_of_reference"])
         for name, value in {**accuracies(results, greedy), "leak_rate": leak}.items():
             self.metrics[f"{name}_{when}"] = value[0]
             self.metrics[f"{name}_{when}_low"] = value.low
