@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    from rlsd_lib.experiment.dryrun import (
+    from rlsd_lib.experiment.preflight import (
         dry_run,  # only now: the libraries read these when imported
     )
     from rlsd_lib.runs.parameters import unmet
@@ -114,7 +114,7 @@ def _suite(options: argparse.Namespace) -> int:
 
 def _resolve(jobs: "Sequence[Job]") -> None:
     """Resolve what each run of a suite will train, so that a bad name costs no run."""
-    from rlsd_lib.experiment.dryrun import resolve
+    from rlsd_lib.experiment.preflight import resolve
     from rlsd_lib.runs.parameters import read_parameters
 
     for job in jobs:

@@ -43,6 +43,8 @@ TOP1 = ("opsd_teacher_top1", "opsd_student_top1")
 SHORT = {"max_steps": (80,)}
 # Credit at its strongest: what the paper's lambda and clip hold back.
 STRONG = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 0.9}
+# A successful rollout of the same group in place of the reference, as SDPO shows.
+PEER = {**STRONG, "peer_context": True}
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {},
     {"lambda_init": 1.0, "lambda_decay_steps": 0},
@@ -101,11 +103,12 @@ SUITES: dict[str, Suite] = {
                     "seed": SEEDS,
                     **LAB,
                     **SHORT,
-                    "control": ("none", "shuffled", "wrong", "noise", "empty", "peer"),
+                    "control": ("none", "shuffled", "wrong", "noise", "empty"),
                     # Strong, because the paper's numbers leave a control little to change.
                     "overrides": (STRONG,),
                 },
             ),
+            Grid(("15_rlsd",), {"seed": SEEDS, **LAB, **SHORT, "overrides": (PEER,)}),
             Grid(("15_rlsd",), {"seed": SEEDS, **LAB, **SHORT, "control": ("none", "shuffled")}),
             Grid(("12_opsd",), {"seed": SEEDS, **LAB, **SHORT, "control": ("none", "shuffled")}),
         ),
