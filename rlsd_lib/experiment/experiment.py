@@ -33,7 +33,6 @@ from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
-from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.lengths import within
 from rlsd_lib.tasks.models import Loaded, load_model
 from rlsd_lib.trainer.checkpoints import last_checkpoint
@@ -108,13 +107,7 @@ class Experiment:
         self.metrics: dict[str, Any] = {}
         # A processor in the tokenizer's place, where the model sees images.
         self.model, self.tokenizer = self._load(self.preset.model, self.preset.model_options)
-        task = load_task(
-            self.preset.task,
-            train_size=self.preset.train_size,
-            test_size=self.preset.test_size,
-            seed=self.preset.data_seed,
-            **{**self.preset.task_options, **self.preset.task_by_method.get(method, {})},
-        )
+        task = self.preset.load_task(method)
         self.config = self.parameters.resolve(
             self.run.path / "checkpoints", template=task.privileged_template, processes=processes
         ).config

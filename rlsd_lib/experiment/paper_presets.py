@@ -29,15 +29,24 @@ PAPER = {
     "teacher_sync_steps": 10,
 }
 
-# Rollouts come from vLLM on the training GPUs, which sleeps while they train.
-VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
+REAL = {
+    **PAPER,
+    # Rollouts come from vLLM on the training GPUs, which sleeps while they train.
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "vllm_enable_sleep_mode": True,
+    "learning_rate": 1e-6,
+    "max_steps": 200,
+    "save_steps": 20,
+    "save_total_limit": 2,
+}
 
 DISTILLING = ("opsd", "opsd_teacher_top1", "opsd_student_top1")
 # OPSD's teacher reads a verified trace, RLSD's the final answer alone.
 TRACES = {name: {"privileged": "trace"} for name in (*DISTILLING, "grpo_opsd")}
 
 
-def _by_method(room: int, rate: float) -> dict[str, dict[str, Any]]:
+def _by_method(room: int, rate: float = 1e-5) -> dict[str, dict[str, Any]]:
     """What the distillation methods change: a trace, as SDPO's peer, is as long as a completion.
 
     The weight of `grpo_opsd` is not reported: a run has to give one.
@@ -55,19 +64,14 @@ QWEN3_VL_8B: dict[str, Any] = {
     "task_options": {"reward": "binary"},
     "task_by_method": TRACES,
     "training": {
-        **PAPER,
-        **VLLM,
+        **REAL,
         "per_device_train_batch_size": 2,
         "max_completion_length": 4096,
         "max_teacher_prompt_length": 4608,  # the question's 4096, the template and the answer
-        "learning_rate": 1e-6,
-        "max_steps": 200,
         "vllm_gpu_memory_utilization": 0.6,
         "vllm_max_model_length": 8192,
-        "save_steps": 20,
-        "save_total_limit": 2,
     },
-    "by_method": _by_method(8704, 1e-5),
+    "by_method": _by_method(8704),
     "train_size": -1,
     "test_size": 256,
     "num_samples": 1,
@@ -107,20 +111,15 @@ QWEN3_TEXT_FULL: dict[str, Any] = {
     "task_options": {"reward": "binary"},
     "task_by_method": TRACES,
     "training": {
-        **PAPER,
-        **VLLM,
+        **REAL,
         "per_device_train_batch_size": 4,
         "max_completion_length": 3072,
         "max_teacher_prompt_length": 1536,
-        "learning_rate": 1e-6,
-        "max_steps": 200,
         "chat_template_kwargs": {"enable_thinking": False},
         "vllm_gpu_memory_utilization": 0.3,
         "vllm_max_model_length": 4096,
-        "save_steps": 20,
-        "save_total_limit": 2,
     },
-    "by_method": _by_method(4608, 1e-5),
+    "by_method": _by_method(4608),
     "train_size": -1,
     "test_size": 250,
     "save_model": True,

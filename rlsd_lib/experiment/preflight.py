@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedCon
 from rlsd_lib.experiment.controls import apply_control
 from rlsd_lib.experiment.cost.plan import describe, make_plan, setting_of, shape_named
 from rlsd_lib.experiment.cost.shapes import SHAPES
-from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters
+from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
 from rlsd_lib.methods import PRIVILEGED
 from rlsd_lib.prompts import COLUMN, check_contexts, count_in_prompts
 from rlsd_lib.report.benchmarks.commands import check_benchmarks
-from rlsd_lib.tasks import DATA, Task, load_task
+from rlsd_lib.tasks import DATA, Task
 from rlsd_lib.tasks.encode import Processing
 from rlsd_lib.tasks.lab import model as lab
 from rlsd_lib.tasks.lengths import fitting, prompt_lengths
@@ -75,6 +75,7 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
     positions = config and getattr(config.get_text_config(), "max_position_embeddings", None)
     found.attempt(_check_limits, run, positions)
     if (task := _local_task(run, found)) is not None:
+        run = resolve(parameters, task.privileged_template)
         found.attempt(check_rows, run, task)
         if processing is not None:
             found.attempt(_check_prompts, run, task, processing, positions)
@@ -83,14 +84,15 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
     return found
 
 
-def resolve(parameters: Mapping[str, Any]) -> Resolved:
+def resolve(parameters: Mapping[str, Any], template: str | None = None) -> Resolved:
     """Resolve a notebook's parameters as its `Experiment` does, with the same errors.
 
     Where they leave `num_processes` at 1, the number that the preset is meant for counts.
     """
     run = RunParameters.of(parameters)
-    count = run.num_processes
-    return run.resolve(processes=run.resolve().preset.processes if count == 1 else count)
+    preset, _ = resolve_preset(run.preset, run.overrides)
+    count = preset.processes if run.num_processes == 1 else run.num_processes
+    return run.resolve(template=template, processes=count)
 
 
 def _settings(run: Resolved) -> Iterator[str]:
@@ -113,8 +115,10 @@ def _settings(run: Resolved) -> Iterator[str]:
 
 def _batch_in_words(run: Resolved) -> str:
     config = run.config
+    each = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rollouts = each * run.processes
     return (
-        f"{run.rollouts} rollouts per step = {run.rollouts // config.num_generations} prompts x "
+        f"{rollouts} rollouts per step = {rollouts // config.num_generations} prompts x "
         f"{config.num_generations} = {run.processes} processes x "
         f"{config.per_device_train_batch_size} rows x {config.gradient_accumulation_steps} "
         f"micro-batches; {config.max_steps} steps"
@@ -175,9 +179,7 @@ def _local_model(
 
 def _local_task(run: Resolved, found: Findings) -> Task | None:
     """The task, if its rows are on this machine or made in code."""
-    preset = run.preset
-    options = {**preset.task_options, **preset.task_by_method.get(run.config.method, {})}
-    source = options.get("source", "")
+    preset, source = run.preset, run.preset.task_options.get("source", "")
     read = preset.task in DATA and preset.task != "colours"  # those are made in code
     if read and not (source and Path(source).is_dir()):
         found.unseen.append(
@@ -185,9 +187,8 @@ def _local_task(run: Resolved, found: Findings) -> Task | None:
             '-p overrides=\'{"task_options": {"source": FOLDER}}\' to have them checked'
         )
         return None
-    sizes = {"train_size": preset.train_size, "test_size": preset.test_size}
     try:
-        task = load_task(preset.task, **sizes, seed=preset.data_seed, **options)
+        task = preset.load_task(run.config.method)
     except (ValueError, FileNotFoundError) as error:
         found.wrong.append(str(error))
         return None
@@ -255,8 +256,8 @@ def _check_teacher_prompts(
     settings, limit = run.config, run.config.max_teacher_prompt_length
     if settings.row.teacher_sees != PRIVILEGED or not settings.uses_teacher:
         return "no teacher prompt is made before the run"
-    how = {"chat_template_kwargs": settings.chat_template_kwargs}
-    how["privileged_template"] = task.privileged_template or settings.privileged_template
+    template = settings.privileged_template
+    how = {"chat_template_kwargs": settings.chat_template_kwargs, "privileged_template": template}
     lengths = prompt_lengths(task.train, processing, **how)
     if limit is None:
         return _check_longest("teacher prompt", lengths, run, positions)

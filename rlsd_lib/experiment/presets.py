@@ -13,6 +13,7 @@ from rlsd_lib.experiment.controls import PLAIN_TEMPLATE, check_control
 from rlsd_lib.experiment.paper_presets import PAPER, REAL_PRESETS
 from rlsd_lib.methods import METHODS, PROMPT
 from rlsd_lib.names import look_up
+from rlsd_lib.tasks import Task, load_task
 from rlsd_lib.trainer.config import RLSDConfig
 
 
@@ -57,6 +58,12 @@ class Preset:
     accelerate: str = ""
     validation: Mapping[str, Any] = field(default_factory=dict)
 
+    def load_task(self, method: str) -> Task:
+        """Return the rows of a run of `method`; raises ValueError as `tasks.load_task` does."""
+        sizes = {"train_size": self.train_size, "test_size": self.test_size}
+        options = {**self.task_options, **self.task_by_method.get(method, {})}
+        return load_task(self.task, seed=self.data_seed, **sizes, **options)
+
 
 LAB = {
     **PAPER,
@@ -70,17 +77,6 @@ LAB = {
     "bf16": False,
 }
 
-SMALL_LAB = {
-    "digits": 1,
-    "hidden_size": 64,
-    "layers": 2,
-    "steps": 500,
-    "ramp_steps": 150,
-    "hard_share": 0.5,
-}
-# A lab whose corpus was right everywhere: the external teacher of OPD.
-EXPERT = {"hard_share": 0.0, "easy_rate": 0.0, "seed": 1}
-
 # The paper trains OPSD and SDPO at ten times the learning rate of the others; OPD's is not
 # reported, and as pure distillation it takes theirs. The weight of GRPO + OPSD is ours.
 LAB_BY_METHOD = {
@@ -92,6 +88,9 @@ LAB_BY_METHOD = {
 }
 # SDPO compares the 100 likeliest tokens; the lab's vocabulary has fewer.
 LAB_BY_METHOD["sdpo"]["distillation_mode"] = "full_logits"
+
+# A lab whose corpus was right everywhere: the external teacher of OPD.
+EXPERT = {"hard_share": 0.0, "easy_rate": 0.0, "seed": 1}
 
 LAB_PRESET: dict[str, Any] = {
     "model": "lab",
@@ -106,28 +105,32 @@ LAB_PRESET: dict[str, Any] = {
     "save_model": True,
 }
 
+SMALL_LAB = {
+    "digits": 1,
+    "hidden_size": 64,
+    "layers": 2,
+    "steps": 500,
+    "ramp_steps": 150,
+    "hard_share": 0.5,
+}
+SMALL_LAB_PRESET = {
+    **LAB_PRESET,
+    "model_options": SMALL_LAB,
+    "teacher_options": {**SMALL_LAB, **EXPERT},
+    "task_options": {"digits": 1},
+    "training": {
+        **LAB,
+        "per_device_train_batch_size": 16,
+        "max_completion_length": 32,
+        "max_steps": 2,
+    },
+    "train_size": 40,
+    "test_size": 8,
+    "num_samples": 2,
+}
+
 PRESETS: dict[str, Preset] = {
-    "smoke": Preset(
-        "a lab of one digit, two steps: does everything run?",
-        model="lab",
-        model_options=SMALL_LAB,
-        teacher_model="lab",
-        teacher_options={**SMALL_LAB, "hard_share": 0.0, "easy_rate": 0.0, "seed": 1},
-        task="arithmetic",
-        task_options={"digits": 1},
-        training={
-            **LAB,
-            "per_device_train_batch_size": 16,
-            "num_generations": 8,
-            "max_completion_length": 32,
-            "max_steps": 2,
-        },
-        by_method=LAB_BY_METHOD,
-        train_size=40,
-        test_size=8,
-        num_samples=2,
-        save_model=True,
-    ),
+    "smoke": Preset("a lab of one digit, two steps: does everything run?", **SMALL_LAB_PRESET),
     "lab": Preset("three-digit column addition, 0.4 M parameters: minutes on a CPU", **LAB_PRESET),
     "lab-bare": Preset(
         "the lab without filler words: every uncertain token bears on the answer",
@@ -214,13 +217,6 @@ class Resolved:
     processes: int
     control: str
 
-    @property
-    def rollouts(self) -> int:
-        """Rollouts of one optimiser step, of all processes."""
-        config = self.config
-        each = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        return each * self.processes
-
 
 @dataclass(frozen=True)
 class RunParameters:
@@ -298,11 +294,9 @@ class RunParameters:
         if self.max_steps > 0:
             settings["max_steps"] = self.max_steps
         settings |= overrides
-        settings |= (
-            _accumulation(preset.rollouts_per_step, settings, processes)
-            if preset.rollouts_per_step
-            else shared_batch(settings, processes)
-        )
+        if preset.rollouts_per_step:
+            settings = {**_accumulation(preset.rollouts_per_step, settings), **settings}
+        settings |= shared_batch(settings, processes)
         return Resolved(preset, RLSDConfig(**settings), processes, self.control)
 
 
@@ -353,38 +347,37 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
 def shared_batch(settings: Mapping[str, Any], num_processes: int) -> dict[str, int]:
     """The batch settings of each of `num_processes` that together make the batch of one.
 
-    The rows of a micro-batch are shared first; what they do not divide by is taken from the number
-    of micro-batches. Then every optimiser step and every generation batch has the same rows.
+    The micro-batches are shared first; what their number does not divide by is taken from their
+    rows. Then every optimiser step and every generation batch has the same rows.
 
     Raises:
         ValueError: the batch does not divide; the message names the values.
     """
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
-    rows, *counts = (settings.get(name) or getattr(RLSDConfig, name) for name in names)
-    batch = {name: count for name, count in zip(names[1:], counts, strict=True) if count}
-    by_rows = math.gcd(rows, num_processes)
-    by_steps = num_processes // by_rows
+    batch = {name: settings.get(name) or getattr(RLSDConfig, name) for name in names}
+    batch = {name: count for name, count in batch.items() if count}
     generated = settings.get("generation_batch_size")
-    shares = [*batch.values(), generated // rows if generated else by_steps]
-    if num_processes < 1 or any(count % by_steps for count in shares):
+    rows = batch.pop(names[0])
+    counts = [*batch.values(), *([generated // rows] if generated else [])]
+    by_steps = math.gcd(num_processes, *counts)
+    by_rows = num_processes // by_steps
+    if num_processes < 1 or rows % by_rows:
         values = ", ".join(f"{name}={count}" for name, count in batch.items())
         raise ValueError(
             f"num_processes={num_processes} does not divide the batch of {names[0]}={rows}, "
-            f"{values}, generation_batch_size={generated}: choose a number that divides the first, "
-            "or whose remaining factor divides the others."
+            f"{values}, generation_batch_size={generated}: choose a number that divides their "
+            "product, or change them."
         )
     return {names[0]: rows // by_rows, **{name: n // by_steps for name, n in batch.items()}}
 
 
-def _accumulation(rollouts: int, settings: Mapping[str, Any], processes: int) -> dict[str, int]:
-    """The gradient accumulation by which `processes` make one step of so many rollouts."""
-    if "gradient_accumulation_steps" in settings:
-        return {}
-    each = settings["per_device_train_batch_size"]
-    if processes < 1 or rollouts % (processes * each):
+def _accumulation(rollouts: int, settings: Mapping[str, Any]) -> dict[str, int]:
+    """The gradient accumulation by which one process makes one step of so many rollouts."""
+    rows = settings["per_device_train_batch_size"]
+    if rollouts % rows and "gradient_accumulation_steps" not in settings:
         raise ValueError(
-            f"{rollouts} rollouts per step cannot be shared by {processes} processes with "
-            f"per_device_train_batch_size={each}: choose numbers whose product divides {rollouts}, "
-            "or set gradient_accumulation_steps."
+            f"{rollouts} rollouts per step cannot be shared by micro-batches of "
+            f"per_device_train_batch_size={rows}: choose a number that divides {rollouts}, or set "
+            "gradient_accumulation_steps."
         )
-    return {"gradient_accumulation_steps": rollouts // (processes * each)}
+    return {"gradient_accumulation_steps": rollouts // rows}

@@ -84,7 +84,7 @@ def test_what_cannot_be_resolved_is_an_error(capsys):
 
 def test_processes_that_cannot_share_the_batch():
     for count in (6, 4096):
-        with pytest.raises(ValueError, match=f"2048 rollouts per step .* {count} processes"):
+        with pytest.raises(ValueError, match=f"num_processes={count} does not divide the batch"):
             check("qwen3-vl-8b", num_processes=count)
     for count in (1, 8, 16, 32):
         assert "2048 rollouts per step" in check("qwen3-vl-8b", num_processes=count).text()

@@ -147,6 +147,7 @@ def test_processes_share_the_batch_of_one() -> None:
         ({ROWS: 1, ACCUMULATION: 256}, 8, {ROWS: 1, ACCUMULATION: 32}),
         ({ROWS: 4, ACCUMULATION: 6}, 8, {ROWS: 1, ACCUMULATION: 3}),
         ({ROWS: 4, ACCUMULATION: 6, STEPS: 12}, 8, {ROWS: 1, ACCUMULATION: 3, STEPS: 6}),
+        ({ROWS: 2, ACCUMULATION: 1024}, 8, {ROWS: 2, ACCUMULATION: 128}),
         ({}, 1, {ROWS: 8, ACCUMULATION: 1}),
     ):
         shared = shared_batch(settings, count)
