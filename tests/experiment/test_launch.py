@@ -91,12 +91,6 @@ def test_a_failed_launch_names_the_first_process_and_its_reason(tmp_path) -> Non
 # ---- the whole path, with real processes --------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The place that the notebook tests use too, so that the small lab is pretrained once."""
-    return tmp_path_factory.getbasetemp().parent / "smoke-outputs"
-
-
 def start(folder: Path, outputs: Path, *words: str) -> subprocess.Popen:
     overrides = "overrides={save_steps: 1, save_total_limit: 2}"
     given = ["-p", "preset=smoke", "-p", overrides, "-p", "max_steps=12", "--num-processes", "2"]
@@ -155,9 +149,9 @@ def test_trained_weights_are_taken_from_the_workers_folder(tmp_path, adapter) ->
 
 
 @pytest.mark.slow
-def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, outputs) -> None:
+def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, shared_outputs) -> None:
     folder = tmp_path / "run"
-    run = start(folder, outputs)
+    run = start(folder, shared_outputs)
     once_training(folder, run)[1].kill()
     assert run.wait() == 1
     assert "rank 1" in (said := run.stderr.read())
@@ -165,7 +159,7 @@ def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, outputs) -> None:
     assert state_of(folder) == "failed"
     assert gone(folder)
 
-    again = start(folder, outputs, "--if-exists", "resume")
+    again = start(folder, shared_outputs, "--if-exists", "resume")
     assert again.wait() == 0, again.stderr.read()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["status"], manifest["attempt"]) == ("finished", 2)
@@ -176,9 +170,9 @@ def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, outputs) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_command_saves_on_every_rank(tmp_path, outputs) -> None:
+def test_sigterm_to_the_command_saves_on_every_rank(tmp_path, shared_outputs) -> None:
     folder = tmp_path / "run"
-    run = start(folder, outputs)
+    run = start(folder, shared_outputs)
     once_training(folder, run)
     run.send_signal(signal.SIGTERM)
     assert run.wait() == 1
@@ -193,9 +187,9 @@ def test_sigterm_to_the_command_saves_on_every_rank(tmp_path, outputs) -> None:
 
 
 @pytest.mark.slow
-def test_no_worker_outlives_a_kernel_that_is_killed(tmp_path, outputs) -> None:
+def test_no_worker_outlives_a_kernel_that_is_killed(tmp_path, shared_outputs) -> None:
     folder = tmp_path / "run"
-    run = start(folder, outputs)
+    run = start(folder, shared_outputs)
     ranks = once_training(folder, run)
     kernel = ranks[0].parent().parent()
     assert "ipykernel_launcher" in " ".join(kernel.cmdline())

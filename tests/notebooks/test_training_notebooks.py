@@ -19,12 +19,6 @@ from rlsd_lib.runs.records import read_manifest, read_runs
 NOTEBOOKS = ("00_tour", "10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
 
 
-@pytest.fixture(scope="session")
-def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One place for all workers, so that the small lab is pretrained once."""
-    return tmp_path_factory.getbasetemp().parent / "smoke-outputs"
-
-
 @pytest.fixture
 def smoke_run(shared_outputs, tmp_path, monkeypatch) -> Callable[..., Path]:
     """Puts a finished smoke run into a folder; the same run is trained once for all tests.
