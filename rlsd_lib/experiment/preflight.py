@@ -20,7 +20,7 @@ from rlsd_lib.experiment.cost.shapes import SHAPES
 from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
 from rlsd_lib.methods import PRIVILEGED
 from rlsd_lib.prompts import COLUMN, check_contexts, count_in_prompts
-from rlsd_lib.report.benchmarks.commands import check_benchmarks
+from rlsd_lib.report.benchmarks import check_benchmarks
 from rlsd_lib.tasks import DATA, Task
 from rlsd_lib.tasks.encode import Processing
 from rlsd_lib.tasks.lab import model as lab
