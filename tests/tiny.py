@@ -1,5 +1,6 @@
 """A random two-layer Qwen3 with character tokens, and rows to train it on: seconds per test."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rlsd_lib import RLSDConfig, RLSDTrainer
+from rlsd_lib.prompts import teacher_prompt
+from rlsd_lib.tasks import Task
 from rlsd_lib.tasks.lab import vision as toy_vlm
 
 CHAT_TEMPLATE = (
@@ -43,6 +46,13 @@ def dataset(rows: int = 32, **columns: list) -> Dataset:
     prompts = [[{"role": "user", "content": f"{i}+{i + 1}"}] for i in range(rows)]
     data = {"prompt": prompts, "privileged_context": [str(2 * i + 1) for i in range(rows)]}
     return Dataset.from_dict({**data, **columns})
+
+
+def as_teacher(task: Task, template: str) -> Task:
+    """`task` with what its teacher reads in place of the prompts of its test problems."""
+    told = [teacher_prompt(r["prompt"], r["privileged_context"], template) for r in task.test]
+    pairs = zip(task.test, told, strict=True)
+    return replace(task, test=[{**row, "prompt": prompt} for row, prompt in pairs])
 
 
 def reward(completions: list, **_: Any) -> list[float]:

@@ -303,7 +303,7 @@ class Experiment:
 
     def keep(self, rollouts: Sequence[lens.Rollout]) -> None:
         """Write rollouts with their token credit to samples.jsonl."""
-        self.run.add_samples([rollout.as_dict() for rollout in rollouts])
+        self.run.add_samples(map(asdict, rollouts))
 
     def finish(self) -> pd.Series:
         """Write metrics.json, mark the run finished, and return the metrics."""

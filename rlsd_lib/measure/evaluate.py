@@ -14,7 +14,7 @@ from scipy.special import comb
 from transformers import GenerationConfig, PreTrainedModel
 
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval
-from rlsd_lib.prompts import COLUMN, Prompt, teacher_prompt
+from rlsd_lib.prompts import Prompt
 from rlsd_lib.tasks import Task
 from rlsd_lib.tasks.encode import Processing, encode, messages_of, tokenizer_of
 
@@ -30,10 +30,10 @@ def generate(
     """Sample `num_samples` completions per prompt; `sampling` are arguments of `sample`.
 
     Returns one list of texts per prompt, without special tokens. Raises ValueError for several
-    greedy samples, and as `sample` does.
+    greedy samples.
     """
-    if num_samples < 1 or (num_samples > 1 and sampling.get("temperature") == 0):
-        raise ValueError(f"got {num_samples=}; ask for at least 1, and for 1 where it is greedy")
+    if num_samples > 1 and sampling.get("temperature") == 0:
+        raise ValueError(f"got {num_samples=}; ask for 1 where it is greedy")
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     ids = sample(model, processing, repeated, **sampling)
     texts = processing.batch_decode(ids, skip_special_tokens=True)
@@ -61,14 +61,9 @@ def sample(
     tokenizer's: what is measured must not depend on the settings a model was published with.
 
     The same arguments give the same completions on the same machine; the model's mode and torch's
-    random state are as before afterwards. Raises ValueError for prompts, counts or temperatures
-    that make no sense.
+    random state are as before afterwards. Raises ValueError, by transformers, for a negative
+    temperature.
     """
-    if not prompts or min(max_new_tokens, batch_size) < 1 or temperature < 0:
-        raise ValueError(
-            f"got {len(prompts)} prompts, {max_new_tokens=}, {batch_size=}, {temperature=}; "
-            "each count must be at least 1 and the temperature at least 0"
-        )
     tokenizer, own, was_training = tokenizer_of(processing), model.generation_config, model.training
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {*ends, tokenizer.eos_token_id} - {None}
@@ -103,25 +98,15 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    processing: Processing,
-    task: Task,
-    *,
-    privileged_template: str | None = None,
-    **sampling: Any,
+    model: PreTrainedModel, processing: Processing, task: Task, **sampling: Any
 ) -> pd.DataFrame:
     """Judge completions of the task's test problems; one row per completion.
 
     Columns: `problem`, `sample` (both from 0), `correct`, `speaks_of_reference` (booleans),
-    `completion`, `answer`. With a `privileged_template` the privileged prompt is measured: what the
-    teacher can do. `sampling` are arguments of `generate`, of which `max_new_tokens` is required.
+    `completion`, `answer`. `sampling` are arguments of `generate`, of which `max_new_tokens` is
+    required.
     """
     prompts = [messages_of(row) for row in task.test]
-    if privileged_template is not None:
-        prompts = [
-            teacher_prompt(prompt, context, privileged_template)
-            for prompt, context in zip(prompts, task.test[COLUMN], strict=True)
-        ]
     samples = generate(model, processing, prompts, **sampling)
     return pd.DataFrame(
         {

@@ -9,6 +9,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 LEVEL = 0.95  # share of repetitions whose interval holds the true mean
+POWER = 0.8  # share of repetitions that tell a detectable difference from 0
 Values = Sequence[float] | np.ndarray
 
 
@@ -68,30 +69,6 @@ def student_interval(values: Values) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def paired_interval(
-    first: Sequence[Sequence[float]] | np.ndarray,
-    second: Sequence[Sequence[float]] | np.ndarray,
-    *,
-    over: str,
-    resamples: int = 5000,
-) -> Interval:
-    """Return the mean difference second - first of paired scores, with an interval.
-
-    Both are (S, N): a row per seed, a column per problem, in the same order. `over="problems"` says
-    how far the difference would move with other problems (a percentile bootstrap of whole columns),
-    `over="seeds"` with other training seeds (Student's t on the rows' means); one row or column has
-    NaN ends. Raises ValueError for shapes that do not match and another `over`.
-    """
-    one, two = (np.atleast_2d(np.asarray(side, dtype=float)) for side in (first, second))
-    if one.shape != two.shape or one.size == 0:
-        raise ValueError(f"shapes are {one.shape} and {two.shape}; pairs need equal (S, N) shapes")
-    if over == "problems":
-        return bootstrap_interval((two - one).mean(axis=0), resamples=resamples)
-    if over == "seeds":
-        return student_interval((two - one).mean(axis=1))
-    raise ValueError(f"over is {over!r}; choose 'problems' or 'seeds'")
-
-
 def share_interval(found: Iterable[bool]) -> Interval:
     """Return the share of True with its Wilson interval.
 
@@ -118,12 +95,12 @@ def share_difference(first: Interval, second: Interval) -> Interval:
     return Interval(share, share - below, share + above)
 
 
-def smallest_detectable(differences: Values, *, power: float = 0.8) -> float:
+def smallest_detectable(differences: Values) -> float:
     """Return the smallest true mean that a t-test on these many differences would find.
 
     `differences` (S,) are paired, one per seed; their spread estimates that of a repetition. A mean
-    of this size is told from 0 (two-sided, at 5 %) in a share `power` of repetitions: the root in d
-    of P(|T| > t_crit), T noncentral Student with S - 1 degrees of freedom and noncentrality
+    of this size is told from 0 (two-sided, at 5 %) in a share `POWER` of repetitions: the root in d
+    of P(|T| > t_crit) = POWER, T noncentral Student with S - 1 degrees of freedom and noncentrality
     d sqrt(S) / s. NaN for one seed; 0 where the differences are all equal.
     """
     data = np.asarray(differences, dtype=float)
@@ -132,5 +109,5 @@ def smallest_detectable(differences: Values, *, power: float = 0.8) -> float:
         return float(spread)
     critical = stats.t.ppf((1 + LEVEL) / 2, count - 1)
     # The lower tail adds less than 0.001 at any usual power.
-    shift = brentq(lambda d: stats.nct.sf(critical, count - 1, d) - power, 0.0, 100.0 * critical)
+    shift = brentq(lambda d: stats.nct.sf(critical, count - 1, d) - POWER, 0.0, 100.0 * critical)
     return float(shift * spread / np.sqrt(count))

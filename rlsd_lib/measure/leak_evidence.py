@@ -18,9 +18,9 @@ hence by Ville's inequality, for any model and any task,
 
     P(evidence >= log(1 / alpha)) <= alpha,   and   E[evidence] <= 1 nat:
 
-the null values, without calibration. Completions are texts that are encoded again here, so the
-null is exact for tokenizers that re-encode their own text alike (the lab's), approximate otherwise:
-BPE may split a text in another way than the model had sampled it.
+the null values, without calibration. They are exact for tokenizers that re-encode their own text
+alike (the lab's) and approximate otherwise: BPE may split a text in another way than the model had
+sampled it.
 
 Text that neither view would write (a collapsed policy's) could win such bets by chance, so P_0 is
 replaced by the larger of pi_0 and pi_0 at temperature 2, a careless writer without a reference.
@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsd_lib.measure.logps import log_probabilities, of_tokens
-from rlsd_lib.prompts import Prompt, count_images, teacher_prompt
+from rlsd_lib.prompts import Prompt, teacher_prompt
 
 CARELESS = 2.0  # temperature of the writer that explains noise
 NUM_REFERENCES = 8  # r' that the average is over
@@ -76,44 +76,31 @@ def view_ratios(
 ) -> Tensor:
     """log P_bar - log P_0 of every token, nats: (N, T) in float64, 0 after the end of a text.
 
-    Positive where a reference in the prompt would have made the token likelier. Completions are
-    encoded again, with the end token unless they were cut off.
+    Positive where a reference in the prompt would have made the token likelier.
 
     Args:
         base_model: the model before training; it judges, whoever wrote the completions.
-        prompts: what the writer read; chat messages or plain text, without images.
-        completions: texts sampled at temperature 1, without special tokens.
-        references: each row's own; they are shown to one another's questions.
+        prompts: N that the writer read; chat messages or plain text, without images.
+        completions: N texts sampled at temperature 1, without special tokens.
+        references: N, each row's own; they are shown to one another's questions.
         template: the privileged template, as in `RLSDConfig`.
         max_new_tokens: the limit that the completions were sampled under.
         seed: of the choice of references.
         chat_template_kwargs: arguments of the chat template, those of the writer's prompts.
 
     Raises:
-        ValueError: sequences of different length, fewer than two different references, prompts
-            with images, or a completion longer than `max_new_tokens`.
+        ValueError: fewer than two different references, or a completion longer than
+            `max_new_tokens`.
     """
-    if len({len(prompts), len(completions), len(references)}) > 1 or not completions:
-        raise ValueError(
-            f"{len(prompts)} prompts, {len(completions)} completions and {len(references)} "
-            "references: give as many of each, at least one"
-        )
-    if any(map(count_images, prompts)):
-        raise ValueError("prompts with images cannot be scored here: the judge reads text alone.")
     ids = [_encode(tokenizer, text, max_new_tokens) for text in completions]
+    template_kwargs = {"chat_template_kwargs": chat_template_kwargs}
 
     def score(seen: Sequence[Prompt], temperature: float = 1.0) -> Tensor:
         rows: list[Tensor] = []
         for start in range(0, len(seen), batch_size):
             part = slice(start, start + batch_size)
-            log_p = log_probabilities(
-                base_model,
-                tokenizer,
-                seen[part],
-                ids[part],
-                temperature=temperature,
-                chat_template_kwargs=chat_template_kwargs,
-            )
+            how = {"temperature": temperature, **template_kwargs}
+            log_p = log_probabilities(base_model, tokenizer, seen[part], ids[part], **how)
             rows += of_tokens(log_p, ids[part])
         return pad_sequence(rows, batch_first=True).double()
 

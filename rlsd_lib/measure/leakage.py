@@ -1,15 +1,11 @@
 """Leakage: does the student speak of what it was never shown? Three measures, each with a null.
 
-Of a completion that was sampled without a reference, and of the share of completions that count:
-
-- `phrase`: it mentions a reference, by the task's list of words. Null: the base model's share.
+- `phrase`: a completion mentions a reference, by the task's list of words. Null: the base model's
+  share.
 - `value`: it states the reference's value before that can have been derived. Null: the share that
   states the value of another row there.
-- `privileged view`: it reads as if some reference had been shown, whatever it quotes, invented
-  values included, and with no list of words (`rlsd_lib.measure.leak_evidence`). Null: at most 5 %,
-  exact for tokenizers that re-encode their own text alike (the lab's), approximate otherwise.
-
-`report` measures a model and its base model in one call.
+- `privileged view`: it reads as if some reference had been shown, whatever it quotes and in
+  whatever words (`rlsd_lib.measure.leak_evidence`). Null: at most 5 %.
 """
 
 import math
@@ -23,13 +19,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsd_lib.measure.evaluate import generate
-from rlsd_lib.measure.intervals import (
-    bootstrap_interval,
-    share_difference,
-    share_interval,
-)
+from rlsd_lib.measure.intervals import bootstrap_interval, share_difference, share_interval
 from rlsd_lib.measure.leak_evidence import highest_capital, view_ratios
-from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, prompt_text
+from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, count_images, prompt_text
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.task import REFERENCE_PATTERN
 
@@ -40,7 +32,7 @@ Cut = Callable[[str, Row], str]  # the part of a completion in which nothing can
 def first_half(completion: str, row: Row) -> str:
     """The first half of a completion's words: where a value stands that was not worked out.
 
-    The cut for tasks that cannot know better. A bare answer has no word in its first half.
+    The cut for tasks that cannot know better.
     """
     words = completion.split()
     return " ".join(words[: len(words) // 2])
@@ -99,16 +91,17 @@ def measure(
     `value_leakage`) and `evidence` (nats, see `rlsd_lib.measure.leak_evidence`).
 
     Raises:
-        ValueError: for prompts with images, or a pattern that is no regular expression.
+        ValueError: for prompts with images, or fewer than two different references.
+        re.error: for a `pattern` that is no regular expression.
     """
     data, underived = task, first_half
     if isinstance(task, Task):
         data, underived = task.test, task.underived or first_half
         template, pattern = template or task.privileged_template, pattern or task.reference_pattern
     rows = list(data.select(range(min(num_problems or len(data), len(data)))))
-    if any(row.get("images") for row in rows):
+    if any(row.get("images") or count_images(row["prompt"]) for row in rows):
         raise ValueError("rows with images cannot be measured here: the judge reads text alone.")
-    mentions = _search(pattern or REFERENCE_PATTERN)
+    mentions = re.compile(pattern or REFERENCE_PATTERN, re.IGNORECASE).search
     prompts, references = ([row[name] for row in rows] for name in ("prompt", COLUMN))
     sampling["max_new_tokens"] = max_new_tokens
     texts = [text for (text,) in generate(model, tokenizer, prompts, **sampling)]
@@ -121,30 +114,14 @@ def measure(
     )
 
 
-def _search(pattern: str) -> Callable[[str], re.Match[str] | None]:
-    try:
-        return re.compile(pattern, re.IGNORECASE).search
-    except re.error as error:
-        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
-
-
-def report(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task | Dataset,
-    *,
-    base_model: PreTrainedModel,
-    **settings: Any,
-) -> pd.DataFrame:
+def report(model: PreTrainedModel, *data: Any, **settings: Any) -> pd.DataFrame:
     """Measure the leakage of `model` and of the model it was trained from, on the same problems.
 
         leakage.report(model, tokenizer, dataset, base_model=base, max_new_tokens=512)
 
-    `settings` are further arguments of `measure`. Returns the frame of `summarise`. Raises
-    ValueError for prompts with images.
+    The arguments are those of `measure`, and so are the errors. Returns the frame of `summarise`.
     """
-    settings["base_model"] = base_model
-    return summarise(*(measure(who, tokenizer, task, **settings) for who in (model, base_model)))
+    return summarise(*(measure(m, *data, **settings) for m in (model, settings["base_model"])))
 
 
 def summarise(judged: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
@@ -156,30 +133,25 @@ def summarise(judged: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     for nats), `null` and `problems`, the number that could be judged. A share of which no
     completion could be judged is left out.
     """
+    leaks = "privileged view"
+    sides = [f.assign(**{leaks: f["evidence"] >= math.log(1 / ALPHA)}) for f in (judged, base)]
     rows: list[tuple] = []
-    for measure in ("phrase", "value", "privileged view"):
-        marks, base_marks = (_marks(frame, measure) for frame in (judged, base))
+    for measure in ("phrase", "value", leaks):
+        marks, base_marks = (side[measure].dropna() for side in sides)
         if marks.empty or base_marks.empty:
             continue
         share, base_share = share_interval(marks), share_interval(base_marks)
         null, base_null = {
             "phrase": (base_share.mean, base_share.mean),
             "value": (judged["chance"].mean(), base["chance"].mean()),
-            "privileged view": (ALPHA, ALPHA),
+            leaks: (ALPHA, ALPHA),
         }[measure]
         difference = share_difference(share, base_share)
         rows.append((measure, "model", *share, null, len(marks)))
         rows.append((measure, "base", *base_share, base_null, len(base_marks)))
         rows.append((measure, "difference", *difference, 0.0, len(marks)))
     nats, base_nats = judged["evidence"].to_numpy(), base["evidence"].to_numpy()
-    sides = ("model", nats, 1.0), ("base", base_nats, 1.0), ("difference", nats - base_nats, 0.0)
-    for of, values, null in sides:
+    means = ("model", nats, 1.0), ("base", base_nats, 1.0), ("difference", nats - base_nats, 0.0)
+    for of, values, null in means:
         rows.append(("evidence", of, *bootstrap_interval(values), null, len(values)))
     return pd.DataFrame(rows, columns=["measure", "of", "mean", "low", "high", "null", "problems"])
-
-
-def _marks(judged: pd.DataFrame, measure: str) -> pd.Series:
-    """Which completions count, of those that could be judged."""
-    if measure == "privileged view":
-        return judged["evidence"] >= math.log(1 / ALPHA)
-    return judged[measure].dropna().astype(bool)

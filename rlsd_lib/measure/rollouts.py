@@ -5,7 +5,7 @@ the trainer's own `RLSDConfig`. The teacher is the model itself (a `live` teache
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,9 @@ from rlsd_lib.prompts import (
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.encode import Processing, encode, messages_of, tokenizer_of
 from rlsd_lib.trainer.config import RLSDConfig
+
+# What shapes the trainer's rollouts beside `generation_kwargs`, as arguments of `sample`.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,6 @@ class Rollout:
     def reference(self) -> str:
         """The row's privileged text."""
         return self.problem[COLUMN]
-
-    def as_dict(self) -> dict[str, Any]:
-        """A JSON-like record for samples.jsonl."""
-        return asdict(self)
 
 
 def look(
@@ -93,25 +92,28 @@ def look(
         config = replace(config, generation_batch_size=None, **changes)
     problem = task.test[row]
     prompt, count = messages_of(problem), num_generations or config.num_generations
-    completions = sample(model, processing, [prompt] * count, seed=seed, **_sampling(config))
+    sampling = {name: getattr(config, name) for name in SAMPLING}
+    sampling |= {"max_new_tokens": config.max_completion_length, **(config.generation_kwargs or {})}
+    completions = sample(model, processing, [prompt] * count, seed=seed, **sampling)
     texts = processing.batch_decode(completions, skip_special_tokens=True)
-    rewards = _rewards(config, task, problem, texts)
-    contexts = _contexts(config, processing, problem, texts, rewards)
+    columns = {name: [value] * count for name, value in problem.items()}
+    pairs = zip(config.reward_weights or [1.0], (task.reward, task.leak), strict=False)
+    rewards = sum(weight * torch.tensor(reward(texts, **columns)) for weight, reward in pairs)
+    contexts = _contexts(config, processing, problem, texts, rewards.tolist())
     seen = [
         prompt if text is None else teacher_prompt(prompt, text, config.privileged_template)
         for text in contexts
     ]
-    models = (model, teacher or model)
     compared = [
-        _compare(config, models, processing, (prompt, told), ids)
+        _compare(config, processing, ((model, prompt), (teacher or model, told)), ids)
         for told, ids in zip(seen, completions, strict=True)
     ]
     logps, gaps, divergences = zip(*compared, strict=True)
     # A peer's rollout that no other demonstrates is neither reweighted nor distilled.
     moved = [config.row.teacher_sees != PEER or context is not None for context in contexts]
-    advantages = torch.tensor(rewards) - torch.tensor(rewards).mean()
+    advantages = rewards - rewards.mean()
     if config.scale_rewards != "none":
-        advantages /= torch.tensor(rewards).std() + 1e-4  # Eq. 1, with TRL's sample deviation
+        advantages /= rewards.std() + 1e-4  # Eq. 1, with TRL's sample deviation
     weights, credits = _weights_and_credits(config, advantages, gaps, moved)
     return [
         Rollout(
@@ -119,7 +121,7 @@ def look(
             teacher_prompt=without_pixels(seen[i]),
             completion=texts[i],
             tokens=[tokenizer_of(processing).decode([token]) for token in ids],
-            reward=rewards[i],
+            reward=rewards[i].item(),
             advantage=advantages[i].item(),
             student_logp=logps[i].tolist(),
             gap=gaps[i].tolist(),
@@ -141,75 +143,54 @@ def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _sampling(config: RLSDConfig) -> dict[str, Any]:
-    """What shapes the trainer's rollouts, as arguments of `sample`."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    settings = {name: getattr(config, name) for name in names}
-    settings["max_new_tokens"] = config.max_completion_length
-    settings["chat_template_kwargs"] = config.chat_template_kwargs
-    return {**settings, **(config.generation_kwargs or {})}
-
-
-def _rewards(config: RLSDConfig, task: Task, problem: Row, texts: list[str]) -> list[float]:
-    """The weighted sum of the task's two reward functions, of which `leak` is only logged."""
-    columns = {name: [value] * len(texts) for name, value in problem.items()}
-    pairs = zip(config.reward_weights or [1.0], (task.reward, task.leak), strict=False)
-    weighted = [weight * torch.tensor(reward(texts, **columns)) for weight, reward in pairs]
-    return sum(weighted).tolist()
-
-
 def _contexts(
-    config: RLSDConfig,
-    processing: Processing,
-    problem: Row,
-    texts: list[str],
-    rewards: list[float],
+    config: RLSDConfig, processing: Processing, problem: Row, texts: list[str], rewards: list[float]
 ) -> list[str | None]:
-    """What the teacher is shown beside the prompt of each rollout; None for nothing."""
+    """What the teacher reads beside the prompt of each rollout, as long as in training, or None."""
+    nothing = [None] * len(texts)
     if config.row.teacher_sees == PROMPT:
-        return [None] * len(texts)
+        return nothing
     contexts = [problem[COLUMN]] * len(texts)
     if config.row.teacher_sees == PEER:
         contexts = demonstrations(
             texts,
             rewards,
-            contexts if config.include_environment_feedback else [None] * len(texts),
+            contexts if config.include_environment_feedback else nothing,
             slice(None),
             group_size=len(texts),
             threshold=config.success_reward_threshold,
             with_failed=config.include_failed_rollout,
         ).texts
-    return [text and _fitted(config, processing, messages_of(problem), text) for text in contexts]
-
-
-def _fitted(config: RLSDConfig, processing: Processing, prompt: Prompt, context: str) -> str:
-    """The privileged text, shortened to `max_teacher_prompt_length` as in training."""
-    limit, template = config.max_teacher_prompt_length, config.privileged_template
+    prompt, template = messages_of(problem), config.privileged_template
+    if (limit := config.max_teacher_prompt_length) is None:
+        return contexts
 
     def length(seen: Prompt) -> int:
         encoded = encode(processing, [seen], **(config.chat_template_kwargs or {}))
         return encoded["input_ids"].shape[1]
 
-    if limit is None or length(teacher_prompt(prompt, context, template)) <= limit:
-        return context
-    return shorten_to_fit(prompt, context, template, limit, tokenizer_of(processing), length)
+    def fitted(text: str) -> str:
+        if length(teacher_prompt(prompt, text, template)) <= limit:
+            return text
+        return shorten_to_fit(prompt, text, template, limit, tokenizer_of(processing), length)
+
+    return [text and fitted(text) for text in contexts]
 
 
 def _compare(
     config: RLSDConfig,
-    models: tuple[PreTrainedModel, PreTrainedModel],
     processing: Processing,
-    prompts: tuple[Prompt, Prompt],
+    readers: Sequence[tuple[PreTrainedModel, Prompt]],
     ids: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log P_S, gap and divergence of one completion, (T,) each; (0,) without a distillation term.
 
-    Of a whole group (N, T, V) would not always fit into memory.
+    `readers` are student and teacher. Of a whole group (N, T, V) would not always fit into memory.
     """
     how = {"temperature": config.temperature, "chat_template_kwargs": config.chat_template_kwargs}
     log_p_s, log_p_t = (
         log_probabilities(model, processing, [prompt], [ids], **how).cpu()
-        for model, prompt in zip(models, prompts, strict=True)
+        for model, prompt in readers
     )
     (ours,), (theirs,) = (of_tokens(log_p, [ids]) for log_p in (log_p_s, log_p_t))
     distance = config.divergence(log_p_t, log_p_s)[0] if config.divergence else torch.empty(0)

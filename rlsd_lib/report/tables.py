@@ -13,7 +13,7 @@ import pandas as pd
 
 from rlsd_lib.measure.intervals import (
     Interval,
-    paired_interval,
+    bootstrap_interval,
     smallest_detectable,
     student_interval,
 )
@@ -219,8 +219,10 @@ def _compared(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> tuple[float, ...]
         names = " and ".join(sorted({run["name"] for pair in pairs for run in pair}))
         raise ValueError(f"{names} were not judged on the same problems")
     ours, theirs = ([_correct(run["path"]) for run in side] for side in zip(*pairs, strict=True))
-    by_problem, by_seed = (paired_interval(theirs, ours, over=o) for o in ("problems", "seeds"))
-    seen = smallest_detectable(np.subtract(ours, theirs).mean(axis=1))
+    differences = np.subtract(ours, theirs)  # (seeds, problems)
+    by_problem = bootstrap_interval(differences.mean(axis=0))
+    by_seed = student_interval(differences.mean(axis=1))
+    seen = smallest_detectable(differences.mean(axis=1))
     return (*by_problem, by_seed.low, by_seed.high, seen)
 
 

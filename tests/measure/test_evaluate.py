@@ -17,7 +17,6 @@ from rlsd_lib.measure.evaluate import (
     sample,
 )
 from rlsd_lib.tasks import load_task
-from rlsd_lib.tasks.lab.arithmetic import PRIVILEGED_TEMPLATE
 from rlsd_lib.tasks.lab.model import LabRecipe, build_model, build_tokenizer
 
 
@@ -104,14 +103,11 @@ def test_results_are_tidy_and_judged_by_the_task(untrained, task, monkeypatch):
         return answers
 
     monkeypatch.setattr("rlsd_lib.measure.evaluate.generate", fake)
-    results = evaluate(
-        *untrained, task, max_new_tokens=5, num_samples=2, privileged_template=PRIVILEGED_TEMPLATE
-    )
+    results = evaluate(*untrained, task, max_new_tokens=5, num_samples=2)
     assert results["correct"].tolist() == [True, False] * 6
     assert results["speaks_of_reference"].tolist() == [False, True] * 6
     assert per_problem(results).tolist() == [0.5] * 6
-    row = task.test[0]
-    assert seen[0][0]["content"] == f"{row['prompt'][0]['content']} ; reference {row['answer']}"
+    assert seen == task.test["prompt"][:]
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_success():
@@ -144,7 +140,7 @@ def test_a_run_records_sampled_and_greedy_accuracy_and_pass_at_all_its_samples()
 
 
 def test_bad_input_raises(untrained, task):
-    with pytest.raises(ValueError, match="temperature=-1"):
+    with pytest.raises(ValueError, match=r"-1.* strictly positive"):
         generate(*untrained, task.test["prompt"], max_new_tokens=1, temperature=-1)
     with pytest.raises(ValueError, match="greedy"):
         generate(*untrained, task.test["prompt"], max_new_tokens=1, temperature=0, num_samples=2)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import grimp
 import numpy as np
@@ -263,12 +264,13 @@ def test_what_cannot_be_measured_is_refused():
         evidence(["so", "so"], [ROWS[0], ROWS[0]])
     with pytest.raises(ValueError, match="max_new_tokens=1 was not its limit"):
         evidence(["so so", "so"], max_new_tokens=1)
-    with pytest.raises(ValueError, match="images"):
-        evidence(["so", "so"], [{**ROWS[0], "prompt": prompt}, ROWS[1]])
-    with pytest.raises(ValueError, match="no regular expression"):
-        measure(BASE, None, Dataset.from_list(ROWS), base_model=BASE, max_new_tokens=4, pattern="(")
-    with pytest.raises(ValueError, match="2 prompts, 1 completions"):
-        view_ratios(BASE, tokenizer(), ["?", "?"], ["so"], ["1"], template="", max_new_tokens=4)
+    settings = {"base_model": BASE, "max_new_tokens": 4}
+    for shown in ({"prompt": prompt}, {"images": ["square.png"]}):
+        data = Dataset.from_list([{**ROWS[0], **shown}])
+        with pytest.raises(ValueError, match="rows with images cannot be measured"):
+            measure(BASE, None, data, **settings)
+    with pytest.raises(re.error, match="unterminated"):
+        measure(BASE, None, Dataset.from_list(ROWS), **settings, pattern="(")
 
 
 def test_the_references_shown_are_never_the_rows_own():

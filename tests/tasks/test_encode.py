@@ -1,7 +1,7 @@
 """Models that see images outside of the trainer: encoding, evaluation, the lens, loading."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import tiny
@@ -58,7 +58,7 @@ def test_evaluation_shows_every_row_its_images(task):
     same = evaluate(model, processor, task, batch_size=5, **how)
     assert results["completion"].tolist() == same["completion"].tolist()
     template = "{prompt}|{privileged_context}"
-    seen = evaluate(model, processor, task, batch_size=5, privileged_template=template, **how)
+    seen = evaluate(model, processor, tiny.as_teacher(task, template), batch_size=5, **how)
     assert seen["completion"].tolist() != results["completion"].tolist()
 
 
@@ -76,7 +76,7 @@ def test_the_lens_sees_no_gap_where_both_read_the_same(task, family, tmp_path):
         shown = replace(task, test=[{**row, "privileged_context": context}])
         rollouts = lens.look(model, processor, shown, 0, config)
         assert all(any(rollout.gap) == bool(context) for rollout in rollouts)
-    json.dumps([rollout.as_dict() for rollout in rollouts])
+    json.dumps([asdict(rollout) for rollout in rollouts])
     kinds = [part["type"] for part in rollouts[0].teacher_prompt[0]["content"]]
     assert kinds.count("image") == 2
 

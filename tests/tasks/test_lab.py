@@ -6,6 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+import tiny
 import torch
 
 from rlsd_lib.measure.evaluate import evaluate
@@ -149,9 +150,9 @@ def test_the_full_recipe_is_the_model_organism_it_claims_to_be(tmp_path):
     task = load_task("arithmetic", train_size=10, test_size=400, seed=0)
     limit = {"max_new_tokens": recipe.max_completion_length, "batch_size": 400}
     plain = evaluate(model, tokenizer, task, **limit)
-    shown = evaluate(model, tokenizer, task, **limit, privileged_template=PRIVILEGED_TEMPLATE)
+    shown = evaluate(model, tokenizer, tiny.as_teacher(task, PRIVILEGED_TEMPLATE), **limit)
     traces = load_task("arithmetic", train_size=10, test_size=400, seed=0, reference="trace")
-    traced = evaluate(model, tokenizer, traces, **limit, privileged_template=PRIVILEGED_TEMPLATE)
+    traced = evaluate(model, tokenizer, tiny.as_teacher(traces, PRIVILEGED_TEMPLATE), **limit)
     assert 0.40 <= plain["correct"].mean() <= 0.65
     assert traced["correct"].mean() >= 0.90
     assert shown["correct"].mean() >= 0.95
