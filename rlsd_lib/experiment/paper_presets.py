@@ -93,15 +93,6 @@ QWEN3_VL_8B_SCRIPT = {
         "teacher_sync_steps": 20,
         "delta": 3.0,  # the dual clip; it never binds with one update per rollout
     },
-    # Of the released code (PAPER.md section 2); its text reports none.
-    "validation": {
-        "temperature": 0.7,
-        "top_p": 0.8,
-        "top_k": 20,
-        "presence_penalty": 1.5,
-        "n": 1,
-        "every_steps": 5,
-    },
 }
 
 QWEN3_TEXT_FULL: dict[str, Any] = {
@@ -145,26 +136,9 @@ REAL_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def differences(
-    first: str = "qwen3-vl-8b", second: str = "qwen3-vl-8b-script", method: str = "rlsd"
-) -> pd.DataFrame:
-    """Return the settings that two presets of this file do not share; one row each, "" for unset."""
-    one, two = (_flat(REAL_PRESETS[name], method) for name in (first, second))
-    rows = {
-        name: [one.get(name, ""), two.get(name, "")]
-        for name in dict.fromkeys([*one, *two])
-        if one.get(name, "") != two.get(name, "")
-    }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=[first, second])
-
-
-def _flat(preset: dict[str, Any], method: str) -> dict[str, Any]:
-    """All settings of a method under one name each, e.g. training.learning_rate."""
-    flat = {name: value for name, value in preset.items() if not isinstance(value, dict)}
-    del flat["summary"]
-    groups = {name: preset.get(name, {}) for name in ("model_options", "lora", "validation")}
-    for group, by_method in (("training", "by_method"), ("task_options", "task_by_method")):
-        groups[group] = {**preset[group], **preset[by_method].get(method, {})}
-    for group, values in groups.items():
-        flat |= {f"{group.removesuffix('_options')}.{name}": v for name, v in values.items()}
-    return flat
+def differences() -> pd.DataFrame:
+    """The settings that the paper's text and its script do not share; a row each, "" for unset."""
+    names = ["qwen3-vl-8b", "qwen3-vl-8b-script"]
+    rows = pd.json_normalize([REAL_PRESETS[name] for name in names]).drop(columns="summary")
+    table = rows.astype(object).fillna("").T.set_axis(names, axis=1)
+    return table[table[names[0]] != table[names[1]]]

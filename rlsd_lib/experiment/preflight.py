@@ -4,27 +4,27 @@ What is on this machine is looked at (a data folder, a tokenizer, a model's conf
 only on the hub is noted as not checked.
 """
 
-import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from rlsd_lib.experiment.controls import apply_control
 from rlsd_lib.experiment.cost.plan import describe, make_plan, setting_of, shape_named
-from rlsd_lib.experiment.cost.shapes import SHAPES
+from rlsd_lib.experiment.launch import accelerate_config, launch_command
 from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
 from rlsd_lib.methods import PRIVILEGED
 from rlsd_lib.prompts import COLUMN, check_contexts, count_in_prompts
 from rlsd_lib.report.benchmarks import check_benchmarks
+from rlsd_lib.runs.parameters import as_text
 from rlsd_lib.tasks import DATA, Task
 from rlsd_lib.tasks.encode import Processing
 from rlsd_lib.tasks.lab import model as lab
-from rlsd_lib.tasks.lengths import fitting, prompt_lengths
+from rlsd_lib.tasks.lengths import prompt_lengths, within
 from rlsd_lib.trainer.config import RLSDConfig
 
 
@@ -45,10 +45,11 @@ class Findings:
         parts += [f"WRONG        {line}" for line in self.wrong]
         return "\n".join(parts)
 
-    def attempt(self, check: Callable[..., str], *of: Any) -> None:
-        """Note what a check of `of` says, or what it raises: the next ones are made in any case."""
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note what a check raises and go on: the next checks are made in any case."""
         try:
-            self.checked.append(check(*of))
+            yield
         except (ValueError, FileNotFoundError) as error:
             self.wrong.append(str(error))
 
@@ -60,26 +61,40 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
         ValueError: for a notebook that trains nothing, an unknown method, preset, override, control
             or benchmark, or a batch that the processes cannot share.
         TypeError: for an override of another type than its field's.
+        FileNotFoundError: for an unknown accelerate config.
     """
     if "preset" not in parameters or "method" not in parameters:
         raise ValueError(f"{notebook} has no preset and method: it trains nothing to check.")
     run = resolve(parameters)
-    found = Findings(lines=[f"{notebook}: {run.preset.summary}", *_settings(run)])
+    preset = run.preset
+    found = Findings([f"{notebook}: {preset.summary}", *_settings(run)])
     found.checked += ["method, preset, overrides and control exist", _batch_in_words(run)]
     if "benchmarks" in parameters:
         names = parameters["benchmarks"]
         if names:
             check_benchmarks(names)
         found.checked.append(f"benchmarks: {', '.join(names) or 'none'}")
-    config, processing = _local_model(run.preset, found)
+    config, processing = _local_model(preset)
+    if config is None:
+        found.unseen.append(f"{preset.model} is not on this machine: positions, prompt lengths")
     positions = config and getattr(config.get_text_config(), "max_position_embeddings", None)
-    found.attempt(_check_limits, run, positions)
-    if (task := _local_task(run, found)) is not None:
-        run = resolve(parameters, task.privileged_template)
-        found.attempt(check_rows, run, task)
-        if processing is not None:
-            found.attempt(_check_prompts, run, task, processing, positions)
-            found.attempt(_check_teacher_prompts, run, task, processing, positions)
+    with found.noting():
+        found.checked.append(_check_limits(run, positions))
+    source = preset.task_options.get("source", "")
+    if preset.task in DATA and not (source and Path(source).is_dir()):
+        found.unseen.append(
+            f"the rows of {preset.task} ({source or 'from the hub'}): give a folder with "
+            '-p overrides=\'{"task_options": {"source": FOLDER}}\' to have them checked'
+        )
+    else:
+        with found.noting():
+            task = preset.load_task(run.config.method)
+            found.checked.append(f"{len(task.train)} training and {len(task.test)} test rows")
+            run = resolve(parameters, task.privileged_template)
+            with found.noting():
+                found.checked.append(check_rows(run, task))
+            if processing is not None:
+                found.checked += _check_lengths(run, task, processing, positions)
     found.lines += ["", *_plan(run), *_start(notebook, parameters, run)]
     return found
 
@@ -109,8 +124,6 @@ def _settings(run: Resolved) -> Iterator[str]:
         kept = name not in ("output_dir", "generation_batch_size", "disable_tqdm")
         if kept and (name in chosen or plain.get(name) != value):
             yield f"  {name:<28} {value!r}"
-    if preset.validation:
-        yield f"  {'validation':<28} {dict(preset.validation)}"
 
 
 def _batch_in_words(run: Resolved) -> str:
@@ -127,13 +140,13 @@ def _batch_in_words(run: Resolved) -> str:
 
 def _plan(run: Resolved) -> list[str]:
     """Memory and time by arithmetic, for models whose sizes are known."""
-    if run.preset.model not in SHAPES:
-        return [f"no plan: the sizes of {run.preset.model} are not known to `rlsd plan`"]
-    if not run.preset.max_prompt_length:
-        return ["no plan: the preset has no max_prompt_length; `rlsd plan` takes a prompt_length"]
-    shape, count = shape_named(run.preset.model), run.processes
+    count = run.processes
     changes = {"sharding": "fsdp2" if run.preset.accelerate and count > 1 else "ddp"}
-    setting = setting_of(asdict(run.preset), shape=shape, gpus=count, changes=changes)
+    try:
+        shape = shape_named(run.preset.model)
+        setting = setting_of(asdict(run.preset), shape=shape, gpus=count, changes=changes)
+    except ValueError as error:
+        return [f"no `rlsd plan`: {error}"]
     return [describe(make_plan(setting, gpu_memory=80), f"{count} GPUs of 80 GiB"), ""]
 
 
@@ -141,23 +154,24 @@ def _start(notebook: str, parameters: Mapping[str, Any], run: Resolved) -> list[
     """The command that starts the run, and what it starts where there are several processes."""
     shown = ("method", "preset", "seed", "max_steps", "overrides", "control")
     given = {k: parameters[k] for k in shown if parameters.get(k) not in (None, {}, -1, "none")}
-    texts = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in given.items()}
     command = ["rlsd", "run", notebook]
-    command += [part for k, v in texts.items() for part in ("-p", f"{k}={v}")]
+    command += [word for k, v in given.items() for word in ("-p", f"{k}={as_text(v)}")]
     if run.processes == 1:
         return ["start it with", f"  {shlex.join(command)}"]
     command += ["--num-processes", str(run.processes)]
     command += ["--accelerate", run.preset.accelerate] if run.preset.accelerate else []
-    config = f"{run.preset.accelerate or 'multi_gpu'}.yaml"
-    start = f"accelerate launch --config_file {config} --num_processes {run.processes}"
-    launched = f"  {start} -m rlsd_lib.experiment.launch RUN_DIR"
-    return ["start it with", f"  {shlex.join(command)}", "which starts", launched]
+    config = accelerate_config(run.preset.accelerate)
+    launched = launch_command(config, run.processes, Path("RUN_DIR"))
+    return [
+        "start it with",
+        f"  {shlex.join(command)}",
+        "which starts",
+        f"  {shlex.join(launched)}",
+    ]
 
 
-def _local_model(
-    preset: Preset, found: Findings
-) -> tuple[PretrainedConfig | None, Processing | None]:
-    """The configuration and the tokenizer or processor, if they can be had on this machine."""
+def _local_model(preset: Preset) -> tuple[PretrainedConfig, Processing] | tuple[None, None]:
+    """The configuration and the tokenizer or processor, if they are whole on this machine."""
     if preset.model == "lab":
         tokenizer = lab.build_tokenizer()
         recipe = lab.LabRecipe(**preset.model_options)
@@ -166,33 +180,14 @@ def _local_model(
         from rlsd_lib.tasks.lab import vision  # needs Pillow
 
         return vision.build_model().config, vision.build_processor()
-    folder = Path(preset.model).expanduser()
-    cached = isinstance(try_to_load_from_cache(preset.model, "config.json"), str)
-    if not folder.is_dir() and not cached:
-        found.unseen.append(f"{preset.model} is not on this machine: positions, prompt lengths")
-        return None, None
-    name = str(folder) if folder.is_dir() else preset.model
+    name = str(Path(preset.model).expanduser())
     kind = AutoProcessor if preset.sees_images else AutoTokenizer
-    config = AutoConfig.from_pretrained(name, local_files_only=True)
-    return config, kind.from_pretrained(name, local_files_only=True, padding_side="left")
-
-
-def _local_task(run: Resolved, found: Findings) -> Task | None:
-    """The task, if its rows are on this machine or made in code."""
-    preset, source = run.preset, run.preset.task_options.get("source", "")
-    if preset.task in DATA and not (source and Path(source).is_dir()):
-        found.unseen.append(
-            f"the rows of {preset.task} ({source or 'from the hub'}): give a folder with "
-            '-p overrides=\'{"task_options": {"source": FOLDER}}\' to have them checked'
-        )
-        return None
+    here = {"local_files_only": True}
     try:
-        task = preset.load_task(run.config.method)
-    except (ValueError, FileNotFoundError) as error:
-        found.wrong.append(str(error))
-        return None
-    found.checked.append(f"{len(task.train)} training and {len(task.test)} test rows")
-    return task
+        config = AutoConfig.from_pretrained(name, **here)
+        return config, kind.from_pretrained(name, padding_side="left", **here)
+    except OSError:
+        return None, None
 
 
 def check_rows(run: Resolved, task: Task) -> str:
@@ -234,46 +229,36 @@ def _check_limits(run: Resolved, positions: int | None) -> str:
     return f"at most {needed} positions" + (f" of the model's {positions}" if positions else "")
 
 
-def _check_prompts(run: Resolved, task: Task, processing: Processing, positions: int | None) -> str:
-    """Refuse data of which no prompt fits; say how many rows will be left out."""
-    template, limit = run.config.chat_template_kwargs, run.preset.max_prompt_length
-    lengths = prompt_lengths(task.train, processing, chat_template_kwargs=template)
-    if not limit:
-        return _check_longest("prompt", lengths, run, positions)
-    long = len(lengths) - len(fitting(lengths, limit))
-    if long == len(lengths):
-        raise ValueError(
-            f"max_prompt_length={limit}: every prompt is longer, from {min(lengths)} tokens on"
-        )
-    return f"prompts have up to {max(lengths)} tokens; {long} over {limit} will be left out"
-
-
-def _check_teacher_prompts(
+def _check_lengths(
     run: Resolved, task: Task, processing: Processing, positions: int | None
-) -> str:
-    """Refuse a limit that leaves the privileged text no room; say how many will be shortened."""
-    settings, limit = run.config, run.config.max_teacher_prompt_length
-    if settings.row.teacher_sees != PRIVILEGED or not settings.uses_teacher:
-        return "no teacher prompt is made before the run"
-    template = settings.privileged_template
-    how = {"chat_template_kwargs": settings.chat_template_kwargs, "privileged_template": template}
+) -> Iterator[str]:
+    """Refuse rows that the run would refuse for their length; say what it leaves out or shortens."""
+    config, limit = run.config, run.preset.max_prompt_length
+    how = {"chat_template_kwargs": config.chat_template_kwargs}
+    if limit:
+        task, long = within(task, processing, limit, **how)
+        yield f"prompts: {long} over {limit} will be left out"
+    else:
+        yield _longest("prompt", prompt_lengths(task.train, processing, **how), run, positions)
+    if config.row.teacher_sees != PRIVILEGED or not config.uses_teacher:
+        return
+    limit, how["privileged_template"] = config.max_teacher_prompt_length, config.privileged_template
     lengths = prompt_lengths(task.train, processing, **how)
     if limit is None:
-        return _check_longest("teacher prompt", lengths, run, positions)
-    blank = task.train.remove_columns(COLUMN).add_column(COLUMN, [""] * len(task.train))
-    bare = prompt_lengths(blank, processing, **how)
-    kept = run.preset.max_prompt_length or max(bare)
-    full = [i for i, n in enumerate(bare) if limit <= n <= kept]
+        yield _longest("teacher prompt", lengths, run, positions)
+        return
+    bare = apply_control(task.train, "empty", config.seed)
+    full = [i for i, n in enumerate(prompt_lengths(bare, processing, **how)) if n >= limit]
     if full:
         raise ValueError(
             f"max_teacher_prompt_length={limit} leaves the privileged text no room in {len(full)} "
             f"rows (rows {full[:5]}): raise it, or lower max_prompt_length"
         )
-    long = len(lengths) - len(fitting(lengths, limit))
-    return f"teacher prompts have up to {max(lengths)} tokens; {long} will be shortened to {limit}"
+    long = sum(length > limit for length in lengths)
+    yield f"teacher prompts have up to {max(lengths)} tokens; {long} will be shortened to {limit}"
 
 
-def _check_longest(what: str, lengths: list[int], run: Resolved, positions: int | None) -> str:
+def _longest(what: str, lengths: list[int], run: Resolved, positions: int | None) -> str:
     """Refuse prompts without a limit of which the longest and a completion exceed the model."""
     longest, completion = max(lengths), run.config.max_completion_length
     if positions is not None and longest + completion > positions:

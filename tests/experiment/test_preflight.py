@@ -40,7 +40,7 @@ def test_a_preset_passes_offline_and_says_what_it_does(capsys, tmp_path):
             "-m rlsd_lib.experiment.launch RUN_DIR",
             "not checked  the rows of mmfinereason",
         ),
-        "qwen3-vl-8b-script": ("lambda_decay_steps           60", "'weighted'", "'top_k': 20"),
+        "qwen3-vl-8b-script": ("lambda_decay_steps           60", "'weighted'"),
         "qwen3-text": (
             "256 rollouts per step = 32 prompts x 8 = 1 processes x 4 rows x 64",
             "LoRA {'r': 32",
@@ -95,7 +95,7 @@ def test_processes_that_cannot_share_the_batch():
 
 def test_lengths_and_sizes_that_do_not_fit():
     for overrides, said in (
-        ({"max_prompt_length": 50}, "max_prompt_length=50: every prompt is longer, from"),
+        ({"max_prompt_length": 50}, "max_prompt_length=50: every train prompt is longer, the"),
         ({"max_teacher_prompt_length": 300}, "no room in "),
         ({"max_completion_length": 1000}, "may take 1768 positions, the model has 1024"),
         ({"max_prompt_length": 0, "max_completion_length": 900}, "has a prompt of "),
@@ -164,7 +164,7 @@ def test_a_notebook_of_another_method_is_told(capsys):
 
 
 def test_a_preset_without_a_prompt_limit_has_no_plan():
-    assert "no plan: the preset has no max_prompt_length" in check("smollm2").text()
+    assert "no `rlsd plan`: The preset does not say how long a prompt is" in check("smollm2").text()
 
 
 def test_an_unknown_benchmark_is_an_error():

@@ -49,13 +49,7 @@ def test_the_differences_of_the_script_are_all_there_is() -> None:
             ("training.lambda_decay_steps", 50, 60),
             ("training.teacher_sync_steps", 10, 20),
             ("training.delta", "", 3.0),
-            ("task.reward", "binary", "weighted"),
-            ("validation.temperature", "", 0.7),
-            ("validation.top_p", "", 0.8),
-            ("validation.top_k", "", 20),
-            ("validation.presence_penalty", "", 1.5),
-            ("validation.n", "", 1),
-            ("validation.every_steps", "", 5),
+            ("task_options.reward", "binary", "weighted"),
         )
     }
 
