@@ -4,14 +4,15 @@ A job is the same command line that `rlsd suite` runs by itself. Shortly before 
 when it is pre-empted, the run saves, stops, and is queued again to go on from there.
 """
 
+import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
-import psutil
 import submitit
 
 from rlsd_lib.runs.jobs import Job, Outcome, settle
@@ -27,8 +28,7 @@ TICK_SECONDS = 0.5
 class ClusterRun:
     """One run, as submitit calls it on a node."""
 
-    def __init__(self) -> None:
-        self.process: subprocess.Popen | None = None
+    process: subprocess.Popen | None = None
 
     def __call__(self, job: Job, if_exists: str) -> Outcome:
         """Make the run in a process of its own, which is not left behind."""
@@ -38,35 +38,27 @@ class ClusterRun:
             command = job.command(if_exists)
             self.process = subprocess.Popen(command, stderr=errors, start_new_session=True)
             try:
-                while self.process.poll() is None:
-                    time.sleep(TICK_SECONDS)
+                status = self.process.wait()
             finally:
                 kill_tree(self.process.pid)
             errors.seek(0)
             said = errors.read().strip()[-2000:] or "no error output"
         seconds = time.monotonic() - begun
-        if self.process.returncode == 0:
+        if status == 0:
             return Outcome(job, "done", seconds)
         # Only on this host can be seen that the process of the run was killed.
         if state_of(job.run_dir) == "running/killed" and manifest_or_none(job.run_dir):
-            Run.attach(job.run_dir).fail(f"killed, exit status {self.process.returncode}")
+            Run.attach(job.run_dir).fail(f"killed, exit status {status}")
         return Outcome(job, "failed", seconds, said)
 
     def checkpoint(self, job: Job, if_exists: str) -> submitit.helpers.DelayedSubmission:
         """Called by submitit in a signal handler: let the run save, and queue what is left of it."""
         if self.process is not None:
             self.process.terminate()
-            # `wait` would want the lock that the interrupted `poll` may hold.
-            while _lives(self.process.pid):
-                time.sleep(TICK_SECONDS)
+            # `Popen.wait` would want the lock that the interrupted `wait` holds.
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(ClusterRun(), job, "resume")
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def run_submitted(
@@ -78,21 +70,14 @@ def run_submitted(
     retry_failed: bool = False,
     if_exists: str = "skip",
 ) -> Iterator[Outcome]:
-    """Submit the jobs that `run_jobs` would run; outcomes come as they end, failures among them.
+    """Submit the jobs that `run_jobs` would run, `workers` at a time; outcomes come as they end.
 
-    Args:
-        jobs: of a suite.
-        workers: jobs that are submitted at a time.
-        cluster: "slurm", or "local" for processes of this machine.
-        options: submitit's parameters, such as timeout_min, gpus_per_node or slurm_partition.
-        retry_failed: as in `run_jobs`.
-        if_exists: as in `run_jobs`.
+    `cluster` is "slurm", or "local" for processes of this machine; `options` are submitit's
+    parameters, such as timeout_min, gpus_per_node or slurm_partition. The rest is as in `run_jobs`.
 
     Raises:
-        ValueError: an option that submitit does not know, or `workers` below 1.
+        ValueError: an option that submitit does not know.
     """
-    if workers < 1:
-        raise ValueError(f"jobs={workers}: expected 1 or more")
     executor = submitit.AutoExecutor(outputs_root() / "submitit", cluster=cluster)
     try:
         executor.update_parameters(**{"timeout_min": TIMEOUT_MIN, "name": "rlsd", **options})

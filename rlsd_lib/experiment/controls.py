@@ -7,7 +7,6 @@ that sees the reference.
 
 import random
 import string
-from collections.abc import Callable
 
 from datasets import Dataset
 
@@ -34,13 +33,9 @@ def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
     """
     if look_up(control, CONTROLS, "control") == "none":
         return data
-    change = {
-        "shuffled": _shuffled,
-        "wrong": _wrong,
-        "noise": lambda texts, rng: [_noise(text, rng) for text in texts],
-        "empty": lambda texts, rng: [""] * len(texts),
-    }[control]
-    changed = change(data[COLUMN][:], random.Random(seed))
+    texts, rng = data[COLUMN][:], random.Random(seed)
+    distinct = sorted(set(texts))
+    changed = [_instead_of(text, control, distinct, rng) for text in texts]
     return data.remove_columns(COLUMN).add_column(COLUMN, changed)
 
 
@@ -60,38 +55,30 @@ def check_control(control: str, method: str) -> None:
         )
 
 
-def _shuffled(texts: list[str], rng: random.Random) -> list[str]:
-    """Another row's reference for every row, never one that reads the same."""
-    distinct = sorted(set(texts))
-    if len(distinct) < 2:
-        raise ValueError("control='shuffled' needs at least two different references.")
-    return [_another(text, lambda: rng.choice(distinct)) for text in texts]
+def _instead_of(text: str, control: str, distinct: list[str], rng: random.Random) -> str:
+    """Another text than `text`, one of the `distinct` references or made from it."""
+    digits = [i for i, char in enumerate(text) if char.isdigit()]
+    if control == "empty":
+        return ""
+    if control == "wrong" and digits:
+        return _misprint(text, rng.choice(digits), rng)
+    if control == "noise" and not any(map(str.isalnum, text)):
+        raise ValueError(f"control='noise' needs a letter or a digit to change in {text!r}.")
+    if control != "noise" and len(distinct) < 2:
+        raise ValueError(f"control={control!r} needs at least two different references.")
+    other = text
+    while other == text:
+        noise = control == "noise"
+        other = "".join(_alike(char, rng) for char in text) if noise else rng.choice(distinct)
+    return other
 
 
-def _wrong(texts: list[str], rng: random.Random) -> list[str]:
-    others = _shuffled(texts, rng) if any(not _digits(text) for text in texts) else texts
-    pairs = zip(texts, others, strict=True)
-    return [_misprint(text, rng) if _digits(text) else other for text, other in pairs]
-
-
-def _misprint(text: str, rng: random.Random) -> str:
-    """`text` with one digit replaced by another."""
-    at = rng.choice(_digits(text))
+def _misprint(text: str, at: int, rng: random.Random) -> str:
+    """`text` with another digit at one place."""
     # A number that begins with 0 would give itself away.
-    leads = at == 0 and text[at + 1 : at + 2].isdigit()
+    leads = at == 0 and text[1:2].isdigit()
     kind = [char for char in string.digits if char != text[at] and not (leads and char == "0")]
     return text[:at] + rng.choice(kind) + text[at + 1 :]
-
-
-def _digits(text: str) -> list[int]:
-    return [i for i, char in enumerate(text) if char.isdigit()]
-
-
-def _noise(text: str, rng: random.Random) -> str:
-    """Other characters of the same kinds; never the reference itself."""
-    if not any(char.isalnum() for char in text):
-        raise ValueError(f"control='noise' needs a letter or a digit to change in {text!r}.")
-    return _another(text, lambda: "".join(_alike(char, rng) for char in text))
 
 
 def _alike(char: str, rng: random.Random) -> str:
@@ -100,9 +87,3 @@ def _alike(char: str, rng: random.Random) -> str:
         return char
     letters = string.ascii_uppercase if char.isupper() else string.ascii_lowercase
     return rng.choice(string.digits if char.isdigit() else letters)
-
-
-def _another(text: str, draw: Callable[[], str]) -> str:
-    while (other := draw()) == text:
-        pass
-    return other

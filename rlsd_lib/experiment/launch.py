@@ -37,6 +37,8 @@ CONFIGS = Path(__file__).parent / "accelerate"
 LOG, ERRORS, RESULT = "workers.log", "worker_errors.jsonl", "training.json"
 GRACE_SECONDS = 3600  # for the last step and its checkpoint, once a SIGTERM has come
 TICK_SECONDS = 0.5
+# Of a process that a signal ended first, in the report of torch's launcher.
+ROOT_CAUSE = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)\s*\(pid:\s*(\d+)\)", re.DOTALL)
 
 
 class LaunchError(RuntimeError):
@@ -45,9 +47,6 @@ class LaunchError(RuntimeError):
 
 def accelerate_config(preset: str = "") -> Path:
     """The accelerate config that RLSD_ACCELERATE names, else `preset`, else one by the hardware.
-
-    Args:
-        preset: the name that the run's preset has for it, "" for none.
 
     Raises:
         FileNotFoundError: there is neither a shipped config nor a file of that name.
@@ -142,31 +141,27 @@ def failure(folder: Path, code: int) -> RuntimeError:
     errors = read_lines(folder / ERRORS, torn=True) if (folder / ERRORS).exists() else []
     if stopped := next((e for e in errors if e["kind"] == Stopped.__name__), None):
         return Stopped(stopped["message"])
-    if killed := _killed(log):
-        return LaunchError(f"{killed}; the others were stopped. See {folder / LOG}")
-    if errors:
+    if killed := ROOT_CAUSE.search(log.rpartition("Root Cause")[2]):
+        rank, number, pid = killed.groups()
+        name = signal.Signals(int(number)).name
+        said = f"rank {rank} (process {pid}) was ended by {name}; the others were stopped"
+    elif errors:
         first = errors[0]
-        said = f"{first['kind']}: {first['message']}"
-        return LaunchError(f"rank {first['rank']} failed: {said}. See {folder / LOG}")
-    return LaunchError(f"accelerate ended with code {code}: ...{log[-1500:]} (in {folder / LOG})")
-
-
-def _killed(log: str) -> str | None:
-    """The process that a signal ended first, from the report of torch's launcher."""
-    root = log.rpartition("Root Cause")[2]
-    rank = re.search(r"rank\s*:\s*(\d+)", root)
-    code = re.search(r"exitcode\s*:\s*-(\d+)\s*\(pid:\s*(\d+)\)", root)
-    if not (rank and code):
-        return None
-    name = signal.Signals(int(code[1])).name
-    return f"rank {rank[1]} (process {code[2]}) was ended by {name}"
+        said = f"rank {first['rank']} failed: {first['kind']}: {first['message']}"
+    else:
+        said = f"accelerate ended with code {code}: ...{log[-1500:]}"
+    return LaunchError(f"{said}. See {folder / LOG}")
 
 
 def main(run_dir: str) -> None:
     """Train the run in `run_dir` as one of several processes; on failure, say why in its folder."""
     from rlsd_lib import Experiment  # only here: the experiment imports this module
 
-    _end_with_launcher()
+    if (
+        LAUNCHER in os.environ
+    ):  # unset on other machines, where a shell starts accelerate and ends it
+        family = os.getppid(), int(os.environ[LAUNCHER])
+        threading.Thread(target=_end_with, args=family, daemon=True).start()
     folder, rank = Path(run_dir).resolve(), int(os.environ.get("RANK", 0))
     try:
         trained = Experiment.attach(folder).train_here(save=True)
@@ -179,15 +174,7 @@ def main(run_dir: str) -> None:
         write_json(folder / RESULT, trained)
 
 
-def _end_with_launcher() -> None:
-    """End this process when the one that launched accelerate is gone, however that one was killed."""
-    # Unset on other machines, where a shell starts accelerate and ends it.
-    if LAUNCHER in os.environ:
-        family = os.getppid(), int(os.environ[LAUNCHER])
-        threading.Thread(target=_watch, args=family, daemon=True).start()
-
-
-def _watch(parent: int, launcher: int) -> None:
+def _end_with(parent: int, launcher: int) -> None:
     """Kill this process once `parent` or its parent `launcher` is gone: orphans get another one."""
     with suppress(psutil.NoSuchProcess):
         while os.getppid() == parent and psutil.Process(parent).ppid() == launcher:

@@ -84,8 +84,8 @@ def test_wrong_options_cost_a_line_and_no_job(
     job = Job(str(make_notebook()), {}, tmp_path / "a")
     with pytest.raises(ValueError, match=r"--submitit-options: .*gpu_per_node"):
         cluster.run_submitted([job], 1, "local", {"gpu_per_node": 1})
-    with pytest.raises(ValueError, match="jobs=0"):
-        cluster.run_submitted([job], 0, "local", {})
+    assert main(["suite", "demo", "--jobs", "0", "--submitit", "local"]) == 2
+    assert "--jobs 0: expected 1 or more" in capsys.readouterr().err
     assert main(["suite", "demo", "--submitit-options", "timeout_min=5"]) == 2
     assert "only with --submitit" in capsys.readouterr().err
     assert not job.run_dir.exists()
