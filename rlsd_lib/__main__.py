@@ -199,22 +199,24 @@ def _bench(options: argparse.Namespace) -> int:
                 f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing for a preset; "
                 "add --against or --sweep"
             )
-        from rlsd_lib.experiment.cost.bench import compare
+        from rlsd_lib.experiment.bench import race
+        from rlsd_lib.experiment.racers import Preset
 
-        print(compare(options.preset, options.steps, options.rounds).round(3).to_string())
+        table = race(Preset(options.preset), ("GRPO", "RLSD"), options.steps, options.rounds)
+        print(table.round(3).to_string())
         return 0
-    from rlsd_lib.experiment.cost.contenders import Setting, contenders
-    from rlsd_lib.experiment.cost.race import report, sweep
+    from rlsd_lib.experiment.bench import report, sweep
+    from rlsd_lib.experiment.racers import Sizes, contenders
     from rlsd_lib.names import look_up
 
     given = _parse_pairs(options.pairs, {})
-    known = [field.name for field in dataclasses.fields(Setting)]
-    setting = Setting(**{look_up(name, known, "size"): value for name, value in given.items()})
+    known = [field.name for field in dataclasses.fields(Sizes)]
+    sizes = Sizes(**{look_up(name, known, "size"): value for name, value in given.items()})
     names = options.against or list(contenders())
     if options.sweep:
-        print(sweep(setting, names, outputs_root(), options.steps).to_csv(index=False))
+        print(sweep(sizes, names, outputs_root(), options.steps).to_csv(index=False))
     else:
-        for part in report(setting, names, options.steps, options.rounds):
+        for part in report(sizes, names, options.steps, options.rounds):
             print(part, flush=True)
     return 0
 
@@ -222,32 +224,18 @@ def _bench(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from rlsd_lib.experiment.cost.plan import (
-        SETTING_FIELDS,
-        SPEED_FIELDS,
-        describe,
-        make_plan,
-        setting_of,
-        shape_named,
-    )
-    from rlsd_lib.experiment.cost.step import Speed
+    from rlsd_lib.experiment.plan import FIELDS, describe, plan_of
     from rlsd_lib.experiment.presets import PRESETS
     from rlsd_lib.names import look_up
 
     given = _parse_pairs(options.pairs, {})
     for name in given:
-        look_up(name, (*SETTING_FIELDS, *SPEED_FIELDS), "setting")
-    speed = Speed(**{name: given.pop(name) for name in SPEED_FIELDS if name in given})
+        look_up(name, FIELDS, "setting")
     gpus = options.gpus * options.nodes
     preset = asdict(PRESETS[look_up(options.preset, PRESETS, "preset")])
-    sharding = options.sharding or ("fsdp2" if preset.get("accelerate") else "ddp")
-    setting = setting_of(
-        preset,
-        shape=shape_named(preset["model"]),
-        gpus=gpus,
-        changes={"sharding": sharding if gpus > 1 else "ddp", **given},
-    )
-    plan = make_plan(setting, gpu_memory=options.gpu_memory, speed=speed)
+    sharding = {"sharding": options.sharding if gpus > 1 else "ddp"} if options.sharding else {}
+    changes = {"gpu_memory": options.gpu_memory, **sharding, **given}
+    plan = plan_of(preset, gpus=gpus, **changes)
     print(describe(plan, f"{options.preset}: {preset['model']}"))
     return 0
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsd_lib.experiment.controls import control_template
-from rlsd_lib.experiment.cost.plan import describe, make_plan, setting_of, shape_named
-from rlsd_lib.experiment.cost.shapes import SHAPES
+from rlsd_lib.experiment.plan import describe, plan_of
 from rlsd_lib.experiment.preflight import (
     Findings,
     Resolved,
@@ -23,6 +22,7 @@ from rlsd_lib.experiment.preflight import (
     local_task,
 )
 from rlsd_lib.experiment.presets import resolve_parameters, resolve_preset
+from rlsd_lib.experiment.shapes import SHAPES
 from rlsd_lib.trainer.config import RLSDConfig
 
 
@@ -101,10 +101,9 @@ def _plan(run: Resolved) -> list[str]:
         return [f"no plan: the sizes of {run.preset.model} are not known to `rlsd plan`"]
     if not run.preset.max_prompt_length:
         return ["no plan: the preset has no max_prompt_length; `rlsd plan` takes a prompt_length"]
-    shape, count = shape_named(run.preset.model), run.num_processes
-    changes = {"sharding": "fsdp2" if run.preset.accelerate and count > 1 else "ddp"}
-    setting = setting_of(asdict(run.preset), shape=shape, gpus=count, changes=changes)
-    return [describe(make_plan(setting, gpu_memory=80), f"{count} GPUs of 80 GiB"), ""]
+    count = run.num_processes
+    plan = plan_of(asdict(run.preset), gpus=count)
+    return [describe(plan, f"{count} GPUs of 80 GiB"), ""]
 
 
 def _launch(notebook: str, parameters: Mapping[str, Any], run: Resolved) -> list[str]:

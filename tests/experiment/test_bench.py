@@ -1,0 +1,134 @@
+"""The benchmark: equal work for all, honest arithmetic, a table and a figure."""
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlsd_lib.__main__ import main
+from rlsd_lib.experiment import bench, racers
+from rlsd_lib.experiment.racers import Preset, Sizes, contenders
+from rlsd_lib.experiment.shapes import shape_of
+
+TINY = Sizes(
+    prompt=24, completion=6, generations=4, vocabulary=120, hidden=64, layers=2, reference=8
+)
+
+
+def test_lengths_are_exact(tmp_path):
+    tokenizer, row = TINY.tokenizer(), TINY.rows(1)[0]
+    assert len(tokenizer(row["prompt"])["input_ids"]) == TINY.prompt
+    shown = row["prompt"] + " " + row["privileged_context"]
+    assert len(tokenizer(shown)["input_ids"]) == TINY.prompt + TINY.reference
+    trainer = TINY.build("RLSD", tmp_path, 1)
+    trainer.train()
+    seen = trainer.state.log_history[0]
+    assert seen["completions/min_length"] == seen["completions/max_length"] == TINY.completion
+    assert seen["rlsd/gap_abs_mean"] > 0
+
+
+def test_all_trainers_train_on_the_rollouts_of_the_first(monkeypatch):
+    """Also TRL's own, each with its own code for generation."""
+    seen, reward = {}, racers._reward
+
+    def spied(completions, **columns):
+        seen.setdefault(tuple(completions), 0)
+        seen[tuple(completions)] += 1
+        return reward(completions, **columns)
+
+    monkeypatch.setattr(racers, "_reward", spied)
+    names = list(contenders())
+    table = bench.race(TINY, names, steps=1, memory=False)
+    # A warm-up step and a timed one, each with rollouts of its own and the same for everyone.
+    assert list(seen.values()) == [len(names)] * 2
+    assert (table["without generation, s"] > 0).all()
+    assert table["generation, s"].nunique() == 1
+    ours = [name for name in names if name.split(",")[0] in ("RLSD", "OPSD", "SDPO")]
+    assert list(table.index[table["teacher pass, s"].notna()]) == ours
+    assert table.loc["GRPO", "step / GRPO"] == 1
+
+
+def test_a_preset_is_raced_on_its_own_task(monkeypatch):
+    # Nothing is pretrained for this.
+    monkeypatch.setattr(racers, "load_model", lambda *_, **__: (tiny.model(), tiny.tokenizer()))
+    table = bench.race(Preset("smoke"), ["GRPO", "RLSD"], steps=1, memory=False)
+    assert table["teacher pass, s"].isna().tolist() == [True, False]
+    assert (table["step, s"] > table["generation, s"]).all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_floor_is_what_torch_counts_without_masked_pairs(tmp_path, shared):
+    trainer, score = bench.scoring(TINY, tmp_path)
+    # Torch counts no other attention on a CPU, and this one with its masked pairs.
+    trainer.teacher.model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counted:
+        score("shared" if shared else "plain")
+    shape = shape_of(trainer.teacher.model.config)
+    floor, _ = bench.floor(shape, TINY, shared=shared)
+    prompt, new, count = TINY.prompt + TINY.reference - 1, TINY.completion, TINY.generations
+    copies, before = (1, prompt) if shared else (count, prompt)
+    # The plain pass runs the last token too, which predicts nothing.
+    last = 0 if shared else 1
+    total = prompt + new + last
+    pairs = prompt**2 + count * new * (prompt + new) if shared else count * total**2
+    visible = copies * before * (before + 1) / 2 + count * new * (prompt + (new + 1) / 2)
+    attention = 4 * TINY.layers * shape.heads * shape.head_dim * (pairs - visible)
+    weights = 2 * TINY.layers * shape.layer_weights * count * last
+    angles = shape.head_dim * (prompt + count * new if shared else total)  # the rotary embedding's
+    heads = counted.get_total_flops() - (floor + attention + weights + angles)
+    # The head of the plain pass is cut to whole tiles of a sequence.
+    assert heads == 0 if shared else 0 <= heads <= shape.head_flops(count * 2)
+
+
+def test_the_pass_by_itself_agrees_with_the_plain_one():
+    row = bench.passes(TINY, rounds=1)
+    assert 0 < row["largest difference of log-probabilities"] < 1e-4
+    assert row["plain / shared"] == pytest.approx(row["plain pass, s"] / row["shared pass, s"])
+    assert row["shared / floor"] > 1
+
+
+def test_the_sweep_leaves_a_table_and_a_small_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "FACTORS", {"prompt": (1, 2), "generations": (1,)})
+    table = bench.sweep(TINY, ["GRPO", "RLSD"], tmp_path, steps=1)
+    assert table.groupby("factor")["value"].unique().map(list).to_dict() == {
+        "prompt": [24, 48],
+        "generations": [4],
+    }
+    # The common point is measured once.
+    base = table[table["value"].isin([24, 4])]
+    assert base.groupby("trainer")["step, s"].nunique().tolist() == [1, 1]
+    assert len(pd.read_csv(tmp_path / "tables" / "bench.csv")) == len(table)
+    assert 0 < (tmp_path / "figures" / "bench_scaling.png").stat().st_size < 200_000
+
+
+def test_the_command_prints_passes_and_race(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "peak_mib", lambda what, name: {"GRPO": 100.0}.get(name, 150.0))
+    sizes = [word for name, value in vars(TINY).items() for word in ("-p", f"{name}={value}")]
+    command = ["bench", "--steps", "1", "--rounds", "1", *sizes]
+    assert main([*command, "--against", "GRPO", "RLSD"]) == 0
+    printed = capsys.readouterr().out
+    assert "plain / shared" in printed
+    assert printed.splitlines()[-1].split()[-1] == "1.500"
+    assert main([*command, "--against", "GRPo"]) == 2
+    assert "Did you mean 'GRPO'?" in capsys.readouterr().err
+
+
+def test_bad_sizes_are_refused(capsys):
+    for words, message in (
+        (["--against", "GRPO", "-p", "promt=3"], "Unknown size 'promt'. Did you mean 'prompt'?"),
+        (["--against", "GRPO", "-p", "prompt=0"], "prompt=0: expected a whole number >= 1"),
+        (["--against", "GRPO", "-p", "hidden=100"], "hidden=100: expected a multiple of 64"),
+        (["--against", "GRPO", "-p", "generations=1"], "generations=1: expected 2 or more"),
+        (["-p", "prompt=1"], "-p prompt=1: a size of synthetic rollouts"),
+    ):
+        assert main(["bench", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_peak_memory_is_of_a_process_of_its_own():
+    held = torch.ones(2**28)  # 1 GiB of this process, which is no part of the other's peak
+    assert 1 < bench.peak_mib(TINY, "RLSD") < held.numel() * 4 / 2**21
+    with pytest.raises(ValueError, match="Did you mean 'RLSD'"):
+        bench.peak_mib(TINY, "RLSB")
