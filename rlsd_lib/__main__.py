@@ -193,31 +193,46 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    if options.against is None and not options.sweep:
-        if options.pairs:
-            raise ValueError(
-                f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing for a preset; "
-                "add --against or --sweep"
-            )
-        from rlsd_lib.experiment.bench import race
-        from rlsd_lib.experiment.racers import Preset
-
-        table = race(Preset(options.preset), ("GRPO", "RLSD"), options.steps, options.rounds)
-        print(table.round(3).to_string())
-        return 0
-    from rlsd_lib.experiment.bench import report, sweep
-    from rlsd_lib.experiment.racers import Sizes, contenders
+    from rlsd_lib.experiment.bench import clock_in_words, passes, race, sweep
+    from rlsd_lib.experiment.racers import Preset, Sizes, contenders
     from rlsd_lib.names import look_up
 
+    outputs, names = outputs_root(), options.against or list(contenders())
+    synthetic = options.against is not None or options.sweep or options.profile
+    if options.pairs and not synthetic:
+        raise ValueError(
+            f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing here; add "
+            "--against, --sweep or --profile"
+        )
     given = _parse_pairs(options.pairs, {})
     known = [field.name for field in dataclasses.fields(Sizes)]
     sizes = Sizes(**{look_up(name, known, "size"): value for name, value in given.items()})
-    names = options.against or list(contenders())
-    if options.sweep:
-        print(sweep(sizes, names, outputs_root(), options.steps).to_csv(index=False))
-    else:
-        for part in report(sizes, names, options.steps, options.rounds):
+    if options.profile:
+        from rlsd_lib.experiment.profile import profile_teacher_pass
+
+        for part in profile_teacher_pass(sizes, outputs / "profiles" / "teacher_pass.json"):
             print(part, flush=True)
+        return 0
+    if options.sweep:
+        print(sweep(sizes, names, outputs, options.steps).to_csv(index=False))
+        return 0
+    if options.gpu:
+        from rlsd_lib.experiment.gpu import bench_gpu
+
+        what, table = "bench --gpu", bench_gpu(outputs)
+    elif synthetic:
+        what = f"bench --against, {sizes}"
+        print(f"{sizes}\n{clock_in_words()}\n")
+        print(passes(sizes, options.rounds).map("{:.5g}".format).to_string() + "\n", flush=True)
+        table = race(sizes, names, options.steps, options.rounds)
+    else:
+        what = f"bench --preset {options.preset}"
+        table = race(Preset(options.preset), ("GRPO", "RLSD"), options.steps, options.rounds)
+    print(table.to_string(float_format="{:.3f}".format))
+    if options.record:
+        from rlsd_lib.experiment.machines import record
+
+        print(record(what, table, outputs / "tables" / "machines"))
     return 0
 
 
@@ -235,7 +250,7 @@ def _plan(options: argparse.Namespace) -> int:
     preset = asdict(PRESETS[look_up(options.preset, PRESETS, "preset")])
     sharding = {"sharding": options.sharding if gpus > 1 else "ddp"} if options.sharding else {}
     changes = {"gpu_memory": options.gpu_memory, **sharding, **given}
-    plan = plan_of(preset, gpus=gpus, **changes)
+    plan = plan_of(preset, gpus=gpus, measured=options.measured, **changes)
     print(describe(plan, f"{options.preset}: {preset['model']}"))
     return 0
 

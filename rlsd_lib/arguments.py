@@ -1,6 +1,7 @@
 """The words of the `rlsd` command: its sub-commands and their options; `__main__` does the work."""
 
 import argparse
+from pathlib import Path
 
 DESCRIPTION = "Run a notebook or a suite, read runs back as a table, measure and plan the cost."
 
@@ -69,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node")
     plan.add_argument("--nodes", type=int, default=1, metavar="N")
     plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU")
+    plan.add_argument(
+        "--measured",
+        type=Path,
+        metavar="CSV",
+        help="speeds of `rlsd bench --gpu` (default: outputs/tables/bench_gpu.csv, if it is there)",
+    )
     plan.add_argument("--sharding", default="", help="ddp, fsdp2 or zero3 (default: the preset's)")
     _add_parameters(plan, "a setting or speed, such as max_completion_length or mfu")
 
@@ -83,6 +90,15 @@ def parser() -> argparse.ArgumentParser:
         help="instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)",
     )
     bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
+    bench.add_argument(
+        "--gpu", action="store_true", help="models of real size on a GPU, beside what plans say"
+    )
+    bench.add_argument(
+        "--profile", action="store_true", help="where the teacher pass spends its time, and a trace"
+    )
+    bench.add_argument(
+        "--record", action="store_true", help="add the result to outputs/tables/machines"
+    )
     _add_parameters(bench, "a size of the synthetic rollouts, such as prompt=1024")
     return words
 

@@ -5,15 +5,18 @@ all, and train on the very same rollouts: those of each step are generated once,
 Generation is timed by itself and counts the same for every trainer.
 """
 
+import contextlib
 import copy
+import gc
 import itertools
+import math
 import re
 import resource
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -47,19 +50,22 @@ FACTORS = {
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimiser step, and in it of generation and of the teacher pass.
+    """Seconds of each optimiser step by part: "step" for all of it, "teacher pass", and either
+    "generation" or "replay", for rollouts that were looked up in `rollouts`.
 
-    Rollouts are looked up in `rollouts` by the number of the call, and generated and added where
-    they are missing.
+    Rollouts are filed by the number of the call, which starts again after `distinct` calls.
     """
 
-    def __init__(self, trainer: Any, rollouts: dict[int, list]) -> None:
+    def __init__(self, trainer: Any, rollouts: dict[int, list], distinct: int) -> None:
         self.steps: list[dict[str, float]] = []
-        self.rollouts, self.calls = rollouts, 0
+        self.rollouts, self.distinct, self.calls = rollouts, distinct, 0
         # The narrowest function of TRL's that returns completions: of one turn, and of SDPO's.
-        name = "_generate_single_turn" if isinstance(trainer, GRPOTrainer) else "_generate"
-        generate = self._replayed(getattr(trainer, name), first=isinstance(trainer, GRPOTrainer))
-        setattr(trainer, name, self._timed(generate, "generation"))
+        if isinstance(trainer, GRPOTrainer):
+            turn = trainer._generate_single_turn
+            trainer._generate_single_turn = lambda *a: (self._rollouts(lambda: turn(*a)[0]), None)
+        else:
+            made = trainer._generate
+            trainer._generate = lambda ids: (ids, self._rollouts(lambda: made(ids)[1]))
         if isinstance(trainer, RLSDTrainer):
             trainer.scorer.score = self._timed(trainer.scorer.score, "teacher pass")
 
@@ -78,31 +84,35 @@ class Clock(TrainerCallback):
 
         return timed
 
-    def _replayed(self, generate: Callable, *, first: bool) -> Callable:
-        """`first` of the two that `generate` returns are the completions, or the second."""
-
-        def replayed(prompt_ids: list, *args: Any) -> tuple:
-            call, self.calls = self.calls, self.calls + 1
-            if call not in self.rollouts:
-                torch.manual_seed(call)
-                self.rollouts[call] = generate(prompt_ids, *args)[0 if first else 1]
-            completions = copy.deepcopy(self.rollouts[call])
-            return (completions, None) if first else (prompt_ids, completions)
-
-        return replayed
+    def _rollouts(self, generate: Callable[[], list]) -> list:
+        call, self.calls = self.calls % self.distinct, self.calls + 1
+        begun, part = now(), "replay"
+        if call not in self.rollouts:
+            torch.manual_seed(call)
+            self.rollouts[call], part = generate(), "generation"
+        completions = copy.deepcopy(self.rollouts[call])
+        self.steps[-1][part] += now() - begun
+        return completions
 
 
 def train(
-    what: Sizes | Preset, name: str, steps: int, rollouts: dict[int, list]
-) -> list[dict[str, float]]:
-    """Train one step to warm up and `steps` more; the seconds of these by part, see `Clock`."""
+    what: Sizes | Preset, name: str, steps: int, rollouts: dict[int, list], distinct: int = 10**9
+) -> tuple[list[dict[str, float]], float]:
+    """Train one step to warm up and `steps` more: their seconds by part, see `Clock`; peak MiB.
+
+    The peak is the device's, or without a GPU the most that this process was ever resident.
+    """
+    if torch.cuda.is_available():
+        gc.collect()  # a trainer and its model refer to each other
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         trainer = what.build(name, Path(folder), steps + 1)
-        clock = Clock(trainer, rollouts)
+        clock = Clock(trainer, rollouts, distinct)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
-    return clock.steps[1:]
+    return clock.steps[1:], peak_bytes() / 2**20
 
 
 def now() -> float:
@@ -117,17 +127,24 @@ def now() -> float:
     return time.perf_counter()
 
 
+def clock_in_words() -> str:
+    """What `now` reads here."""
+    if torch.cuda.is_available():
+        return f"seconds of the wall clock, {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    return "processor seconds" if threads == 1 else f"seconds of the wall clock, {threads} threads"
+
+
 def peak_mib(what: Sizes | Preset, name: str) -> float:
-    """Peak MiB of two steps in a process of their own: of the device, or beyond the imports."""
+    """Resident MiB, beyond the imports, at the peak of two steps in a process of their own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak_mib, what, name).result()
 
 
 def _peak_mib(what: Sizes | Preset, name: str) -> float:
     contenders()  # the imports
-    before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    train(what, name, 1, {})
-    return (peak_bytes() - before) / 2**20
+    before = psutil.Process().memory_info().rss / 2**20
+    return train(what, name, 1, {})[1] - before
 
 
 def peak_bytes() -> int:
@@ -151,54 +168,53 @@ def race(
     steps: int = 3,
     rounds: int = 1,
     memory: bool = True,
+    until: float = math.inf,
+    distinct: int = 10**9,
 ) -> pd.DataFrame:
     """A row for each contender: medians over all steps, peak memory, and both over GRPO's.
 
-    The contenders take turns within this process, `rounds` times; memory is the median of as many
-    processes each.
+    The contenders take turns within this process, `rounds` times. Of a turn's steps only `distinct`
+    have rollouts of their own. Without a GPU memory is the median
+    of as many processes of their own. A row is NaN where device memory did not suffice, or where the
+    first turn would have begun after `until`, a time of `time.monotonic`.
     """
     timed: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    peaks: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         rollouts: dict[int, list] = {}
-        for name, found in timed.items():
-            found += train(what, name, steps, rollouts)
-    # The others only looked theirs up.
-    generation = statistics.median(step["generation"] for step in timed[names[0]])
-    table = pd.DataFrame({name: _medians(found) for name, found in timed.items()}).T
-    table["generation, s"] = generation
-    table["step, s"] = generation + table["without generation, s"]
+        for name in names:
+            if time.monotonic() > until:
+                break
+            with contextlib.suppress(torch.OutOfMemoryError):
+                found, peak = train(what, name, steps, rollouts, distinct)
+                timed[name] += found
+                peaks[name].append(peak)
+    if memory and not torch.cuda.is_available():
+        peaks = {name: [peak_mib(what, name) for _ in range(rounds)] for name in names}
+    every = [step for found in timed.values() for step in found]
+    generation = _median(step["generation"] for step in every if "generation" in step)
+    rows = {name: _medians(found, generation) for name, found in timed.items()}
+    table = pd.DataFrame(rows).T
     if memory:
-        table["peak MiB"] = [
-            statistics.median(peak_mib(what, name) for _ in range(rounds)) for name in names
-        ]
-    return over_base(table)
-
-
-def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
-    passes = [step["teacher pass"] for step in steps if "teacher pass" in step]
-    return {
-        "step, s": float("nan"),
-        "generation, s": float("nan"),
-        "without generation, s": statistics.median(s["step"] - s["generation"] for s in steps),
-        "teacher pass, s": statistics.median(passes) if passes else float("nan"),
-    }
-
-
-def over_base(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with time and memory over GRPO's, where GRPO is in it."""
+        table["peak MiB"] = {name: _median(found) for name, found in peaks.items()}
     for column in ("step, s", "without generation, s", "peak MiB"):
         if column in table and BASE in table.index:
             table[f"{column.partition(',')[0]} / {BASE}"] = table[column] / table.loc[BASE, column]
     return table
 
 
-def report(sizes: Sizes, names: Sequence[str], steps: int, rounds: int) -> Iterator[str]:
-    """The teacher pass by itself, then the race, as text: each part once it has been measured."""
-    clock = "processor" if torch.get_num_threads() == 1 else "wall clock"
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {clock}"
-    yield f"{sizes}\n{where}\n"
-    yield passes(sizes, rounds).map("{:.5g}".format).to_string() + "\n"
-    yield race(sizes, names, steps, rounds).map("{:.3f}".format).to_string()
+def _medians(steps: list[dict[str, float]], generation: float) -> dict[str, float]:
+    rest = _median(s["step"] - s.get("generation", 0) - s.get("replay", 0) for s in steps)
+    return {
+        "step, s": generation + rest,
+        "generation, s": generation,
+        "without generation, s": rest,
+        "teacher pass, s": _median(s["teacher pass"] for s in steps if "teacher pass" in s),
+    }
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median([*values] or [math.nan])
 
 
 # The teacher pass by itself
@@ -210,9 +226,9 @@ def scoring(sizes: Sizes, folder: Path) -> tuple[Any, Callable[[str], Tensor]]:
     row, count = trainer.train_dataset[0], sizes.generations
     prompts, contexts = [row["prompt"]] * count, [row["privileged_context"]] * count
     random = torch.Generator().manual_seed(1)
-    ids = torch.randint(
-        len(SPECIAL), sizes.vocabulary, (count, sizes.completion), generator=random
-    ).to(trainer.accelerator.device)
+    ids = torch.randint(len(SPECIAL), sizes.words, (count, sizes.completion), generator=random).to(
+        trainer.accelerator.device
+    )
     output = {
         "prompt_ids": ids.new_zeros(count, sizes.prompt),
         "completion_ids": ids,

@@ -8,11 +8,13 @@ loading, rewards and evaluation.
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from rlsd_lib.experiment.shapes import BF16, FP32, ModelShape, shape_named
+from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.trainer.teacher_pass import WORTH_IT
 
 GIB = 2**30
@@ -31,7 +33,8 @@ LEAST = {
     **dict.fromkeys(("num_generations", "per_device_train_batch_size"), 1),
     **dict.fromkeys(("privileged_length", "image_tokens", "lora_rank", "beta"), 0),
 }
-ABOVE_0 = ("gpu_memory", "tflops", "bandwidth")
+MEASURED = ("tflops", "bandwidth", "mfu", "activations")
+ABOVE_0 = ("gpu_memory", "tflops", "bandwidth", "activations")
 SHARES = ("mfu", "mbu", "vllm_gpu_memory_utilization")
 VALID = {
     "sharding": ("ddp", "fsdp2", "zero3"),
@@ -81,6 +84,7 @@ class Plan:
     bandwidth: float = 3.35  # TB/s
     mfu: float = 0.4  # share of `tflops` that training and prefill reach
     mbu: float = 0.6  # share of `bandwidth` that decoding reaches
+    activations: float = 1.0  # measured bytes of activations over those of the arithmetic
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -239,7 +243,8 @@ class Plan:
         states = rows * self.max_completion_length * shape.hidden * FP32
         head = 0 if self.lora_rank else shape.vocabulary * shape.hidden * FP32
         return {
-            "activations": sum(
+            "activations": self.activations
+            * sum(
                 count * stream + block if self.gradient_checkpointing else count * block
                 for count, stream, block in blocks
             ),
@@ -251,7 +256,7 @@ class Plan:
         length = self.length + self.privileged_length
         cache = self.per_device_train_batch_size * self.shape.cache_bytes(length, self.width)
         return {
-            "activations": self._layer_activations(length),
+            "activations": self.activations * self._layer_activations(length),
             "LM head, in tiles": self._tile,
             "KV cache": cache if self.shares_prompts else 0,
             "teacher": self.weight_bytes if self.moves_teacher else 0,
@@ -324,14 +329,24 @@ class Plan:
 FIELDS = tuple(f.name for f in fields(Plan) if f.name not in ("shape", "gpus"))
 
 
-def plan_of(preset: Mapping[str, Any], *, gpus: int, **changes: Any) -> Plan:
+def measured_speeds(path: Path) -> dict[str, float]:
+    """Fields of a plan as `rlsd bench --gpu` measured them on its largest model."""
+    table = pd.read_csv(path).dropna(subset=list(MEASURED))
+    return {name: float(table[name].iloc[-1]) for name in MEASURED} if len(table) else {}
+
+
+def plan_of(
+    preset: Mapping[str, Any], *, gpus: int, measured: Path | None = None, **changes: Any
+) -> Plan:
     """The plan of a preset's fields on `gpus` GPUs, with `changes` of `FIELDS` on top.
 
     `rollouts` are the preset's `rollouts_per_step` where it has them, and otherwise what its batch
-    size and accumulation make on so many GPUs.
+    size and accumulation make on so many GPUs. Speeds are those of the table `measured`, by default
+    the project's bench_gpu.csv if there is one, and otherwise the assumptions of `Plan`.
 
     Raises:
         ValueError: naming what the preset does not say and no change gives.
+        FileNotFoundError: for a table `measured` that is not there.
     """
     shape, training = shape_named(preset["model"]), preset["training"]
     rows = training.get("per_device_train_batch_size", 8)
@@ -350,7 +365,9 @@ def plan_of(preset: Mapping[str, Any], *, gpus: int, **changes: Any) -> Plan:
         raise ValueError(
             "The preset does not say how long a prompt is. Add -p prompt_length=TOKENS."
         )
-    return Plan(shape=shape, gpus=gpus, **(found | changes))
+    table = measured or outputs_root() / "tables" / "bench_gpu.csv"
+    speeds = measured_speeds(table) if measured or table.is_file() else {}
+    return Plan(shape=shape, gpus=gpus, **(found | speeds | changes))
 
 
 # Advice

@@ -18,15 +18,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Trainer,
 )
 from trl import GRPOConfig, GRPOTrainer
 
 from rlsd_lib.experiment.presets import PRESETS, resolve_config
+from rlsd_lib.experiment.shapes import config_named
 from rlsd_lib.names import look_up
 from rlsd_lib.runs import paths
 from rlsd_lib.tasks import load_task
@@ -84,6 +85,9 @@ def contenders() -> dict[str, Contender]:
 class Sizes:
     """A random Qwen3 on prompts and completions of exact length, in tokens; a group is a step.
 
+    `model` names one of `SHAPES`, whose sizes then stand for `vocabulary`, `hidden` and `layers`; it
+    is trained in bf16 on a GPU, with gradient checkpointing. At most `rows` rollouts share a forward.
+
     Raises:
         ValueError: for a size that cannot be, naming it and what was expected.
     """
@@ -95,15 +99,19 @@ class Sizes:
     hidden: int = 256
     layers: int = 4
     reference: int = 64
+    rows: int = 64
+    model: str = ""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, int) or value < 1:
+            if name != "model" and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
         if self.hidden % HEAD_DIM:
             raise ValueError(f"hidden={self.hidden}: expected a multiple of {HEAD_DIM}")
         if self.generations < 2:
             raise ValueError(f"generations={self.generations}: expected 2 or more, a group")
+        if self.generations % min(self.rows, self.generations):
+            raise ValueError(f"rows={self.rows}: expected a divisor of {self.generations}, a group")
 
     def build(self, name: str, folder: Path, steps: int) -> Trainer:
         """The trainer of a contender, ready for `steps` steps of one group each.
@@ -113,12 +121,12 @@ class Sizes:
         """
         table = contenders()
         chosen = table[look_up(name, table, "contender")]
-        on_gpu = torch.cuda.is_available()
+        on_gpu, rows = torch.cuda.is_available(), min(self.rows, self.generations)
         config = chosen.config(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=self.generations,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=self.generations // rows,
             num_generations=self.generations,
             max_completion_length=self.completion,
             # No end of sequence before the last token: completions of one length are equal work.
@@ -126,7 +134,7 @@ class Sizes:
             temperature=1.0,
             learning_rate=0.0,
             shuffle_dataset=False,
-            gradient_checkpointing=False,
+            gradient_checkpointing=bool(self.model),
             use_cpu=not on_gpu,
             bf16=on_gpu,
             report_to="none",
@@ -134,7 +142,7 @@ class Sizes:
             save_strategy="no",
             **chosen.settings,
         )
-        model = self.model()
+        model = self.make_model()
         if not issubclass(chosen.trainer, GRPOTrainer):
             # TRL's self-distiller loads its teacher from where the model came from.
             model.save_pretrained(folder / "model")
@@ -143,14 +151,18 @@ class Sizes:
             model=model,
             reward_funcs=_reward,
             args=config,
-            train_dataset=self.rows(steps),
-            processing_class=self.tokenizer(),
+            train_dataset=self.make_rows(steps),
+            processing_class=self.make_tokenizer(),
         )
 
-    def model(self) -> PreTrainedModel:
-        """The model, always with the same weights."""
+    def config(self) -> Any:
+        """The transformers config of the model."""
+        if self.model:
+            config = config_named(self.model)
+            config.pad_token_id, config.eos_token_id = 0, 1
+            return config
         heads = self.hidden // HEAD_DIM
-        config = Qwen3Config(
+        return Qwen3Config(
             vocab_size=self.vocabulary + len(SPECIAL),
             hidden_size=self.hidden,
             intermediate_size=3 * self.hidden,
@@ -163,13 +175,27 @@ class Sizes:
             pad_token_id=0,
             eos_token_id=1,
         )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return Qwen3ForCausalLM(config)
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    @property
+    def words(self) -> int:
+        """Words that prompts are drawn from: the vocabulary but for special tokens."""
+        return self.config().vocab_size - len(SPECIAL)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in."""
+        return torch.bfloat16 if self.model and torch.cuda.is_available() else torch.float32
+
+    def make_model(self) -> PreTrainedModel:
+        """The model, always with the same weights."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with torch.random.fork_rng(), device:
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(self.config(), dtype=self.dtype)
+
+    def make_tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per word: a text of n words is n tokens."""
-        words = [*SPECIAL, *(f"w{i}" for i in range(self.vocabulary))]
+        words = [*SPECIAL, *(f"w{i}" for i in range(self.words))]
         backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
         backend.pre_tokenizer = WhitespaceSplit()
         return PreTrainedTokenizerFast(
@@ -180,12 +206,12 @@ class Sizes:
             padding_side="left",
         )
 
-    def rows(self, count: int) -> Dataset:
+    def make_rows(self, count: int) -> Dataset:
         """`count` prompts and references of exact length."""
         random = torch.Generator().manual_seed(0)
 
         def text(length: int) -> str:
-            ids = torch.randint(self.vocabulary, (length,), generator=random)
+            ids = torch.randint(self.words, (length,), generator=random)
             return " ".join(f"w{i}" for i in ids.tolist())
 
         columns = {"prompt": self.prompt, "privileged_context": self.reference}

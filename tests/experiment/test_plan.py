@@ -15,6 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlsd_lib.__main__ import main
 from rlsd_lib.experiment.bench import race
+from rlsd_lib.experiment.gpu import plan_for
 from rlsd_lib.experiment.plan import ALWAYS, CHANGES, GIB, Plan, advice, describe, plan_of
 from rlsd_lib.experiment.racers import Sizes
 from rlsd_lib.experiment.shapes import SHAPES, shape_named, shape_of
@@ -340,6 +341,7 @@ def test_the_command_prints_a_plan_and_names_mistakes(capsys: pytest.CaptureFixt
     for words, expected in (
         ([*command], "how long a prompt is"),
         ([*command, "-p", "mfv=0.3"], "Did you mean 'mfu'"),
+        ([*command, "-p", "prompt_length=64", "--measured", "none.csv"], "none.csv"),
         (["plan", "--preset", "lab"], "No sizes are known for model 'lab'"),
         ([*command, "-p", "prompt_length=0"], "prompt_length=0: expected"),
     ):
@@ -353,10 +355,7 @@ def test_the_cost_ratio_is_that_of_measured_steps() -> None:
     sizes = Sizes(prompt=128, completion=32, reference=41, vocabulary=1024, layers=3)
     names = ["GRPO, completion head", "RLSD, plain pass"]
     table = race(sizes, names, steps=3, rounds=3, memory=False)
-    plan = Plan(
-        shape_of(sizes.model().config), 1, sizes.prompt, sizes.completion, sizes.generations,
-        privileged_length=sizes.reference, gradient_checkpointing=False, teacher_pass="plain",
-    )  # fmt: skip
+    plan = dataclasses.replace(plan_for(sizes), teacher_pass="plain")
     grpo, rlsd = (
         sum(count for part, count in plan.flops(teacher=t).items() if part != "generation")
         for t in (False, True)
