@@ -194,7 +194,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from rlsd_lib.experiment.bench import clock_in_words, passes, race, sweep
-    from rlsd_lib.experiment.racers import Preset, Sizes, contenders
+    from rlsd_lib.experiment.racers import PresetTrainers, Sizes, contenders
     from rlsd_lib.names import look_up
 
     outputs, names = outputs_root(), options.against or list(contenders())
@@ -221,13 +221,15 @@ def _bench(options: argparse.Namespace) -> int:
 
         what, table = "bench --gpu", bench_gpu(outputs)
     elif synthetic:
-        what = f"bench --against, {sizes}"
+        what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
         print(f"{sizes}\n{clock_in_words()}\n")
         print(passes(sizes, options.rounds).map("{:.5g}".format).to_string() + "\n", flush=True)
         table = race(sizes, names, options.steps, options.rounds)
     else:
         what = f"bench --preset {options.preset}"
-        table = race(Preset(options.preset), ("GRPO", "RLSD"), options.steps, options.rounds)
+        table = race(
+            PresetTrainers(options.preset), ("GRPO", "RLSD"), options.steps, options.rounds
+        )
     print(table.to_string(float_format="{:.3f}".format))
     if options.record:
         from rlsd_lib.experiment.machines import record

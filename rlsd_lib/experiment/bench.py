@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
-from rlsd_lib.experiment.racers import BASE, SPECIAL, Preset, Sizes, contenders
+from rlsd_lib.experiment.racers import BASE, SPECIAL, PresetTrainers, Sizes, contenders
 from rlsd_lib.experiment.shapes import ModelShape, shape_of
 from rlsd_lib.report.heatmap import new_figure
 from rlsd_lib.trainer.trainer import RLSDTrainer
@@ -96,7 +96,11 @@ class Clock(TrainerCallback):
 
 
 def train(
-    what: Sizes | Preset, name: str, steps: int, rollouts: dict[int, list], distinct: int = 10**9
+    what: Sizes | PresetTrainers,
+    name: str,
+    steps: int,
+    rollouts: dict[int, list],
+    distinct: int = 10**9,
 ) -> tuple[list[dict[str, float]], float]:
     """Train one step to warm up and `steps` more: their seconds by part, see `Clock`; peak MiB.
 
@@ -135,13 +139,13 @@ def clock_in_words() -> str:
     return "processor seconds" if threads == 1 else f"seconds of the wall clock, {threads} threads"
 
 
-def peak_mib(what: Sizes | Preset, name: str) -> float:
+def peak_mib(what: Sizes | PresetTrainers, name: str) -> float:
     """Resident MiB, beyond the imports, at the peak of two steps in a process of their own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak_mib, what, name).result()
 
 
-def _peak_mib(what: Sizes | Preset, name: str) -> float:
+def _peak_mib(what: Sizes | PresetTrainers, name: str) -> float:
     contenders()  # the imports
     before = psutil.Process().memory_info().rss / 2**20
     return train(what, name, 1, {})[1] - before
@@ -163,7 +167,7 @@ def peak_bytes() -> int:
 
 
 def race(
-    what: Sizes | Preset,
+    what: Sizes | PresetTrainers,
     names: Sequence[str],
     steps: int = 3,
     rounds: int = 1,

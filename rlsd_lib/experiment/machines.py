@@ -61,7 +61,7 @@ def hardware_table(folder: Path) -> str:
 
 
 def _cell(run: dict[str, Any]) -> str:
-    result = ", ".join(f"{name} {value:.2f}" for name, value in run["result"].items())
+    result = "; ".join(f"{name} {value:.2f}" for name, value in run["result"].items())
     commit = f"{(run['commit'] or 'unknown')[:7]}{' with changes' if run['dirty'] else ''}"
     versions = ", ".join(f"{name} {run[name]}" for name in VERSIONS)
     return f"{result} ({commit}; {versions})"

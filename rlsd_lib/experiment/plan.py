@@ -85,6 +85,7 @@ class Plan:
     mfu: float = 0.4  # share of `tflops` that training and prefill reach
     mbu: float = 0.6  # share of `bandwidth` that decoding reaches
     activations: float = 1.0  # measured bytes of activations over those of the arithmetic
+    speeds: str = "assumed, an H100's data sheet and guesses"  # where they come from
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -326,13 +327,15 @@ class Plan:
         return sum(self.seconds(teacher=teacher).values())
 
 
-FIELDS = tuple(f.name for f in fields(Plan) if f.name not in ("shape", "gpus"))
+FIELDS = tuple(f.name for f in fields(Plan) if f.name not in ("shape", "gpus", "speeds"))
 
 
-def measured_speeds(path: Path) -> dict[str, float]:
+def measured_speeds(path: Path) -> dict[str, Any]:
     """Fields of a plan as `rlsd bench --gpu` measured them on its largest model."""
     table = pd.read_csv(path).dropna(subset=list(MEASURED))
-    return {name: float(table[name].iloc[-1]) for name in MEASURED} if len(table) else {}
+    if table.empty:
+        return {}
+    return {"speeds": f"measured, {path}"} | table[list(MEASURED)].iloc[-1].to_dict()
 
 
 def plan_of(
@@ -433,7 +436,7 @@ def _need(plan: Plan) -> float:
 
 def describe(plan: Plan, title: str) -> str:
     """The plan as text: setting, memory by phase, cost by part, verdict, and what to change."""
-    named = ", ".join(f"{name}={value}" for name, value in vars(plan).items() if name != "shape")
+    named = ", ".join(f"{name}={getattr(plan, name)}" for name in ("gpus", *FIELDS))
     decoded = min(plan.at_once, plan.rollouts / plan.gpus)
     room, work, time = (
         [call(teacher=teacher) for teacher in (False, True)]
@@ -444,14 +447,14 @@ def describe(plan: Plan, title: str) -> str:
         title,
         *textwrap.wrap(f"{plan.shape.parameters / 1e9:.2f} B parameters; {named}", 100),
         f"{'shared' if plan.shares_prompts else 'plain'} teacher pass; {decoded:.0f} rollouts "
-        "decoded at a time per GPU; no communication counted",
+        "decoded at a time per GPU; all of full length, no communication",
         "",
         _table("GiB per GPU", *map(_by_phase, room)),
         "",
         _table("PFLOP per step, all GPUs", *(c | {"= all": sum(c.values())} for c in peta)),
         "",
         _table("seconds per step", *(c | {"= step": sum(c.values())} for c in time)),
-        f"RLSD / GRPO: {plan.ratio:.3f} in time",
+        f"RLSD / GRPO: {plan.ratio:.3f} in time; speeds: {plan.speeds}",
         "",
         f"RLSD {'fits' if plan.fits else 'does NOT fit'}: peak {plan.peak():.1f} of "
         f"{plan.gpu_memory:g} GiB per GPU.",

@@ -224,7 +224,7 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Preset:
+class PresetTrainers:
     """GRPO and RLSD on the model and task of a preset; lambda stays, so that every step pays."""
 
     name: str

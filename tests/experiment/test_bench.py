@@ -13,7 +13,7 @@ from rlsd_lib.__main__ import main
 from rlsd_lib.experiment import bench, gpu, machines, profile, racers
 from rlsd_lib.experiment.plan import MEASURED, RESERVED, plan_of
 from rlsd_lib.experiment.presets import PRESETS
-from rlsd_lib.experiment.racers import Preset, Sizes, contenders
+from rlsd_lib.experiment.racers import PresetTrainers, Sizes, contenders
 from rlsd_lib.experiment.shapes import shape_named, shape_of
 
 TINY = Sizes(
@@ -58,7 +58,7 @@ def test_all_trainers_train_on_the_rollouts_of_the_first(monkeypatch):
 def test_a_preset_is_raced_on_its_own_task(monkeypatch):
     # Nothing is pretrained for this.
     monkeypatch.setattr(racers, "load_model", lambda *_, **__: (tiny.model(), tiny.tokenizer()))
-    table = bench.race(Preset("smoke"), ["GRPO", "RLSD"], steps=1, memory=False)
+    table = bench.race(PresetTrainers("smoke"), ["GRPO", "RLSD"], steps=1, memory=False)
     assert table["teacher pass, s"].isna().tolist() == [True, False]
     assert (table["step, s"] > table["generation, s"]).all()
 
@@ -171,6 +171,7 @@ def test_a_gpu_table_holds_plans_beside_measurements_and_plans_read_it(monkeypat
     spent = same.step(teacher=False) - same.seconds(teacher=False)["generation"]
     assert spent == pytest.approx(base["without generation, s"])
     assert (same.peak(teacher=False) - RESERVED) * 1024 == pytest.approx(9000)
+    assert plan.speeds == f"measured, {tables / 'bench_gpu.csv'}"
     assert plan_of(preset, gpus=1, mfu=0.3).mfu == 0.3
 
 
@@ -249,8 +250,8 @@ def test_records_become_a_table_of_machines(tmp_path, monkeypatch):
     assert known == {"result": {"small, GRPO": 1.0, "small, RLSD": 1.088}, **state, **versions}
     head, _, first, second = machines.hardware_table(tmp_path).splitlines()
     assert head == "| what | CPU, 2 cores | NVIDIA H100 |"
-    assert first.count("GRPO 1.00, RLSD 1.20 (0123456 with changes; python 1.0, torch 1.0") == 2
-    assert second.startswith("| bench --gpu | not run | small, GRPO 1.00, small, RLSD 1.09 (")
+    assert first.count("GRPO 1.00; RLSD 1.20 (0123456 with changes; python 1.0, torch 1.0") == 2
+    assert second.startswith("| bench --gpu | not run | small, GRPO 1.00; small, RLSD 1.09 (")
 
 
 def test_the_command_records_what_it_measured(tmp_path, monkeypatch, capsys):

@@ -338,6 +338,7 @@ def test_the_command_prints_a_plan_and_names_mistakes(capsys: pytest.CaptureFixt
     assert "RLSD fits: peak" in said
     assert "of 24 GiB" in said
     assert "RLSD / GRPO: 1.0" in said
+    assert "speeds: assumed" in said
     for words, expected in (
         ([*command], "how long a prompt is"),
         ([*command, "-p", "mfv=0.3"], "Did you mean 'mfu'"),
