@@ -50,10 +50,10 @@ FACTORS = {
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimiser step by part: "step" for all of it, "teacher pass", and either
-    "generation" or "replay", for rollouts that were looked up in `rollouts`.
+    """Seconds of each optimiser step, and in it of generation and of the teacher pass.
 
-    Rollouts are filed by the number of the call, which starts again after `distinct` calls.
+    Rollouts that are in `rollouts` already, under the number of the call modulo `distinct`, are used
+    again, and their seconds are those of a "replay" in place of a "generation".
     """
 
     def __init__(self, trainer: Any, rollouts: dict[int, list], distinct: int) -> None:
@@ -178,9 +178,9 @@ def race(
     """A row for each contender: medians over all steps, peak memory, and both over GRPO's.
 
     The contenders take turns within this process, `rounds` times. Of a turn's steps only `distinct`
-    have rollouts of their own. Without a GPU memory is the median
-    of as many processes of their own. A row is NaN where device memory did not suffice, or where the
-    first turn would have begun after `until`, a time of `time.monotonic`.
+    have rollouts of their own. Device memory is that of the turns, where all but the first contender
+    generate nothing; without a GPU it is the median of `rounds` processes. A row is NaN where device
+    memory did not suffice, or where all turns would have begun after `until` (`time.monotonic`).
     """
     timed: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     peaks: dict[str, list[float]] = {name: [] for name in names}
@@ -200,7 +200,7 @@ def race(
     rows = {name: _medians(found, generation) for name, found in timed.items()}
     table = pd.DataFrame(rows).T
     if memory:
-        table["peak MiB"] = {name: _median(found) for name, found in peaks.items()}
+        table["peak MiB"] = pd.Series({name: _median(found) for name, found in peaks.items()})
     for column in ("step, s", "without generation, s", "peak MiB"):
         if column in table and BASE in table.index:
             table[f"{column.partition(',')[0]} / {BASE}"] = table[column] / table.loc[BASE, column]
@@ -262,10 +262,8 @@ def passes(sizes: Sizes, rounds: int = 3) -> pd.Series:
     teacher = trainer.teacher.model
     # What the passes compute in: bfloat16 under autocast, whatever the weights are kept in.
     dtype = torch.bfloat16 if trainer.args.bf16 else teacher.dtype
-    shape = shape_of(teacher.config)
-    work, moved = floor(shape, sizes, shared=True, width=dtype.itemsize)
-    rate, bandwidth = measure_machine(trainer.accelerator.device, dtype)
-    least = max(work / rate, moved / bandwidth)
+    rate, _ = measure_machine(trainer.accelerator.device, dtype)
+    least = floor_flops(shape_of(teacher.config), sizes, shared=True) / rate
     return pd.Series(
         {
             "plain pass, s": plain,
@@ -281,20 +279,13 @@ def passes(sizes: Sizes, rounds: int = 3) -> pd.Series:
     )
 
 
-def floor(shape: ModelShape, sizes: Sizes, *, shared: bool, width: int = 4) -> tuple[float, float]:
-    """FLOPs of scoring one group, every visible pair once, and bytes moved at `width` per number.
-
-    Bytes are the weights, read once, and the KV cache, written once and read once by each rollout.
-    Activations are left out: they could stay in cache.
-    """
+def floor_flops(shape: ModelShape, sizes: Sizes, *, shared: bool) -> float:
+    """The least FLOPs that score one group: every distinct position and visible pair once."""
     prompt, new, count = sizes.prompt + sizes.reference - 1, sizes.completion, sizes.generations
-    copies = 1 if shared else count
     # A position sees itself and those before: half of the others on average.
-    flops = copies * shape.layer_flops(prompt, (prompt + 1) / 2)
-    flops += count * (shape.layer_flops(new, prompt + (new + 1) / 2) + shape.head_flops(new))
-    weights = shape.layers * shape.layer_weights + shape.vocabulary * shape.hidden
-    cached = copies * prompt + count * new + count * prompt
-    return flops, weights * width + shape.cache_bytes(cached, width)
+    prompts = (1 if shared else count) * shape.layer_flops(prompt, (prompt + 1) / 2)
+    completions = shape.layer_flops(new, prompt + (new + 1) / 2) + shape.head_flops(new)
+    return prompts + count * completions
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
