@@ -114,7 +114,7 @@ def draw(table: pd.DataFrame) -> Figure:
     style = {"x": "model", "hue": "trainer", "palette": "colorblind"}
     for axes, name in zip(figure.subplots(1, 2), (REST, "peak MiB"), strict=True):
         sns.barplot(shown, y=f"{name} / {BASE}", ax=axes, **style)
-        dots = {"dodge": True, "linewidth": 1, "edgecolor": "0.2", "legend": False}
+        dots = {"dodge": True, "jitter": False, "linewidth": 1, "edgecolor": "0.2", "legend": False}
         sns.stripplot(shown, y=f"plan, {name} / {BASE}", ax=axes, **dots, **style)
         axes.axhline(1.0, color="0.6", linewidth=1)
         axes.set(xlabel="", ylabel=f"{name.removesuffix(' MiB')} / {BASE}'s")
