@@ -174,7 +174,8 @@ def test_sums_count_clipped_tokens_and_skip_zero_advantages():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     log_weight = credit.signed_evidence(advantages, gap)
     credited = credit.rlsd(advantages, gap, mask, lam=0.5, epsilon_w=0.2)
-    sums = credit.weight_sums(credited, log_weight, advantages, mask, 0.2)
+    sums = credit.weight_sums(log_weight, mask, 0.2)
+    sums |= credit.intervention_sums(credited, advantages, mask)
     sums |= credit.gap_sums(gap, mask)
     mean = {name: (total / count).item() for name, (total, count) in sums.items()}
     assert mean["clip_high_frac"] == pytest.approx(1 / 5)

@@ -50,7 +50,7 @@ def rollouts(trainer: RLSDTrainer) -> list[dict[str, Any]]:
     def spy(rows):
         output = score(rows)
         seen.append({key: output[key] for key in ("prompt_ids", "completion_ids", "advantages")})
-        seen[-1]["rewards"] = torch.tensor(trainer._rewards)
+        seen[-1]["rewards"] = trainer._rewards
         return output
 
     trainer._generate_and_score_completions = spy

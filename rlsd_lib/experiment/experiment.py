@@ -25,6 +25,7 @@ from rlsd_lib.experiment.controls import apply_control, control_template
 from rlsd_lib.experiment.launch import accelerate_config
 from rlsd_lib.experiment.presets import resolve_parameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
+from rlsd_lib.experiment.steady import WorkbookTrainer
 from rlsd_lib.measure import rollouts as lens
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.leakage import phrase_leakage
@@ -35,7 +36,6 @@ from rlsd_lib.runs.run import Run
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.lengths import within
 from rlsd_lib.tasks.models import Loaded, load_model
-from rlsd_lib.trainer.trainer import RLSDTrainer
 
 
 class Experiment:
@@ -221,10 +221,10 @@ class Experiment:
             self.metrics[f"{name}_{when}_high"] = value.high
         return results
 
-    def trainer(self) -> RLSDTrainer:
+    def trainer(self) -> WorkbookTrainer:
         """The trainer of this run, which logs every step into the run directory."""
         external = {"teacher_model": self.teacher_model} if self.teacher_model else {}
-        trainer = RLSDTrainer(
+        trainer = WorkbookTrainer(
             self.model,
             [self.task.reward, self.task.leak],
             self.config,

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from rlsd_lib.experiment.launch import run_workers
 from rlsd_lib.experiment.progress import Followed
+from rlsd_lib.experiment.steady import last_checkpoint
 from rlsd_lib.runs.records import read_lines
-from rlsd_lib.trainer.checkpoints import last_checkpoint
 
 if TYPE_CHECKING:
     from rlsd_lib.experiment.experiment import Experiment

@@ -1,5 +1,7 @@
 """What `RLSDTrainer` refuses: arguments and rows before the model is loaded, models after."""
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,15 +9,15 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, ProcessorMixin
 
 from rlsd_lib import prompts as privileged
-from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
-from rlsd_lib.trainer import states as distillation
+from rlsd_lib.credit import Credit
+from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT
+from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.sharded import FSDP1, sharding_of
-from rlsd_lib.trainer.states import IMAGE_FIELDS
 
 VIDEO_ADVICE = (
     "GRPO in TRL 1.16 would generate with it and train without it. Drop these rows, or give chosen "
@@ -24,7 +26,7 @@ VIDEO_ADVICE = (
 
 
 def check_arguments(
-    reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, kwargs: dict[str, Any]
+    reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, rollout_func: Any
 ) -> None:
     """Judge what a trainer is given, before any model is loaded.
 
@@ -46,7 +48,7 @@ def check_arguments(
             f"method={args.method!r} needs reward_funcs: they decide which rollouts are shown to "
             "their peers."
         )
-    if args.uses_teacher and kwargs.get("rollout_func") is not None:
+    if args.uses_teacher and rollout_func is not None:
         raise ValueError(
             "rollout_func builds its own prompt ids, which the teacher's prompt cannot be matched "
             "to. Use tools or environment_factory instead."
@@ -100,9 +102,9 @@ def check_teacher(
         ValueError: naming the config field, the sizes, or the first token that differs.
     """
     if args.divergence is not None:
-        distillation.check_logits(teacher)
+        states.check_logits(teacher)
     other = AutoTokenizer.from_pretrained(source) if isinstance(source, str) else None
-    distillation.check_vocabularies(student, teacher, tokenizer, other)
+    states.check_vocabularies(student, teacher, tokenizer, other)
 
 
 def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator) -> None:
@@ -153,17 +155,6 @@ def check_images(prompts: list[privileged.Prompt], accelerator: Accelerator) -> 
         )
 
 
-def drop_empty_images(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Forward pre-hook: a micro-batch in which no row has an image has no pixels to look at.
-
-    TRL slices the pixels of the whole batch, and hands none of them on as an empty tensor.
-    """
-    pixels = kwargs.get("pixel_values")
-    if pixels is not None and pixels.size(0) == 0:
-        kwargs = {k: v for k, v in kwargs.items() if k not in IMAGE_FIELDS}
-    return args, kwargs
-
-
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:
     """Refuse dropout, which would put noise into the gap, and processors that pad right.
 
@@ -171,7 +162,7 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
         ValueError: naming the modules, the padding side, or what a divergence cannot handle.
     """
     if args.divergence is not None:
-        distillation.check_logits(model)
+        states.check_logits(model)
     noisy = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
     text = model.config.get_text_config()
     noisy += [f"config.{k}" for k in ("attention_dropout",) if getattr(text, k, 0) > 0]
@@ -194,3 +185,86 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
                 f"The processor pads {side!r}; prompts must be padded on the left. Load it with "
                 "padding_side='left'."
             )
+
+
+# Credit functions from outside the table, and rewards
+
+CREDIT_KEYWORDS = ("lam", "epsilon_w", "success", "rewards", "entropy")
+
+
+def check_credit(credit: Credit, args: RLSDConfig) -> tuple[str, ...]:
+    """The keywords that a credit function asks for; refuses one that cannot be called.
+
+    Raises:
+        ValueError: for a method whose teacher sees no reference, or a function that takes no three
+            arguments or requires a keyword that there is not.
+    """
+    name = _name_of(credit)
+    if METHODS[args.method].teacher_sees != PRIVILEGED or not args.uses_teacher:
+        raise ValueError(
+            f"credit={name} would never be called with method={args.method!r} and lambda_init="
+            f"{args.lambda_init}: it replaces the credit of a method whose teacher sees the "
+            "reference. Use method='rlsd' with lambda_init above 0."
+        )
+    parameters = list(inspect.signature(credit).parameters.values())
+    first, rest = parameters[:3], parameters[3:]
+    options = [p for p in rest if p.kind is not p.VAR_KEYWORD]
+    wrong = [p.name for p in options if p.default is p.empty and p.name not in CREDIT_KEYWORDS]
+    if wrong or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in first):
+        raise ValueError(
+            f"credit={name}{inspect.signature(credit)} cannot be called"
+            f"{f': there is no {wrong[0]!r}' if wrong else ''}. Expected {name}(advantages (N,), "
+            f"gap (N, T), mask (N, T), *, ...) -> (N, T), with any of {', '.join(CREDIT_KEYWORDS)}."
+        )
+    asked = [p.name for p in options if p.name in CREDIT_KEYWORDS]
+    if len(options) < len(rest):  # **kwargs
+        asked += [key for key in ("lam", "epsilon_w") if key not in asked]
+    return tuple(asked)
+
+
+def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
+    """Refuse the result of a credit function that is not a finite, detached (N, T). Collective.
+
+    Raises:
+        ValueError: on every rank, naming the function and what is wrong.
+    """
+    problem = None
+    if not isinstance(credited, torch.Tensor) or credited.shape != shape:
+        given = tuple(credited.shape) if isinstance(credited, torch.Tensor) else credited
+        problem = f"returned {given}, expected a tensor of shape (N, T) = {tuple(shape)}"
+    elif credited.requires_grad:
+        problem = "returned a tensor with a gradient: detach what it computes from"
+    elif not credited.isfinite().all():
+        rows = (~credited.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        problem = f"returned NaN or infinity in rows {rows[:10]}"
+    for found in gather_object([problem]):
+        if found is not None:
+            raise ValueError(f"credit={_name_of(credit)} {found}.")
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def check_rewards(rewards: Tensor, names: Sequence[str], step: int, *, training: bool) -> float:
+    """The share of rows that no function scored, of the rewards (N, functions) of all ranks.
+
+    None (NaN here) means "not mine to judge" and is TRL's: the row's advantage is 0.
+
+    Raises:
+        FloatingPointError: an infinite reward or, in training, not one row with a reward. TRL would
+            turn both into advantages of 0.
+    """
+    if rewards.isinf().any():
+        row, function = rewards.isinf().nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"Reward function {names[function]!r} gave {rewards[row, function].item()} for row "
+            f"{row} of all ranks' batch at step {step}. A reward is a finite number or None."
+        )
+    unscored = rewards.isnan().all(dim=1)
+    if training and unscored.all():
+        raise FloatingPointError(
+            f"At step {step} none of {len(rewards)} rows got a reward: {', '.join(names)} returned "
+            "None or NaN for all of them, so that there is nothing to learn from."
+        )
+    return unscored.float().mean().item()

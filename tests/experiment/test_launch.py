@@ -22,8 +22,8 @@ from rlsd_lib.experiment import training
 from rlsd_lib.experiment.batches import shared_batch
 from rlsd_lib.experiment.launch import LaunchError, accelerate_config, failure, launch_command
 from rlsd_lib.experiment.presets import PRESETS
+from rlsd_lib.experiment.steady import Stopped
 from rlsd_lib.runs.records import append_lines, read_lines, state_of
-from rlsd_lib.trainer.faults import Stopped
 
 ROWS, ACCUMULATION, STEPS = (
     "per_device_train_batch_size",

@@ -63,7 +63,7 @@ def test_the_floor_is_what_torch_counts_without_masked_pairs(tmp_path, shared):
     }
     prompts, contexts = [row["prompt"]] * count, [row["privileged_context"]] * count
     with FlopCounterMode(display=False) as counted:
-        trainer.scorer.score(prompts, contexts, output, want_hidden=False)
+        trainer.teacher_scores(prompts, contexts, output)
     floor = teacher_pass(trainer.teacher.model, TINY, shared=shared)
     prompt, completion = TINY.prompt + TINY.reference, TINY.completion
     width = 4 * TINY.layers * TINY.hidden

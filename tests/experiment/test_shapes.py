@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from rlsd_lib.experiment.cost.budget import GIB, Setting, memory
 from rlsd_lib.experiment.cost.shapes import SHAPES, ModelShape, VisionShape, shape_of
 from rlsd_lib.experiment.cost.step import flops
-from rlsd_lib.trainer.completion_head import completions_only
+from rlsd_lib.trainer.upstream import completions_only
 
 SMALL = {
     "hidden_size": 256,

@@ -13,8 +13,8 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
 from rlsd_lib import RLSDTrainer
-from rlsd_lib.trainer.completion_head import TILE, CompletionHead, can_cut, scored_and_tile
 from rlsd_lib.trainer.states import causal_lm
+from rlsd_lib.trainer.upstream import TILE, CompletionHead, can_cut, scored_and_tile
 
 LENGTH = 8
 CPU = torch.device("cpu")
@@ -288,7 +288,7 @@ def test_rollouts_that_fit_no_step_are_known_to_serve_more(tmp_path):
 
     def generated(inputs: list) -> Any:
         current[:] = [len(claimed)]
-        claimed[len(claimed)] = trainer._steps_served()
+        claimed[len(claimed)] = trainer._served
         return generate(inputs)
 
     def lost(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.experiment.batches import shared_batch
+from rlsd_lib.experiment.steady import Stopped, WorkbookTrainer
 from rlsd_lib.methods import METHODS
-from rlsd_lib.trainer.faults import Stopped
 
 TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for gloo's half hour
 SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads
@@ -124,14 +124,14 @@ class Sigterm(TrainerCallback):
 
 def stop_one(folder: Path, rank: int) -> dict[str, Any]:
     """A run of which only rank 1 is told to stop, and which both then resume."""
-    trainer = tiny.trainer(folder, max_steps=4)
+    trainer = tiny.trainer(folder, kind=WorkbookTrainer, max_steps=4)
     if rank == 1:
         trainer.add_callback(Sigterm())
     try:
         trainer.train()
     except Stopped as error:
         said, step = str(error), trainer.state.global_step
-        again = tiny.trainer(folder, max_steps=4)
+        again = tiny.trainer(folder, kind=WorkbookTrainer, max_steps=4)
         again.train(resume_from_checkpoint=True)
         return {"said": said, "step": step, "end": again.state.global_step}
     return {"said": "", "step": trainer.state.global_step}

@@ -151,7 +151,7 @@ def test_no_teacher_forward_while_lambda_is_zero_and_memory_is_released(tmp_path
 def test_evaluation_runs_no_teacher_and_needs_no_privileged_column(tmp_path):
     trainer = tiny.trainer(tmp_path, max_steps=1, per_device_eval_batch_size=4)
     trainer.train()
-    trainer.scorer = None
+    trainer.teacher_scores = None
     metrics = trainer.evaluate(tiny.dataset(4).remove_columns("privileged_context"))
     assert "eval_reward" in metrics
 

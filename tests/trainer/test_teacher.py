@@ -13,8 +13,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
-from rlsd_lib.trainer.copies import adapter_pairs, copy_for_scoring
-from rlsd_lib.trainer.teacher import STATE_FILE, WEIGHTS_FILE, Teacher
+from rlsd_lib.trainer.teacher import (
+    STATE_FILE,
+    WEIGHTS_FILE,
+    Teacher,
+    adapter_pairs,
+    copy_for_scoring,
+)
 
 
 def lora_student(seed: int = 0):
@@ -224,3 +229,24 @@ def test_a_grpo_checkpoint_can_be_continued_with_a_live_teacher(tmp_path):
     live = tiny.trainer(tmp_path, teacher_model_kind="live", max_steps=2)
     live.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert live.state.global_step == 2
+
+
+def test_a_saved_adapter_model_holds_no_teacher_and_a_checkpoint_does(tmp_path):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = tiny.trainer(tmp_path / "run", lora_student(), **settings)
+    trainer.train()
+    assert (tmp_path / "run" / "checkpoint-1" / "teacher").is_dir()
+    trainer.save_model(str(tmp_path / "model"))
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert "teacher" not in files
+    assert set(trainer.model.peft_config) == {"default", "teacher"}
+
+
+def test_a_model_card_cites_the_paper_of_the_method(tmp_path):
+    trainer = tiny.trainer(tmp_path)
+    trainer.create_model_card("tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "2604.03128" in card
+    assert "Self-Distilled RLVR" in card
+    assert "DeepSeekMath" not in card

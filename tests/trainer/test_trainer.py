@@ -280,7 +280,7 @@ def test_trap_14_system_prompt_template_and_arguments_are_the_students(tmp_path)
     tokenizer = trainer.processing_class
     tokenizer.chat_template = tokenizer.chat_template + "{% if think %}#{% endif %}"
     turns = []
-    prompts_of = trainer.scorer.prompts
+    prompts_of = trainer.teacher_prompts
 
     def spy(*args):
         seen = prompts_of(*args)
@@ -288,7 +288,7 @@ def test_trap_14_system_prompt_template_and_arguments_are_the_students(tmp_path)
         turns.extend(tokenizer.decode(row[keep.bool()]) for row, keep in rows)
         return seen
 
-    trainer.scorer.prompts = spy
+    trainer.teacher_prompts = spy
     trainer.train()
     assert len(turns) == 8
     for turn in turns:
@@ -300,14 +300,14 @@ def test_trap_15_a_long_reference_is_shortened_and_counted(tmp_path):
     data = tiny.dataset(privileged_context=["x" * 60] * 16 + ["y"] * 16)
     trainer = tiny.trainer(tmp_path, data=data, max_steps=4, max_teacher_prompt_length=30)
     widths = []
-    prompts_of = trainer.scorer.prompts
+    prompts_of = trainer.teacher_prompts
 
     def spy(*args):
         seen = prompts_of(*args)
         widths.append(seen.ids.shape[1])
         return seen
 
-    trainer.scorer.prompts = spy
+    trainer.teacher_prompts = spy
     trainer.train()
     assert max(widths) == 30
     shares = [row["rlsd/context_shortened_frac"] for row in trainer.state.log_history[:-1]]
@@ -320,6 +320,37 @@ def test_trap_21_metrics_are_those_of_the_contract(tmp_path):
     names = {"lambda", "gap_mean", "gap_abs_mean", "weight_mean", "clip_low_frac"}
     names |= {"clip_high_frac", "intervention", "teacher_age"}
     assert {f"rlsd/{name}" for name in names} <= set(trainer.state.log_history[0])
+
+
+def test_a_row_without_a_reward_teaches_nothing_and_is_counted(tmp_path):
+    def only_some(completions, **_):
+        return [None if i % 4 == 0 else float(i) for i in range(len(completions))]
+
+    trainer = tiny.trainer(tmp_path, rewards=only_some, max_steps=1)
+    seen = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda rows: seen.append(score(rows)) or seen[-1]
+    trainer.train()
+    advantages = seen[0]["advantages"]
+    assert advantages[::4].abs().max() == 0
+    assert advantages.isfinite().all()
+    assert advantages.abs().max() > 0
+    assert trainer.state.log_history[0]["rewards/unscored_frac"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "none of 8 rows got a reward: constant returned None"),
+        (float("inf"), "'constant' gave inf for row 0 of all ranks' batch at step 0"),
+    ],
+)
+def test_rewards_that_teach_nothing_or_break_the_mean_are_refused(tmp_path, value, said):
+    def constant(completions, **_):
+        return [value] * len(completions)
+
+    with pytest.raises(FloatingPointError, match=said):
+        tiny.trainer(tmp_path, rewards=constant, max_steps=1).train()
 
 
 class Break(TrainerCallback):

@@ -17,7 +17,7 @@ from transformers import Qwen3ForCausalLM
 from rlsd_lib import RLSDConfig, RLSDTrainer
 from rlsd_lib.experiment.presets import IDENTITY, PAPER, resolve_config
 from rlsd_lib.trainer.checks import check_sharding
-from rlsd_lib.trainer.copies import copy_for_scoring
+from rlsd_lib.trainer.teacher import copy_for_scoring
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -342,7 +342,7 @@ def test_the_teacher_reads_what_an_environment_observed(tmp_path, monkeypatch):
         environment_factory=Hints,
     )
     turns = []
-    prompts_of = trainer.scorer.prompts
+    prompts_of = trainer.teacher_prompts
 
     def spy(*given):
         seen = prompts_of(*given)
@@ -352,7 +352,7 @@ def test_the_teacher_reads_what_an_environment_observed(tmp_path, monkeypatch):
         )
         return seen
 
-    trainer.scorer.prompts = spy
+    trainer.teacher_prompts = spy
     micros = run_and_capture(trainer)
     students = [
         tokenizer.decode(row, skip_special_tokens=True)

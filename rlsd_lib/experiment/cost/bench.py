@@ -89,7 +89,7 @@ def measure(method: str, preset: str, steps: int, **overrides: Any) -> Clock:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
-        trainer.scorer.score = clock.watch(trainer.scorer.score, "passes")
+        trainer.teacher_scores = clock.watch(trainer.teacher_scores, "passes")
         trainer.train()
     return clock
 

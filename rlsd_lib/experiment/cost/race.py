@@ -49,7 +49,7 @@ class FixedRollouts(Clock):
 
         trainer._generate = self.watch(seeded, "generations")
         if isinstance(trainer, RLSDTrainer):
-            trainer.scorer.score = self.watch(trainer.scorer.score, "passes")
+            trainer.teacher_scores = self.watch(trainer.teacher_scores, "passes")
 
 
 def race(
@@ -153,7 +153,7 @@ def passes(setting: Setting, rounds: int = 3) -> pd.Series:
             trainer.args.teacher_pass = name
             with trainer.completion_head.applied(True):  # in both, as in a training step
                 begun = now()
-                found = trainer.scorer.score(prompts, contexts, output, want_hidden=False)
+                found = trainer.teacher_scores(prompts, contexts, output)
                 seconds.append(now() - begun)
             scores[name] = found.logps
     plain, shared = (statistics.median(seconds[1:]) for seconds in times.values())
