@@ -211,14 +211,17 @@ def of_ranks(folder: Path, name: str) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_give_the_result_of_one(one, two, name):
-    whole, ranks = one(name), of_ranks(two, name)
+def test_two_processes_give_the_result_of_one(one, two):
+    for name in RUNS:
+        assert_same_result(name, one(name), of_ranks(two, name))
+
+
+def assert_same_result(name: str, whole: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     start = tiny.model().state_dict()
     for key, value in whole["weights"].items():
-        assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key]), key
-        assert (ranks[0]["weights"][key] - value).abs().max() <= 1e-5, key
-        assert (value - start[key]).abs().max() > 1e-3, "nothing learned"
+        assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key]), (name, key)
+        assert (ranks[0]["weights"][key] - value).abs().max() <= 1e-5, (name, key)
+        assert (value - start[key]).abs().max() > 1e-3, f"{name} learned nothing"
     # A micro-step of an accumulated run holds other rows, and its means are averaged unweighted.
     if "accumulated" not in name:
         for ours, theirs in zip(ranks[0]["metrics"], whole["metrics"], strict=True):
@@ -226,7 +229,7 @@ def test_two_processes_give_the_result_of_one(one, two, name):
             empty = [{k for k, v in logged.items() if v is None} for logged in (ours, theirs)]
             assert empty[0] == empty[1]
             numbers = [{k: v for k, v in m.items() if v is not None} for m in (ours, theirs)]
-            assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5)
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5), name
 
 
 def test_a_sigterm_to_one_rank_stops_both_after_the_same_step_and_both_resume(two):

@@ -47,9 +47,8 @@ def run(trainer, sent) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in timing} for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["snapshot", "ema", "base"])
-def test_where_a_teacher_lives_changes_nothing(tmp_path, device, kind):
-    settings = {"teacher_model_kind": kind, "teacher_sync_steps": 1, "max_steps": 3}
+def test_where_a_teacher_lives_changes_nothing(tmp_path, device):
+    settings = {"teacher_model_kind": "ema", "teacher_sync_steps": 1, "max_steps": 3}
     here = run(tiny.trainer(tmp_path, **settings), device)
     away = tiny.trainer(tmp_path, teacher_offload=True, **settings)
     assert run(away, device) == here

@@ -98,11 +98,11 @@ def family(name: str, **overrides):
 RAGGED = rollouts([0, 1, 0, 2, 1, 0, 2, 0], [7, 3, 9], [5, 2, 6, 0, 1, 4, 3, 6], extra=2)
 
 
-@pytest.mark.parametrize("name", prefix.TEXT_FAMILIES)
-def test_every_family_that_is_let_in_is_exact(name):
-    model = family(name)
-    assert prefix.why_not(model, ALONE) is None
-    assert_same(model, RAGGED, 3)
+def test_every_family_that_is_let_in_is_exact():
+    for name in prefix.TEXT_FAMILIES:
+        model = family(name)
+        assert prefix.why_not(model, ALONE) is None, name
+        assert_same(model, RAGGED, 3)
 
 
 QWEN3 = family("qwen3")

@@ -32,10 +32,9 @@ def run_and_capture(trainer: RLSDTrainer) -> list[dict]:
 # Values
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("lambda_init", 1.5, r"lambda_init=1.5: expected a number in \[0, 1\]"),
+def test_bad_values_are_refused(tmp_path):
+    for field, value, expected in [
+        ("lambda_init", 1.5, "lambda_init=1.5: expected a number in [0, 1]"),
         ("lambda_init", -0.1, "lambda_init=-0.1"),
         ("epsilon_w", -0.2, "epsilon_w=-0.2: expected a number >= 0"),
         ("lambda_decay_steps", -1, "lambda_decay_steps=-1: expected a step count >= 0"),
@@ -53,19 +52,19 @@ def run_and_capture(trainer: RLSDTrainer) -> list[dict]:
         ("privileged_template", "see {privileged_context}", "has no {prompt}"),
         ("remove_unused_columns", True, "remove_unused_columns=True would drop"),
         ("use_liger_kernel", True, "use_liger_kernel=True is not supported"),
-    ],
-)
-def test_bad_values_are_refused(tmp_path, field, value, expected):
-    with pytest.raises(ValueError) as error:
-        tiny.config(tmp_path, **{field: value})
-    assert expected.replace("\\", "") in str(error.value)
+        ("weight_clip", "logarithmic", "weight_clip 'logarithmic'. Valid: linear, log"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            tiny.config(tmp_path, **{field: value})
+        assert expected in str(error.value)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "bnpo", "sapo", "luspo"])
-def test_trap_1_sequence_level_sampling_would_erase_the_credit(tmp_path, loss):
-    with pytest.raises(ValueError, match="averages the token credit"):
-        tiny.config(tmp_path, importance_sampling_level="sequence", loss_type=loss)
-    tiny.config(tmp_path, importance_sampling_level="sequence", loss_type=loss, method="grpo")
+def test_trap_1_sequence_level_sampling_would_erase_the_credit(tmp_path):
+    for loss in ("grpo", "dapo", "dr_grpo", "bnpo", "sapo", "luspo"):
+        sequence = {"importance_sampling_level": "sequence", "loss_type": loss}
+        with pytest.raises(ValueError, match="averages the token credit"):
+            tiny.config(tmp_path, **sequence)
+        tiny.config(tmp_path, **sequence, method="grpo")
 
 
 @pytest.mark.parametrize("loss", ["cispo", "vespo"])
@@ -80,17 +79,13 @@ def test_trap_1_losses_that_keep_token_credit_are_allowed(tmp_path, loss):
     assert run_and_capture(trainer)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weight_clip": "logarithmic"}, "weight_clip 'logarithmic'. Valid: linear, log"),
-        ({"method": "grpo", "weight_clip": "log"}, "has no weight"),
-        ({"method": "opsd", "conserve_credit": True}, "has no weight"),
-    ],
-)
-def test_options_of_the_weight_are_judged(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        tiny.config(tmp_path, **changes)
+def test_options_of_the_weight_are_judged(tmp_path):
+    for changes in (
+        {"method": "grpo", "weight_clip": "log"},
+        {"method": "opsd", "conserve_credit": True},
+    ):
+        with pytest.raises(ValueError, match="has no weight"):
+            tiny.config(tmp_path, **changes)
 
 
 def test_wide_epsilon_w_is_allowed(tmp_path):
