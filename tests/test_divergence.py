@@ -416,7 +416,7 @@ def test_differs_from_trl_where_the_tail_is_below_its_floor():
 
 def test_a_wrong_specification_says_what_to_do():
     for options, words in [
-        ({"kind": "foward_kl"}, "did you mean 'forward_kl'"),
+        ({"kind": "foward_kl"}, "Did you mean 'forward_kl'"),
         ({"kind": "jsd", "alpha": 1.5}, "alpha=1.5"),
         ({"kind": "jsd", "alpha": math.nan}, "alpha=nan"),
         ({"kind": "reverse_kl", "alpha": 0.5}, "use kind='jsd'"),

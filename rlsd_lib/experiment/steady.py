@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl.trainer.utils import is_async_callable
 
 from rlsd_lib.runs.processes import on_sigterm
@@ -26,7 +26,6 @@ from rlsd_lib.trainer.states import policy_mask
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
 MARK = "complete.json"  # the last file of a checkpoint
-CONNECT_SECONDS = 10.0
 DIAGNOSIS_SECONDS = 10.0  # for trying rows one by one after a reward function has raised
 
 logger = logging.getLogger(__name__)
@@ -41,14 +40,12 @@ class CheckpointError(RuntimeError):
 
 
 class Steady:
-    """Mixin for a GRPO trainer: orderly stops, and errors that name what failed."""
+    """Mixin for a GRPO trainer: orderly stops, whole checkpoints, errors that name what failed."""
 
     def __init__(self, model: Any, reward_funcs: Any = None, *args: Any, **kwargs: Any) -> None:
-        if isinstance(reward_funcs, list):
-            reward_funcs = [named(function) for function in reward_funcs]
-        elif reward_funcs is not None:
-            reward_funcs = named(reward_funcs)
-        super().__init__(model, reward_funcs, *args, **kwargs)
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        wrapped = None if reward_funcs is None else [named(function) for function in functions]
+        super().__init__(model, wrapped, *args, **kwargs)
         self.sigterm = StopOnSigterm(self.accelerator)
         self.add_callback(self.sigterm)
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
@@ -89,8 +86,7 @@ class Steady:
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = self._get_output_dir(trial)
-        folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         # The parent would delete older checkpoints before the mark of this one is written.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -99,13 +95,14 @@ class Steady:
             super()._save_checkpoint(model, trial)
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise _save_error(run, folder.name, error) from error
+            raise _save_error(folder, error) from error
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / MARK).write_text(f'{{"step": {self.state.global_step}}}\n')
-            rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
 
@@ -117,10 +114,9 @@ class WorkbookTrainer(Steady, RLSDTrainer):
 
 
 class StopOnSigterm(TrainerCallback):
-    """On SIGTERM, which clusters send before they kill: finish the step, save, stop; all ranks alike.
+    """On SIGTERM, which clusters send before they kill: finish the step, save, stop.
 
-    transformers' `enable_jit_checkpoint` lets every rank decide by itself, so that ranks can stop
-    at different steps and wait for one another for ever.
+    All ranks stop at the same step; by transformers' `enable_jit_checkpoint` each decides alone.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -135,12 +131,9 @@ class StopOnSigterm(TrainerCallback):
             yield
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Agree with the other ranks on whether any got the signal; called on every rank."""
-        asked = self.asked
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(asked), device=self.accelerator.device)
-            asked = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-        if asked:
+        """Stop if any rank got the signal; called on every rank."""
+        flag = torch.tensor(float(self.asked), device=self.accelerator.device)
+        if self.accelerator.reduce(flag, reduction="sum") > 0:
             logger.warning("SIGTERM: saving after step %s, then stopping", state.global_step)
             self.stopped = control.should_save = control.should_training_stop = True
 
@@ -162,11 +155,11 @@ def named(function: Any) -> Any:
             return _numbers(function(**columns))
         except Exception as error:
             count, step = len(columns["prompts"]), columns["trainer_state"].global_step
-            row = _first_failing(function, columns, count)
+            row, rank = _first_failing(function, columns, count), PartialState().process_index
             at = f"its batch of {count} rows" if row is None else f"row {row}"
             raise RuntimeError(
-                f"Reward function {scored.__name__!r} failed on {at} at step {step}, rank "
-                f"{PartialState().process_index}: {type(error).__name__}: {error}"
+                f"Reward function {scored.__name__!r} failed on {at} at step {step}, rank {rank}: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     return scored
@@ -215,19 +208,17 @@ def missing_logps(logps: Tensor, mask: Tensor, accelerator: Accelerator, step: i
 
 
 def guard_server(client: Any, step: Callable[[], int], seconds: float) -> None:
-    """Give every request of TRL's `VLLMClient` a time limit in seconds; TRL's wait for ever.
-
-    A read is not tried again: the server may still be at work on the first request.
-    """
+    """Give every request of TRL's `VLLMClient` a time limit in seconds; TRL's wait for ever."""
     from requests import RequestException
 
     send = client.session.request
     adapter = client.session.get_adapter(client.base_url)
+    # A read is not tried again: the server may still be at work on the first request.
     adapter.max_retries = adapter.max_retries.new(read=0)
 
     def request(method: str, url: str, **kwargs: Any) -> Any:
         try:
-            return send(method, url, **{"timeout": (CONNECT_SECONDS, seconds), **kwargs})
+            return send(method, url, **{"timeout": (10.0, seconds), **kwargs})
         except RequestException as error:
             raise ConnectionError(
                 f"The vLLM server did not answer {method} {url} at step {step()} (longest wait "
@@ -244,15 +235,11 @@ def guard_server(client: Any, step: Callable[[], int], seconds: float) -> None:
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint in `output_dir`; a warning names newer incomplete ones."""
-    found = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.rsplit("-", 1)[1]
-        if path.is_dir() and step.isdecimal():
-            found[int(step)] = path
-    for step in sorted(found, reverse=True):
-        if (found[step] / MARK).is_file():
-            return found[step]
-        logger.warning("%s has no %s: incomplete, ignored", found[step], MARK)
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+        if (path / MARK).is_file():
+            return path
+        logger.warning("%s has no %s: incomplete, ignored", path, MARK)
     return None
 
 
@@ -264,24 +251,21 @@ def to_resume(output_dir: str | Path, given: str | bool | None) -> str | None:
     """
     if not given:
         return None
+    last = last_checkpoint(output_dir)
     if given is not True and (Path(given) / MARK).is_file():
         return str(given)
-    last = last_checkpoint(output_dir)
-    if given is not True:
+    if given is not True or last is None:
         raise ValueError(
-            f"{given} is no complete checkpoint (no {MARK}). The last complete one in "
-            f"{output_dir} is {last.name if last else 'not there'}."
+            f"{output_dir if given is True else given} holds no complete checkpoint to resume from "
+            f"(no {MARK}). The last complete one in {output_dir} is {last and last.name}."
         )
-    if last is None:
-        raise ValueError(f"{output_dir} holds no complete checkpoint to resume from.")
     return str(last)
 
 
-def _save_error(output_dir: str, name: str, error: Exception) -> CheckpointError:
-    last = last_checkpoint(output_dir)
+def _save_error(folder: Path, error: Exception) -> CheckpointError:
+    last, free = last_checkpoint(folder.parent), shutil.disk_usage(folder.parent).free / 2**30
     kept = f"{last} is complete and untouched" if last else "there is no earlier checkpoint"
-    free = shutil.disk_usage(output_dir).free / 2**30
     return CheckpointError(
-        f"{name} could not be written to {output_dir}, which has {free:.1f} GiB free: "
+        f"{folder.name} could not be written to {folder.parent}, which has {free:.1f} GiB free: "
         f"{type(error).__name__}: {error}. What was written of it is removed; {kept}."
     )

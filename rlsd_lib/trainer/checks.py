@@ -12,13 +12,21 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ProcessorMixin
 
-from rlsd_lib import prompts as privileged
+from rlsd_lib import prompts
 from rlsd_lib.credit import Credit
 from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import RLSDConfig
-from rlsd_lib.trainer.sharded import FSDP1, sharding_of
+from rlsd_lib.trainer.sharded import FSDP1, shape_of, sharding_of
 
+# Config fields by which a model changes its logits after the head, which `divergence` does not do.
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 VIDEO_ADVICE = (
     "GRPO in TRL 1.16 would generate with it and train without it. Drop these rows, or give chosen "
     "frames as images."
@@ -34,14 +42,11 @@ def check_arguments(
         ValueError: for a missing or misplaced teacher, reward, column or row.
     """
     sees = args.row.teacher_sees
-    if (teacher_model is not None) != (sees == PROMPT):
+    if sees == PROMPT and teacher_model is None:
+        raise ValueError(f"method={args.method!r} needs teacher_model=, the model to distil from.")
+    if sees != PROMPT and teacher_model is not None:
         raise ValueError(
-            f"method={args.method!r} "
-            + (
-                "needs teacher_model=, the model to distil from."
-                if sees == PROMPT
-                else "teaches itself: teacher_model= is for method='opd' only."
-            )
+            f"method={args.method!r} teaches itself: teacher_model= is for method='opd' only."
         )
     if sees == PEER and not reward_funcs:
         raise ValueError(
@@ -55,37 +60,32 @@ def check_arguments(
         )
     if isinstance(dataset, Dataset):
         _check_videos(dataset)
-    if args.uses_teacher and sees == PRIVILEGED:
-        _check_rows(dataset, args)
     if args.include_environment_feedback:
         _check_column(dataset, "include_environment_feedback=True")
+    if args.uses_teacher and sees == PRIVILEGED:
+        _check_column(dataset, f"method={args.method!r}")
+        if isinstance(dataset, Dataset):  # a streamed one is checked batch by batch
+            contexts = dataset[prompts.COLUMN][:]
+            prompts.check_contexts(contexts, args.privileged_template)
+            prompts.count_in_prompts(dataset["prompt"][:], contexts)
 
 
 def _check_videos(dataset: Dataset) -> None:
     """Refuse rows with a video, in the prompt or in a column of its own, which TRL does not read."""
     found = set()
     if "prompt" in dataset.column_names:
-        counts = (privileged.count_images(prompt, "video") for prompt in dataset["prompt"][:])
+        counts = (prompts.count_images(prompt, "video") for prompt in dataset["prompt"][:])
         found |= {i for i, count in enumerate(counts) if count}
     for name in {"video", "videos"} & set(dataset.column_names):
         found |= {i for i, video in enumerate(dataset[name][:]) if video}
-    privileged.refuse(sorted(found), "hold a video", VIDEO_ADVICE)
-
-
-def _check_rows(dataset: Any, args: RLSDConfig) -> None:
-    """Check every row of a map-style dataset; a streamed one is checked batch by batch."""
-    _check_column(dataset, f"method={args.method!r}")
-    if isinstance(dataset, Dataset):
-        contexts = dataset[privileged.COLUMN][:]
-        privileged.check_contexts(contexts, args.privileged_template)
-        privileged.count_in_prompts(dataset["prompt"][:], contexts)
+    prompts.refuse(sorted(found), "hold a video", VIDEO_ADVICE)
 
 
 def _check_column(dataset: Any, what: str) -> None:
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and privileged.COLUMN not in columns:
+    if columns is not None and prompts.COLUMN not in columns:
         raise ValueError(
-            f"{what} needs a {privileged.COLUMN!r} column (str: what the teacher may see and the "
+            f"{what} needs a {prompts.COLUMN!r} column (str: what the teacher may see and the "
             f"student may not). The dataset has {columns}."
         )
 
@@ -96,15 +96,47 @@ def check_teacher(
     """Refuse another model as teacher whose probabilities are not of the student's tokens.
 
     `source` is what the user gave: a path, whose tokenizer is compared, or a model, whose
-    tokenizer nobody can know.
+    tokenizer is unknown.
 
     Raises:
         ValueError: naming the config field, the sizes, or the first token that differs.
     """
     if args.divergence is not None:
-        states.check_logits(teacher)
-    other = AutoTokenizer.from_pretrained(source) if isinstance(source, str) else None
-    states.check_vocabularies(student, teacher, tokenizer, other)
+        _check_logits(teacher)
+    heads = [states.causal_lm(model).get_output_embeddings() for model in (student, teacher)]
+    sizes = [shape_of(head.weight)[0] for head in heads]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}. "
+            "Distillation compares token by token: use a teacher with the student's tokenizer."
+        )
+    if not isinstance(source, str):
+        return
+    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(source).get_vocab()
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"The teacher's tokenizer knows {len(theirs)} tokens and the student's {len(ours)}. "
+            "Use a teacher with the student's tokenizer, saved beside its weights."
+        )
+    if ours != theirs:
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        raise ValueError(
+            f"The teacher's tokenizer gives {token!r} the id {theirs.get(token)}, the student's "
+            f"{ours.get(token)}. Use a teacher with the student's tokenizer."
+        )
+
+
+def _check_logits(model: nn.Module) -> None:
+    """Refuse models whose logits are more than head times state."""
+    model = states.causal_lm(model)
+    config = model.config.get_text_config()
+    for name in LOGIT_CHANGES:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(
+                f"{type(model).__name__} changes its logits by config.{name}="
+                f"{getattr(config, name)}, which the full-vocabulary divergence does not apply. "
+                "Use distillation_mode='sampled_token', or a model without it."
+            )
 
 
 def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator) -> None:
@@ -132,18 +164,18 @@ def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator)
         )
 
 
-def check_images(prompts: list[privileged.Prompt], accelerator: Accelerator) -> None:
-    """Refuse final prompts that hold a video, and mixed batches where parameters are sharded.
+def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
+    """Refuse final prompts with a video, and mixed batches where parameters are sharded.
 
     A rank whose rows have no image would not enter the vision tower, whose shards the other ranks
-    wait for. Without sharding, rows with and without images may stand in one batch.
+    wait for.
 
     Raises:
-        ValueError: naming how many rows there are of each kind, on every rank.
+        ValueError: on every rank, with the number of rows of each kind.
     """
-    videos = sum(privileged.count_images(prompt, "video") > 0 for prompt in prompts)
-    bare = sum(privileged.count_images(prompt) == 0 for prompt in prompts)
-    counts = gather_object([(videos, bare, len(prompts))])
+    videos = sum(prompts.count_images(prompt, "video") > 0 for prompt in final)
+    bare = sum(prompts.count_images(prompt) == 0 for prompt in final)
+    counts = gather_object([(videos, bare, len(final))])
     videos, bare, rows = (sum(column) for column in zip(*counts, strict=True))
     if videos:
         raise ValueError(f"{videos} of {rows} prompts in a batch hold a video. {VIDEO_ADVICE}")
@@ -162,10 +194,10 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
         ValueError: naming the modules, the padding side, or what a divergence cannot handle.
     """
     if args.divergence is not None:
-        states.check_logits(model)
+        _check_logits(model)
     noisy = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    text = model.config.get_text_config()
-    noisy += [f"config.{k}" for k in ("attention_dropout",) if getattr(text, k, 0) > 0]
+    if getattr(model.config.get_text_config(), "attention_dropout", 0) > 0:
+        noisy.append("config.attention_dropout")
     if noisy:
         raise ValueError(
             f"Dropout is active in {noisy[:3]} ({len(noisy)} places) and would put noise into the "
@@ -178,13 +210,12 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
             f"{args.teacher_update_rate} of a small difference is rounded away. Load the model in "
             "float32 (with bf16=True for the compute), or use 'snapshot'."
         )
-    if isinstance(processing_class, ProcessorMixin):
-        side = processing_class.tokenizer.padding_side
-        if side != "left":
-            raise ValueError(
-                f"The processor pads {side!r}; prompts must be padded on the left. Load it with "
-                "padding_side='left'."
-            )
+    processor = isinstance(processing_class, ProcessorMixin)
+    if processor and (side := processing_class.tokenizer.padding_side) != "left":
+        raise ValueError(
+            f"The processor pads {side!r}; prompts must be padded on the left. Load it with "
+            "padding_side='left'."
+        )
 
 
 # Credit functions from outside the table, and rewards

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 FSDP1, FSDP2, ZERO3 = "FSDP1", "FSDP2", "ZeRO-3"
+SHARDS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def sharding_of(accelerator: Accelerator) -> str | None:

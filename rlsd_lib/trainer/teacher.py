@@ -33,7 +33,6 @@ ADAPTER = "teacher"
 EXTERNAL = "external"
 STATE_FILE = "rlsd_teacher.json"
 WEIGHTS_FILE = "rlsd_teacher.safetensors"
-SHARDS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 Pairs = Iterable[tuple[nn.Parameter, nn.Parameter]]
 
 
@@ -305,7 +304,7 @@ def check_offload(accelerator: Accelerator, adapter: str | None) -> None:
             "teacher_offload=True: the teacher of a PEFT student is an adapter, which costs no "
             "more than its few weights. Set teacher_offload=False."
         )
-    if accelerator.distributed_type in SHARDS:
+    if accelerator.distributed_type in sharded.SHARDS:
         raise ValueError(
             f"teacher_offload=True under {accelerator.distributed_type}: it would bypass the "
             "sharding. Set it to False and offload with the sharding's own settings."

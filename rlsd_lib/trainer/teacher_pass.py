@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
@@ -66,13 +65,12 @@ class TeacherPass(GRPOTrainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel",
+        model: Any,
         reward_funcs: Any,
         args: RLSDConfig,
         train_dataset: Any,
         *others: Any,
-        teacher_model: "str | PreTrainedModel | None" = None,
-        **kwargs: Any,
+        teacher_model: Any = None,
     ) -> None:
         self.teacher: Teacher | None = None
         self._served = range(1)  # optimiser steps of the current rollouts
@@ -80,25 +78,26 @@ class TeacherPass(GRPOTrainer):
         self._completions: list = []
         self._rewards = torch.zeros(0)
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
-        super().__init__(model, reward_funcs, args, train_dataset, *others, **kwargs)
+        super().__init__(model, reward_funcs, args, train_dataset, *others)
         upstream.restorable_device(args)
         self.completion_head = upstream.CompletionHead(self.accelerator.device)
         if self.use_vllm:
             upstream.keep_base_exact(self.model, self.vllm_generation)
         if self._is_vlm:
-            self.model.register_forward_pre_hook(upstream.drop_empty_images, with_kwargs=True)
-        if args.uses_teacher:
-            checks.check_model(self.model, self.processing_class, args)
-            checks.check_sharding(self.model, args, self.accelerator)
-            if isinstance(train_dataset, Dataset) and self.environment_factories is None:
-                self._check_lengths(train_dataset["prompt"][:])
-            self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
-            if teacher_model is not None:
-                external = self.teacher.model
-                if self._is_vlm:  # a copy of the student has the student's hook
-                    external.register_forward_pre_hook(upstream.drop_empty_images, with_kwargs=True)
-                checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
-            self._refuse_if_asked(shared_prompts.why_not(self.teacher.model, self.accelerator))
+            upstream.drop_empty_images(self.model)
+        if not args.uses_teacher:
+            return
+        checks.check_model(self.model, self.processing_class, args)
+        checks.check_sharding(self.model, args, self.accelerator)
+        if isinstance(train_dataset, Dataset) and self.environment_factories is None:
+            self._check_lengths(train_dataset["prompt"][:])
+        self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
+        if teacher_model is not None:
+            external = self.teacher.model
+            if self._is_vlm:  # a copy of the student has the student's hook
+                upstream.drop_empty_images(external)
+            checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
+        self._refuse_if_asked(shared_prompts.why_not(self.teacher.model, self.accelerator))
 
     # Rollouts, and what TRL knows of them
 
@@ -233,14 +232,10 @@ class TeacherPass(GRPOTrainer):
         ]
         ids, _, fields = self._tokenize_prompts(seen)
         self._check_positions(max(map(len, ids)) + output["completion_ids"].size(1))
-        type_ids = {
-            name: self._type_ids(name, fields[name], output)
-            for name in TYPE_ID_FIELDS
-            if name in fields
-        }
+        types = {k: self._type_ids(k, fields[k], output) for k in TYPE_ID_FIELDS if k in fields}
         mask = [[1] * len(row) for row in ids]
         pad_id = self._tokenizer.pad_token_id
-        return Prompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), type_ids)
+        return Prompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), types)
 
     def _type_ids(self, name: str, rows: list[list[int]], output: dict[str, Any]) -> Tensor:
         """Type ids of the teacher's prompt, and those that TRL gave the completion."""
@@ -270,10 +265,9 @@ class TeacherPass(GRPOTrainer):
         # Rollouts of a group ask the same question; each is measured once.
         known: dict[tuple[str, str | None], str | None] = {}
         for prompt, context in zip(prompts, contexts, strict=True):
-            key = (repr(prompt), context)
-            if key not in known:
+            if (key := (repr(prompt), context)) not in known:
                 known[key] = context if context is None else self._shortened(prompt, context)
-        fitted = [known[repr(p), context] for p, context in zip(prompts, contexts, strict=True)]
+        fitted = [known[repr(prompt), text] for prompt, text in zip(prompts, contexts, strict=True)]
         cut = sum(new != old for new, old in zip(fitted, contexts, strict=True))
         self.log_means({"context_shortened_frac": (cut, len(fitted))})
         return fitted
@@ -288,10 +282,7 @@ class TeacherPass(GRPOTrainer):
         return len(self._tokenize_prompts([prompt])[0][0])
 
     def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse questions that leave `max_teacher_prompt_length` no room, before any compute.
-
-        Images are not opened for this: their tokens are counted when the row comes up.
-        """
+        """Refuse questions that leave `max_teacher_prompt_length` no room; images count later."""
         limit, template = self.args.max_teacher_prompt_length, self.args.privileged_template
         if limit is None or self.args.row.teacher_sees == PROMPT:
             return
@@ -412,11 +403,10 @@ class TeacherPass(GRPOTrainer):
     def _check_finite(self, logps: Tensor, prompt_ids: Tensor, whose: str) -> None:
         """Stop on every rank when any rank has a log-probability that is NaN or infinite."""
         bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        prompts = [self._tokenizer.decode(prompt_ids[row], skip_special_tokens=True) for row in bad]
+        decode, rank = self._tokenizer.decode, self.accelerator.process_index
+        texts = [decode(prompt_ids[row], skip_special_tokens=True)[-200:] for row in bad[:3]]
         # Gathered before anyone raises: a rank that stopped alone would leave the others waiting.
-        found = gather_object(
-            [(self.accelerator.process_index, text[-200:]) for text in prompts[:3]]
-        )
+        found = gather_object([(rank, text) for text in texts])
         if found:
             raise FloatingPointError(
                 f"Non-finite {whose} log-probabilities at step {self.state.global_step}, in samples "

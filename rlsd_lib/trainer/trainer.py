@@ -11,19 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
-from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 from rlsd_lib.credit import Credit, Sums, drift_sums, gap_sums, intervention_sums, weight_sums
 from rlsd_lib.divergence import divergence
@@ -31,8 +22,6 @@ from rlsd_lib.trainer import checks, sharded, states
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.teacher_pass import TeacherPass
 from rlsd_lib.trainer.upstream import load_trained_adapter
-
-AnyDataset = Dataset | IterableDataset
 
 
 class RLSDTrainer(TeacherPass):
@@ -71,26 +60,20 @@ class RLSDTrainer(TeacherPass):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
-        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
         args: RLSDConfig | None = None,
-        train_dataset: AnyDataset | None = None,
-        eval_dataset: AnyDataset
-        | DatasetDict
-        | IterableDatasetDict
-        | dict[str, AnyDataset]
-        | None = None,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        reward_processing_classes: PreTrainedTokenizerBase
-        | list[PreTrainedTokenizerBase]
-        | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        quantization_config: BitsAndBytesConfig | None = None,
-        peft_config: PeftConfig | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
         tools: list | None = None,
-        rollout_func: RolloutFunc | None = None,
-        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         *,
         teacher_model: PreTrainedModel | str | None = None,
         credit: Credit | None = None,
@@ -180,8 +163,7 @@ class RLSDTrainer(TeacherPass):
         if args.row.evidence is None:
             return credited, {}
         log_weight = args.row.evidence(advantages, gap)
-        clip = {"epsilon_w": args.epsilon_w, "log_clip": args.log_clip}
-        sums = weight_sums(log_weight, mask, **clip)
+        sums = weight_sums(log_weight, mask, args.epsilon_w, log_clip=args.log_clip)
         sums |= intervention_sums(credited, advantages, mask)
         return credited, sums | drift_sums(credited, assign(-advantages), advantages, gap, mask)
 

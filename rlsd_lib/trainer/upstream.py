@@ -159,15 +159,19 @@ def for_processor(images: list[list | None] | None) -> list[list] | None:
 
 
 @mends("trl", "1.16.0", "trl/trainer/grpo_trainer.py, _get_per_token_logps_and_entropies")
-def drop_empty_images(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Forward pre-hook: drops image fields where no row of the micro-batch has an image.
+def drop_empty_images(model: nn.Module) -> None:
+    """Let a model leave image fields out where no row of a micro-batch has an image.
 
     TRL slices the pixels of the whole batch and passes none of them as an empty tensor.
     """
-    pixels = kwargs.get("pixel_values")
-    if pixels is not None and pixels.size(0) == 0:
-        kwargs = {k: v for k, v in kwargs.items() if k not in IMAGE_FIELDS}
-    return args, kwargs
+
+    def drop(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        pixels = kwargs.get("pixel_values")
+        if pixels is not None and pixels.size(0) == 0:
+            kwargs = {k: v for k, v in kwargs.items() if k not in IMAGE_FIELDS}
+        return args, kwargs
+
+    model.register_forward_pre_hook(drop, with_kwargs=True)
 
 
 # --- TRL: weights on their way to vLLM -----------------------------------------------------------
