@@ -93,14 +93,15 @@ class Steady:
             if self.args.should_save:
                 (folder / MARK).unlink(missing_ok=True)
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (folder / MARK).write_text(f'{{"step": {self.state.global_step}}}\n')
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise _save_error(folder, error) from error
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (folder / MARK).write_text(f'{{"step": {self.state.global_step}}}\n')
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()

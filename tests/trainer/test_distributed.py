@@ -149,7 +149,7 @@ def processes(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        f"import sys; sys.path[:0] = {[str(path) for path in Path(__file__).parents[:2]]!r}\n"
         f"from pathlib import Path; import {module}\n"
         f"{module}.train_all(Path({str(folder)!r}), {world})"
     )
