@@ -227,8 +227,8 @@ def check_credit(credit: Credit, args: RLSDConfig) -> tuple[str, ...]:
     """The keywords that a credit function asks for; refuses one that cannot be called.
 
     Raises:
-        ValueError: for a method whose teacher sees no reference, or a function that takes no three
-            arguments or requires a keyword that there is not.
+        ValueError: for a method whose teacher sees no reference, options of the method's weight, or
+            a function without the three arguments or with an unknown required keyword.
     """
     name = _name_of(credit)
     if METHODS[args.method].teacher_sees != PRIVILEGED or not args.uses_teacher:
@@ -236,6 +236,11 @@ def check_credit(credit: Credit, args: RLSDConfig) -> tuple[str, ...]:
             f"credit={name} would never be called with method={args.method!r} and lambda_init="
             f"{args.lambda_init}: it replaces the credit of a method whose teacher sees the "
             "reference. Use method='rlsd' with lambda_init above 0."
+        )
+    if args.weight_clip != "linear" or args.conserve_credit:
+        raise ValueError(
+            f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} are of the "
+            f"method's own weight, which credit={name} replaces. Leave them alone."
         )
     parameters = list(inspect.signature(credit).parameters.values())
     first, rest = parameters[:3], parameters[3:]

@@ -356,6 +356,6 @@ def test_models_that_are_not_spread_alike_are_never_mixed():
     with pytest.raises(RuntimeError, match=r"differ in their parameters, e\.g\. .*layers\.2"):
         sharded.pairs(tiny.model(), tiny.model(num_hidden_layers=3))
     model, wider = tiny.model(), tiny.model(intermediate_size=128)
-    with pytest.raises(RuntimeError, match=r"not spread alike.*\(64, 32.*\(128, 32"):
+    with pytest.raises(RuntimeError, match=r"not sharded alike.*\(64, 32.*\(128, 32"):
         for target, source in sharded.pairs(model, wider):
             sharded.move(target, source)
