@@ -67,7 +67,7 @@ class Clock(TrainerCallback):
             made = trainer._generate
             trainer._generate = lambda ids: (ids, self._rollouts(lambda: made(ids)[1]))
         if isinstance(trainer, RLSDTrainer):
-            trainer.scorer.score = self._timed(trainer.scorer.score, "teacher pass")
+            trainer.teacher_scores = self._timed(trainer.teacher_scores, "teacher pass")
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.steps.append(defaultdict(float, step=-now()))
@@ -242,7 +242,7 @@ def scoring(sizes: Sizes, folder: Path) -> tuple[Any, Callable[[str], Tensor]]:
     def score(kind: str) -> Tensor:
         trainer.args.teacher_pass = kind
         with trainer.completion_head.applied(True):  # in both, as in a training step
-            return trainer.scorer.score(prompts, contexts, output, want_hidden=False).logps
+            return trainer.teacher_scores(prompts, contexts, output).logps
 
     return trainer, score
 

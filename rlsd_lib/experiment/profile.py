@@ -53,7 +53,7 @@ def profile_teacher_pass(sizes: Sizes, trace: Path, rounds: int = 3) -> Iterator
         trainer, score = scoring(sizes, Path(folder))
     phases = Phases()
     parts = (
-        (trainer.scorer, "prompts", "tokenise"),
+        (trainer, "teacher_prompts", "tokenise"),
         (shared_prompts, "_read_prompts", "prompt pass"),
         (shared_prompts._SharedLayer, "update", "cache copy"),
         (trainer.teacher.model, "forward", "completion pass"),

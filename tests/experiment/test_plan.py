@@ -19,7 +19,7 @@ from rlsd_lib.experiment.gpu import plan_for
 from rlsd_lib.experiment.plan import ALWAYS, CHANGES, GIB, Plan, advice, describe, plan_of
 from rlsd_lib.experiment.racers import Sizes
 from rlsd_lib.experiment.shapes import SHAPES, shape_named, shape_of
-from rlsd_lib.trainer.completion_head import completions_only
+from rlsd_lib.trainer.upstream import completions_only
 
 SMALL = {
     "hidden_size": 256,
