@@ -14,17 +14,17 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from rlsd_lib.experiment.controls import apply_control
-from rlsd_lib.experiment.cost.plan import describe, make_plan, setting_of, shape_named
 from rlsd_lib.experiment.launch import accelerate_config, launch_command
+from rlsd_lib.experiment.plan import describe, plan_of
 from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
-from rlsd_lib.methods import PRIVILEGED
-from rlsd_lib.prompts import COLUMN, check_contexts, count_in_prompts
+from rlsd_lib.methods import PRIVILEGED, PROMPT
 from rlsd_lib.report.benchmarks import check_benchmarks
 from rlsd_lib.runs.parameters import as_text
 from rlsd_lib.tasks import DATA, Task
 from rlsd_lib.tasks.encode import Processing
 from rlsd_lib.tasks.lab import model as lab
 from rlsd_lib.tasks.lengths import prompt_lengths, within
+from rlsd_lib.trainer.checks import check_arguments
 from rlsd_lib.trainer.config import RLSDConfig
 
 
@@ -92,7 +92,8 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
             found.checked.append(f"{len(task.train)} training and {len(task.test)} test rows")
             run = resolve(parameters, task.privileged_template)
             with found.noting():
-                found.checked.append(check_rows(run, task))
+                check_rows(run, task)
+                found.checked.append("the trainer takes every row")
             if processing is not None:
                 found.checked += _check_lengths(run, task, processing, positions)
     found.lines += ["", *_plan(run), *_start(notebook, parameters, run)]
@@ -140,14 +141,11 @@ def _batch_in_words(run: Resolved) -> str:
 
 def _plan(run: Resolved) -> list[str]:
     """Memory and time by arithmetic, for models whose sizes are known."""
-    count = run.processes
-    changes = {"sharding": "fsdp2" if run.preset.accelerate and count > 1 else "ddp"}
     try:
-        shape = shape_named(run.preset.model)
-        setting = setting_of(asdict(run.preset), shape=shape, gpus=count, changes=changes)
+        plan = plan_of(asdict(run.preset), gpus=run.processes)
     except ValueError as error:
         return [f"no `rlsd plan`: {error}"]
-    return [describe(make_plan(setting, gpu_memory=80), f"{count} GPUs of 80 GiB"), ""]
+    return [describe(plan, f"{run.processes} GPUs of 80 GiB"), ""]
 
 
 def _start(notebook: str, parameters: Mapping[str, Any], run: Resolved) -> list[str]:
@@ -156,18 +154,15 @@ def _start(notebook: str, parameters: Mapping[str, Any], run: Resolved) -> list[
     given = {k: parameters[k] for k in shown if parameters.get(k) not in (None, {}, -1, "none")}
     command = ["rlsd", "run", notebook]
     command += [word for k, v in given.items() for word in ("-p", f"{k}={as_text(v)}")]
+    if run.processes > 1:
+        command += ["--num-processes", str(run.processes)]
+        command += ["--accelerate", run.preset.accelerate] if run.preset.accelerate else []
+    start = ["start it with", f"  {shlex.join(command)}"]
     if run.processes == 1:
-        return ["start it with", f"  {shlex.join(command)}"]
-    command += ["--num-processes", str(run.processes)]
-    command += ["--accelerate", run.preset.accelerate] if run.preset.accelerate else []
+        return start
     config = accelerate_config(run.preset.accelerate)
     launched = launch_command(config, run.processes, Path("RUN_DIR"))
-    return [
-        "start it with",
-        f"  {shlex.join(command)}",
-        "which starts",
-        f"  {shlex.join(launched)}",
-    ]
+    return [*start, "which starts", f"  {shlex.join(launched)}"]
 
 
 def _local_model(preset: Preset) -> tuple[PretrainedConfig, Processing] | tuple[None, None]:
@@ -190,20 +185,15 @@ def _local_model(preset: Preset) -> tuple[PretrainedConfig, Processing] | tuple[
         return None, None
 
 
-def check_rows(run: Resolved, task: Task) -> str:
-    """Refuse rows that the trainer would refuse; returns what was found in words.
+def check_rows(run: Resolved, task: Task) -> None:
+    """Refuse rows that the trainer would refuse, as the run's control leaves them.
 
     Raises:
-        ValueError: no privileged column, or contexts that the trainer refuses, under the control.
+        ValueError: as `trainer.checks.check_arguments` does.
     """
-    if run.config.row.teacher_sees != PRIVILEGED:
-        return "this method reads no privileged text"
-    if COLUMN not in task.train.column_names:
-        raise ValueError(f"the data has no column {COLUMN!r}, only {task.train.column_names}")
     rows = apply_control(task.train, run.control, run.config.seed)
-    check_contexts(rows[COLUMN][:], run.config.privileged_template)
-    shown = count_in_prompts(rows["prompt"][:], rows[COLUMN][:])
-    return f"every row has a {COLUMN}; in {shown} of {len(rows)} it also stands in the question"
+    teacher = run.preset.teacher_model if run.config.row.teacher_sees == PROMPT else None
+    check_arguments([task.reward], run.config, rows, teacher, None)
 
 
 def _check_limits(run: Resolved, positions: int | None) -> str:

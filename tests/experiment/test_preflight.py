@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def test_a_preset_passes_offline_and_says_what_it_does(capsys, tmp_path):
         "smoke-vl": (
             "32 rollouts per step = 4 prompts x 8",
             "135 training and 8 test rows",
-            "every row has a privileged_context",
+            "the trainer takes every row",
             "0 over 512 will be left out",
         ),
     }
@@ -149,8 +150,11 @@ def test_rows_that_show_the_student_the_reference_are_found():
     with pytest.raises(ValueError, match=r"1 dataset rows hold .* own prompt \(rows 0\)"):
         check_rows(resolve(run), task)
     # What the teacher is shown under a control is what counts.
-    assert "in 0 of 2 it also stands" in check_rows(resolve({**run, "control": "noise"}), task)
-    assert "no privileged text" in check_rows(resolve({**run, "method": "grpo"}), task)
+    for harmless in ({"control": "noise"}, {"method": "grpo"}, {"method": "opd"}):
+        check_rows(resolve({**run, **harmless}), task)
+    blank = replace(task, train=task.train.remove_columns("privileged_context"))
+    with pytest.raises(ValueError, match="needs a 'privileged_context' column"):
+        check_rows(resolve(run), blank)
 
 
 def test_a_notebook_of_another_method_is_told(capsys):
