@@ -1,13 +1,4 @@
-"""An experiment: what one training notebook does, as an object with one method per step.
-
-    experiment = Experiment(method="rlsd", preset="lab", seed=0)
-    experiment.evaluate("before")
-    experiment.train()
-    experiment.evaluate("after")
-    experiment.finish()
-
-Everything is written under `experiment.run.path`.
-"""
+"""An experiment: what one training notebook does, as an object with one method per step."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,9 +17,9 @@ from rlsd_lib.experiment.launch import accelerate_config, run_workers
 from rlsd_lib.experiment.presets import RunParameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
 from rlsd_lib.experiment.steady import WorkbookTrainer, last_checkpoint
-from rlsd_lib.measure import rollouts as lens
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
-from rlsd_lib.measure.intervals import share_interval
+from rlsd_lib.measure.intervals import Interval, share_interval
+from rlsd_lib.measure.rollouts import Rollout, look
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
@@ -44,6 +35,14 @@ LAST_MEANS = ("reward", "rewards/leak/mean", "entropy", "completions/mean_length
 
 class Experiment:
     """One run: resolved before anything is computed, then evaluated, trained, evaluated, written.
+
+        experiment = Experiment(method="rlsd", preset="lab", seed=0)
+        experiment.evaluate("before")
+        experiment.train()
+        experiment.evaluate("after")
+        experiment.finish()
+
+    Everything is written under `experiment.run.path`.
 
     Args:
         notebook: the notebook that runs this, for the manifest.
@@ -104,6 +103,7 @@ class Experiment:
         method, seed, control = (getattr(self.parameters, k) for k in ("method", "seed", "control"))
         self.preset, _ = resolve_preset(self.parameters.preset, self.parameters.overrides)
         self.metrics: dict[str, Any] = {}
+        self.estimates: dict[tuple[str, str], Interval] = {}  # by measure, and when
         # A processor in the tokenizer's place, where the model sees images.
         self.model, self.tokenizer = self._load(self.preset.model, self.preset.model_options)
         task = self.preset.load_task(method)
@@ -181,9 +181,9 @@ class Experiment:
         self.run.add_evaluation(when, correct=per_problem(results), greedy=per_problem(greedy))
         leak = share_interval(results.loc[results["sample"] == 0, "speaks_of_reference"])
         for name, value in {**accuracies(results, greedy), "leak_rate": leak}.items():
-            self.metrics[f"{name}_{when}"] = value[0]
-            self.metrics[f"{name}_{when}_low"] = value.low
-            self.metrics[f"{name}_{when}_high"] = value.high
+            self.estimates[name, when] = value
+            ends = zip(("", "_low", "_high"), value, strict=True)
+            self.metrics |= {f"{name}_{when}{end}": number for end, number in ends}
         return results
 
     def _sampling(self) -> dict[str, Any]:
@@ -197,11 +197,7 @@ class Experiment:
 
     def report(self) -> pd.DataFrame:
         """Accuracies and leak rate so far, with their 95 % intervals."""
-        keys = [key.removesuffix("_low") for key in self.metrics if key.endswith("_low")]
-        rows = [
-            (*key.rsplit("_", 1), *(self.metrics[key + end] for end in ("", "_low", "_high")))
-            for key in keys
-        ]
+        rows = [(*key, *value) for key, value in self.estimates.items()]
         frame = pd.DataFrame(rows, columns=["measure", "when", "mean", "low", "high"])
         return frame.sort_values("measure", kind="stable", ignore_index=True).round(3)
 
@@ -282,25 +278,23 @@ class Experiment:
             shutil.rmtree(folder)
         return {**trained, "steps": read_lines(self.run.path / "metrics.jsonl")}
 
-    def look(self, row: int = 0, **changes: Any) -> list[lens.Rollout]:
-        """One group of rollouts of test problem `row` with gap, weight and credit per token."""
-        settings = {"teacher": self.teacher_model, "seed": self.parameters.seed, **changes}
-        return lens.look(self.model, self.tokenizer, self.task, row, self.config, **settings)
+    def look_at_mixed(self, first: int = 0, **changes: Any) -> list[Rollout]:
+        """The first group from test problem `first` on in which rollouts succeed and fail.
 
-    def look_at_mixed(self, first: int = 0, rows: int = 20, **changes: Any) -> list[lens.Rollout]:
-        """The first group from `first` on in which some rollouts succeed and some fail.
-
-        Such a group is what a policy gradient learns from. Two of each kind come first. Falls
-        through to the last group looked at when all agree.
+        Such a group is what a policy gradient learns from. Its best and its worst rollout come
+        first. Of 20 problems on which all rollouts agree the last is shown. `changes` are keywords
+        of `measure.rollouts.look`, which gives gap, weight and credit of every token.
         """
-        for row in range(first, min(first + rows, len(self.task.test))):
-            group = self.look(row, **changes)
+        looked = self.model, self.tokenizer, self.task
+        settings = {"teacher": self.teacher_model, "seed": self.parameters.seed, **changes}
+        for row in range(first, min(first + 20, len(self.task.test))):
+            group = look(*looked, row, self.config, **settings)
             if len({rollout.reward for rollout in group}) > 1:
                 break
         ranked = sorted(group, key=lambda rollout: -rollout.reward)
         return [ranked[0], ranked[-1], *ranked[1:-1]]
 
-    def keep(self, rollouts: Sequence[lens.Rollout]) -> None:
+    def keep(self, rollouts: Sequence[Rollout]) -> None:
         """Write rollouts with their token credit to samples.jsonl."""
         self.run.add_samples(map(asdict, rollouts))
 

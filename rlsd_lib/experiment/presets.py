@@ -89,18 +89,18 @@ LAB_BY_METHOD = {
 # A lab whose corpus was right everywhere: the external teacher of OPD.
 EXPERT = {"hard_share": 0.0, "easy_rate": 0.0, "seed": 1}
 
-LAB_PRESET: dict[str, Any] = {
-    "model": "lab",
-    "teacher_model": "lab",
-    "teacher_options": EXPERT,
-    "task": "arithmetic",
-    "training": LAB,
-    "by_method": LAB_BY_METHOD,
-    "train_size": 4000,
-    "test_size": 250,
-    "save_model": True,
-}
-
+LAB_PRESET = Preset(
+    "three-digit column addition, 0.4 M parameters: minutes on a CPU",
+    model="lab",
+    teacher_model="lab",
+    teacher_options=EXPERT,
+    task="arithmetic",
+    training=LAB,
+    by_method=LAB_BY_METHOD,
+    train_size=4000,
+    test_size=250,
+    save_model=True,
+)
 SMALL_LAB = {
     "digits": 1,
     "hidden_size": 64,
@@ -109,32 +109,30 @@ SMALL_LAB = {
     "ramp_steps": 150,
     "hard_share": 0.5,
 }
-SMALL_LAB_PRESET = {
-    **LAB_PRESET,
-    "model_options": SMALL_LAB,
-    "teacher_options": {**SMALL_LAB, **EXPERT},
-    "task_options": {"digits": 1},
-    "training": {
-        **LAB,
-        "per_device_train_batch_size": 16,
-        "max_completion_length": 32,
-        "max_steps": 2,
-    },
-    "train_size": 40,
-    "test_size": 8,
-    "num_samples": 2,
-}
+SMALL = {"per_device_train_batch_size": 16, "max_completion_length": 32, "max_steps": 2}
 
 PRESETS: dict[str, Preset] = {
-    "smoke": Preset("a lab of one digit, two steps: does everything run?", **SMALL_LAB_PRESET),
-    "lab": Preset("three-digit column addition, 0.4 M parameters: minutes on a CPU", **LAB_PRESET),
-    "lab-bare": Preset(
-        "the lab without filler words: every uncertain token bears on the answer",
-        **{**LAB_PRESET, "model_options": {"nuisance": 0.0}},
+    "smoke": replace(
+        LAB_PRESET,
+        summary="a lab of one digit, two steps: does everything run?",
+        model_options=SMALL_LAB,
+        teacher_options={**SMALL_LAB, **EXPERT},
+        task_options={"digits": 1},
+        training={**LAB, **SMALL},
+        train_size=40,
+        test_size=8,
+        num_samples=2,
     ),
-    "lab-trace": Preset(
-        "the lab with a whole right chain as the reference, where `lab` gives the answer alone",
-        **{**LAB_PRESET, "task_options": {"reference": "trace"}},
+    "lab": LAB_PRESET,
+    "lab-bare": replace(
+        LAB_PRESET,
+        summary="the lab without filler words: every uncertain token bears on the answer",
+        model_options={"nuisance": 0.0},
+    ),
+    "lab-trace": replace(
+        LAB_PRESET,
+        summary="the lab with a whole right chain as the reference, where `lab` gives the answer",
+        task_options={"reference": "trace"},
     ),
     "smollm2": Preset(
         "SmolLM2-135M-Instruct adds two digits: a real model, on a CPU or a GPU",
@@ -244,15 +242,9 @@ class RunParameters:
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def resolve(
-        self,
-        output_dir: str | Path = "unused",
-        *,
-        template: str | None = None,
-        processes: int = 1,
+        self, output_dir: str | Path = "unused", *, template: str | None = None, processes: int = 1
     ) -> Resolved:
-        """The preset, then the task's `template`, then what this run sets.
-
-        The batch of the configuration is that of one of `processes`, which share the batch of one.
+        """The preset, then the task's `template`, then what this run sets, for one of `processes`.
 
         Raises:
             ValueError: for an unknown method, preset, override or control, naming the nearest
@@ -273,12 +265,10 @@ class RunParameters:
             "seed": self.seed,
             "use_cpu": not on_gpu,
             "bf16": on_gpu,
-            "report_to": "none",
             "disable_tqdm": True,
             "logging_steps": 1,
             # Of the task's rewards: accuracy counts, the leak rate is only logged.
             "reward_weights": [1.0, 0.0],
-            "save_strategy": "steps",
             "save_steps": 50,
             "save_total_limit": 1,
             **preset.training,
@@ -290,7 +280,7 @@ class RunParameters:
             settings["max_steps"] = self.max_steps
         settings |= overrides
         if preset.rollouts_per_step and "gradient_accumulation_steps" not in settings:
-            settings |= _accumulation(preset.rollouts_per_step, settings)
+            settings["gradient_accumulation_steps"] = _micro_batches(preset, settings)
         settings |= shared_batch(settings, processes)
         return Resolved(preset, RLSDConfig(**settings), processes, self.control)
 
@@ -303,10 +293,10 @@ def resolve_preset(name: str, overrides: Mapping[str, Any]) -> tuple[Preset, dic
         TypeError: for an override of another type than its field's.
     """
     preset = PRESETS[look_up(name, PRESETS, "preset")]
-    known = override_types()
+    known = {f.name: f.type for f in fields(RLSDConfig) if f.init}
+    known |= {f.name: f.type for f in fields(Preset) if f.name in OF_PRESET}
     for key, value in overrides.items():
-        look_up(key, known, "override")
-        if key in IDENTITY:
+        if look_up(key, known, "override") in IDENTITY:
             raise ValueError(
                 f"overrides may not set {key!r}: it is a parameter of the run itself, by which its "
                 "directory and tables name it."
@@ -318,12 +308,6 @@ def resolve_preset(name: str, overrides: Mapping[str, Any]) -> tuple[Preset, dic
         for key, value in changes.items()
     }
     return replace(preset, **merged), {k: v for k, v in overrides.items() if k not in changes}
-
-
-def override_types() -> dict[str, Any]:
-    """The annotation of every name that `overrides` may hold."""
-    of_preset = {f.name: f.type for f in fields(Preset) if f.name in OF_PRESET}
-    return {f.name: f.type for f in fields(RLSDConfig) if f.init} | of_preset
 
 
 def _check_type(name: str, value: Any, annotation: Any) -> None:
@@ -366,13 +350,13 @@ def shared_batch(settings: Mapping[str, Any], num_processes: int) -> dict[str, i
     return {names[0]: rows // by_rows, **{name: n // by_steps for name, n in batch.items()}}
 
 
-def _accumulation(rollouts: int, settings: Mapping[str, Any]) -> dict[str, int]:
-    """The gradient accumulation by which one process makes one step of so many rollouts."""
-    rows = settings["per_device_train_batch_size"]
+def _micro_batches(preset: Preset, settings: Mapping[str, Any]) -> int:
+    """By how many micro-batches one process makes a step of the preset's rollouts."""
+    rollouts, rows = preset.rollouts_per_step, settings["per_device_train_batch_size"]
     if rollouts % rows:
         raise ValueError(
             f"{rollouts} rollouts per step cannot be shared by micro-batches of "
             f"per_device_train_batch_size={rows}: choose a number that divides {rollouts}, or set "
             "gradient_accumulation_steps."
         )
-    return {"gradient_accumulation_steps": rollouts // rows}
+    return rollouts // rows
