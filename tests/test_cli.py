@@ -14,7 +14,7 @@ from rlsd_lib.report.tables import make_table, settings_of
 from rlsd_lib.runs import suites
 from rlsd_lib.runs.records import read_runs, state_of
 from rlsd_lib.runs.run import Run
-from rlsd_lib.runs.suites import Grid, Suite, jobs_of
+from rlsd_lib.runs.suites import Suite, jobs_of
 
 MEASURE = (
     'run.finish({"accuracy_before": 0.5, "accuracy_before_low": 0.4, "accuracy_before_high": 0.6,'
@@ -102,8 +102,8 @@ def test_the_command_is_installed_and_explains_itself(capsys: pytest.CaptureFixt
 @pytest.fixture
 def tiny_suite(make_notebook: NotebookMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_notebook("two", cells=(START, "assert seed != 1, 'seed 1 fails'", MEASURE))
-    grid = Grid((str(source),), {"method": ("rlsd",), "seed": (0, 1)})
-    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", (grid,)))
+    grid = {"method": ("rlsd",), "seed": (0, 1), "notebook": (str(source),)}
+    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", [grid]))
 
 
 @pytest.mark.usefixtures("tiny_suite")

@@ -102,9 +102,8 @@ def run_submitted(
         executor.update_parameters(**{"timeout_min": TIMEOUT_MIN, "name": "rlsd", **options})
     except (NameError, TypeError) as error:  # how submitit says that it does not know a name
         raise ValueError(f"--submitit-options: {error}") from error
-    settled = [settle(job, retry_failed) for job in jobs]
-    rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]
-    return chain(filter(None, settled), _work(executor, rest, workers, if_exists))
+    settled, rest = settle(jobs, retry_failed)
+    return chain(settled, _work(executor, rest, workers, if_exists))
 
 
 def _work(

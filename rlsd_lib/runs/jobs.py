@@ -1,7 +1,7 @@
 """The jobs of a suite: how each stands, how long the rest takes, and the loop that runs them.
 
-What is finished is kept, so a suite that was stopped is continued by the same command. A run that
-failed by an error of its own would fail again: it is listed, and made again on demand.
+Finished runs are kept, so the same command continues a suite that was stopped. A run that failed by
+an error of its own would fail again: it is listed, and made again on demand.
 """
 
 import heapq
@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,10 +34,10 @@ class Job:
 
     def command(self, if_exists: str = "skip") -> list[str]:
         """The command line that makes this run, or with "resume" goes on with an unfinished one."""
-        pairs = [f"{name}={as_text(value)}" for name, value in self.parameters.items()]
-        flags = [word for pair in pairs for word in ("-p", pair)]
-        place = ["--run-dir", str(self.run_dir), "--if-exists", if_exists]
-        return [sys.executable, "-m", "rlsd_lib", "run", self.notebook, *flags, *place]
+        words = [sys.executable, "-m", "rlsd_lib", "run", self.notebook]
+        for name, value in self.parameters.items():
+            words += ["-p", f"{name}={as_text(value)}"]
+        return [*words, "--run-dir", str(self.run_dir), "--if-exists", if_exists]
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -59,9 +60,9 @@ class Job:
 class Outcome:
     """What became of a job.
 
-    `status` is "done", "kept" (it was finished), "failed" (now), "failed before" (and was not asked
-    for again) or "busy" (another process writes it). `error` says why it failed; `left` is the
-    estimate of the time that the rest will take, None before any run has ended.
+    `status` is "done", "kept" (it was finished), "failed" (now), "failed before" (and not made
+    again) or "busy" (another process writes it). `error` says why it failed; `left` estimates the
+    seconds that the rest will take, None before any run has ended.
     """
 
     job: Job
@@ -79,23 +80,36 @@ def run_jobs(
     Finished runs are kept, and failed ones too unless `retry_failed`. Of the rest, `if_exists` says
     what becomes of what is there: "skip" begins again, "resume" goes on from the last checkpoint.
     """
-    settled = [settle(job, retry_failed) for job in jobs]
-    yield from (outcome for outcome in settled if outcome)
-    rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]
+    settled, rest = settle(jobs, retry_failed)
+    yield from settled
     begun: dict[Path, float] = {}
-    took = seconds_taken(jobs)
     with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(_run_job, job, workers, if_exists, begun): job for job in rest}
         try:
             for done in as_completed(list(waiting)):
-                ended = waiting.pop(done)
-                outcome = done.result()
-                took[ended.kind] += [outcome.seconds] if outcome.status == "done" else []
+                del waiting[done]
                 elapsed = {path: time.monotonic() - since for path, since in list(begun.items())}
-                left = time_left(list(waiting.values()), took, workers, elapsed)
-                yield replace(outcome, left=left)
+                left = time_left(waiting.values(), seconds_taken(jobs), workers, elapsed)
+                yield replace(done.result(), left=left)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def settle(jobs: Sequence[Job], retry_failed: bool) -> tuple[list[Outcome], list[Job]]:
+    """The outcomes of the jobs that need no run, and the other jobs."""
+    settled, rest = [], []
+    for job in jobs:
+        state = job.state()
+        if state == "finished":
+            settled.append(Outcome(job, "kept"))
+        elif state == "running":
+            settled.append(Outcome(job, "busy", error=owned(job.run_dir)))
+        elif state == "failed" and not retry_failed:
+            reason = read_manifest(job.run_dir)["error"]
+            settled.append(Outcome(job, "failed before", error=reason))
+        else:
+            rest.append(job)
+    return settled, rest
 
 
 def seconds_taken(jobs: Sequence[Job]) -> defaultdict[tuple[Any, ...], list[float]]:
@@ -108,10 +122,10 @@ def seconds_taken(jobs: Sequence[Job]) -> defaultdict[tuple[Any, ...], list[floa
 
 
 def time_left(
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     took: Mapping[tuple[Any, ...], Sequence[float]],
     workers: int,
-    elapsed: Mapping[Path, float] | None = None,
+    elapsed: Mapping[Path, float] = {},
 ) -> float | None:
     """Seconds until all of `jobs` have ended, `workers` at a time, in their order.
 
@@ -119,27 +133,15 @@ def time_left(
     not been seen; `elapsed` holds the seconds that running jobs have used, by run directory. None
     where nothing is known yet.
     """
-    every = [seconds for values in took.values() for seconds in values]
+    every = list(chain.from_iterable(took.values()))
     if not every:
         return None
     free = [0.0] * workers  # when each worker is free again
-    for job in sorted(jobs, key=lambda job: job.run_dir not in (elapsed or {})):
+    for job in sorted(jobs, key=lambda job: job.run_dir not in elapsed):
         expected = fmean(took.get(job.kind) or every)
-        rest = max(expected - (elapsed or {}).get(job.run_dir, 0.0), 0.0)
+        rest = max(expected - elapsed.get(job.run_dir, 0.0), 0.0)
         heapq.heappush(free, heapq.heappop(free) + rest)
     return max(free)
-
-
-def settle(job: Job, retry_failed: bool) -> Outcome | None:
-    """The outcome of a job that needs no run, or None."""
-    state = job.state()
-    if state == "finished":
-        return Outcome(job, "kept")
-    if state == "running":
-        return Outcome(job, "busy", error=owned(job.run_dir))
-    if state == "failed" and not retry_failed:
-        return Outcome(job, "failed before", error=read_manifest(job.run_dir)["error"])
-    return None
 
 
 def _run_job(job: Job, workers: int, if_exists: str, begun: dict[Path, float]) -> Outcome:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from rlsd_lib.runs.paths import digest, repository_root
+from rlsd_lib.runs.paths import REPOSITORY, digest
 
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "datasets", "peft", "vllm", "numpy")
 
@@ -26,37 +26,28 @@ def fingerprint(rows: Iterable[Any]) -> str:
         ValueError: for rows with images and without a column `key`.
     """
     features = getattr(rows, "features", None) or {}
-    images = [name for name, feature in features.items() if _is_of_images(feature)]
+    # A column of images, or of lists of them.
+    inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+    images = [name for name, feature in inner.items() if type(feature).__name__ == "Image"]
     if images and "key" not in features:
         raise ValueError(
             f"the column {images[0]!r} holds images, and there is no column 'key' that tells them "
             "apart: add one with a hash of each row's question and image files"
         )
     rows = rows.remove_columns(images) if images else rows
-    blank: dict[str, list] = {name: [] for name in images}  # what a row without images holds
+    blank = dict.fromkeys(images, ())  # as JSON, what a row without images holds
     total = hashlib.sha256()
     for row in rows:
-        total.update(digest({**row, **blank} if blank else row).encode())
+        total.update(digest({**row, **blank} if images else row).encode())
     return total.hexdigest()
 
 
-def _is_of_images(feature: Any) -> bool:
-    inner = getattr(feature, "feature", feature)  # a column of images, or of lists of them
-    return type(inner).__name__ == "Image"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def git_state(root: Path | None = None) -> dict[str, Any]:
+def git_state(root: Path = REPOSITORY) -> dict[str, Any]:
     """Commit and dirty flag of the checkout that runs; both None where there is none.
 
     Dirty means that package, notebooks or pins differ from the commit, files not yet added
     included; other files change no result.
     """
-    root = root or repository_root()
     if not (root / "pyproject.toml").is_file():  # installed as a wheel: the folder is not ours
         return {"commit": None, "dirty": None}
     commit = _git(root, "rev-parse", "HEAD")
@@ -90,8 +81,7 @@ def _version(name: str) -> str | None:
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory and accelerators of this machine.
 
-    Accelerators are asked of torch only where torch is loaded already: a run that never loads it
-    does not use one, and reading a manifest must not cost the import.
+    Accelerators are known where torch is loaded: a run that never loads it does not use one.
     """
     torch = sys.modules.get("torch")
     cuda = range(torch.cuda.device_count()) if torch else ()

@@ -16,7 +16,7 @@ from rlsd_lib.runs import suites
 from rlsd_lib.runs.jobs import Job, run_jobs, seconds_taken, time_left
 from rlsd_lib.runs.records import read_manifest, read_runs, state_of
 from rlsd_lib.runs.run import Run
-from rlsd_lib.runs.suites import Grid, Suite, jobs_of
+from rlsd_lib.runs.suites import Suite, jobs_of
 
 
 def _job(name: str, notebook: str = "15_rlsd", folder: Path = Path()) -> Job:
@@ -76,8 +76,8 @@ BEGIN = """
 import sys
 from rlsd_lib.runs import suites
 from rlsd_lib.__main__ import main
-grid = suites.Grid((sys.argv[1],), {"gate": (sys.argv[2],), "seed": (0, 1, 2)})
-suites.SUITES["tiny"] = suites.Suite("for a test", (grid,))
+grid = {"gate": (sys.argv[2],), "seed": (0, 1, 2), "notebook": (sys.argv[1],)}
+suites.SUITES["tiny"] = suites.Suite("for a test", [grid])
 sys.exit(main(["suite", "tiny"]))
 """
 
@@ -100,8 +100,8 @@ def test_a_killed_suite_redoes_nothing_and_ends_in_the_same_table(
     parameters = ("seed: int = 0", 'gate: str = ""', 'run_dir: str = ""')
     start = START.replace("method=method, seed=seed, rate=rate, overrides=overrides", "seed=seed")
     source = make_notebook(cells=(start, WAIT, FINISH), parameters=parameters)
-    grid = Grid((str(source),), {"gate": (str(gate),), "seed": (0, 1, 2)})
-    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", (grid,)))
+    grid = {"gate": (str(gate),), "seed": (0, 1, 2), "notebook": (str(source),)}
+    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", [grid]))
     folders = [job.run_dir for job in jobs_of("tiny")]
 
     def finish(folder: Path, seed: int) -> None:  # as the notebook does
