@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
 def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
     # Before the import: the libraries read these when they are imported.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    from rlsd_lib.experiment.dryrun import dry_run
+    from rlsd_lib.experiment.preflight import dry_run
     from rlsd_lib.runs.parameters import unmet
 
     found = dry_run(source.stem, parameters)
@@ -118,7 +118,7 @@ def _suite(options: argparse.Namespace) -> int:
 
 
 def _check_that_they_resolve(jobs: "Sequence[Job]") -> None:
-    from rlsd_lib.experiment.dryrun import resolve
+    from rlsd_lib.experiment.preflight import resolve
     from rlsd_lib.runs.parameters import complete
 
     for job in jobs:

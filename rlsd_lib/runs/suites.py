@@ -34,9 +34,11 @@ SMOLLM2 = {"seed": (0, 1), "preset": ("smollm2",)}
 GRPO, RLSD, OPSD = ({"notebook": (name,)} for name in ("10_grpo", "15_rlsd", "12_opsd"))
 BASELINES = ("10_grpo", "15_rlsd", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd")
 TOP1 = ("opsd_teacher_top1", "opsd_student_top1")
-CONTROLS = ("none", "shuffled", "wrong", "noise", "empty", "peer")
+CONTROLS = ("none", "shuffled", "wrong", "noise", "empty")
 # Credit at its strongest: what the paper's lambda and clip hold back.
 STRONG = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 0.9}
+# A successful rollout of the same group in place of the reference, as SDPO shows.
+PEER = {**STRONG, "peer_context": True}
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {},
     {"lambda_init": 1.0, "lambda_decay_steps": 0},
@@ -82,6 +84,7 @@ SUITES: dict[str, Suite] = {
         [
             # Strong, because the paper's numbers leave a control little to change.
             {**SHORT, **LAB, **RLSD, "control": CONTROLS, "overrides": (STRONG,)},
+            {**SHORT, **LAB, **RLSD, "overrides": (PEER,)},
             {**SHORT, **LAB, **RLSD, "control": ("none", "shuffled")},
             {**SHORT, **LAB, **OPSD, "control": ("none", "shuffled")},
         ],

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from rlsd_lib.experiment.presets import PRESETS, resolve_config
+from rlsd_lib.experiment.presets import PRESETS, RunParameters
 from rlsd_lib.names import look_up
 from rlsd_lib.runs import paths
 from rlsd_lib.tasks import load_task
@@ -75,15 +75,9 @@ def measure(method: str, preset: str, steps: int, **overrides: Any) -> Clock:
     )
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        config = resolve_config(
-            method,
-            preset,
-            0,
-            Path(folder),
-            template=task.privileged_template,
-            max_steps=steps + WARM_UP,
-            overrides={**overrides, "lambda_decay_steps": 0, "save_strategy": "no"},
-        )
+        overrides = {**overrides, "lambda_decay_steps": 0, "save_strategy": "no"}
+        run = RunParameters(method, preset, max_steps=steps + WARM_UP, overrides=overrides)
+        config = run.resolve(folder, template=task.privileged_template).config
         trainer = RLSDTrainer(
             model, [task.reward, task.leak], config, task.train, processing_class=tokenizer
         )
