@@ -9,7 +9,9 @@ import dataclasses
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +43,7 @@ def _run(options: argparse.Namespace) -> int:
     from rlsd_lib.runs.records import state_of
 
     source = find_notebook(options.notebook)
-    count = options.num_processes
-    pairs = options.pairs if count is None else [*options.pairs, f"num_processes={count}"]
-    given = _parse_pairs(pairs, read_parameters(source))
+    given = _parse_pairs(options.pairs, read_parameters(source))
     full = complete(source, given)
     if options.accelerate:
         os.environ["RLSD_ACCELERATE"] = options.accelerate  # read by `launch`, in the kernel
@@ -80,6 +80,7 @@ def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
 
 
 def _suite(options: argparse.Namespace) -> int:
+    from rlsd_lib.runs.jobs import settle
     from rlsd_lib.runs.processes import on_sigterm, terminate_children
     from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan
 
@@ -92,10 +93,14 @@ def _suite(options: argparse.Namespace) -> int:
         options.jobs = len(jobs) if options.submitit == "slurm" else 1
     if options.jobs < 1:
         raise ValueError(f"--jobs {options.jobs}: expected 1 or more")
-    _say_what_stands(jobs, options)
+    settled, rest = settle(jobs, options.retry_failed)
+    states = {job.run_dir: job.state() for job in jobs}
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
+    print(f"{len(jobs)} runs: {counts}{_left(rest, jobs, options.jobs)}", flush=True)
     if options.list:
+        print("\n".join(f"{state:9} {run_dir}" for run_dir, state in states.items()))
         return 0
-    outcomes = _outcomes(options, jobs)  # judges the options before anything is written
+    outcomes = _outcomes(options, rest)  # judges the options before anything is written
     record_plan(options.name, changes, jobs)
     missing: list[Outcome] = []
 
@@ -104,11 +109,12 @@ def _suite(options: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
     with on_sigterm(leave):
-        for count, outcome in enumerate(outcomes, 1):
-            took = f" in {_duration(outcome.seconds)}" if outcome.seconds else ""
-            left = f", about {_duration(outcome.left)} left" if outcome.left else ""
-            name = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}"
-            print(f"{name}: {outcome.status}{took}{left}", flush=True)
+        for count, outcome in enumerate(chain(settled, outcomes), 1):
+            line = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}: {outcome.status}"
+            rest = [job for job in rest if job != outcome.job]
+            if outcome.seconds:
+                line += f" in {_duration(outcome.seconds)}{_left(rest, jobs, options.jobs)}"
+            print(line, flush=True)
             missing += [outcome] if outcome.status not in ("done", "kept") else []
     for outcome in missing:
         print(f"{outcome.status}: {outcome.job.run_dir}\n{outcome.error}", file=sys.stderr)
@@ -129,34 +135,25 @@ def _check_that_they_resolve(jobs: "Sequence[Job]") -> None:
 
 def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":
     """The runs as they end, made here or on a cluster."""
-    from rlsd_lib.runs.jobs import run_jobs
-
     given = _parse_pairs(options.submitit_options)
     if given and not options.submitit:
         raise ValueError("--submitit-options: only with --submitit")
     mode = "resume" if options.resume else "skip"
-    wishes = {"retry_failed": options.retry_failed, "if_exists": mode}
-    if not options.submitit:
-        return run_jobs(jobs, options.jobs, **wishes)
-    from rlsd_lib.experiment.cluster import run_submitted
+    if options.submitit:
+        from rlsd_lib.experiment.cluster import run_submitted
 
-    return run_submitted(jobs, options.jobs, options.submitit, given, **wishes)
+        return run_submitted(jobs, options.jobs, options.submitit, given, mode)
+    from rlsd_lib.runs.jobs import run_jobs
+
+    return run_jobs(jobs, options.jobs, mode)
 
 
-def _say_what_stands(jobs: "Sequence[Job]", options: argparse.Namespace) -> None:
-    """How many runs stand how, and what the rest will take if finished ones are a guide."""
+def _left(rest: "Sequence[Job]", jobs: "Sequence[Job]", workers: int) -> str:
+    """How long `rest` will take, if the finished runs of `jobs` are a guide."""
     from rlsd_lib.runs.jobs import seconds_taken, time_left
 
-    states = [job.state() for job in jobs]
-    if options.list:
-        for job, state in zip(jobs, states, strict=True):
-            print(f"{state:9} {job.run_dir}")
-    open_states = ("to run", "failed") if options.retry_failed else ("to run",)
-    rest = [job for job, state in zip(jobs, states, strict=True) if state in open_states]
-    left = time_left(rest, seconds_taken(jobs), options.jobs)
-    about = f"; about {_duration(left)} at {options.jobs} a time" if left else ""
-    counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    print(f"{len(jobs)} runs: {counts}{about}", flush=True)
+    left = time_left(rest, *seconds_taken(jobs), workers)
+    return f", about {_duration(left)} left" if left else ""
 
 
 def _duration(seconds: float) -> str:
@@ -279,7 +276,14 @@ def parser() -> argparse.ArgumentParser:
     run = _command(commands, _run, "run one notebook in a run directory of its own")
     run.add_argument("notebook", help='a path, or a name such as "15_rlsd"')
     _add_pairs(run, "a parameter of the notebook")
-    run.add_argument("--num-processes", type=int, metavar="N", help="as -p num_processes=N")
+    run.add_argument(
+        "--num-processes",
+        dest="pairs",
+        action="append",
+        type="num_processes={}".format,
+        metavar="N",
+        help="as -p num_processes=N",
+    )
     run.add_argument(
         "--accelerate", metavar="CONFIG", help="multi_gpu, multi_cpu, fsdp2, zero3, or a file"
     )

@@ -8,13 +8,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import psutil
 import submitit
 
-from rlsd_lib.runs.jobs import Job, Outcome, settle
+from rlsd_lib.runs.jobs import Job, Outcome
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.processes import kill_tree
 from rlsd_lib.runs.records import manifest_or_none, state_of
@@ -74,18 +73,15 @@ def run_submitted(
     workers: int,
     cluster: str,
     options: Mapping[str, Any],
-    *,
-    retry_failed: bool = False,
     if_exists: str = "skip",
 ) -> Iterator[Outcome]:
-    """Submit the jobs that `run_jobs` would run; outcomes come as they end, failures among them.
+    """Submit `jobs`; outcomes come as they end, failures among them.
 
     Args:
         jobs: of a suite.
         workers: jobs that are submitted at a time.
         cluster: "slurm", or "local" for processes of this machine.
         options: submitit's parameters, such as timeout_min, gpus_per_node or slurm_partition.
-        retry_failed: as in `run_jobs`.
         if_exists: as in `run_jobs`.
 
     Raises:
@@ -98,8 +94,7 @@ def run_submitted(
         executor.update_parameters(**{"timeout_min": TIMEOUT_MIN, "name": "rlsd", **options})
     except (NameError, TypeError) as error:  # how submitit says that it does not know a name
         raise ValueError(f"--submitit-options: {error}") from error
-    settled, rest = settle(jobs, retry_failed)
-    return chain(settled, _work(executor, rest, workers, if_exists))
+    return _work(executor, jobs, workers, if_exists)
 
 
 def _work(

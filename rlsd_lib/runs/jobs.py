@@ -10,16 +10,17 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rlsd_lib.runs.parameters import as_text
-from rlsd_lib.runs.records import owned, read_manifest, state_of
+from rlsd_lib.runs.records import manifest_or_none, owned, read_manifest, state_of
 
 INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons begin
 
@@ -58,41 +59,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job.
+    """What became of a job, after `seconds` of work.
 
     `status` is "done", "kept" (it was finished), "failed" (now), "failed before" (and not made
-    again) or "busy" (another process writes it). `error` says why it failed; `left` estimates the
-    seconds that the rest will take, None before any run has ended.
+    again) or "busy" (another process writes it); `error` says why there is no result.
     """
 
     job: Job
     status: str
     seconds: float = 0.0
     error: str | None = None
-    left: float | None = None
-
-
-def run_jobs(
-    jobs: Sequence[Job], workers: int = 1, *, retry_failed: bool = False, if_exists: str = "skip"
-) -> Iterator[Outcome]:
-    """Work through jobs with at most `workers` at a time; outcomes come as they end.
-
-    Finished runs are kept, and failed ones too unless `retry_failed`. Of the rest, `if_exists` says
-    what becomes of what is there: "skip" begins again, "resume" goes on from the last checkpoint.
-    """
-    settled, rest = settle(jobs, retry_failed)
-    yield from settled
-    begun: dict[Path, float] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(_run_job, job, workers, if_exists, begun): job for job in rest}
-        try:
-            for done in as_completed(list(waiting)):
-                del waiting[done]
-                elapsed = {path: time.monotonic() - since for path, since in list(begun.items())}
-                left = time_left(waiting.values(), seconds_taken(jobs), workers, elapsed)
-                yield replace(done.result(), left=left)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def settle(jobs: Sequence[Job], retry_failed: bool) -> tuple[list[Outcome], list[Job]]:
@@ -112,45 +88,63 @@ def settle(jobs: Sequence[Job], retry_failed: bool) -> tuple[list[Outcome], list
     return settled, rest
 
 
-def seconds_taken(jobs: Sequence[Job]) -> defaultdict[tuple[Any, ...], list[float]]:
-    """How long the finished runs among `jobs` took, by kind."""
-    took = defaultdict(list)
+def run_jobs(jobs: Sequence[Job], workers: int, if_exists: str = "skip") -> Iterator[Outcome]:
+    """Make the runs of `jobs`, at most `workers` at a time; outcomes come as they end.
+
+    Of what is there, "skip" begins again, "resume" goes on from the last checkpoint.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        sent = [pool.submit(_run_job, job, workers, if_exists) for job in jobs]
+        try:
+            yield from (done.result() for done in as_completed(sent))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_job(job: Job, workers: int, if_exists: str) -> Outcome:
+    begun = time.monotonic()
+    # Side by side, processes that each take all cores slow one another down.
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    done = subprocess.run(job.command(if_exists), env=environment, capture_output=True, text=True)
+    seconds = time.monotonic() - begun
+    if done.returncode == 0:
+        return Outcome(job, "done", seconds)
+    return Outcome(job, "failed", seconds, done.stderr.strip()[-2000:] or "no error output")
+
+
+def seconds_taken(
+    jobs: Sequence[Job],
+) -> tuple[dict[tuple[Any, ...], list[float]], dict[Path, float]]:
+    """Seconds that finished runs took, by kind, and those at work so far, by run directory."""
+    took, so_far = defaultdict(list), {}
     for job in jobs:
-        if job.state() == "finished":
-            took[job.kind].append(read_manifest(job.run_dir)["seconds"])
-    return took
+        state, manifest = job.state(), manifest_or_none(job.run_dir)
+        if state == "finished":
+            took[job.kind].append(manifest["seconds"])
+        elif state == "running" and manifest:  # it may have only just begun
+            begun = datetime.fromisoformat(manifest["started"])
+            so_far[job.run_dir] = (datetime.now(UTC) - begun).total_seconds()
+    return took, so_far
 
 
 def time_left(
-    jobs: Iterable[Job],
+    jobs: Sequence[Job],
     took: Mapping[tuple[Any, ...], Sequence[float]],
+    so_far: Mapping[Path, float],
     workers: int,
-    elapsed: Mapping[Path, float] = {},
 ) -> float | None:
     """Seconds until all of `jobs` have ended, `workers` at a time, in their order.
 
     A job is expected to take the mean of its kind in `took`, or of everything where its kind has
-    not been seen; `elapsed` holds the seconds that running jobs have used, by run directory. None
-    where nothing is known yet.
+    not been seen, less what it has taken `so_far`. None where nothing is known yet.
     """
     every = list(chain.from_iterable(took.values()))
     if not every:
         return None
     free = [0.0] * workers  # when each worker is free again
-    for job in sorted(jobs, key=lambda job: job.run_dir not in elapsed):
+    for job in sorted(jobs, key=lambda job: job.run_dir not in so_far):
         expected = fmean(took.get(job.kind) or every)
-        rest = max(expected - elapsed.get(job.run_dir, 0.0), 0.0)
+        rest = max(expected - so_far.get(job.run_dir, 0.0), 0.0)
         heapq.heappush(free, heapq.heappop(free) + rest)
     return max(free)
-
-
-def _run_job(job: Job, workers: int, if_exists: str, begun: dict[Path, float]) -> Outcome:
-    begun[job.run_dir] = time.monotonic()
-    # Side by side, processes that each take all cores slow one another down.
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    done = subprocess.run(job.command(if_exists), env=environment, capture_output=True, text=True)
-    seconds = time.monotonic() - begun[job.run_dir]
-    if done.returncode == 0:
-        return Outcome(job, "done", seconds)
-    return Outcome(job, "failed", seconds, done.stderr.strip()[-2000:] or "no error output")
