@@ -11,17 +11,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlsd_lib.runs import NotebookError
 from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
     from rlsd_lib.runs.jobs import Job, Outcome
     from rlsd_lib.runs.parameters import Parameter
-
-DESCRIPTION = "Run a notebook or a suite, read runs back as a table, measure and plan the cost."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,18 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         print(f"rlsd: {error}", file=sys.stderr)
         return 2
+    except NotebookError as error:  # in a line: the traceback is in the notebook
+        print(f"rlsd: failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rlsd: interrupted", file=sys.stderr)
         return 130
 
 
 def _run(options: argparse.Namespace) -> int:
-    from rlsd_lib.runs.execute import NotebookError, execute_notebook
+    from rlsd_lib.runs.execute import execute_notebook
     from rlsd_lib.runs.parameters import complete, read_parameters
     from rlsd_lib.runs.records import state_of
 
     source = find_notebook(options.notebook)
-    given = _parse_pairs(options.pairs, read_parameters(source))
+    count = options.num_processes
+    pairs = options.pairs if count is None else [*options.pairs, f"num_processes={count}"]
+    given = _parse_pairs(pairs, read_parameters(source))
     full = complete(source, given)
     if options.accelerate:
         os.environ["RLSD_ACCELERATE"] = options.accelerate  # read by `launch`, in the kernel
@@ -58,12 +63,8 @@ def _run(options: argparse.Namespace) -> int:
         mode = "overwrite"
     print(f"{source.name} -> {folder}", flush=True)
     begun = time.monotonic()
-    try:
-        execute_notebook(source, given, run_dir=folder, if_exists=mode)
-    except NotebookError as error:  # in a line: the traceback is in the notebook
-        print(f"rlsd: failed: {error}", file=sys.stderr)
-        return 1
-    print(f"finished in {time.monotonic() - begun:.0f} s")
+    execute_notebook(source, given, run_dir=folder, if_exists=mode)
+    print(f"finished in {timedelta(seconds=round(time.monotonic() - begun))}")
     return 0
 
 
@@ -113,7 +114,8 @@ def _suite(options: argparse.Namespace) -> int:
             line = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}: {outcome.status}"
             rest = [job for job in rest if job != outcome.job]
             if outcome.seconds:
-                line += f" in {_duration(outcome.seconds)}{_left(rest, jobs, options.jobs)}"
+                took = timedelta(seconds=round(outcome.seconds))
+                line += f" in {took}{_left(rest, jobs, options.jobs)}"
             print(line, flush=True)
             missing += [outcome] if outcome.status not in ("done", "kept") else []
     for outcome in missing:
@@ -153,15 +155,7 @@ def _left(rest: "Sequence[Job]", jobs: "Sequence[Job]", workers: int) -> str:
     from rlsd_lib.runs.jobs import seconds_taken, time_left
 
     left = time_left(rest, *seconds_taken(jobs), workers)
-    return f", about {_duration(left)} left" if left else ""
-
-
-def _duration(seconds: float) -> str:
-    """Seconds for a reader: 45 s, 12 min, 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    return f", about {timedelta(seconds=round(left))} left" if left else ""
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -179,13 +173,8 @@ def _table(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from rlsd_lib.report.page import write_report
-    from rlsd_lib.runs.execute import NotebookError
 
-    try:
-        print(write_report(options.suite))
-    except NotebookError as error:
-        print(f"rlsd: failed: {error}", file=sys.stderr)
-        return 1
+    print(write_report(options.suite))
     return 0
 
 
@@ -270,30 +259,19 @@ def _parse_pairs(
 
 def parser() -> argparse.ArgumentParser:
     """The sub-commands and their options; `command` of what it parses is the function to call."""
-    words = argparse.ArgumentParser(prog="rlsd", description=DESCRIPTION)
+    purpose = "Run a notebook or a suite, read runs back as a table, measure and plan the cost."
+    words = argparse.ArgumentParser(prog="rlsd", description=purpose)
     commands = words.add_subparsers(required=True, metavar="COMMAND")
 
     run = _command(commands, _run, "run one notebook in a run directory of its own")
     run.add_argument("notebook", help='a path, or a name such as "15_rlsd"')
     _add_pairs(run, "a parameter of the notebook")
-    run.add_argument(
-        "--num-processes",
-        dest="pairs",
-        action="append",
-        type="num_processes={}".format,
-        metavar="N",
-        help="as -p num_processes=N",
-    )
-    run.add_argument(
-        "--accelerate", metavar="CONFIG", help="multi_gpu, multi_cpu, fsdp2, zero3, or a file"
-    )
+    run.add_argument("--num-processes", type=int, metavar="N", help="as -p num_processes=N")
+    run.add_argument("--accelerate", help="multi_gpu, multi_cpu, fsdp2, zero3, or a file")
     run.add_argument("--run-dir", default="", help="default: from the notebook and its parameters")
-    run.add_argument(
-        "--if-exists",
-        choices=("skip", "raise", "overwrite", "resume"),
-        default="raise",
-        help="skip: keep a finished run, make an unfinished one again (default: raise)",
-    )
+    modes = ("skip", "raise", "overwrite", "resume")
+    kept = "skip: keep a finished run, make an unfinished one again (default: raise)"
+    run.add_argument("--if-exists", choices=modes, default="raise", help=kept)
     run.add_argument("--dry-run", action="store_true", help="check it and say what it would do")
 
     suite = _command(commands, _suite, "run a named set of runs; finished ones are kept")
@@ -328,20 +306,14 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--preset", default="lab")
     bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
     bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
-    bench.add_argument(
-        "--against",
-        nargs="*",
-        metavar="TRAINER",
-        help="instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)",
-    )
+    others = "instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)"
+    bench.add_argument("--against", nargs="*", metavar="TRAINER", help=others)
     bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
     _add_pairs(bench, "a size of the synthetic rollouts, such as prompt=1024")
     return words
 
 
-def _command(
-    commands: Any, function: Callable[[argparse.Namespace], int], purpose: str
-) -> argparse.ArgumentParser:
+def _command(commands: Any, function: Callable, purpose: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(function.__name__.removeprefix("_"), help=purpose)
     parser.set_defaults(command=function)
     return parser

@@ -117,7 +117,7 @@ def test_a_suite_keeps_what_is_finished_and_lists_what_failed(
     assert said.out.count(": done in") == 1
     assert said.out.count(": failed in") == 1
     assert "2 runs: 2 to run" in said.out
-    assert re.search(r"\[1/2\].*, about \d+ s left", said.out)
+    assert re.search(r"\[1/2\].*, about \d:\d\d:\d\d left", said.out)
     [broken] = [p for p in folder.iterdir() if p.name.startswith("rlsd-s1")]
     assert f"failed: {broken}" in said.err
     assert "seed 1 fails" in said.err

@@ -233,7 +233,10 @@ def open_items(manifest: Mapping[str, Any], protocol: Protocol) -> pd.DataFrame:
         "prompts": (unknown, config["privileged_template"] or "the trainer's own template"),
         "length of training": ("200 steps in the appendix", f"{config['max_steps']} steps"),
         "choice of checkpoint": (unknown, "the last one, always"),
-        "seeds": (unknown, f"{manifest['seeds']}; the table takes any number of them"),
+        "seeds": (
+            unknown,
+            f"seed {manifest['parameters']['seed']}; the table takes any number of them",
+        ),
         "versions": (unknown, ", ".join(f"{name} {packages[name]}" for name in versions)),
         "evaluation tool": (unknown, f"{protocol.package} {protocol.version}"),
         "evaluation prompts": (unknown, protocol.prompt),

@@ -13,6 +13,7 @@ from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
+from rlsd_lib.runs import NotebookError
 from rlsd_lib.runs.parameters import complete
 from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 from rlsd_lib.runs.processes import on_sigterm, terminate_children
@@ -25,10 +26,6 @@ KERNEL = {
     # The executed copy must hold the figures, whatever backend the caller's shell has set.
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
 }
-
-
-class NotebookError(RuntimeError):
-    """A cell raised, the kernel died, or the notebook never finished its run."""
 
 
 def execute_notebook(

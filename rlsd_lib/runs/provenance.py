@@ -14,6 +14,7 @@ import psutil
 
 from rlsd_lib.runs.paths import REPOSITORY, digest
 
+CODE = ("rlsd_lib", "notebooks", "pyproject.toml")
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "datasets", "peft", "vllm", "numpy")
 
 
@@ -48,34 +49,29 @@ def git_state(root: Path = REPOSITORY) -> dict[str, Any]:
     Dirty means that package, notebooks or pins differ from the commit, files not yet added
     included; other files change no result.
     """
-    if not (root / "pyproject.toml").is_file():  # installed as a wheel: the folder is not ours
-        return {"commit": None, "dirty": None}
-    commit = _git(root, "rev-parse", "HEAD")
-    code = ("rlsd_lib", "notebooks", "pyproject.toml")
-    changes = _git(root, "status", "--porcelain", "--", *code) if commit else None
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def _git(root: Path, *words: str) -> str | None:
     # Without the lock that `git status` takes: killed with the run it would block the next commit.
-    command = ["git", "--no-optional-locks", *words]
+    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--", *CODE]
+    unknown = {"commit": None, "dirty": None}
+    if not (root / "pyproject.toml").is_file():  # installed as a wheel: the folder is not ours
+        return unknown
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None  # no git, no checkout or no commit yet: recorded as unknown
-    return done.stdout.strip()
+        return unknown
+    lines = done.stdout.splitlines()
+    commit = lines[0].removeprefix("# branch.oid ")
+    return {"commit": commit, "dirty": not all(line.startswith("# ") for line in lines)}
 
 
 def package_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide a result; None where not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def hardware() -> dict[str, Any]:

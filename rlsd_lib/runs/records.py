@@ -37,9 +37,7 @@ def read_runs(folder: str | Path) -> Runs:
     """
     root = Path(folder).resolve()
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; runs are written to outputs/ by default"
-        )
+        raise FileNotFoundError(f"{folder}: no such folder; runs lie in outputs/ by default")
     paths = sorted({p.parent for mark in ("manifest.json", LOCK) for p in root.rglob(mark)})
     rows, lines = [], []
     for path in paths:
@@ -139,19 +137,14 @@ def _is_locked(file: Path) -> bool:
         return True
 
 
-def owner_of(path: Path) -> str:
-    """The process that began the run in `path`, for a message."""
-    manifest = manifest_or_none(path)
-    if manifest is None:
-        return "a process that has only just begun"
-    return "process {pid} on {host}".format(**manifest["owner"])
-
-
-def owned(path: Path) -> str:
+def owned(path: Path, how: str = "is being written") -> str:
     """Who writes in `path`, and what to do should that process be gone."""
+    owner = "a process that has only just begun"
+    if manifest := manifest_or_none(path):
+        owner = "process {pid} on {host}".format(**manifest["owner"])
     return (
-        f"{path} is being written by {owner_of(path)}. Wait for it or choose another run_dir; if "
-        f"you know that process to be gone, delete {path / LOCK}"
+        f"{path} {how} by {owner}. Wait for it or choose another run_dir; if you know that process "
+        f"to be gone, delete {path / LOCK}"
     )
 
 

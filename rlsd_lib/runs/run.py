@@ -78,8 +78,7 @@ class Run:
         handed = os.environ.get(HANDED_ON)
         if handed and (not run_dir or Path(run_dir).resolve() == Path(handed)):
             run = cls.attach(handed)
-            full = {**run.manifest["parameters"], **parameters}
-            run._update(parameters=full, seeds=_seeds(full), attached=True)
+            run._update(parameters={**run.manifest["parameters"], **parameters}, attached=True)
             return run
         group = source.stem if source else "runs"
         path = Path(run_dir or paths.default_run_dir(group, parameters)).resolve()
@@ -121,7 +120,7 @@ class Run:
         return records.read_manifest(self.path)
 
     def record(self, **facts: Any) -> None:
-        """Add facts to the manifest, such as `config=...`, `data=...` or `seeds=...`.
+        """Add facts to the manifest, such as `config=...` or `data=...`.
 
         Raises:
             ValueError: a name that the manifest keeps by itself.
@@ -148,9 +147,8 @@ class Run:
 
     def add_evaluation(self, when: str, **scores: Sequence[float]) -> None:
         """Write scores per problem to evaluation_<when>.json, in order: `correct=...`, and others."""
-        records.write_json(
-            self.path / f"evaluation_{when}.json", {k: list(v) for k, v in scores.items()}
-        )
+        lists = {name: list(values) for name, values in scores.items()}
+        records.write_json(self.path / f"evaluation_{when}.json", lists)
 
     def save_figure(self, figure: "Figure", name: str) -> Path:
         """Save a figure as figures/<name>.png and return its path."""
@@ -245,7 +243,7 @@ def _lock(path: Path, found: Mapping[str, Any] | None) -> FileLock:
         raise FileExistsError(records.owned(path)) from None
     if records.manifest_or_none(path) != found:
         lock.release()
-        raise FileExistsError(f"{path} was claimed a moment ago by {records.owner_of(path)}")
+        raise FileExistsError(records.owned(path, "was claimed a moment ago"))
     return lock
 
 
@@ -259,24 +257,17 @@ def _empty(path: Path) -> None:
             item.unlink()
 
 
-def _seeds(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in parameters.items() if "seed" in name}
-
-
 def _manifest(
     parameters: Mapping[str, Any], source: Path | None, earlier: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    previous = []
-    if earlier:
-        previous = [*earlier["previous"], {name: earlier[name] for name in OF_ATTEMPT}]
+    last = {name: earlier[name] for name in OF_ATTEMPT} if earlier else None
     return {
         "status": "running",
         "error": None,
         "resumed": earlier is not None,
-        "previous": previous,
+        "previous": [*earlier["previous"], last] if earlier else [],
         "attached": False,
         "parameters": dict(parameters),
-        "seeds": _seeds(parameters),
         "config": None,
         "data": None,
         "notebook": source.name if source else None,

@@ -139,7 +139,7 @@ def test_what_was_left_open_is_read_from_the_manifest(tmp_path):
         evaluation={"temperature": 1.0},
     )
     items = open_items(read_manifest(run.path), VISION)["this run"]
-    assert "'seed': 4" in items["seeds"]
+    assert "seed 4" in items["seeds"]
     assert f"test {'b' * 12}" in items["splits"]
     assert "presence_penalty 1.5" in items["evaluation sampling"]
     assert "262,144 to 1,048,576" in items["images"]
