@@ -137,32 +137,26 @@ def gap_sums(gap: Tensor, mask: Tensor) -> Sums:
 
 
 def weight_sums(
-    credited: Tensor,
-    log_weight: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    epsilon_w: float,
-    *,
-    log_clip: bool = False,
+    log_weight: Tensor, mask: Tensor, epsilon_w: float, *, log_clip: bool = False
 ) -> Sums:
-    """Numerators and denominators of the logged means of the weight, as 0-dim tensors.
-
-    Token means run over the mask; `intervention`, mean abs(A_hat / A - 1), over masked-in tokens
-    with A != 0, where the ratio exists.
-    """
+    """Numerators and denominators of the weight's mean and clipped shares over the mask."""
     tokens = mask.sum()
     log_weight = torch.where(mask.bool(), log_weight.detach(), 0.0)
     weight = log_weight.clamp(max=80.0).exp()
     low, high = clip_ends(epsilon_w, log_clip=log_clip)
-    scored = mask * (advantages != 0)[:, None]
-    safe = torch.where(advantages == 0, torch.ones_like(advantages), advantages)[:, None]
-    moved = (credited / safe - 1.0).abs() * scored
     return {
         "weight_mean": ((weight.clamp(low, high) * mask).sum(), tokens),
         "clip_low_frac": (((weight < low) * mask).sum(), tokens),
         "clip_high_frac": (((weight > high) * mask).sum(), tokens),
-        "intervention": (moved.sum(), scored.sum()),
     }
+
+
+def intervention_sums(credited: Tensor, advantages: Tensor, mask: Tensor) -> Sums:
+    """Numerator and denominator of mean abs(A_hat / A - 1) over masked-in tokens with A != 0."""
+    scored = mask * (advantages != 0)[:, None]
+    safe = torch.where(advantages == 0, torch.ones_like(advantages), advantages)[:, None]
+    moved = (credited / safe - 1.0).abs() * scored
+    return {"intervention": (moved.sum(), scored.sum())}
 
 
 def drift_sums(

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rlsd_lib.names import look_up
 
 # Logits per chunk and model. 16 MiB in float32 on a CPU: larger blocks go back to the system at
 # every release, which doubled the time. On a GPU larger products fill the device.
@@ -138,7 +139,7 @@ class Divergence:
 
     def __post_init__(self) -> None:
         kind, alpha, k, clip = self.kind, self.alpha, self.top_k, self.token_clip
-        _require(kind in KINDS, _unknown(kind))
+        look_up(kind, KINDS, "kind")
         jsd, top1, whose = kind == "jsd", kind.endswith("_top1"), self.support
         plain = whose == "student" and not self.add_tail
         for valid, message in (
@@ -167,11 +168,6 @@ class Divergence:
         k, vocab = self.top_k, log_p_s.shape[-1]
         _require(k <= vocab, f"top_k={k}: expected at most the vocabulary's {vocab}, or None.")
         return (log_p_s if self.support == "student" else log_p_t).topk(k, -1).indices
-
-
-def _unknown(kind: str) -> str:
-    near = get_close_matches(str(kind), KINDS, n=1, cutoff=0.0)[0]
-    return f"kind={kind!r} is unknown: did you mean {near!r}? Expected one of {', '.join(KINDS)}."
 
 
 # --- from hidden states, in chunks ---------------------------------------------------------------

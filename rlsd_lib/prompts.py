@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 Prompt = str | list[dict[str, Any]]
 Completion = str | list[dict[str, str]]
 
@@ -80,7 +78,7 @@ def shorten_to_fit(
     context: str,
     template: str,
     limit: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     count_tokens: Callable[[Prompt], int],
 ) -> str:
     """The longest head of `context` whose teacher prompt has at most `limit` tokens.
@@ -105,7 +103,7 @@ def shorten_to_fit(
     return head(bisect.bisect_right(range(1, len(ids)), limit, key=length))
 
 
-def check_contexts(contexts: Sequence[object], template: str, first_row: int = 0) -> None:
+def check_contexts(contexts: Sequence[object], template: str) -> None:
     """Refuse rows whose privileged text is missing, empty, not a string, or holds an image token.
 
     An empty text is accepted only under a plain template (the null control, whose gap is 0).
@@ -113,26 +111,24 @@ def check_contexts(contexts: Sequence[object], template: str, first_row: int = 0
     Raises:
         ValueError: listing the rows.
     """
-    empty = [i for i, text in enumerate(contexts) if text is None or _is_blank(text)]
-    if is_plain(template):
-        empty = [i for i in empty if contexts[i] is None]
-    refuse(empty, f"have no {COLUMN}", "Fill the column, or drop these rows.", first_row)
-    wrong = [i for i, text in enumerate(contexts) if text is not None and not _is_text(text)]
-    refuse(wrong, f"have a {COLUMN} that is not a string", "Convert it to str.", first_row)
-    images = [i for i, text in enumerate(contexts) if text and has_image_token(text)]
+    rows, null = list(enumerate(contexts)), is_plain(template)
+    wrong = [i for i, text in rows if text is not None and not isinstance(text, str)]
+    refuse(wrong, f"have a {COLUMN} that is not a string", "Convert it to str.")
+    empty = [i for i, text in rows if text is None or not (text.strip() or null)]
+    refuse(empty, f"have no {COLUMN}", "Fill the column, or drop these rows.")
+    images = [i for i, text in rows if has_image_token(text)]
     refuse(
         images,
         f"have an image placeholder in {COLUMN}",
         "The teacher sees the student's images only; remove the placeholder.",
-        first_row,
     )
 
 
 def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
     """Count rows whose privileged text stands in the student's prompt; refuse the clear leaks.
 
-    A leak is what `leaks` says it is. A shorter text (a number, a choice) can stand in a question
-    by chance, and is only counted.
+    A text shorter than for `leaks` (a number, a choice) can stand in a question by chance, and is
+    only counted.
 
     Raises:
         ValueError: listing the rows.
@@ -147,10 +143,7 @@ def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
 
 
 def leaks(prompt: Prompt, context: str) -> bool:
-    """Whether a privileged text of several words stands in the prompt of the student.
-
-    It would show the student what only the teacher may see.
-    """
+    """Whether a privileged text of several words stands in the student's own prompt."""
     return len(context.split()) >= SEVERAL_WORDS and _holds(prompt, context)
 
 
@@ -223,16 +216,14 @@ def demonstrations(
             f"not make whole groups of {group_size}."
         )
     good = [reward >= threshold for reward in rewards]
-    failed = [reward < threshold for reward in rewards]
     texts = []
     for index in range(total)[local]:
         first = index // group_size * group_size
         peers = [i for i in range(first, first + group_size) if i != index]
         shown = [text_of(completions[i]) for i in peers if good[i]][:1]
         if shown and with_failed:
-            shown += [f"A wrong attempt:\n{text_of(completions[i])}" for i in peers if failed[i]][
-                :1
-            ]
+            wrong = [text_of(completions[i]) for i in peers if rewards[i] < threshold]
+            shown += [f"A wrong attempt:\n{text}" for text in wrong[:1]]
         if feedback[index]:
             shown.append(f"Feedback:\n{feedback[index]}")
         texts.append("\n\n".join(shown) or None)
@@ -276,17 +267,9 @@ def _texts(content: str | list[dict[str, Any]] | None) -> Iterable[str]:
     return [part["text"] for part in content or [] if part["type"] == "text"]
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_blank(value: object) -> bool:
-    return isinstance(value, str) and not value.strip()
-
-
-def refuse(rows: list[int], what: str, advice: str, first_row: int = 0) -> None:
+def refuse(rows: list[int], what: str, advice: str) -> None:
     """Raise ValueError naming the first of `rows`, if there are any."""
     if rows:
-        shown = ", ".join(str(first_row + row) for row in rows[:10])
+        shown = ", ".join(map(str, rows[:10]))
         more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
         raise ValueError(f"{len(rows)} dataset rows {what} (rows {shown}{more}). {advice}")

@@ -74,12 +74,25 @@ def config(folder: Path, **overrides: Any) -> RLSDConfig:
     return RLSDConfig(**{**defaults, **overrides})
 
 
-def trainer(folder: Path, student: Any = None, data: Any = None, **overrides: Any) -> RLSDTrainer:
-    """An RLSDTrainer on the tiny model; `overrides` are RLSDConfig fields."""
-    return RLSDTrainer(
+def trainer(
+    folder: Path,
+    student: Any = None,
+    data: Any = None,
+    *,
+    kind: type[RLSDTrainer] = RLSDTrainer,
+    rewards: Any = reward,
+    more: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> RLSDTrainer:
+    """A trainer of class `kind` on the tiny model, with `more` arguments.
+
+    `overrides` are RLSDConfig fields.
+    """
+    return kind(
         model() if student is None else student,
-        reward,
+        rewards,
         config(folder, **overrides),
         dataset() if data is None else data,
         processing_class=tokenizer(),
+        **more or {},
     )

@@ -25,6 +25,7 @@ from rlsd_lib.experiment.controls import apply_control
 from rlsd_lib.experiment.launch import accelerate_config, run_workers
 from rlsd_lib.experiment.presets import RunParameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
+from rlsd_lib.experiment.steady import WorkbookTrainer, last_checkpoint
 from rlsd_lib.measure import rollouts as lens
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.intervals import share_interval
@@ -35,8 +36,6 @@ from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
 from rlsd_lib.tasks.lengths import within
 from rlsd_lib.tasks.models import Loaded, load_model
-from rlsd_lib.trainer.checkpoints import last_checkpoint
-from rlsd_lib.trainer.trainer import RLSDTrainer
 
 # Of these, metrics.json keeps the mean over the last ten steps; of everything under rlsd/, the mean
 # over the steps with a teacher pass.
@@ -249,10 +248,10 @@ class Experiment:
             "steps": [row for row in trainer.state.log_history if "loss" in row],
         }
 
-    def trainer(self) -> RLSDTrainer:
+    def trainer(self) -> WorkbookTrainer:
         """The trainer of this run, which logs every step into the run directory."""
         external = {"teacher_model": self.teacher_model} if self.teacher_model else {}
-        trainer = RLSDTrainer(
+        trainer = WorkbookTrainer(
             self.model,
             [self.task.reward, self.task.leak],
             self.config,

@@ -24,12 +24,12 @@ import psutil
 import torch
 import yaml
 
+from rlsd_lib.experiment.steady import Stopped
 from rlsd_lib.names import nearest
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.processes import kill_tree, on_sigterm
 from rlsd_lib.runs.records import append_lines, read_lines, write_json
 from rlsd_lib.runs.run import HANDED_ON, Run
-from rlsd_lib.trainer.faults import Stopped
 
 CONFIG = "RLSD_ACCELERATE"  # environment variable: name of a shipped config, or path of one
 LAUNCHER = "RLSD_LAUNCHER"  # environment variable: id of the process that no worker may outlive

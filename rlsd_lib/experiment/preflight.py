@@ -15,9 +15,9 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from rlsd_lib.experiment.controls import apply_control
-from rlsd_lib.experiment.cost.plan import describe, make_plan, setting_of, shape_named
-from rlsd_lib.experiment.cost.shapes import SHAPES
+from rlsd_lib.experiment.plan import describe, plan_of
 from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
+from rlsd_lib.experiment.shapes import SHAPES
 from rlsd_lib.methods import PRIVILEGED
 from rlsd_lib.prompts import COLUMN, check_contexts, count_in_prompts
 from rlsd_lib.report.benchmarks import check_benchmarks
@@ -131,10 +131,8 @@ def _plan(run: Resolved) -> list[str]:
         return [f"no plan: the sizes of {run.preset.model} are not known to `rlsd plan`"]
     if not run.preset.max_prompt_length:
         return ["no plan: the preset has no max_prompt_length; `rlsd plan` takes a prompt_length"]
-    shape, count = shape_named(run.preset.model), run.processes
-    changes = {"sharding": "fsdp2" if run.preset.accelerate and count > 1 else "ddp"}
-    setting = setting_of(asdict(run.preset), shape=shape, gpus=count, changes=changes)
-    return [describe(make_plan(setting, gpu_memory=80), f"{count} GPUs of 80 GiB"), ""]
+    plan = plan_of(asdict(run.preset), gpus=run.processes)
+    return [describe(plan, f"{run.processes} GPUs of 80 GiB"), ""]
 
 
 def _start(notebook: str, parameters: Mapping[str, Any], run: Resolved) -> list[str]:

@@ -1,5 +1,7 @@
 """What `RLSDTrainer` refuses: arguments and rows before the model is loaded, models after."""
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,16 +9,24 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, ProcessorMixin
 
-from rlsd_lib import prompts as privileged
-from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
-from rlsd_lib.trainer import states as distillation
+from rlsd_lib import prompts
+from rlsd_lib.credit import Credit
+from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT
+from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import RLSDConfig
-from rlsd_lib.trainer.sharded import FSDP1, sharding_of
-from rlsd_lib.trainer.states import IMAGE_FIELDS
+from rlsd_lib.trainer.sharded import FSDP1, shape_of, sharding_of
 
+# Config fields by which a model changes its logits after the head, which `divergence` does not do.
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 VIDEO_ADVICE = (
     "GRPO in TRL 1.16 would generate with it and train without it. Drop these rows, or give chosen "
     "frames as images."
@@ -24,7 +34,7 @@ VIDEO_ADVICE = (
 
 
 def check_arguments(
-    reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, kwargs: dict[str, Any]
+    reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, rollout_func: Any
 ) -> None:
     """Judge what a trainer is given, before any model is loaded.
 
@@ -32,58 +42,50 @@ def check_arguments(
         ValueError: for a missing or misplaced teacher, reward, column or row.
     """
     sees = args.row.teacher_sees
-    if (teacher_model is not None) != (sees == PROMPT):
+    if sees == PROMPT and teacher_model is None:
+        raise ValueError(f"method={args.method!r} needs teacher_model=, the model to distil from.")
+    if sees != PROMPT and teacher_model is not None:
         raise ValueError(
-            f"method={args.method!r} "
-            + (
-                "needs teacher_model=, the model to distil from."
-                if sees == PROMPT
-                else "teaches itself: teacher_model= is for method='opd' only."
-            )
+            f"method={args.method!r} teaches itself: teacher_model= is for method='opd' only."
         )
     if sees == PEER and not reward_funcs:
         raise ValueError(
             f"method={args.method!r} needs reward_funcs: they decide which rollouts are shown to "
             "their peers."
         )
-    if args.uses_teacher and kwargs.get("rollout_func") is not None:
+    if args.uses_teacher and rollout_func is not None:
         raise ValueError(
             "rollout_func builds its own prompt ids, which the teacher's prompt cannot be matched "
             "to. Use tools or environment_factory instead."
         )
     if isinstance(dataset, Dataset):
         _check_videos(dataset)
-    if args.uses_teacher and sees == PRIVILEGED:
-        _check_rows(dataset, args)
     if args.include_environment_feedback:
         _check_column(dataset, "include_environment_feedback=True")
+    if args.uses_teacher and sees == PRIVILEGED:
+        _check_column(dataset, f"method={args.method!r}")
+        if isinstance(dataset, Dataset):  # a streamed one is checked batch by batch
+            contexts = dataset[prompts.COLUMN][:]
+            prompts.check_contexts(contexts, args.privileged_template)
+            prompts.count_in_prompts(dataset["prompt"][:], contexts)
 
 
 def _check_videos(dataset: Dataset) -> None:
     """Refuse rows with a video, in the prompt or in a column of its own, which TRL does not read."""
     found = set()
     if "prompt" in dataset.column_names:
-        counts = (privileged.count_images(prompt, "video") for prompt in dataset["prompt"][:])
+        counts = (prompts.count_images(prompt, "video") for prompt in dataset["prompt"][:])
         found |= {i for i, count in enumerate(counts) if count}
     for name in {"video", "videos"} & set(dataset.column_names):
         found |= {i for i, video in enumerate(dataset[name][:]) if video}
-    privileged.refuse(sorted(found), "hold a video", VIDEO_ADVICE)
-
-
-def _check_rows(dataset: Any, args: RLSDConfig) -> None:
-    """Check every row of a map-style dataset; a streamed one is checked batch by batch."""
-    _check_column(dataset, f"method={args.method!r}")
-    if isinstance(dataset, Dataset):
-        contexts = dataset[privileged.COLUMN][:]
-        privileged.check_contexts(contexts, args.privileged_template)
-        privileged.count_in_prompts(dataset["prompt"][:], contexts)
+    prompts.refuse(sorted(found), "hold a video", VIDEO_ADVICE)
 
 
 def _check_column(dataset: Any, what: str) -> None:
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and privileged.COLUMN not in columns:
+    if columns is not None and prompts.COLUMN not in columns:
         raise ValueError(
-            f"{what} needs a {privileged.COLUMN!r} column (str: what the teacher may see and the "
+            f"{what} needs a {prompts.COLUMN!r} column (str: what the teacher may see and the "
             f"student may not). The dataset has {columns}."
         )
 
@@ -94,15 +96,47 @@ def check_teacher(
     """Refuse another model as teacher whose probabilities are not of the student's tokens.
 
     `source` is what the user gave: a path, whose tokenizer is compared, or a model, whose
-    tokenizer nobody can know.
+    tokenizer is unknown.
 
     Raises:
         ValueError: naming the config field, the sizes, or the first token that differs.
     """
     if args.divergence is not None:
-        distillation.check_logits(teacher)
-    other = AutoTokenizer.from_pretrained(source) if isinstance(source, str) else None
-    distillation.check_vocabularies(student, teacher, tokenizer, other)
+        _check_logits(teacher)
+    heads = [states.causal_lm(model).get_output_embeddings() for model in (student, teacher)]
+    sizes = [shape_of(head.weight)[0] for head in heads]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}. "
+            "Distillation compares token by token: use a teacher with the student's tokenizer."
+        )
+    if not isinstance(source, str):
+        return
+    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(source).get_vocab()
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"The teacher's tokenizer knows {len(theirs)} tokens and the student's {len(ours)}. "
+            "Use a teacher with the student's tokenizer, saved beside its weights."
+        )
+    if ours != theirs:
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        raise ValueError(
+            f"The teacher's tokenizer gives {token!r} the id {theirs.get(token)}, the student's "
+            f"{ours.get(token)}. Use a teacher with the student's tokenizer."
+        )
+
+
+def _check_logits(model: nn.Module) -> None:
+    """Refuse models whose logits are more than head times state."""
+    model = states.causal_lm(model)
+    config = model.config.get_text_config()
+    for name in LOGIT_CHANGES:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(
+                f"{type(model).__name__} changes its logits by config.{name}="
+                f"{getattr(config, name)}, which the full-vocabulary divergence does not apply. "
+                "Use distillation_mode='sampled_token', or a model without it."
+            )
 
 
 def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator) -> None:
@@ -130,18 +164,18 @@ def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator)
         )
 
 
-def check_images(prompts: list[privileged.Prompt], accelerator: Accelerator) -> None:
-    """Refuse final prompts that hold a video, and mixed batches where parameters are sharded.
+def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
+    """Refuse final prompts with a video, and mixed batches where parameters are sharded.
 
     A rank whose rows have no image would not enter the vision tower, whose shards the other ranks
-    wait for. Without sharding, rows with and without images may stand in one batch.
+    wait for.
 
     Raises:
-        ValueError: naming how many rows there are of each kind, on every rank.
+        ValueError: on every rank, with the number of rows of each kind.
     """
-    videos = sum(privileged.count_images(prompt, "video") > 0 for prompt in prompts)
-    bare = sum(privileged.count_images(prompt) == 0 for prompt in prompts)
-    counts = gather_object([(videos, bare, len(prompts))])
+    videos = sum(prompts.count_images(prompt, "video") > 0 for prompt in final)
+    bare = sum(prompts.count_images(prompt) == 0 for prompt in final)
+    counts = gather_object([(videos, bare, len(final))])
     videos, bare, rows = (sum(column) for column in zip(*counts, strict=True))
     if videos:
         raise ValueError(f"{videos} of {rows} prompts in a batch hold a video. {VIDEO_ADVICE}")
@@ -153,17 +187,6 @@ def check_images(prompts: list[privileged.Prompt], accelerator: Accelerator) -> 
         )
 
 
-def drop_empty_images(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Forward pre-hook: a micro-batch in which no row has an image has no pixels to look at.
-
-    TRL slices the pixels of the whole batch, and hands none of them on as an empty tensor.
-    """
-    pixels = kwargs.get("pixel_values")
-    if pixels is not None and pixels.size(0) == 0:
-        kwargs = {k: v for k, v in kwargs.items() if k not in IMAGE_FIELDS}
-    return args, kwargs
-
-
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:
     """Refuse dropout, which would put noise into the gap, and processors that pad right.
 
@@ -171,10 +194,10 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
         ValueError: naming the modules, the padding side, or what a divergence cannot handle.
     """
     if args.divergence is not None:
-        distillation.check_logits(model)
+        _check_logits(model)
     noisy = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    text = model.config.get_text_config()
-    noisy += [f"config.{k}" for k in ("attention_dropout",) if getattr(text, k, 0) > 0]
+    if getattr(model.config.get_text_config(), "attention_dropout", 0) > 0:
+        noisy.append("config.attention_dropout")
     if noisy:
         raise ValueError(
             f"Dropout is active in {noisy[:3]} ({len(noisy)} places) and would put noise into the "
@@ -187,10 +210,97 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
             f"{args.teacher_update_rate} of a small difference is rounded away. Load the model in "
             "float32 (with bf16=True for the compute), or use 'snapshot'."
         )
-    if isinstance(processing_class, ProcessorMixin):
-        side = processing_class.tokenizer.padding_side
-        if side != "left":
-            raise ValueError(
-                f"The processor pads {side!r}; prompts must be padded on the left. Load it with "
-                "padding_side='left'."
-            )
+    processor = isinstance(processing_class, ProcessorMixin)
+    if processor and (side := processing_class.tokenizer.padding_side) != "left":
+        raise ValueError(
+            f"The processor pads {side!r}; prompts must be padded on the left. Load it with "
+            "padding_side='left'."
+        )
+
+
+# Credit functions from outside the table, and rewards
+
+CREDIT_KEYWORDS = ("lam", "epsilon_w", "success", "rewards", "entropy")
+
+
+def check_credit(credit: Credit, args: RLSDConfig) -> tuple[str, ...]:
+    """The keywords that a credit function asks for; refuses one that cannot be called.
+
+    Raises:
+        ValueError: for a method whose teacher sees no reference, options of the method's weight, or
+            a function without the three arguments or with an unknown required keyword.
+    """
+    name = _name_of(credit)
+    if METHODS[args.method].teacher_sees != PRIVILEGED or not args.uses_teacher:
+        raise ValueError(
+            f"credit={name} would never be called with method={args.method!r} and lambda_init="
+            f"{args.lambda_init}: it replaces the credit of a method whose teacher sees the "
+            "reference. Use method='rlsd' with lambda_init above 0."
+        )
+    if args.weight_clip != "linear" or args.conserve_credit:
+        raise ValueError(
+            f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} are of the "
+            f"method's own weight, which credit={name} replaces. Leave them alone."
+        )
+    parameters = list(inspect.signature(credit).parameters.values())
+    first, rest = parameters[:3], parameters[3:]
+    options = [p for p in rest if p.kind is not p.VAR_KEYWORD]
+    wrong = [p.name for p in options if p.default is p.empty and p.name not in CREDIT_KEYWORDS]
+    if wrong or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in first):
+        raise ValueError(
+            f"credit={name}{inspect.signature(credit)} cannot be called"
+            f"{f': there is no {wrong[0]!r}' if wrong else ''}. Expected {name}(advantages (N,), "
+            f"gap (N, T), mask (N, T), *, ...) -> (N, T), with any of {', '.join(CREDIT_KEYWORDS)}."
+        )
+    asked = [p.name for p in options if p.name in CREDIT_KEYWORDS]
+    if len(options) < len(rest):  # **kwargs
+        asked += [key for key in ("lam", "epsilon_w") if key not in asked]
+    return tuple(asked)
+
+
+def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
+    """Refuse the result of a credit function that is not a finite, detached (N, T). Collective.
+
+    Raises:
+        ValueError: on every rank, naming the function and what is wrong.
+    """
+    problem = None
+    if not isinstance(credited, torch.Tensor) or credited.shape != shape:
+        given = tuple(credited.shape) if isinstance(credited, torch.Tensor) else credited
+        problem = f"returned {given}, expected a tensor of shape (N, T) = {tuple(shape)}"
+    elif credited.requires_grad:
+        problem = "returned a tensor with a gradient: detach what it computes from"
+    elif not credited.isfinite().all():
+        rows = (~credited.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        problem = f"returned NaN or infinity in rows {rows[:10]}"
+    for found in gather_object([problem]):
+        if found is not None:
+            raise ValueError(f"credit={_name_of(credit)} {found}.")
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def check_rewards(rewards: Tensor, names: Sequence[str], step: int, *, training: bool) -> float:
+    """The share of rows that no function scored, of the rewards (N, functions) of all ranks.
+
+    None (NaN here) means "not mine to judge" and is TRL's: the row's advantage is 0.
+
+    Raises:
+        FloatingPointError: an infinite reward or, in training, not one row with a reward. TRL would
+            turn both into advantages of 0.
+    """
+    if rewards.isinf().any():
+        row, function = rewards.isinf().nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"Reward function {names[function]!r} gave {rewards[row, function].item()} for row "
+            f"{row} of all ranks' batch at step {step}. A reward is a finite number or None."
+        )
+    unscored = rewards.isnan().all(dim=1)
+    if training and unscored.all():
+        raise FloatingPointError(
+            f"At step {step} none of {len(rewards)} rows got a reward: {', '.join(names)} returned "
+            "None or NaN for all of them, so that there is nothing to learn from."
+        )
+    return unscored.float().mean().item()

@@ -3,9 +3,8 @@
 Every value and combination that can be judged without a model is judged here, before any compute.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from trl import GRPOConfig
 
@@ -14,8 +13,6 @@ from rlsd_lib.divergence import Divergence
 from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT, Method
 from rlsd_lib.names import look_up
 from rlsd_lib.prompts import DEFAULT_TEMPLATE, check_template
-
-__all__ = ["DEFAULT_TEMPLATE", "METHODS", "TEACHER_KINDS", "TEACHER_PASSES", "RLSDConfig"]
 
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
 WEIGHT_CLIPS = ("linear", "log")
@@ -31,6 +28,18 @@ DISTILLATION_FIELDS = (
     "distillation_weight",
 )
 PEER_FIELDS = ("include_failed_rollout", "include_environment_feedback")
+# What a field's value must be, and in words.
+VALUES = {
+    "lambda_init": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
+    "lambda_warmup_steps": (lambda value: value >= 0, "a step count >= 0"),
+    "lambda_decay_steps": (lambda value: value >= 0, "a step count >= 0"),
+    "epsilon_w": (lambda value: value >= 0, "a number >= 0"),
+    "teacher_sync_steps": (lambda value: value >= 1, "a step count >= 1"),
+    "teacher_update_rate": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
+    "max_teacher_prompt_length": (lambda value: value is None or value >= 1, "None or >= 1"),
+    "distillation_weight": (lambda value: value is None or value > 0, "None or a number > 0"),
+    "distillation_token_clip": (lambda value: value is None or value > 0, "None or a number > 0"),
+}
 
 
 @dataclass
@@ -40,7 +49,8 @@ class RLSDConfig(GRPOConfig):
 
     This class includes only the parameters that are specific to token credit and its teacher. For
     the full list of training arguments, refer to [`~trl.GRPOConfig`], whose defaults are unchanged
-    but for `vllm_importance_sampling_mode`.
+    but for `vllm_importance_sampling_mode`: `"token_truncate"` keeps token credit, where the
+    parent's `"sequence_mask"` can drop whole completions.
 
     Args:
         method (`str`, *optional*, defaults to `"rlsd"`):
@@ -108,91 +118,32 @@ class RLSDConfig(GRPOConfig):
             Peers: also show the teacher the row's `privileged_context`, as feedback.
     """
 
-    vllm_importance_sampling_mode: str = field(
-        default="token_truncate",
-        metadata={
-            "help": "As in GRPOConfig. Truncating per token keeps token credit; the parent's "
-            "'sequence_mask' can drop whole completions."
-        },
-    )
-    method: str = field(
-        default="rlsd", metadata={"help": "How sequence advantages become token advantages."}
-    )
-    lambda_init: float = field(
-        default=0.5, metadata={"help": "Share of the evidence weight at the start, in [0, 1]."}
-    )
-    lambda_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimiser steps of linear growth from 0 to lambda_init."}
-    )
-    lambda_decay_steps: int = field(
-        default=50, metadata={"help": "Optimiser steps of linear decay to 0; 0 = constant."}
-    )
-    epsilon_w: float = field(
-        default=0.2, metadata={"help": "The weight is clipped to 1 - epsilon_w .. 1 + epsilon_w."}
-    )
-    weight_clip: str = field(
-        default="linear", metadata={"help": "'linear' (the paper's) or 'log': ends 1/(1+e), 1+e."}
-    )
-    conserve_credit: bool = field(
-        default=False, metadata={"help": "Rescale each rollout's weights to mean 1."}
-    )
-    teacher_model_kind: str = field(
-        default="snapshot", metadata={"help": "'live', 'base', 'ema' or 'snapshot'."}
-    )
-    teacher_sync_steps: int = field(
-        default=10, metadata={"help": "Optimiser steps between updates of the teacher."}
-    )
-    teacher_update_rate: float = field(
-        default=0.05, metadata={"help": "Weight of the student in one 'ema' update, in (0, 1]."}
-    )
-    teacher_pass: str = field(
-        default=AUTO,
-        metadata={"help": "'auto', 'plain' or 'shared': prompts once per rollout or once."},
-    )
-    completion_head: bool | None = field(
-        default=None,
-        metadata={"help": "LM head on completions only, on a CPU; None = in steps with a teacher."},
-    )
-    teacher_offload: bool = field(
-        default=False, metadata={"help": "Keep a full-copy teacher on the CPU between its passes."}
-    )
-    privileged_template: str = field(
-        default=DEFAULT_TEMPLATE,
-        metadata={"help": "Teacher's user turn, with {prompt} and {privileged_context}."},
-    )
-    peer_context: bool = field(
-        default=False, metadata={"help": "Show the teacher a peer rollout, not the reference."}
-    )
-    max_teacher_prompt_length: int | None = field(
-        default=None, metadata={"help": "Token limit of the teacher's prompt; None = no limit."}
-    )
-    distillation_mode: str | None = field(
-        default=None, metadata={"help": "'full_logits', 'topk_logits' or 'sampled_token'."}
-    )
-    distillation_alpha: float | None = field(
-        default=None, metadata={"help": "Generalised JSD: 0 forward KL, 1 reverse KL."}
-    )
-    distillation_topk: int | None = field(
-        default=None, metadata={"help": "Tokens compared with 'topk_logits'."}
-    )
-    distillation_add_tail: bool | None = field(
-        default=None, metadata={"help": "One more bucket for the mass outside of the top k."}
-    )
-    distillation_token_clip: float | None = field(
-        default=None, metadata={"help": "Largest divergence of one token, in nats."}
-    )
-    distillation_weight: float | None = field(
-        default=None, metadata={"help": "Factor of the distillation term."}
-    )
-    success_reward_threshold: float = field(
-        default=1.0, metadata={"help": "Reward from which a rollout may be shown to a peer."}
-    )
-    include_failed_rollout: bool = field(
-        default=False, metadata={"help": "Peers: also show a failed rollout of the group."}
-    )
-    include_environment_feedback: bool = field(
-        default=False, metadata={"help": "Peers: also show privileged_context, as feedback."}
-    )
+    vllm_importance_sampling_mode: str = "token_truncate"
+    method: str = "rlsd"
+    lambda_init: float = 0.5
+    lambda_warmup_steps: int = 0
+    lambda_decay_steps: int = 50
+    epsilon_w: float = 0.2
+    weight_clip: str = "linear"
+    conserve_credit: bool = False
+    teacher_model_kind: str = "snapshot"
+    teacher_sync_steps: int = 10
+    teacher_update_rate: float = 0.05
+    teacher_pass: str = AUTO
+    completion_head: bool | None = None
+    teacher_offload: bool = False
+    privileged_template: str = DEFAULT_TEMPLATE
+    peer_context: bool = False
+    max_teacher_prompt_length: int | None = None
+    distillation_mode: str | None = None
+    distillation_alpha: float | None = None
+    distillation_topk: int | None = None
+    distillation_add_tail: bool | None = None
+    distillation_token_clip: float | None = None
+    distillation_weight: float | None = None
+    success_reward_threshold: float = 1.0
+    include_failed_rollout: bool = False
+    include_environment_feedback: bool = False
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -211,18 +162,16 @@ class RLSDConfig(GRPOConfig):
         spec = self.row.divergence
         if spec is None or self.distillation_mode == "sampled_token":
             return None
-        changes: dict[str, Any] = {}
         if self.distillation_alpha is not None:
-            changes |= {"kind": "jsd", "alpha": self.distillation_alpha}
-        if self.distillation_token_clip is not None:
-            changes["token_clip"] = self.distillation_token_clip
+            spec = replace(spec, kind="jsd", alpha=self.distillation_alpha)
         if self.distillation_mode == "full_logits":
-            changes |= {"top_k": None, "add_tail": False}
-        if self.distillation_topk is not None:
-            changes["top_k"] = self.distillation_topk
-        if self.distillation_add_tail is not None:
-            changes["add_tail"] = self.distillation_add_tail
-        return replace(spec, **changes)
+            spec = replace(spec, top_k=None, add_tail=False)
+        given = {
+            "top_k": self.distillation_topk,
+            "add_tail": self.distillation_add_tail,
+            "token_clip": self.distillation_token_clip,
+        }
+        return replace(spec, **{name: value for name, value in given.items() if value is not None})
 
     @property
     def credit(self) -> Credit:
@@ -250,17 +199,17 @@ class RLSDConfig(GRPOConfig):
         )
 
     def needs_teacher_at(self, step: int) -> bool:
-        """Whether the update after `step` finished steps asks the teacher anything."""
+        """Whether the update after `step` finished steps needs the teacher's scores."""
         sees = self.row.teacher_sees is not None
         return sees and (self.row.divergence is not None or self.lambda_at(step) > 0)
 
     def cuts_head_at(self, step: int) -> bool:
-        """Whether that update is to send only completions through the head, where TRL sends more."""
+        """Whether that update runs the LM head on completions only, where TRL's runs on more."""
         wanted = self.completion_head
         return self.needs_teacher_at(step) if wanted is None else wanted
 
     def teacher_is_over(self, step: int) -> bool:
-        """Whether no update from `step` on will ask the teacher anything."""
+        """Whether no update from `step` on needs the teacher."""
         if self.row.divergence is not None:
             return False
         end = self.lambda_warmup_steps + self.lambda_decay_steps
@@ -268,28 +217,20 @@ class RLSDConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         look_up(self.method, METHODS, "method")
-        _check_peer(self)
         look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
         look_up(self.teacher_pass, TEACHER_PASSES, "teacher_pass")
-        _require(0 <= self.lambda_init <= 1, "lambda_init", self.lambda_init, "a number in [0, 1]")
-        _require(self.epsilon_w >= 0, "epsilon_w", self.epsilon_w, "a number >= 0")
         look_up(self.weight_clip, WEIGHT_CLIPS, "weight_clip")
-        _check_weight(self)
-        rate = self.teacher_update_rate
-        _require(0 < rate <= 1, "teacher_update_rate", rate, "a number in (0, 1]")
-        for name in ("lambda_warmup_steps", "lambda_decay_steps"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "a step count >= 0")
-        kinds = [kind for kind in TEACHER_KINDS if kind != "live"]
-        copied = self.teacher_model_kind in kinds or not self.teacher_offload
-        what = f"one of {kinds} with teacher_offload=True (a live teacher is the policy itself)"
-        _require(copied, "teacher_model_kind", self.teacher_model_kind, what)
-        sync = self.teacher_sync_steps
-        _require(sync >= 1, "teacher_sync_steps", sync, "a step count >= 1")
-        limit = self.max_teacher_prompt_length
-        _require(limit is None or limit >= 1, "max_teacher_prompt_length", limit, "None or >= 1")
-        for name in ("distillation_weight", "distillation_token_clip"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "None or a number > 0")
+        if self.distillation_mode is not None:
+            look_up(self.distillation_mode, DISTILLATION_MODES, "distillation_mode")
+        for name, (holds, expected) in VALUES.items():
+            if not holds(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}.")
+        if self.teacher_offload and self.teacher_model_kind == "live":
+            raise ValueError(
+                f"teacher_model_kind='live': expected one of {TEACHER_KINDS[1:]} with "
+                "teacher_offload=True (a live teacher is the policy itself)."
+            )
+        _check_method_options(self)
         _check_distillation(self)
         check_template(self.privileged_template)
 
@@ -316,64 +257,42 @@ class RLSDConfig(GRPOConfig):
             )
 
 
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value!r}: expected {expected}.")
-
-
-def _check_peer(args: RLSDConfig) -> None:
-    """Refuse a peer's rollout as the reference where the method shows none.
-
-    Raises:
-        ValueError: naming the method.
-    """
+def _check_method_options(args: RLSDConfig) -> None:
+    """Refuse options that mean nothing for the method."""
+    method = f"method={args.method!r}"
     if args.peer_context and METHODS[args.method].teacher_sees != PRIVILEGED:
         raise ValueError(
-            f"peer_context=True means nothing for method={args.method!r}, whose teacher sees "
-            "no privileged_context that a peer could replace. Leave it at False."
+            f"peer_context=True means nothing for {method}, whose teacher sees no "
+            "privileged_context that a peer could replace. Leave it at False."
         )
-
-
-def _check_weight(args: RLSDConfig) -> None:
-    """Refuse options of the weight where the method has none.
-
-    Raises:
-        ValueError: naming both options and the method.
-    """
-    changed = args.weight_clip != "linear" or args.conserve_credit
-    if changed and args.row.evidence is None:
+    if args.row.evidence is None and (args.weight_clip != "linear" or args.conserve_credit):
         raise ValueError(
             f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} mean "
-            f"nothing for method={args.method!r}, which has no weight. Leave them alone."
-        )
-
-
-def _check_distillation(args: RLSDConfig) -> None:
-    """Refuse options of the distillation term that mean nothing for the method, or too little.
-
-    Raises:
-        ValueError: naming the option, its value and what to do.
-    """
-    given = [name for name in DISTILLATION_FIELDS if getattr(args, name) is not None]
-    if given and args.row.divergence is None:
-        raise ValueError(
-            f"{given[0]}={getattr(args, given[0])!r} means nothing for "
-            f"method={args.method!r}, which has no distillation term. Leave it at None."
+            f"nothing for {method}, which has no weight. Leave them alone."
         )
     foreign = [name for name in PEER_FIELDS if getattr(args, name)]
     if foreign and args.row.teacher_sees != PEER:
         raise ValueError(
             f"{foreign[0]}=True is an option of method='sdpo' and of peer_context=True, not of "
-            f"method={args.method!r} with the row's own reference."
+            f"{method} with the row's own reference."
+        )
+
+
+def _check_distillation(args: RLSDConfig) -> None:
+    """Refuse options of the distillation term that mean nothing for the method, or too little."""
+    method, mode = f"method={args.method!r}", args.distillation_mode
+    values = {name: getattr(args, name) for name in DISTILLATION_FIELDS}
+    given = [name for name, value in values.items() if value is not None]
+    if given and args.row.divergence is None:
+        raise ValueError(
+            f"{given[0]}={values[given[0]]!r} means nothing for {method}, which has no "
+            "distillation term. Leave it at None."
         )
     if args.row.needs_weight and args.distillation_weight is None:
         raise ValueError(
-            f"method={args.method!r} needs distillation_weight, the factor of its "
-            "distillation term: the paper does not report one. Try 0.1."
+            f"{method} needs distillation_weight, the factor of its distillation term: the paper "
+            "does not report one. Try 0.1."
         )
-    mode = args.distillation_mode
-    if mode is not None:
-        look_up(mode, DISTILLATION_MODES, "distillation_mode")
     if mode == "sampled_token" and args.row.needs_weight:
         raise ValueError("grpo_opsd mixes a loss with a divergence: use full or top-k logits.")
     topk = args.distillation_topk is not None or args.distillation_add_tail is not None
@@ -384,22 +303,16 @@ def _check_distillation(args: RLSDConfig) -> None:
         )
     if mode == "sampled_token" and given != ["distillation_mode"]:
         raise ValueError(
-            f"{given[-1]}={getattr(args, given[-1])!r} means nothing with distillation_mode="
+            f"{given[-1]}={values[given[-1]]!r} means nothing with distillation_mode="
             "'sampled_token', whose token advantage is log P_T - log P_S. Leave it at None."
         )
     if args.row.divergence is not None and args.row.divergence.kind.endswith("_top1"):
-        _check_top1(args)
+        for name in ("distillation_mode", "distillation_alpha"):
+            if values[name] not in (None, "full_logits"):
+                raise ValueError(
+                    f"{name}={values[name]!r} means nothing for {method}, which looks at one "
+                    "token. Use method='opsd' with it."
+                )
     spec = args.divergence  # built here, so that its own checks come now
     if mode == "topk_logits" and spec.top_k is None:
         raise ValueError("distillation_mode='topk_logits' needs distillation_topk, e.g. 100.")
-
-
-def _check_top1(args: RLSDConfig) -> None:
-    """The top-1 methods are one fixed function: another divergence would be another method."""
-    for name in ("distillation_mode", "distillation_alpha"):
-        value = getattr(args, name)
-        if value not in (None, "full_logits"):
-            raise ValueError(
-                f"{name}={value!r} means nothing for method={args.method!r}, which looks at "
-                "one token. Use method='opsd' with it."
-            )

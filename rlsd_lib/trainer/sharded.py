@@ -1,8 +1,8 @@
-"""Models whose parameters are spread over ranks: FSDP2's DTensors, DeepSpeed ZeRO-3's partitions.
+"""Models whose parameters are sharded over ranks: FSDP2's DTensors, DeepSpeed ZeRO-3's partitions.
 
-The teacher's copy is spread as the policy is, so a refresh moves each rank's own part and needs no
-communication; saving and restoring make one parameter whole at a time. Functions marked
-*collective* must be called by every rank, in the same order.
+The teacher's copy is sharded as the policy is, so a refresh moves each rank's own shards without
+communication; saving and restoring gather one parameter at a time. Functions marked *collective*
+must be called by every rank, in the same order.
 """
 
 import copy
@@ -11,19 +11,19 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
+from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
-from trl.models.utils import prepare_deepspeed
 
 FSDP1, FSDP2, ZERO3 = "FSDP1", "FSDP2", "ZeRO-3"
+SHARDS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def sharding_of(accelerator: Accelerator) -> str | None:
-    """How parameters are spread over ranks; None if every rank holds them whole."""
+    """How parameters are sharded over ranks; None if every rank has them whole."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return FSDP2 if accelerator.is_fsdp2 else FSDP1
     plugin = accelerator.state.deepspeed_plugin
@@ -35,9 +35,9 @@ def sharding_of(accelerator: Accelerator) -> str | None:
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model that is not wrapped yet, though ZeRO-3 may have loaded it in parts.
+    """A copy of a model that is not wrapped yet.
 
-    Collective for a model in parts, which a deep copy would leave without its weights.
+    Collective if ZeRO-3 has loaded it in partitions, which a deep copy would leave empty.
     """
     if not any(_is_partitioned(p) for p in model.parameters()):
         return copy.deepcopy(model)
@@ -56,31 +56,11 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def prepare(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """Wrap a frozen model for scoring, spread as the policy will be. Collective.
-
-    TRL's `prepare_fsdp` shards the root alone, so that a forward gathers the whole model, and it
-    keeps what each rank holds, which is nothing where only rank 0 has loaded the weights.
-    Accelerate's own preparation of the policy goes layer by layer and starts from rank 0.
-    """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return prepare_deepspeed(teacher, accelerator)
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return accelerator.prepare_model(teacher, evaluation_mode=True)
-    plugin = accelerator.state.fsdp_plugin
-    # Filled in from the first model seen; the policy must still find them as they were.
-    policy = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
-    try:
-        return fsdp2_prepare_model(accelerator, teacher).eval()
-    finally:
-        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy
-
-
 def reshard(model: nn.Module) -> None:
-    """Give back what FSDP2 keeps gathered after a forward: the root's parameters and the head's.
+    """Shard again what FSDP2 keeps gathered after a forward: the parameters of root and head.
 
-    It waits for a backward pass to do so, which a teacher never has. Only then does a module hold
-    the parameters that last, which may be read, refreshed or frozen.
+    FSDP2 waits for a backward pass, which a teacher never has. Until then, a module's parameters
+    are temporary: reading, refreshing or freezing them would be lost.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -88,7 +68,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def free(model: nn.Module) -> None:
-    """Let go of the parts, though DeepSpeed keeps every module it has prepared for good."""
+    """Free a model's partitions, since DeepSpeed keeps every module that it has prepared."""
     for parameter in model.parameters():
         if _is_partitioned(parameter):
             parameter.partition([parameter])
@@ -97,7 +77,7 @@ def free(model: nn.Module) -> None:
 
 @contextmanager
 def before_backward(model: nn.Module) -> Iterator[None]:
-    """Within, gradients can be taken of a loss whose backward pass is still to come.
+    """Inside, `autograd.grad` may run on a loss whose backward pass is still to come.
 
     FSDP2 would take it for that pass, and free the head that the real one needs.
     """
@@ -137,14 +117,14 @@ def pairs(target: nn.Module, source: nn.Module) -> Iterable[tuple[nn.Parameter, 
 
 @torch.no_grad()
 def move(target: nn.Parameter, source: nn.Parameter, rate: float = 1.0) -> None:
-    """target <- (1 - rate) target + rate source, by each rank for its own part of both.
+    """target <- (1 - rate) target + rate source, by each rank on its own shards.
 
     Raises:
-        RuntimeError: if the two are not spread alike, so that the parts hold different entries.
+        RuntimeError: if the two are not sharded alike, so that shards hold different entries.
     """
     if _layout(target) != _layout(source):
         raise RuntimeError(
-            f"Teacher and student are not spread alike over the ranks: {_layout(target)} and "
+            f"Teacher and student are not sharded alike over the ranks: {_layout(target)} and "
             f"{_layout(source)}. Prepare both with one accelerator."
         )
     if _is_partitioned(target):
@@ -159,19 +139,19 @@ def move(target: nn.Parameter, source: nn.Parameter, rate: float = 1.0) -> None:
 
 @torch.no_grad()
 def whole(parameter: nn.Parameter, accelerator: Accelerator) -> Tensor:
-    """The whole of a parameter, on the CPU of every rank. Collective."""
+    """The gathered parameter, on the CPU of every rank. Collective."""
     if _is_partitioned(parameter):
         with _gathered([parameter]):
             return parameter.data.cpu().clone()
     if isinstance(parameter, DTensor):
-        # On the device, because parts offloaded to the CPU have no backend to gather them there.
+        # On the device: shards offloaded to the CPU have no backend to gather them there.
         return parameter.detach().to(accelerator.device).full_tensor().cpu()
     return parameter.detach().cpu()
 
 
 @torch.no_grad()
 def write(parameter: nn.Parameter, value: Tensor, accelerator: Accelerator) -> None:
-    """Set a parameter to a whole tensor that every rank has. Collective."""
+    """Set a parameter to a tensor that every rank has whole. Collective."""
     if _is_partitioned(parameter):
         with _gathered([parameter], modifier_rank=0):
             parameter.data.copy_(value)
@@ -186,14 +166,14 @@ def write(parameter: nn.Parameter, value: Tensor, accelerator: Accelerator) -> N
 
 
 def outside_forward(model: nn.Module, parameter: Tensor | None) -> Tensor | None:
-    """The whole of a parameter of `model` right after its forward, attached to it. Collective.
+    """The gathered parameter of `model` right after its forward, attached to it. Collective.
 
-    Without gradients a copy, if the parameter will be taken apart again.
+    Without gradients a copy, if the parameter will be sharded again.
     """
     if parameter is None:
         return None
     if _is_partitioned(parameter):
-        # Whole already where embeddings are tied: apart again, the next use would miss it.
+        # Gathered already where embeddings are tied: sharded again, the next use would miss it.
         is_whole = parameter.data.numel() == parameter.ds_numel
         with nullcontext() if is_whole else _gathered([parameter]):
             # The copy is what a backward pass finds later.
@@ -207,7 +187,7 @@ def outside_forward(model: nn.Module, parameter: Tensor | None) -> Tensor | None
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter."""
+    """The shape of the parameter before sharding."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

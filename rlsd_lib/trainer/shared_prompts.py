@@ -14,15 +14,16 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlsd_lib.trainer.sharded import SHARDS
 from rlsd_lib.trainer.states import causal_lm, hidden_states
 
-# Shown equal to the plain pass in tests/test_prefix.py. A family may take its positions from the
+# Shown equal to the plain pass in tests/trainer/test_shared_prompts.py. A family may take its positions from the
 # attention mask (OPT), so membership is by test and not by looks.
 TEXT_FAMILIES = (
     "gemma",
@@ -44,7 +45,6 @@ IMAGE_FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 ATTENTION = ("eager", "sdpa")
 # Frequencies that depend on the length of the call would differ between prompt and completion.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class Prompts(NamedTuple):
@@ -89,7 +89,7 @@ class Chunk(NamedTuple):
 
 def why_not(model: nn.Module, accelerator: Accelerator) -> str | None:
     """Why the model's prompts cannot be shared, None if they can."""
-    if accelerator.distributed_type in SHARDED:
+    if accelerator.distributed_type in SHARDS:
         return f"under {accelerator.distributed_type} parameters are gathered by whole calls only"
     if isinstance(model, PeftModel):
         config = model.peft_config[model.active_adapter]
@@ -203,6 +203,9 @@ def score(
     shape = rollouts.ids.shape
     logps = rollouts.ids.new_zeros(shape, dtype=torch.float32)
     hidden: Tensor | None = None
+    # TRL's head adds a load-balancing loss where the config asks for it, over whole sequences.
+    text = causal_lm(model).config.get_text_config()
+    router = {"output_router_logits": False} if hasattr(text, "output_router_logits") else {}
     for chunk in chunks:
         with autocast():
             cache, positions = _read_prompts(model, chunk, rollouts)
@@ -211,9 +214,7 @@ def score(
             cached = Cache(layers=[_SharedLayer(layer, batch.prompts) for layer in cache.layers])
             collect = (lambda states: states) if want_hidden else None
             with autocast(), hidden_states(model, collect) as states:
-                output = model(
-                    **inputs, past_key_values=cached, fused_lm_head=True, **_no_router(model)
-                )
+                output = model(**inputs, past_key_values=cached, fused_lm_head=True, **router)
             logps[batch.rows, : batch.width] = output.log_probs.to(logps)
             for found in states:
                 hidden = found.new_zeros(*shape, found.size(-1)) if hidden is None else hidden
@@ -232,12 +233,6 @@ def _inputs(rollouts: Rollouts, chunk: Chunk, batch: Batch, positions: Tensor) -
         "position_ids": positions[..., batch.prompts, -1:] + steps,
         "shift_labels": ids.masked_fill(mask == 0, -100),
     }
-
-
-def _no_router(model: nn.Module) -> dict[str, bool]:
-    """TRL's head adds a load-balancing loss where the config asks for it, over whole sequences."""
-    text = causal_lm(model).config.get_text_config()
-    return {"output_router_logits": False} if hasattr(text, "output_router_logits") else {}
 
 
 def _read_prompts(
@@ -284,7 +279,7 @@ class _SharedLayer(DynamicLayer):
         self.prompts = prompts
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The prompt's keys and values, one copy for each row, followed by the row's own."""
+        """The prompt's keys and values for each row, followed by the row's own."""
         return self._followed_by(self.keys, keys), self._followed_by(self.values, values)
 
     def _followed_by(self, shared: Tensor, own: Tensor) -> Tensor:

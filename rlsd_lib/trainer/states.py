@@ -24,14 +24,6 @@ IMAGE_FIELDS = (
     "image_position_ids",
 )
 TYPE_ID_FIELDS = ("token_type_ids", "mm_token_type_ids")
-# Config fields by which a model changes its logits after the head, which `divergence` does not do.
-LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
 
 
 def predicting(states: Tensor, length: int) -> Tensor:
@@ -74,51 +66,6 @@ def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Whole weight (V, H) and bias (V,) of the LM head. Collective if parameters are sharded."""
     head = causal_lm(model).get_output_embeddings()
     return sharded.outside_forward(model, head.weight), sharded.outside_forward(model, head.bias)
-
-
-def check_logits(model: nn.Module) -> None:
-    """Refuse models whose logits are more than head times state.
-
-    Raises:
-        ValueError: naming the config field.
-    """
-    config = causal_lm(model).config.get_text_config()
-    changed = [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
-    if changed:
-        raise ValueError(
-            f"{type(causal_lm(model)).__name__} changes its logits by config.{changed[0]}="
-            f"{getattr(config, changed[0])}, which the full-vocabulary divergence does not apply. "
-            "Use distillation_mode='sampled_token', or a model without it."
-        )
-
-
-def check_vocabularies(student: nn.Module, teacher: nn.Module, tokenizer: Any, other: Any) -> None:
-    """Refuse a teacher with another vocabulary: its probabilities would be of other tokens.
-
-    Raises:
-        ValueError: naming the sizes, or the first token that differs.
-    """
-    heads = [causal_lm(model).get_output_embeddings() for model in (student, teacher)]
-    sizes = [sharded.shape_of(head.weight)[0] for head in heads]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}. "
-            "Distillation compares token by token: use a teacher with the student's tokenizer."
-        )
-    if other is None:
-        return
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"The teacher's tokenizer knows {len(theirs)} tokens and the student's {len(ours)}. "
-            "Use a teacher with the student's tokenizer, saved beside its weights."
-        )
-    if ours != theirs:
-        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-        raise ValueError(
-            f"The teacher's tokenizer gives {token!r} the id {theirs.get(token)}, the student's "
-            f"{ours.get(token)}. Use a teacher with the student's tokenizer."
-        )
 
 
 def token_mean(

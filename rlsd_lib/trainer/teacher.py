@@ -14,35 +14,26 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
-from trl.trainer.utils import use_adapter
+from transformers import PreTrainedModel
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
-from rlsd_lib.trainer import sharded
+from rlsd_lib.trainer import sharded, upstream
 from rlsd_lib.trainer.config import RLSDConfig
-from rlsd_lib.trainer.copies import (
-    ADAPTER,
-    adapter_pairs,
-    add_teacher_adapter,
-    copy_for_scoring,
-    external_for_scoring,
-)
-from rlsd_lib.trainer.offload import check_offload, to_host, visiting
 
-if TYPE_CHECKING:
-    from rlsd_lib.trainer.trainer import RLSDTrainer
-
+ADAPTER = "teacher"
 EXTERNAL = "external"
 STATE_FILE = "rlsd_teacher.json"
 WEIGHTS_FILE = "rlsd_teacher.safetensors"
+Pairs = Iterable[tuple[nn.Parameter, nn.Parameter]]
 
 
 class Teacher:
@@ -53,6 +44,9 @@ class Teacher:
         args: the run's configuration.
         accelerator: of the trainer; prepares a full copy as TRL prepares a reference model.
         external: another model to learn from, or its path; `args.teacher_model_kind` is ignored.
+
+    Raises:
+        ValueError: for a model that cannot be copied, or `teacher_offload` without a full copy.
     """
 
     def __init__(
@@ -67,35 +61,34 @@ class Teacher:
         self.rate = args.teacher_update_rate if self.kind == "ema" else 1.0
         self.last_sync_step = 0
         self.accelerator = accelerator
+        self.offloaded = args.teacher_offload
         copies = self.kind not in ("live", EXTERNAL)
         self.adapter = ADAPTER if copies and isinstance(student, PeftModel) else None
         self.model: nn.Module | None = student
         if external is not None:
-            model = external_for_scoring(external, args, student)
-            self.model = sharded.prepare(model, accelerator)
+            self.model = prepare(external_for_scoring(external, args, student), accelerator)
         elif self.adapter is not None:
             add_teacher_adapter(student)
         elif copies:
-            self.model = sharded.prepare(copy_for_scoring(student, args), accelerator)
-        self.offloaded = args.teacher_offload
+            self.model = prepare(copy_for_scoring(student, args), accelerator)
         if self.offloaded:
             check_offload(accelerator, self.adapter)
             to_host(self.model, accelerator.device)
 
     @property
     def is_refreshed(self) -> bool:
-        """Whether the teacher has a state of its own that changes over the run."""
+        """Whether the teacher has weights of its own that change over the run."""
         return self.kind in ("ema", "snapshot")
 
     @contextmanager
     def active(self, student: nn.Module) -> Iterator[nn.Module]:
         """Yield the module to score with. `student` is the policy, wrapped or not.
 
-        An adapter is active only inside this block, so that nothing else (weight sync, saving, the
-        optimiser) ever meets it.
+        An adapter is active only inside this block, so that weight sync, saving and the optimiser
+        always see the student's.
         """
         if self.adapter is not None:
-            # Switching freezes one adapter and thaws the other: on the parameters that last.
+            # Switching freezes one adapter and unfreezes the other: needs the sharded parameters.
             sharded.reshard(student)
             with use_adapter(self.accelerator.unwrap_model(student), self.adapter):
                 yield student
@@ -103,7 +96,7 @@ class Teacher:
         elif self.kind == "live":
             yield student
         elif self.offloaded:
-            with visiting(self.model, self.accelerator.device):
+            with on_device(self.model, self.accelerator.device):
                 yield self.model
         else:
             yield self.model
@@ -116,7 +109,7 @@ class Teacher:
         return 0 if self.kind == "live" else step - self.last_sync_step
 
     def sync(self, student: nn.Module, step: int) -> None:
-        """Refresh after optimiser step `step`, if the kind and the interval say so."""
+        """Refresh after optimiser step `step`, if kind and interval say so."""
         if self.model is None or not self.is_refreshed or step % self.sync_steps:
             return
         for target, source in self._parameter_pairs(student):
@@ -124,47 +117,52 @@ class Teacher:
         self.last_sync_step = step
 
     def release(self) -> None:
-        """Drop a full copy for good: lambda has reached 0 and will not come back."""
+        """Free a full copy for good: no later step needs it."""
         if self.kind != "live" and self.adapter is None and self.model is not None:
             sharded.free(self.accelerator.unwrap_model(self.model))
         self.model = None
-        # The copy holds itself in a cycle (its patched forward); memory should not wait for luck.
+        # The copy is part of a reference cycle (its patched forward): do not wait for the collector.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def save(self, folder: Path, step: int) -> None:
-        """Write the teacher's state into a checkpoint folder. Every rank must call it.
+        """Write the teacher's state into a checkpoint folder. Collective.
 
-        Parameters are made whole one at a time, on the CPU. A snapshot taken at this very step
-        equals the student, so only that fact is written.
+        Parameters are gathered one at a time, on the CPU. A snapshot taken at this very step equals
+        the student, so only that fact is written.
         """
         lives = self.model is not None and self.is_refreshed
         same = lives and self.kind == "snapshot" and self.last_sync_step == step
         writes = lives and not same
-        whole = {}
+        weights = {}
         for name, parameter in self._own_parameters().items() if writes else ():
             value = sharded.whole(parameter, self.accelerator)
             if self.accelerator.is_main_process:
-                whole[name] = value.contiguous()
+                weights[name] = value.contiguous()
         if not self.accelerator.is_main_process:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         if writes:
-            save_file(whole, str(folder / WEIGHTS_FILE))
+            save_file(weights, str(folder / WEIGHTS_FILE))
         state = {"kind": self.kind, "last_sync_step": self.last_sync_step}
         state["weights"] = WEIGHTS_FILE if writes else "student" if same else None
         state["released"] = self.model is None
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     def load(self, folder: Path, student: nn.Module) -> None:
-        """Restore what `save` wrote. The student must already hold the checkpoint's weights.
+        """Restore what `save` wrote. The student must have the checkpoint's weights. Collective.
 
         Raises:
             ValueError: on every rank, if one finds no teacher state, or that of another teacher.
         """
-        state = self._read_state(folder)
-        if state is None:
+        # Gathered before anyone raises: a rank that stopped alone would leave the others waiting.
+        for problem in gather_object([self._problem_with(folder)]):
+            if problem is not None:
+                raise ValueError(problem)
+        if not (folder / STATE_FILE).exists():
             return
+        state = json.loads((folder / STATE_FILE).read_text())
         if state["released"]:
             return self.release()
         self.last_sync_step = state["last_sync_step"]
@@ -176,20 +174,9 @@ class Teacher:
                 for name, parameter in self._own_parameters().items():
                     sharded.write(parameter, file.get_tensor(name), self.accelerator)
 
-    def _read_state(self, folder: Path) -> dict[str, Any] | None:
-        """The state that `save` wrote, None if there is none and none is needed."""
-        problem = self._problem_with(folder)
-        # Told to all before anyone raises: a rank that stopped alone would leave the others waiting.
-        problems = [text for text in gather_object([problem]) if text is not None]
-        if problems:
-            raise ValueError(problems[0])
-        path = folder / STATE_FILE
-        return json.loads(path.read_text()) if path.exists() else None
-
     def _problem_with(self, folder: Path) -> str | None:
-        """Why this rank cannot restore the teacher from a checkpoint folder."""
-        path = folder / STATE_FILE
-        if not path.exists():
+        """Why this rank cannot restore the teacher from a checkpoint folder, None if it can."""
+        if not (folder / STATE_FILE).exists():
             if not self.is_refreshed:
                 return None
             return (
@@ -197,7 +184,7 @@ class Teacher:
                 "would silently restart from the initial policy. Resume from a checkpoint written "
                 "by RLSDTrainer, or use teacher_model_kind='live' or 'base'."
             )
-        state = json.loads(path.read_text())
+        state = json.loads((folder / STATE_FILE).read_text())
         if state["kind"] != self.kind:
             return (
                 f"{folder} was written with teacher_model_kind={state['kind']!r}, this run has "
@@ -220,7 +207,7 @@ class Teacher:
             return parameters
         return {name: p for name, p in parameters.items() if f".{self.adapter}." in name}
 
-    def _parameter_pairs(self, student: nn.Module) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+    def _parameter_pairs(self, student: nn.Module) -> Pairs:
         """(teacher, student) parameters, matched by name."""
         student = self.accelerator.unwrap_model(student)
         if self.adapter is not None:
@@ -228,16 +215,121 @@ class Teacher:
         return sharded.pairs(self.accelerator.unwrap_model(self.model), student)
 
 
-class TeacherCallback(TrainerCallback):
-    """Refreshes the teacher after the optimiser step, and releases it once lambda is 0 for good."""
+# Copies, adapters and other models
 
-    def __init__(self, trainer: "RLSDTrainer") -> None:
-        self.trainer = trainer
 
-    def on_step_end(self, args: RLSDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer on every rank, before a checkpoint of the same step is written."""
-        teacher = self.trainer.teacher
-        if args.teacher_is_over(state.global_step) and teacher.model is not None:
-            teacher.release()
-        else:
-            self.trainer.teacher.sync(self.trainer.model, state.global_step)
+def copy_for_scoring(student: PreTrainedModel, args: RLSDConfig) -> PreTrainedModel:
+    """A frozen copy of the student that scores tokens through TRL's fused LM head.
+
+    Raises:
+        ValueError: if the student is spread over several devices.
+    """
+    if len(set(getattr(student, "hf_device_map", {}).values())) > 1:
+        raise ValueError(
+            f"A model split by device_map ({student.hf_device_map}) cannot be copied for a teacher. "
+            "Use teacher_model_kind='live', PEFT, or a single device per process."
+        )
+    with upstream.without_fused_head(student):
+        teacher = sharded.copy_of(student)
+    return _for_scoring(teacher, args)
+
+
+def external_for_scoring(
+    external: PreTrainedModel | str, args: RLSDConfig, student: PreTrainedModel | PeftModel
+) -> PreTrainedModel:
+    """A frozen copy of another model, or the model at a path in the student's precision."""
+    if not isinstance(external, str):
+        # A copy: the caller's model keeps its forward, its mode and its gradients.
+        return _for_scoring(sharded.copy_of(external), args)
+    settings = {"dtype": student.dtype, **(args.model_init_kwargs or {}), "device_map": None}
+    return _for_scoring(create_model_from_path(external, **settings), args)
+
+
+def _for_scoring(teacher: PreTrainedModel, args: RLSDConfig) -> PreTrainedModel:
+    """Freeze a model and give it the fused head, at the student's temperature."""
+    add_fused_lm_head(
+        teacher, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32
+    )
+    return teacher.requires_grad_(False).eval()
+
+
+def prepare(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """Wrap a frozen model for scoring, sharded as the policy will be. Collective."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(teacher, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return upstream.prepare_fsdp2(teacher, accelerator)
+    return accelerator.prepare_model(teacher, evaluation_mode=True)
+
+
+def add_teacher_adapter(student: PeftModel) -> None:
+    """Add a frozen adapter that starts as a copy of the active one.
+
+    Raises:
+        ValueError: if the active adapter is not called "default", the name TRL trains.
+    """
+    if student.active_adapter != "default":
+        raise ValueError(
+            f"The active adapter is {student.active_adapter!r}; the teacher copies 'default'. "
+            "Load the adapter to train under the name 'default'."
+        )
+    if ADAPTER not in student.peft_config:
+        # Adapter initialisation draws random numbers; rollouts must not depend on it.
+        with torch.random.fork_rng():
+            student.add_adapter(ADAPTER, student.peft_config["default"])
+    for target, source in adapter_pairs(student):
+        sharded.move(target, source)
+        target.requires_grad_(False)
+
+
+def adapter_pairs(student: PeftModel) -> Pairs:
+    """(teacher, trained) adapter parameters, matched by name."""
+    parameters = sharded.named(student)
+    for name, source in parameters.items():
+        if ".default." in name:
+            yield parameters[name.replace(".default.", f".{ADAPTER}.")], source
+
+
+# A full copy in CPU memory
+
+
+def check_offload(accelerator: Accelerator, adapter: str | None) -> None:
+    """Refuse `teacher_offload=True` without a full copy, or with a sharded one.
+
+    Raises:
+        ValueError: saying what already saves memory there.
+    """
+    if adapter is not None:
+        raise ValueError(
+            "teacher_offload=True: the teacher of a PEFT student is an adapter, which costs no "
+            "more than its few weights. Set teacher_offload=False."
+        )
+    if accelerator.distributed_type in sharded.SHARDS:
+        raise ValueError(
+            f"teacher_offload=True under {accelerator.distributed_type}: it would bypass the "
+            "sharding. Set it to False and offload with the sharding's own settings."
+        )
+
+
+def to_host(model: nn.Module, device: torch.device) -> None:
+    """Move parameters to CPU memory, pinned where `device` is a GPU."""
+    for parameter in model.parameters():
+        host = torch.empty_like(parameter, device="cpu", pin_memory=device.type == "cuda")
+        parameter.data = host.copy_(parameter.data)
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """Yield the model with its parameters on `device`; a pass changes none, so none come back."""
+    homes = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, home in homes:
+            parameter.data = _sent(home, device)
+        yield model
+    finally:
+        for parameter, home in homes:
+            parameter.data = home
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.to(device, non_blocking=True)

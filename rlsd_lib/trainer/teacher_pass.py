@@ -1,24 +1,34 @@
-"""The teacher pass: what the teacher says of the tokens that the student sampled.
+"""`TeacherPass`: rollouts are scored by a teacher that may see more than the student.
 
 The teacher's own prompt is followed by the completion ids as they were sampled: nothing is decoded
-and encoded again. Prompts that several rollouts have in common are computed once where that is
-exact and saves enough, see `prefix`.
+and encoded again. Prompts that several rollouts share are computed once where that is exact and
+saves enough, see `shared_prompts`.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor, nn
+from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
-from rlsd_lib import prompts as privileged
-from rlsd_lib.methods import PROMPT
-from rlsd_lib.prompts import without_images
-from rlsd_lib.trainer import shared_prompts as prefix
-from rlsd_lib.trainer.config import AUTO, PLAIN, SHARED
+from rlsd_lib.methods import PEER, PROMPT
+from rlsd_lib.prompts import (
+    COLUMN,
+    Prompt,
+    check_contexts,
+    count_in_prompts,
+    demonstrations,
+    shorten_to_fit,
+    teacher_prompt,
+    without_images,
+)
+from rlsd_lib.trainer import checks, shared_prompts, upstream
+from rlsd_lib.trainer.config import AUTO, PLAIN, SHARED, RLSDConfig
 from rlsd_lib.trainer.shared_prompts import Prompts
 from rlsd_lib.trainer.states import (
     IMAGE_FIELDS,
@@ -28,13 +38,11 @@ from rlsd_lib.trainer.states import (
     hidden_states,
     predicting,
 )
-
-if TYPE_CHECKING:
-    from rlsd_lib.trainer.trainer import RLSDTrainer
-
+from rlsd_lib.trainer.teacher import Teacher
 
 # Token positions of the shared pass over those of the plain one, up to which "auto" shares.
 WORTH_IT = 0.75
+Contexts = Sequence[str | None]
 
 
 class Scores(NamedTuple):
@@ -45,128 +53,189 @@ class Scores(NamedTuple):
     head: tuple[Tensor, Tensor | None] | None
 
 
-class Scorer:
-    """Scores rollouts with the trainer's teacher, through the trainer's own tokenisation."""
+class TeacherPass(GRPOTrainer):
+    """GRPO whose rollouts a teacher scores, once each, through TRL's own tokenisation and head.
 
-    def __init__(self, trainer: "RLSDTrainer") -> None:
-        self.trainer = trainer
+    While a teacher is needed, TRL's dictionary of a generation batch gains
+    `teacher_per_token_logps` (N, T) and `rewards` (N,), NaN where no function could score; for
+    methods with a divergence `teacher_hidden` (N, T, H), whose head is `_teacher_head`; where peers
+    are shown, `has_demonstration` (N,). All are tensors, so that they follow their rollouts through
+    TRL's shuffle.
+    """
 
-    @torch.no_grad()
-    def score(
+    def __init__(
         self,
-        prompts: Sequence[privileged.Prompt],
-        contexts: Sequence[str | None],
-        output: dict[str, Any],
-        *,
-        want_hidden: bool,
-    ) -> Scores:
-        """Score the completions in TRL's `output`; a context of None leaves the prompt as it is."""
-        trainer, args = self.trainer, self.trainer.args
-        seen = self.prompts(prompts, contexts, output)
-        with (
-            disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
-            trainer.teacher.active(trainer.model) as teacher,
-        ):
-            # Inside the block, where an adapter's own layers and head are the active ones.
-            logps, hidden = self._shared(teacher, seen, output, want_hidden) or self._plain(
-                teacher, seen, output, want_hidden
-            )
-            head = head_of(teacher) if want_hidden else None
-        if head is not None:
-            head = tuple(None if part is None else part.detach() for part in head)
-        return Scores(logps, hidden, head)
+        model: Any,
+        reward_funcs: Any,
+        args: RLSDConfig,
+        train_dataset: Any,
+        *others: Any,
+        teacher_model: Any = None,
+    ) -> None:
+        self.teacher: Teacher | None = None
+        self._served = range(1)  # optimiser steps of the current rollouts
+        self._final_prompts: list[Prompt] = []
+        self._completions: list = []
+        self._rewards = torch.zeros(0)
+        self._teacher_head: tuple[Tensor, Tensor | None] | None = None
+        super().__init__(model, reward_funcs, args, train_dataset, *others)
+        upstream.restorable_device(args)
+        self.completion_head = upstream.CompletionHead(self.accelerator.device)
+        if self.use_vllm:
+            upstream.keep_base_exact(self.model, self.vllm_generation)
+        if self._is_vlm:
+            upstream.drop_empty_images(self.model)
+        if not args.uses_teacher:
+            return
+        checks.check_model(self.model, self.processing_class, args)
+        checks.check_sharding(self.model, args, self.accelerator)
+        if isinstance(train_dataset, Dataset) and self.environment_factories is None:
+            self._check_lengths(train_dataset["prompt"][:])
+        self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
+        if teacher_model is not None:
+            external = self.teacher.model
+            if self._is_vlm:  # a copy of the student has the student's hook
+                upstream.drop_empty_images(external)
+            checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
+        self._refuse_if_asked(shared_prompts.why_not(self.teacher.model, self.accelerator))
 
-    def _plain(
-        self, teacher: nn.Module, seen: Prompts, output: dict[str, Any], want_hidden: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Every rollout behind its own copy of the prompt, by TRL's own function."""
-        ids, mask = output["completion_ids"], output["completion_mask"]
-        length = ids.size(1)
-        collect = (lambda states: predicting(states, length)) if want_hidden else None
-        with hidden_states(teacher, collect) as hidden:
-            logps, _, _ = self.trainer._get_per_token_logps_and_entropies(
-                teacher,
-                torch.cat([seen.ids, ids], dim=1),
-                torch.cat([seen.mask, mask], dim=1),
-                length,
-                batch_size=self.trainer.args.per_device_train_batch_size,
-                **_images(output),
-                **seen.type_ids,
-            )
-        return logps, torch.cat(hidden) if hidden else None
+    # Rollouts, and what TRL knows of them
 
-    def _shared(
-        self, teacher: nn.Module, seen: Prompts, output: dict[str, Any], want_hidden: bool
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Each distinct prompt once; None where the plain pass is to be taken."""
-        accelerator, args = self.trainer.accelerator, self.trainer.args
-        if args.teacher_pass == PLAIN:
-            return None
-        images = _images(output)
-        reason = prefix.why_not(teacher, accelerator) or prefix.why_not_batch(seen, images)
-        self._refuse_if_asked(reason)
-        same = torch.equal(seen.ids, output["prompt_ids"])
-        # The same prompts as the student's: only the same computation gives a gap of exactly 0.
-        if reason is not None or (same and torch.equal(seen.mask, output["prompt_mask"])):
-            return None
-        ids, mask = output["completion_ids"], output["completion_mask"]
-        rollouts = prefix.Rollouts(seen, ids, mask, prefix.pictures(images))
-        chunks = prefix.plan(rollouts, args.per_device_train_batch_size)
-        if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
-            return None
-        plain = len(ids) * (seen.ids.size(1) + ids.size(1))
-        if args.teacher_pass == AUTO and prefix.positions_of(chunks) > WORTH_IT * plain:
-            return None
-        return prefix.score(
-            accelerator.unwrap_model(teacher),
-            rollouts,
-            chunks,
-            autocast=accelerator.autocast,
-            want_hidden=want_hidden,
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._buffered_inputs is None or self._step % self._micro_steps_served() == 0:
+            # Old and teacher's log-probabilities are computed once for all of these steps.
+            self._served = self._steps_served()
+        with self.completion_head.applied(all(map(self.args.cuts_head_at, self._served))):
+            return super().training_step(*args, **kwargs)
+
+    def _generate(self, prompts: list) -> tuple:
+        if self._is_vlm:
+            checks.check_images(prompts, self.accelerator)
+        *generated, images, tool_images = super()._generate(prompts)
+        return (*generated, upstream.for_processor(images), tool_images)
+
+    def _calculate_rewards(
+        self, inputs: list, prompts: list, completions: list, completion_ids_list: list
+    ) -> Tensor:
+        # The final messages, observations and images included: TRL does not return them.
+        self._final_prompts, self._completions = prompts, completions
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        mode = "train" if self.model.training else "eval"
+        share = checks.check_rewards(
+            rewards, self.reward_func_names, self.state.global_step, training=mode == "train"
+        )
+        self._metrics[mode]["rewards/unscored_frac"].append(share)
+        # Of all ranks: a group may lie across two. A sum would turn NaN, "not mine to judge", into 0.
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self._rewards = total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        return rewards
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
+        head = self.completion_head.wrap(model, logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(
+            head, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
 
-    def check_pass(self) -> None:
-        """Refuse `teacher_pass="shared"` where the teacher cannot do it, before any compute.
-
-        Raises:
-            ValueError: naming the reason.
-        """
-        accelerator = self.trainer.accelerator
-        self._refuse_if_asked(prefix.why_not(self.trainer.teacher.model, accelerator))
-
-    def _refuse_if_asked(self, reason: str | None) -> None:
-        """Raise on every rank if sharing was asked for and one of them has a reason against it."""
-        if self.trainer.args.teacher_pass != SHARED:
-            return
-        reasons = [text for text in gather_object([reason]) if text is not None]
-        if reasons:
-            raise ValueError(
-                f"teacher_pass='shared' cannot be used here: {reasons[0]}. Use 'plain', or 'auto', "
-                "which shares prompts where it can."
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        needed = any(map(self.args.needs_teacher_at, self._served))
+        if self.teacher is None or not (self.model.training and needed):
+            return output
+        contexts = self._contexts(inputs)
+        scores = self.teacher_scores(self._final_prompts, contexts, output)
+        self._check_finite(scores.logps, output["prompt_ids"], "teacher")
+        output["teacher_per_token_logps"] = scores.logps
+        output["rewards"] = self._rewards[self._own_rows(len(inputs))]
+        if scores.hidden is not None:
+            output["teacher_hidden"] = scores.hidden
+            # Reused rollouts outlive an optimiser step; the head must stay that of their states.
+            keep = len(self._served) > 1
+            self._teacher_head = tuple(
+                t.clone() if keep and t is not None else t for t in scores.head
             )
+        if self.args.row.teacher_sees == PEER:
+            shown = [context is not None for context in contexts]
+            output["has_demonstration"] = torch.tensor(shown, device=self.accelerator.device)
+        return output
 
-    def prompts(
-        self,
-        prompts: Sequence[privileged.Prompt],
-        contexts: Sequence[str | None],
-        output: dict[str, Any],
+    def _own_rows(self, count: int) -> slice:
+        """This rank's `count` rows among those of all ranks."""
+        first = self.accelerator.process_index * count
+        return slice(first, first + count)
+
+    def _steps_served(self) -> range:
+        """Optimiser steps that rollouts generated now take part in."""
+        accumulation = self.args.gradient_accumulation_steps
+        micro_steps = self._micro_steps_served()
+        # An epoch's last step may be short, and `_step` then no longer tells how much of the current
+        # one is done. It matters where neither number divides the other: then, the most there is.
+        aligned = not (micro_steps % accumulation and accumulation % micro_steps)
+        done = self._step % accumulation if aligned else accumulation - 1
+        first = self.state.global_step
+        return range(first, first - (-(done + micro_steps) // accumulation))
+
+    def _micro_steps_served(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
+    # What the teacher is shown
+
+    def _contexts(self, inputs: list[dict[str, Any]]) -> Contexts:
+        """The text beside each prompt; None for nothing."""
+        sees = self.args.row.teacher_sees
+        if sees == PROMPT:
+            return [None] * len(inputs)
+        if sees == PEER:
+            return self._peer_contexts(inputs)
+        contexts = [row.get(COLUMN) for row in inputs]
+        check_contexts(contexts, self.args.privileged_template)
+        found = count_in_prompts(self._final_prompts, contexts)
+        self.log_means({"reference_in_prompt_frac": (found, len(contexts))})
+        return contexts
+
+    def _peer_contexts(self, inputs: list[dict[str, Any]]) -> Contexts:
+        asked = self.args.include_environment_feedback
+        feedback = [row.get(COLUMN) if asked else None for row in inputs]
+        shown = demonstrations(
+            gather_object(self._completions),
+            self._rewards.tolist(),
+            gather_object(feedback),
+            self._own_rows(len(inputs)),
+            group_size=self.num_generations,
+            threshold=self.args.success_reward_threshold,
+            with_failed=self.args.include_failed_rollout,
+        )
+        # The tally is of all ranks already; a mean of equal ratios is that ratio.
+        self.log_means({"demonstration_group_frac": (shown.groups_with_success, shown.groups)})
+        return shown.texts
+
+    def teacher_prompts(
+        self, prompts: Sequence[Prompt], contexts: Contexts, output: dict[str, Any]
     ) -> Prompts:
-        """What the teacher reads before each completion, tokenised as TRL does the student's."""
-        template = self.trainer.args.privileged_template
+        """What the teacher reads before each completion, tokenised as TRL does the student's.
+
+        Args: final prompts and contexts of the N rollouts (None leaves a prompt as it is), and
+        TRL's dictionary of them. Returns left-padded ids and mask (N, P).
+        Raises ValueError where prompt and completion take more positions than the model has.
+        """
+        template = self.args.privileged_template
         seen = [
-            prompt if context is None else privileged.teacher_prompt(prompt, context, template)
+            prompt if context is None else teacher_prompt(prompt, context, template)
             for prompt, context in zip(prompts, self._fit(prompts, contexts), strict=True)
         ]
-        ids, _, fields = self.trainer._tokenize_prompts(seen)
+        ids, _, fields = self._tokenize_prompts(seen)
         self._check_positions(max(map(len, ids)) + output["completion_ids"].size(1))
-        type_ids = {
-            name: self._type_ids(name, fields[name], output)
-            for name in TYPE_ID_FIELDS
-            if name in fields
-        }
+        types = {k: self._type_ids(k, fields[k], output) for k in TYPE_ID_FIELDS if k in fields}
         mask = [[1] * len(row) for row in ids]
-        pad_id = self.trainer._tokenizer.pad_token_id
-        return Prompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), type_ids)
+        pad_id = self._tokenizer.pad_token_id
+        return Prompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), types)
 
     def _type_ids(self, name: str, rows: list[list[int]], output: dict[str, Any]) -> Tensor:
         """Type ids of the teacher's prompt, and those that TRL gave the completion."""
@@ -179,29 +248,45 @@ class Scorer:
                 prompt = torch.zeros_like(prompt)
         return torch.cat([prompt, completion], dim=1)
 
-    def _check_positions(self, length: int) -> None:
-        config = causal_lm(self.trainer.accelerator.unwrap_model(self.trainer.model)).config
-        most = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if most is not None and length > most:
-            raise ValueError(
-                f"The teacher's prompt and completion take {length} positions, the model has "
-                f"{most}. Set max_teacher_prompt_length (and max_completion_length) to fit."
-            )
+    def _pad_left(self, rows: list[list[int]], value: int) -> Tensor:
+        return pad(
+            [torch.as_tensor(row) for row in rows],
+            padding_value=value,
+            padding_side="left",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        ).to(self.accelerator.device)
 
-    def check_lengths(self, prompts: Sequence[privileged.Prompt]) -> None:
-        """Refuse questions that leave `max_teacher_prompt_length` no room, before any compute.
+    # The length of it
 
-        Images are not opened for this: their tokens are counted when the row comes up.
+    def _fit(self, prompts: Sequence[Prompt], contexts: Contexts) -> Contexts:
+        """Shorten contexts to `max_teacher_prompt_length`, and log the share shortened."""
+        if self.args.max_teacher_prompt_length is None:
+            return contexts
+        # Rollouts of a group ask the same question; each is measured once.
+        known: dict[tuple[str, str | None], str | None] = {}
+        for prompt, context in zip(prompts, contexts, strict=True):
+            if (key := (repr(prompt), context)) not in known:
+                known[key] = context if context is None else self._shortened(prompt, context)
+        fitted = [known[repr(prompt), text] for prompt, text in zip(prompts, contexts, strict=True)]
+        cut = sum(new != old for new, old in zip(fitted, contexts, strict=True))
+        self.log_means({"context_shortened_frac": (cut, len(fitted))})
+        return fitted
 
-        Raises:
-            ValueError: naming the rows.
-        """
-        limit = self.trainer.args.max_teacher_prompt_length
-        if limit is None or self.trainer.args.row.teacher_sees == PROMPT:
+    def _shortened(self, prompt: Prompt, context: str) -> str:
+        limit, template = self.args.max_teacher_prompt_length, self.args.privileged_template
+        if self._count(teacher_prompt(prompt, context, template)) <= limit:
+            return context
+        return shorten_to_fit(prompt, context, template, limit, self._tokenizer, self._count)
+
+    def _count(self, prompt: Prompt) -> int:
+        return len(self._tokenize_prompts([prompt])[0][0])
+
+    def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse questions that leave `max_teacher_prompt_length` no room; images count later."""
+        limit, template = self.args.max_teacher_prompt_length, self.args.privileged_template
+        if limit is None or self.args.row.teacher_sees == PROMPT:
             return
-        template = self.trainer.args.privileged_template
-        texts = map(without_images, prompts)
-        bare = [privileged.teacher_prompt(prompt, "", template) for prompt in texts]
+        bare = [teacher_prompt(prompt, "", template) for prompt in map(without_images, prompts)]
         rows = [i for i, prompt in enumerate(bare) if self._count(prompt) >= limit]
         if rows:
             raise ValueError(
@@ -210,42 +295,124 @@ class Scorer:
                 "it. Raise the limit or drop the rows."
             )
 
-    def _fit(
-        self, prompts: Sequence[privileged.Prompt], contexts: Sequence[str | None]
-    ) -> Sequence[str | None]:
-        """Shorten contexts to `max_teacher_prompt_length`, and log the share shortened."""
-        if self.trainer.args.max_teacher_prompt_length is None:
-            return contexts
-        # Rollouts of a group ask the same thing; each question is measured once.
-        known: dict[tuple[str, str | None], str | None] = {}
-        for prompt, context in zip(prompts, contexts, strict=True):
-            key = (repr(prompt), context)
-            if key not in known:
-                known[key] = context if context is None else self._shortened(prompt, context)
-        fitted = [known[repr(p), context] for p, context in zip(prompts, contexts, strict=True)]
-        cut = sum(new != old for new, old in zip(fitted, contexts, strict=True))
-        self.trainer.log_means({"context_shortened_frac": (cut, len(fitted))})
-        return fitted
+    def _check_positions(self, length: int) -> None:
+        config = causal_lm(self.accelerator.unwrap_model(self.model)).config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        if most is not None and length > most:
+            raise ValueError(
+                f"The teacher's prompt and completion take {length} positions, the model has "
+                f"{most}. Set max_teacher_prompt_length (and max_completion_length) to fit."
+            )
 
-    def _shortened(self, prompt: privileged.Prompt, context: str) -> str:
-        args = self.trainer.args
-        limit, template = args.max_teacher_prompt_length, args.privileged_template
-        if self._count(privileged.teacher_prompt(prompt, context, template)) <= limit:
-            return context
-        return privileged.shorten_to_fit(
-            prompt, context, template, limit, self.trainer._tokenizer, self._count
+    # The pass
+
+    @torch.no_grad()
+    def teacher_scores(
+        self, prompts: Sequence[Prompt], contexts: Contexts, output: dict[str, Any]
+    ) -> Scores:
+        """Score the completions of TRL's dictionary by the teacher; arguments as `teacher_prompts`.
+
+        Hidden states and head are None for methods without a divergence.
+        """
+        seen, wanted = self.teacher_prompts(prompts, contexts, output), self.args.divergence
+        with (
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            self.teacher.active(self.model) as teacher,
+        ):
+            logps, hidden = self._shared_pass(teacher, seen, output) or self._plain_pass(
+                teacher, seen, output
+            )
+            # Inside the block, where an adapter's own layers and head are the active ones.
+            head = None if wanted is None else head_of(teacher)
+        if head is not None:
+            head = tuple(None if part is None else part.detach() for part in head)
+        return Scores(logps, hidden, head)
+
+    def _plain_pass(
+        self, teacher: nn.Module, seen: Prompts, output: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Every rollout behind its own copy of the prompt, by TRL's own function."""
+        ids, mask = output["completion_ids"], output["completion_mask"]
+        length = ids.size(1)
+        dense = self.args.divergence is not None
+        collect = (lambda states: predicting(states, length)) if dense else None
+        with hidden_states(teacher, collect) as hidden:
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                teacher,
+                torch.cat([seen.ids, ids], dim=1),
+                torch.cat([seen.mask, mask], dim=1),
+                length,
+                batch_size=self.args.per_device_train_batch_size,
+                **_images(output),
+                **seen.type_ids,
+            )
+        return logps, torch.cat(hidden) if hidden else None
+
+    def _shared_pass(
+        self, teacher: nn.Module, seen: Prompts, output: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Each distinct prompt once; None where the plain pass is to be taken."""
+        args, images = self.args, _images(output)
+        if args.teacher_pass == PLAIN:
+            return None
+        reason = shared_prompts.why_not(teacher, self.accelerator)
+        reason = reason or shared_prompts.why_not_batch(seen, images)
+        self._refuse_if_asked(reason)
+        same = torch.equal(seen.ids, output["prompt_ids"])
+        # The same prompts as the student's: only the same computation gives a gap of exactly 0.
+        if reason is not None or (same and torch.equal(seen.mask, output["prompt_mask"])):
+            return None
+        ids, mask = output["completion_ids"], output["completion_mask"]
+        rollouts = shared_prompts.Rollouts(seen, ids, mask, shared_prompts.pictures(images))
+        chunks = shared_prompts.plan(rollouts, args.per_device_train_batch_size)
+        if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
+            return None
+        plain = len(ids) * (seen.ids.size(1) + ids.size(1))
+        if args.teacher_pass == AUTO and shared_prompts.positions_of(chunks) > WORTH_IT * plain:
+            return None
+        return shared_prompts.score(
+            self.accelerator.unwrap_model(teacher),
+            rollouts,
+            chunks,
+            autocast=self.accelerator.autocast,
+            want_hidden=args.divergence is not None,
         )
 
-    def _count(self, prompt: privileged.Prompt) -> int:
-        return len(self.trainer._tokenize_prompts([prompt])[0][0])
+    def _refuse_if_asked(self, reason: str | None) -> None:
+        """Raise on every rank if `teacher_pass="shared"` and one of them has a reason against it."""
+        if self.args.teacher_pass != SHARED:
+            return
+        reasons = [text for text in gather_object([reason]) if text is not None]
+        if reasons:
+            raise ValueError(
+                f"teacher_pass='shared' cannot be used here: {reasons[0]}. Use 'plain', or 'auto', "
+                "which shares prompts where it can."
+            )
 
-    def _pad_left(self, rows: list[list[int]], value: int) -> Tensor:
-        return pad(
-            [torch.as_tensor(row) for row in rows],
-            padding_value=value,
-            padding_side="left",
-            pad_to_multiple_of=self.trainer.pad_to_multiple_of,
-        ).to(self.trainer.accelerator.device)
+    # Numbers of all ranks
+
+    def log_means(self, sums: dict[str, tuple[Any, Any]]) -> None:
+        """Log numerator / denominator under rlsd/, each summed over ranks. Collective."""
+        device = self.accelerator.device
+        flat = [torch.as_tensor(v, device=device).float() for pair in sums.values() for v in pair]
+        totals = self.accelerator.reduce(torch.stack(flat).view(-1, 2), reduction="sum")
+        for name, (total, count) in zip(sums, totals.tolist(), strict=True):
+            # NaN where there was nothing to average: the column stays, and TRL's means skip it.
+            self._metrics["train"][f"rlsd/{name}"].append(total / count if count else float("nan"))
+
+    def _check_finite(self, logps: Tensor, prompt_ids: Tensor, whose: str) -> None:
+        """Stop on every rank when any rank has a log-probability that is NaN or infinite."""
+        bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        decode, rank = self._tokenizer.decode, self.accelerator.process_index
+        texts = [decode(prompt_ids[row], skip_special_tokens=True)[-200:] for row in bad[:3]]
+        # Gathered before anyone raises: a rank that stopped alone would leave the others waiting.
+        found = gather_object([(rank, text) for text in texts])
+        if found:
+            raise FloatingPointError(
+                f"Non-finite {whose} log-probabilities at step {self.state.global_step}, in samples "
+                f"(rank, prompt) {found}. Training stops here; checkpoints under "
+                f"{self.args.output_dir} are intact."
+            )
 
 
 def _images(output: dict[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.experiment.presets import shared_batch
+from rlsd_lib.experiment.steady import Stopped, WorkbookTrainer
 from rlsd_lib.methods import METHODS
-from rlsd_lib.trainer.faults import Stopped
 
 TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for gloo's half hour
 SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads
@@ -124,14 +124,14 @@ class Sigterm(TrainerCallback):
 
 def stop_one(folder: Path, rank: int) -> dict[str, Any]:
     """A run of which only rank 1 is told to stop, and which both then resume."""
-    trainer = tiny.trainer(folder, max_steps=4)
+    trainer = tiny.trainer(folder, kind=WorkbookTrainer, max_steps=4)
     if rank == 1:
         trainer.add_callback(Sigterm())
     try:
         trainer.train()
     except Stopped as error:
         said, step = str(error), trainer.state.global_step
-        again = tiny.trainer(folder, max_steps=4)
+        again = tiny.trainer(folder, kind=WorkbookTrainer, max_steps=4)
         again.train(resume_from_checkpoint=True)
         return {"said": said, "step": step, "end": again.state.global_step}
     return {"said": "", "step": trainer.state.global_step}
@@ -149,7 +149,7 @@ def processes(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        f"import sys; sys.path[:0] = {[str(path) for path in Path(__file__).parents[:2]]!r}\n"
         f"from pathlib import Path; import {module}\n"
         f"{module}.train_all(Path({str(folder)!r}), {world})"
     )
@@ -211,14 +211,17 @@ def of_ranks(folder: Path, name: str) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_give_the_result_of_one(one, two, name):
-    whole, ranks = one(name), of_ranks(two, name)
+def test_two_processes_give_the_result_of_one(one, two):
+    for name in RUNS:
+        assert_same_result(name, one(name), of_ranks(two, name))
+
+
+def assert_same_result(name: str, whole: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     start = tiny.model().state_dict()
     for key, value in whole["weights"].items():
-        assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key]), key
-        assert (ranks[0]["weights"][key] - value).abs().max() <= 1e-5, key
-        assert (value - start[key]).abs().max() > 1e-3, "nothing learned"
+        assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key]), (name, key)
+        assert (ranks[0]["weights"][key] - value).abs().max() <= 1e-5, (name, key)
+        assert (value - start[key]).abs().max() > 1e-3, f"{name} learned nothing"
     # A micro-step of an accumulated run holds other rows, and its means are averaged unweighted.
     if "accumulated" not in name:
         for ours, theirs in zip(ranks[0]["metrics"], whole["metrics"], strict=True):
@@ -226,7 +229,7 @@ def test_two_processes_give_the_result_of_one(one, two, name):
             empty = [{k for k, v in logged.items() if v is None} for logged in (ours, theirs)]
             assert empty[0] == empty[1]
             numbers = [{k: v for k, v in m.items() if v is not None} for m in (ours, theirs)]
-            assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5)
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5), name
 
 
 def test_a_sigterm_to_one_rank_stops_both_after_the_same_step_and_both_resume(two):

@@ -98,11 +98,11 @@ def family(name: str, **overrides):
 RAGGED = rollouts([0, 1, 0, 2, 1, 0, 2, 0], [7, 3, 9], [5, 2, 6, 0, 1, 4, 3, 6], extra=2)
 
 
-@pytest.mark.parametrize("name", prefix.TEXT_FAMILIES)
-def test_every_family_that_is_let_in_is_exact(name):
-    model = family(name)
-    assert prefix.why_not(model, ALONE) is None
-    assert_same(model, RAGGED, 3)
+def test_every_family_that_is_let_in_is_exact():
+    for name in prefix.TEXT_FAMILIES:
+        model = family(name)
+        assert prefix.why_not(model, ALONE) is None, name
+        assert_same(model, RAGGED, 3)
 
 
 QWEN3 = family("qwen3")
@@ -294,7 +294,7 @@ def plan_of(trainer: RLSDTrainer) -> list:
 
 def compare_passes(trainer: RLSDTrainer) -> int:
     """Train; score every batch by both passes and compare. Returns the number of batches."""
-    score, compared = trainer.scorer.score, []
+    score, compared = trainer.teacher_scores, []
 
     def both(*args, **kwargs):
         trainer.args.teacher_pass = "plain"
@@ -302,7 +302,7 @@ def compare_passes(trainer: RLSDTrainer) -> int:
         trainer.args.teacher_pass = "shared"
         found = score(*args, **kwargs)
         torch.testing.assert_close(found.logps, wanted.logps, rtol=1e-4, atol=1e-4)
-        if kwargs["want_hidden"]:
+        if wanted.hidden is not None:
             kept = args[2]["completion_mask"].bool()
             torch.testing.assert_close(
                 found.hidden[kept], wanted.hidden[kept], rtol=1e-4, atol=1e-4
@@ -312,7 +312,7 @@ def compare_passes(trainer: RLSDTrainer) -> int:
         compared.extend([found.logps] if args[2]["completion_mask"].any() else [])
         return found
 
-    trainer.scorer.score = both
+    trainer.teacher_scores = both
     assert len(plan_of(trainer)) == len(compared)
     return len(compared)
 
@@ -355,7 +355,7 @@ def test_both_passes_agree_at_every_step(tmp_path, case):
 def test_both_passes_agree_under_autocast(tmp_path):
     """In float32 the two differ by 1e-6; under autocast by what bfloat16 resolves."""
     trainer = tiny.trainer(tmp_path, bf16=True, max_steps=1, teacher_pass="shared")
-    score, differences = trainer.scorer.score, []
+    score, differences = trainer.teacher_scores, []
 
     def both(*args, **kwargs):
         found = score(*args, **kwargs)
@@ -365,7 +365,7 @@ def test_both_passes_agree_under_autocast(tmp_path):
         differences.append((found.logps - wanted.logps).abs().max())
         return found
 
-    trainer.scorer.score = both
+    trainer.teacher_scores = both
     assert len(plan_of(trainer)) == 1
     assert 1e-6 < differences[0] < 0.2
 

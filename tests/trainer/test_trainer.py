@@ -32,10 +32,9 @@ def run_and_capture(trainer: RLSDTrainer) -> list[dict]:
 # Values
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("lambda_init", 1.5, r"lambda_init=1.5: expected a number in \[0, 1\]"),
+def test_bad_values_are_refused(tmp_path):
+    for field, value, expected in [
+        ("lambda_init", 1.5, "lambda_init=1.5: expected a number in [0, 1]"),
         ("lambda_init", -0.1, "lambda_init=-0.1"),
         ("epsilon_w", -0.2, "epsilon_w=-0.2: expected a number >= 0"),
         ("lambda_decay_steps", -1, "lambda_decay_steps=-1: expected a step count >= 0"),
@@ -53,19 +52,19 @@ def run_and_capture(trainer: RLSDTrainer) -> list[dict]:
         ("privileged_template", "see {privileged_context}", "has no {prompt}"),
         ("remove_unused_columns", True, "remove_unused_columns=True would drop"),
         ("use_liger_kernel", True, "use_liger_kernel=True is not supported"),
-    ],
-)
-def test_bad_values_are_refused(tmp_path, field, value, expected):
-    with pytest.raises(ValueError) as error:
-        tiny.config(tmp_path, **{field: value})
-    assert expected.replace("\\", "") in str(error.value)
+        ("weight_clip", "logarithmic", "weight_clip 'logarithmic'. Valid: linear, log"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            tiny.config(tmp_path, **{field: value})
+        assert expected in str(error.value)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "bnpo", "sapo", "luspo"])
-def test_trap_1_sequence_level_sampling_would_erase_the_credit(tmp_path, loss):
-    with pytest.raises(ValueError, match="averages the token credit"):
-        tiny.config(tmp_path, importance_sampling_level="sequence", loss_type=loss)
-    tiny.config(tmp_path, importance_sampling_level="sequence", loss_type=loss, method="grpo")
+def test_trap_1_sequence_level_sampling_would_erase_the_credit(tmp_path):
+    for loss in ("grpo", "dapo", "dr_grpo", "bnpo", "sapo", "luspo"):
+        sequence = {"importance_sampling_level": "sequence", "loss_type": loss}
+        with pytest.raises(ValueError, match="averages the token credit"):
+            tiny.config(tmp_path, **sequence)
+        tiny.config(tmp_path, **sequence, method="grpo")
 
 
 @pytest.mark.parametrize("loss", ["cispo", "vespo"])
@@ -80,17 +79,13 @@ def test_trap_1_losses_that_keep_token_credit_are_allowed(tmp_path, loss):
     assert run_and_capture(trainer)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weight_clip": "logarithmic"}, "weight_clip 'logarithmic'. Valid: linear, log"),
-        ({"method": "grpo", "weight_clip": "log"}, "has no weight"),
-        ({"method": "opsd", "conserve_credit": True}, "has no weight"),
-    ],
-)
-def test_options_of_the_weight_are_judged(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        tiny.config(tmp_path, **changes)
+def test_options_of_the_weight_are_judged(tmp_path):
+    for changes in (
+        {"method": "grpo", "weight_clip": "log"},
+        {"method": "opsd", "conserve_credit": True},
+    ):
+        with pytest.raises(ValueError, match="has no weight"):
+            tiny.config(tmp_path, **changes)
 
 
 def test_wide_epsilon_w_is_allowed(tmp_path):
@@ -280,7 +275,7 @@ def test_trap_14_system_prompt_template_and_arguments_are_the_students(tmp_path)
     tokenizer = trainer.processing_class
     tokenizer.chat_template = tokenizer.chat_template + "{% if think %}#{% endif %}"
     turns = []
-    prompts_of = trainer.scorer.prompts
+    prompts_of = trainer.teacher_prompts
 
     def spy(*args):
         seen = prompts_of(*args)
@@ -288,7 +283,7 @@ def test_trap_14_system_prompt_template_and_arguments_are_the_students(tmp_path)
         turns.extend(tokenizer.decode(row[keep.bool()]) for row, keep in rows)
         return seen
 
-    trainer.scorer.prompts = spy
+    trainer.teacher_prompts = spy
     trainer.train()
     assert len(turns) == 8
     for turn in turns:
@@ -300,14 +295,14 @@ def test_trap_15_a_long_reference_is_shortened_and_counted(tmp_path):
     data = tiny.dataset(privileged_context=["x" * 60] * 16 + ["y"] * 16)
     trainer = tiny.trainer(tmp_path, data=data, max_steps=4, max_teacher_prompt_length=30)
     widths = []
-    prompts_of = trainer.scorer.prompts
+    prompts_of = trainer.teacher_prompts
 
     def spy(*args):
         seen = prompts_of(*args)
         widths.append(seen.ids.shape[1])
         return seen
 
-    trainer.scorer.prompts = spy
+    trainer.teacher_prompts = spy
     trainer.train()
     assert max(widths) == 30
     shares = [row["rlsd/context_shortened_frac"] for row in trainer.state.log_history[:-1]]
@@ -320,6 +315,37 @@ def test_trap_21_metrics_are_those_of_the_contract(tmp_path):
     names = {"lambda", "gap_mean", "gap_abs_mean", "weight_mean", "clip_low_frac"}
     names |= {"clip_high_frac", "intervention", "teacher_age"}
     assert {f"rlsd/{name}" for name in names} <= set(trainer.state.log_history[0])
+
+
+def test_a_row_without_a_reward_teaches_nothing_and_is_counted(tmp_path):
+    def only_some(completions, **_):
+        return [None if i % 4 == 0 else float(i) for i in range(len(completions))]
+
+    trainer = tiny.trainer(tmp_path, rewards=only_some, max_steps=1)
+    seen = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda rows: seen.append(score(rows)) or seen[-1]
+    trainer.train()
+    advantages = seen[0]["advantages"]
+    assert advantages[::4].abs().max() == 0
+    assert advantages.isfinite().all()
+    assert advantages.abs().max() > 0
+    assert trainer.state.log_history[0]["rewards/unscored_frac"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "none of 8 rows got a reward: constant returned None"),
+        (float("inf"), "'constant' gave inf for row 0 of all ranks' batch at step 0"),
+    ],
+)
+def test_rewards_that_teach_nothing_or_break_the_mean_are_refused(tmp_path, value, said):
+    def constant(completions, **_):
+        return [value] * len(completions)
+
+    with pytest.raises(FloatingPointError, match=said):
+        tiny.trainer(tmp_path, rewards=constant, max_steps=1).train()
 
 
 class Break(TrainerCallback):

@@ -102,7 +102,7 @@ class Watched:
 
     def watch_teacher(self) -> None:
         """Count the rows that the teacher scores."""
-        score = self.trainer.scorer.score
+        score = self.trainer.teacher_scores
 
         def counted(prompts: list, contexts: list, output: dict, **kwargs: Any) -> Any:
             before = self.forward_rows
@@ -111,7 +111,7 @@ class Watched:
             return result
 
         self.forward_rows = 0
-        self.trainer.scorer.score = counted
+        self.trainer.teacher_scores = counted
         for model in {self.trainer.model, self.trainer.teacher.model}:
             layers = model.get_base_model() if isinstance(model, PeftModel) else model
             layers.model.register_forward_pre_hook(self.add_rows, with_kwargs=True)

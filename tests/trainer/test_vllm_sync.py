@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl.generation.vllm_generation import VLLMGeneration
 
 from rlsd_lib.trainer.teacher import add_teacher_adapter
-from rlsd_lib.trainer.vllm_sync import keep_base_exact
+from rlsd_lib.trainer.upstream import keep_base_exact
 
 
 def adapted(dtype: torch.dtype) -> PeftModel:

@@ -10,8 +10,9 @@ from trl.data_utils import prepare_multimodal_messages
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.prompts import check_contexts
-from rlsd_lib.trainer.checks import check_images, drop_empty_images
+from rlsd_lib.trainer.checks import check_images
 from rlsd_lib.trainer.states import IMAGE_FIELDS, TYPE_ID_FIELDS
+from rlsd_lib.trainer.upstream import drop_empty_images
 
 ONE = [1] * 8
 SEVERAL = [1, 2, 3, 1, 2, 1, 1, 2]
@@ -105,7 +106,7 @@ def test_trap_16_same_pixels_and_type_ids_of_the_longer_prompt(tmp_path, family)
     data = tiny_vlm.dataset(SEVERAL)
     trainer = tiny_vlm.trainer(tmp_path, data, family=family, max_steps=1, teacher_pass="plain")
     outputs, calls = [], []
-    score, forward = trainer.scorer.score, trainer._get_per_token_logps_and_entropies
+    score, forward = trainer.teacher_scores, trainer._get_per_token_logps_and_entropies
 
     def score_spy(prompts, contexts, output, **kwargs):
         outputs.append(output)
@@ -116,7 +117,7 @@ def test_trap_16_same_pixels_and_type_ids_of_the_longer_prompt(tmp_path, family)
             calls.append((ids, kwargs))
         return forward(model, ids, *args, **kwargs)
 
-    trainer.scorer.score = score_spy
+    trainer.teacher_scores = score_spy
     trainer._get_per_token_logps_and_entropies = forward_spy
     trainer.train()
     (output,), ((ids, seen),) = outputs, calls
@@ -136,26 +137,26 @@ def test_trap_16_type_ids_of_images_that_tools_sent_are_kept(tmp_path):
     """TRL marks images inside completions, and unmarks all where it had to drop them."""
     trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(ONE), max_steps=1)
     outputs, prompts = [], []
-    score = trainer.scorer.score
+    score = trainer.teacher_scores
 
     def spy(given, contexts, output, **kwargs):
         outputs.append(output)
         prompts.append(given)
         return score(given, contexts, output, **kwargs)
 
-    trainer.scorer.score = spy
+    trainer.teacher_scores = spy
     trainer.train()
     output, given = outputs[0], prompts[0]
     length = output["completion_ids"].size(1)
     marked = output["mm_token_type_ids"].clone()
     marked[:, -2] = 1
     output = {**output, "mm_token_type_ids": marked}
-    kept = trainer.scorer.prompts(given, ["hint"] * len(given), output).type_ids
+    kept = trainer.teacher_prompts(given, ["hint"] * len(given), output).type_ids
     assert torch.equal(kept["mm_token_type_ids"][:, -length:], marked[:, -length:])
     assert (kept["mm_token_type_ids"][:, :-length].sum(1) > 0).all()
     output["mm_token_type_ids"] = torch.zeros_like(marked)
     del output["pixel_values"]
-    dropped = trainer.scorer.prompts(given, ["hint"] * len(given), output).type_ids
+    dropped = trainer.teacher_prompts(given, ["hint"] * len(given), output).type_ids
     assert dropped["mm_token_type_ids"].sum() == 0
 
 
@@ -225,16 +226,16 @@ def test_trap_16_a_placeholder_in_the_reference_is_refused(tmp_path):
         )
 
 
-@pytest.mark.parametrize("family", tiny_vlm.FAMILIES)
-def test_trap_16_the_placeholders_of_every_family_are_known(family):
+def test_trap_16_the_placeholders_of_every_family_are_known():
     """Whatever a family's processor would replace by an image or a video, in its own words."""
-    made = tiny_vlm.processor(family)
-    tokens = {getattr(made, f"{kind}_token", None) for kind in ("image", "video", "boi")}
-    tokens.add(made.tokenizer.convert_ids_to_tokens(made.image_token_id))
-    assert len(tokens - {None}) >= 1
-    for token in tokens - {None}:
-        with pytest.raises(ValueError, match="image placeholder"):
-            check_contexts([f"see {token}"], "{prompt}|{privileged_context}")
+    for family in tiny_vlm.FAMILIES:
+        made = tiny_vlm.processor(family)
+        tokens = {getattr(made, f"{kind}_token", None) for kind in ("image", "video", "boi")}
+        tokens.add(made.tokenizer.convert_ids_to_tokens(made.image_token_id))
+        assert len(tokens - {None}) >= 1, family
+        for token in tokens - {None}:
+            with pytest.raises(ValueError, match="image placeholder"):
+                check_contexts([f"see {token}"], "{prompt}|{privileged_context}")
 
 
 def test_mixed_rows_are_refused_where_parameters_are_sharded(tmp_path):
@@ -264,10 +265,15 @@ def test_videos_are_refused_before_the_model_is_loaded(tmp_path):
 
 
 def test_only_empty_pixels_are_dropped():
+    class Model(torch.nn.Module):
+        def forward(self, **given):
+            return given
+
+    model = Model()
+    drop_empty_images(model)
     full = {"pixel_values": torch.ones(2, 3), "image_grid_thw": torch.ones(1, 3), "input_ids": 1}
-    assert drop_empty_images(None, (), full) == ((), full)
-    empty = {"pixel_values": torch.ones(0, 3), "image_grid_thw": torch.ones(0, 3), "input_ids": 1}
-    assert drop_empty_images(None, (), empty) == ((), {"input_ids": 1})
+    assert set(model(**full)) == set(full)
+    assert set(model(**{**full, "pixel_values": torch.ones(0, 3)})) == {"input_ids"}
 
 
 def test_trap_13_a_processor_that_pads_right_is_refused(tmp_path):
@@ -291,7 +297,7 @@ def test_trap_15_the_limit_counts_image_tokens_and_cuts_text_only(tmp_path):
     data = tiny_vlm.dataset(SEVERAL, privileged_context=["x" * 60] * 8)
     trainer = tiny_vlm.trainer(tmp_path, data, max_steps=2, max_teacher_prompt_length=40)
     widths, types = [], []
-    prompts_of = trainer.scorer.prompts
+    prompts_of = trainer.teacher_prompts
 
     def spy(*args):
         seen = prompts_of(*args)
@@ -299,7 +305,7 @@ def test_trap_15_the_limit_counts_image_tokens_and_cuts_text_only(tmp_path):
         types.append((seen.type_ids["mm_token_type_ids"] == 1).sum())
         return seen
 
-    trainer.scorer.prompts = spy
+    trainer.teacher_prompts = spy
     trainer.train()
     assert max(widths) == 40
     assert trainer.state.log_history[0]["rlsd/context_shortened_frac"] == 1.0

@@ -21,6 +21,8 @@ pytest.importorskip("requests")
 from trl.generation import vllm_client, vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
+from rlsd_lib.experiment.steady import WorkbookTrainer
+
 CONFIG = {
     "weight_transfer_config": {"backend": "nccl"},
     "model_config": {"logprobs_mode": "processed_logprobs"},
@@ -95,6 +97,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 def trainer(folder: Path, server: Fake, **overrides: Any) -> Any:
     made = tiny.trainer(
         folder,
+        kind=WorkbookTrainer,
         use_vllm=True,
         vllm_mode="server",
         vllm_server_base_url=server.url,

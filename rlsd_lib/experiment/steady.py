@@ -1,0 +1,272 @@
+"""`WorkbookTrainer`: an `RLSDTrainer` that stops in order when something around it breaks.
+
+What is computed is the parent's, bit by bit. A SIGTERM ends in a checkpoint, a failing reward
+function is named with its row, a silent vLLM server ends the wait, and a checkpoint is resumed from
+only if its last file was written.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from trl.trainer.utils import is_async_callable
+
+from rlsd_lib.runs.processes import on_sigterm
+from rlsd_lib.trainer.states import policy_mask
+from rlsd_lib.trainer.trainer import RLSDTrainer
+
+MARK = "complete.json"  # the last file of a checkpoint
+DIAGNOSIS_SECONDS = 10.0  # for trying rows one by one after a reward function has raised
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(RuntimeError):
+    """Training was stopped by a signal, after a checkpoint of its last step was written."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
+class Steady:
+    """Mixin for a GRPO trainer: orderly stops, whole checkpoints, errors that name what failed."""
+
+    def __init__(self, model: Any, reward_funcs: Any = None, *args: Any, **kwargs: Any) -> None:
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        wrapped = None if reward_funcs is None else [named(function) for function in functions]
+        super().__init__(model, wrapped, *args, **kwargs)
+        self.sigterm = StopOnSigterm(self.accelerator)
+        self.add_callback(self.sigterm)
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            # A little less than the other ranks wait for this one, so that this error comes first.
+            seconds = 0.9 * self.args.ddp_timeout
+            guard_server(self.vllm_generation.vllm_client, lambda: self.state.global_step, seconds)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As the parent's; `True` means the last complete checkpoint.
+
+        Raises:
+            ValueError: there is no complete checkpoint to resume from.
+            Stopped: after a SIGTERM, when the step is finished and its checkpoint written.
+            CheckpointError: a checkpoint could not be written.
+        """
+        folder = self.args.output_dir
+        resume = to_resume(folder, resume_from_checkpoint)
+        own = self.args.enable_jit_checkpoint  # transformers' own answer to SIGTERM
+        with nullcontext() if own else self.sigterm.watching():
+            output = super().train(resume, *args, **kwargs)
+        if self.sigterm.stopped:
+            raise Stopped(
+                f"stopped by SIGTERM after step {self.state.global_step} of "
+                f"{self.state.max_steps}, resumable: {last_checkpoint(folder)}"
+            )
+        return output
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        logps = output.get("sampling_per_token_logps")
+        if logps is not None and self.vllm_importance_sampling_correction:
+            mask, step = policy_mask(output), self.state.global_step
+            share = missing_logps(logps, mask, self.accelerator, step)
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["sampling/missing_logp_frac"].append(share)
+        return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        # The parent would delete older checkpoints before the mark of this one is written.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.args.should_save:
+                (folder / MARK).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (folder / MARK).write_text(f'{{"step": {self.state.global_step}}}\n')
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise _save_error(folder, error) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+
+class WorkbookTrainer(Steady, RLSDTrainer):
+    """The trainer of `Experiment`."""
+
+
+# Signals
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM, which clusters send before they kill: finish the step, save, stop.
+
+    All ranks stop at the same step; by transformers' `enable_jit_checkpoint` each decides alone.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.asked = self.stopped = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Answer SIGTERM inside; only a main thread can, elsewhere nothing is changed."""
+        self.asked = self.stopped = False
+        with on_sigterm(lambda: setattr(self, "asked", True)):
+            yield
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop if any rank got the signal; called on every rank."""
+        flag = torch.tensor(float(self.asked), device=self.accelerator.device)
+        if self.accelerator.reduce(flag, reduction="sum") > 0:
+            logger.warning("SIGTERM: saving after step %s, then stopping", state.global_step)
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+# Rewards
+
+
+def named(function: Any) -> Any:
+    """A reward function whose errors say which function failed, on which row, step and rank.
+
+    Coroutine functions and reward models, by object or by path, are returned as they are.
+    """
+    if isinstance(function, str | nn.Module) or is_async_callable(function):
+        return function
+
+    @wraps(function)
+    def scored(**columns: Any) -> list[float | None]:
+        try:
+            return _numbers(function(**columns))
+        except Exception as error:
+            count, step = len(columns["prompts"]), columns["trainer_state"].global_step
+            row, rank = _first_failing(function, columns, count), PartialState().process_index
+            at = f"its batch of {count} rows" if row is None else f"row {row}"
+            raise RuntimeError(
+                f"Reward function {scored.__name__!r} failed on {at} at step {step}, rank {rank}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    return scored
+
+
+def _numbers(rewards: Any) -> list[float | None]:
+    return [None if reward is None else float(reward) for reward in rewards]
+
+
+def _first_failing(function: Callable[..., Any], columns: dict[str, Any], count: int) -> int | None:
+    """The first row on which `function` raises by itself, as far as time allows."""
+    silent = {"log_extra": lambda *_: None, "log_metric": lambda *_: None}
+    end = time.monotonic() + DIAGNOSIS_SECONDS
+    for row in range(count):
+        if time.monotonic() > end:
+            return None
+        one = {k: v[row : row + 1] if isinstance(v, list) else v for k, v in columns.items()}
+        try:
+            _numbers(function(**one | silent))
+        except Exception:
+            return row
+    return None
+
+
+# vLLM
+
+
+def missing_logps(logps: Tensor, mask: Tensor, accelerator: Accelerator, step: int) -> float:
+    """Share of sampled tokens without a log-probability of vLLM. Collective.
+
+    `logps` (N, T) are the sampler's, NaN where vLLM had none; TRL trains such a token without
+    mismatch correction. `mask` (N, T) is 1 on tokens of the policy.
+
+    Raises:
+        FloatingPointError: all are missing, so that the correction would be off in silence.
+    """
+    counts = torch.stack([(logps.isnan() & mask.bool()).sum(), mask.bool().sum()])
+    missing, tokens = accelerator.reduce(counts.float(), reduction="sum").tolist()
+    if tokens and missing == tokens:
+        raise FloatingPointError(
+            f"vLLM gave no log-probability (NaN) for any of {tokens:.0f} tokens at step {step}. Its "
+            "weights or its cache are broken; restart it, or train without "
+            "vllm_importance_sampling_correction."
+        )
+    return missing / tokens if tokens else 0.0
+
+
+def guard_server(client: Any, step: Callable[[], int], seconds: float) -> None:
+    """Give every request of TRL's `VLLMClient` a time limit in seconds; TRL's wait for ever."""
+    from requests import RequestException
+
+    send = client.session.request
+    adapter = client.session.get_adapter(client.base_url)
+    # A read is not tried again: the server may still be at work on the first request.
+    adapter.max_retries = adapter.max_retries.new(read=0)
+
+    def request(method: str, url: str, **kwargs: Any) -> Any:
+        try:
+            return send(method, url, **{"timeout": (10.0, seconds), **kwargs})
+        except RequestException as error:
+            raise ConnectionError(
+                f"The vLLM server did not answer {method} {url} at step {step()} (longest wait "
+                f"{seconds:.0f} s, 0.9 ddp_timeout): {type(error).__name__}: {error}. Restart the "
+                "server, then resume from the last checkpoint: a restarted server has the initial "
+                "weights until the next sync."
+            ) from error
+
+    client.session.request = request
+
+
+# Checkpoints
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint in `output_dir`; a warning names newer incomplete ones."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+        if (path / MARK).is_file():
+            return path
+        logger.warning("%s has no %s: incomplete, ignored", path, MARK)
+    return None
+
+
+def to_resume(output_dir: str | Path, given: str | bool | None) -> str | None:
+    """The checkpoint that `train(resume_from_checkpoint=given)` means; None for a fresh start.
+
+    Raises:
+        ValueError: there is no complete checkpoint, or the one that was named is incomplete.
+    """
+    if not given:
+        return None
+    last = last_checkpoint(output_dir)
+    if given is not True and (Path(given) / MARK).is_file():
+        return str(given)
+    if given is not True or last is None:
+        raise ValueError(
+            f"{output_dir if given is True else given} holds no complete checkpoint to resume from "
+            f"(no {MARK}). The last complete one in {output_dir} is {last and last.name}."
+        )
+    return str(last)
+
+
+def _save_error(folder: Path, error: Exception) -> CheckpointError:
+    last, free = last_checkpoint(folder.parent), shutil.disk_usage(folder.parent).free / 2**30
+    kept = f"{last} is complete and untouched" if last else "there is no earlier checkpoint"
+    return CheckpointError(
+        f"{folder.name} could not be written to {folder.parent}, which has {free:.1f} GiB free: "
+        f"{type(error).__name__}: {error}. What was written of it is removed; {kept}."
+    )

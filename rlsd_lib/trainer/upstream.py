@@ -1,0 +1,251 @@
+"""Workarounds for other libraries: all of them, each with what it mends, where, and for which version.
+
+`@mends` enters a workaround into `NOTES`. A test fails when the installed library is newer than a
+note: then read the place that it names, and delete the workaround or renew the note.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_compiled_module
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainingArguments
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.kernels import chunked_logprob
+
+from rlsd_lib.trainer.states import IMAGE_FIELDS, causal_lm
+
+
+class Note(NamedTuple):
+    """A workaround by name, the newest version of the library that needs it, the report or line."""
+
+    workaround: str
+    library: str
+    version: str
+    where: str
+
+
+NOTES: list[Note] = []
+
+
+def mends(library: str, version: str, where: str) -> Callable[[Any], Any]:
+    """Enter the decorated function or class into `NOTES`."""
+
+    def enter(workaround: Any) -> Any:
+        NOTES.append(Note(workaround.__name__, library, version, where))
+        return workaround
+
+    return enter
+
+
+# --- TRL: the LM head on a CPU -------------------------------------------------------------------
+
+TILE = 128  # tokens per logits tile: the fastest and smallest of those measured, outputs/LOG.md
+
+
+@mends("trl", "1.16.0", "trl/trainer/utils.py, add_fused_lm_head: all positions without Triton")
+class CompletionHead:
+    """Runs the fused LM head on completion tokens only, on a CPU. Active inside `applied()`.
+
+    With Triton, TRL's head scores labelled positions alone, one logits tile at a time. Without it,
+    it scores prompts too and keeps several copies of a tile of 4,096 tokens. This cuts hidden
+    states and labels to the completion and the tile to a CPU's cache: the same numbers up to
+    rounding, in two thirds of a step's time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.applies = False
+        self.saves = device.type == "cpu"
+
+    @contextmanager
+    def applied(self, wanted: bool) -> Iterator[None]:
+        """Cut inside, if `wanted` and on a CPU.
+
+        The backward pass recomputes the tiles, so it belongs inside, with its forward pass.
+        """
+        self.applies = wanted and self.saves
+        try:
+            with tiles_of(TILE if self.applies else chunked_logprob.TOKEN_CHUNK_SIZE):
+                yield
+        finally:
+            self.applies = False
+
+    def wrap(self, model: nn.Module, length: int) -> Callable[..., Any]:
+        """`model`, or a function that calls it with the head on its last `length` tokens."""
+        return completions_only(model, length) if self.applies and can_cut(model) else model
+
+
+@contextmanager
+def tiles_of(tokens: int) -> Iterator[None]:
+    """Set the tile of every fused head to `tokens` rows inside."""
+    before = chunked_logprob.TOKEN_CHUNK_SIZE
+    chunked_logprob.TOKEN_CHUNK_SIZE = tokens
+    try:
+        yield
+    finally:
+        chunked_logprob.TOKEN_CHUNK_SIZE = before
+
+
+def can_cut(model: nn.Module) -> bool:
+    """Whether a new hook on the backbone runs, and labels are as long as the backbone's output."""
+    while not isinstance(model, PreTrainedModel | PeftModel):
+        if is_compiled_module(model):
+            return False
+        model = model.module
+    return not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning)
+
+
+def completions_only(model: nn.Module, length: int) -> Callable[..., Any]:
+    """`model` with the fused head on its last tokens only: outputs are (N, `length` or more)."""
+
+    def call(*, labels: Tensor, **inputs: Any) -> Any:
+        scored, tile = scored_and_tile(length, labels.size(1) - 1)
+        kept = slice(-scored - 1, None)  # the position before the first scored token predicts it
+
+        def cut(module: nn.Module, args: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state[:, kept]
+            return output
+
+        handle = causal_lm(model).base_model.register_forward_hook(cut)
+        try:
+            with tiles_of(tile):
+                return model(labels=labels[:, kept], **inputs)
+        finally:
+            handle.remove()
+
+    return call
+
+
+def scored_and_tile(length: int, most: int) -> tuple[int, int]:
+    """How many of the last `most` tokens to score, at least `length`, and the rows of one tile.
+
+    A matrix product rounds a row by how many rows there are and where it lies. Every sequence fills
+    whole tiles of one size, so that its log-probabilities do not depend on its place in the batch:
+    a teacher that sees what the student sees must agree to the bit.
+    """
+    pieces = -(-length // TILE)
+    tile = -(-length // pieces)
+    return (pieces * tile, tile) if pieces * tile <= most else (length, length)
+
+
+@contextmanager
+@mends("trl", "1.16.0", "trl/trainer/utils.py, add_fused_lm_head: the forward is a closure")
+def without_fused_head(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Take TRL's patched `forward` off inside, so that a deep copy runs its own weights.
+
+    The patch keeps the original bound method in a closure: a copy of it runs the original model.
+    """
+    patched = model.__dict__.pop("forward")
+    try:
+        yield model
+    finally:
+        model.forward = patched
+
+
+# --- TRL: images ---------------------------------------------------------------------------------
+
+
+@mends("trl", "1.16.0", "trl/trainer/grpo_trainer.py, _generate: `prompt_images or None`")
+def for_processor(images: list[list | None] | None) -> list[list] | None:
+    """Images of each row as processors take them: a row without one is [], where TRL says None."""
+    return images and [found or [] for found in images]
+
+
+@mends("trl", "1.16.0", "trl/trainer/grpo_trainer.py, _get_per_token_logps_and_entropies")
+def drop_empty_images(model: nn.Module) -> None:
+    """Let a model leave image fields out where no row of a micro-batch has an image.
+
+    TRL slices the pixels of the whole batch and passes none of them as an empty tensor.
+    """
+
+    def drop(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        pixels = kwargs.get("pixel_values")
+        if pixels is not None and pixels.size(0) == 0:
+            kwargs = {k: v for k, v in kwargs.items() if k not in IMAGE_FIELDS}
+        return args, kwargs
+
+    model.register_forward_pre_hook(drop, with_kwargs=True)
+
+
+# --- TRL: weights on their way to vLLM -----------------------------------------------------------
+
+
+@mends("trl", "1.16.0", "https://github.com/huggingface/trl/issues/6688")
+def keep_base_exact(model: nn.Module, backend: VLLMGeneration) -> None:
+    """Restore the frozen half-precision weights of a PEFT model after each sync with vLLM.
+
+    TRL adds the adapter to the frozen weights, sends them, and subtracts it again. In bfloat16 that
+    rounds twice at every step: the frozen weights drift, and base model and saved adapter no longer
+    make the model that was trained. Costs a copy in CPU memory and one transfer per sync.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    sync = backend.sync_weights
+    exact: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def exact_sync() -> None:
+        # Taken at the first sync, when the weights have been sharded if they are to be.
+        exact.update({} if exact else _frozen_halves(model))
+        sync()
+        for name, value in exact.items():
+            _local(model.get_parameter(name)).copy_(value)
+
+    backend.sync_weights = exact_sync
+
+
+def _frozen_halves(model: PeftModel) -> dict[str, Tensor]:
+    half = (torch.bfloat16, torch.float16)
+    return {
+        name: _local(parameter).cpu().clone()
+        for name, parameter in model.named_parameters()
+        if ".base_layer." in name and parameter.dtype in half and not parameter.requires_grad
+    }
+
+
+def _local(parameter: Tensor) -> Tensor:
+    part = parameter.detach()
+    return part.to_local() if isinstance(part, DTensor) else part
+
+
+# --- transformers and accelerate -----------------------------------------------------------------
+
+
+@mends("transformers", "5.17.0", "transformers/trainer.py, Trainer._load_from_checkpoint")
+def load_trained_adapter(student: PeftModel, checkpoint: str | Path) -> None:
+    """Restore the trained adapter, which lies beside the teacher's sub-folder in a checkpoint.
+
+    Where a sub-folder holds an adapter, transformers restores only that one.
+    """
+    student.load_adapter(str(checkpoint), "default", is_trainable=True)
+
+
+@mends("accelerate", "1.15.0", "accelerate/state.py, PartialState.set_device: cpu:0")
+def restorable_device(args: TrainingArguments) -> None:
+    """Name the CPU "cpu": several processes get "cpu:0", where torch.load restores no optimiser."""
+    if args.device.type == "cpu":
+        args._setup_devices = torch.device("cpu")
+
+
+@mends("accelerate", "1.15.0", "accelerate/utils/fsdp_utils.py, fsdp2_prepare_model")
+@mends("trl", "1.16.0", "trl/models/utils.py, prepare_fsdp: shards the root alone")
+def prepare_fsdp2(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Shard a frozen model layer by layer, as the policy will be. Collective.
+
+    TRL's `prepare_fsdp` shards the root alone, so that a forward gathers the whole model, and keeps
+    what each rank has loaded, which is nothing on ranks other than 0. Accelerate's preparation
+    fills its plugin's wrapping policy from the first model it sees; the policy must find it unset.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    unset = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    try:
+        return fsdp2_prepare_model(accelerator, teacher).eval()
+    finally:
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = unset

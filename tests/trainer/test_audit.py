@@ -1,0 +1,20 @@
+"""What a TRL user has to audit: the files that `from rlsd_lib import RLSDTrainer` loads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+MOST_FILES, MOST_LINES = 16, 3480
+
+
+def test_the_users_import_is_small() -> None:
+    code = (
+        "import sys\nfrom rlsd_lib import RLSDTrainer\n"
+        "print(*(m.__file__ for n, m in sorted(sys.modules.items()) if n.startswith('rlsd_lib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    files = done.stdout.split()
+    lines = sum(len(Path(path).read_text().splitlines()) for path in files)
+    sys.stdout.write(f"RLSDTrainer loads {len(files)} files, {lines} lines\n")
+    assert len(files) <= MOST_FILES, files
+    assert lines <= MOST_LINES

@@ -1,0 +1,137 @@
+"""`RLSDTrainer(credit=fn)`: a credit function that is not in the table."""
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+
+from rlsd_lib.credit import rlsd
+
+
+def trained(folder, credit, **settings):
+    trainer = tiny.trainer(folder, more={"credit": credit}, **{"max_steps": 2, **settings})
+    trainer.train()
+    return trainer
+
+
+def test_the_tables_function_from_outside_gives_the_tables_run(tmp_path):
+    """Also its logged numbers, without those of a weight that nobody declared."""
+    table = tiny.trainer(tmp_path, max_steps=2, conserve_credit=False)
+    table.train()
+    own = trained(tmp_path, rlsd)
+    for ours, theirs in zip(own.model.parameters(), table.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    left, right = own.state.log_history[0], table.state.log_history[0]
+    gone = {"rlsd/weight_mean", "rlsd/clip_low_frac", "rlsd/clip_high_frac", "rlsd/drift"}
+    assert set(right) - set(left) == gone
+    assert all(left[k] == right[k] for k in left if k.startswith("rlsd/"))
+    conserved = trained(tmp_path, partial(rlsd, conserve=True))
+    assert not torch.equal(conserved.model.lm_head.weight, own.model.lm_head.weight)
+
+
+def test_everything_that_may_be_asked_for_follows_its_rollout(tmp_path):
+    """Rewards and success through TRL's shuffle and split; entropy at the rollout's own tokens."""
+    seen = []
+
+    def credit(advantages, gap, mask, *, lam, epsilon_w, success, rewards, entropy):
+        seen.append((advantages, gap, mask, lam, epsilon_w, success, rewards, entropy))
+        return advantages[:, None] + 0 * gap
+
+    settings = {"success_reward_threshold": 0.5, "num_iterations": 2, "max_steps": 3}
+    trainer = tiny.trainer(tmp_path, more={"credit": credit}, **settings)
+    micros = []
+    assign = trainer._token_advantages
+    trainer._token_advantages = lambda inputs, logps: micros.append(inputs) or assign(inputs, logps)
+    trainer.train()
+    assert len(seen) == len(micros) == 6
+    for micro, call in zip(micros, seen, strict=True):
+        advantages, gap, mask, _, epsilon_w, success, rewards, entropy = call
+        texts = trainer.processing_class.batch_decode(
+            micro["completion_ids"], skip_special_tokens=True
+        )
+        expected = torch.tensor(tiny.reward(texts))
+        torch.testing.assert_close(rewards, expected)
+        assert torch.equal(success, expected >= 0.5)
+        assert advantages.dim() == 1
+        assert gap.shape == mask.shape == entropy.shape
+        assert (entropy[mask.bool()] > 0).all()
+        assert not (gap.requires_grad or entropy.requires_grad)
+        assert epsilon_w == 0.2
+    assert [call[3] for call in seen[::2]] == [0.5, 0.49, 0.48]
+    assert {True, False} == set(torch.cat([call[5] for call in seen]).tolist())
+
+
+def test_a_function_without_lam_has_no_schedule(tmp_path):
+    calls = []
+
+    def credit(advantages, gap, mask):
+        calls.append(gap)
+        return advantages[:, None] + 0 * gap
+
+    trainer = trained(tmp_path, credit, lambda_decay_steps=1, max_steps=3)
+    assert len(calls) == 6, "two micro-batches in each of three steps"
+    assert trainer.teacher.model is not None
+    assert "rlsd/lambda" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["rlsd/intervention"] == 0.0
+
+    def with_more(advantages, gap, mask, **kwargs):
+        calls.append(set(kwargs))
+        return advantages[:, None] + 0 * gap
+
+    trained(tmp_path, with_more, max_steps=1)
+    assert calls[-1] == {"lam", "epsilon_w"}
+
+
+def misspelt(advantages, gap, mask, *, sucess):
+    return gap
+
+
+def by_name(*, advantages, gap, mask):
+    return gap
+
+
+def good(advantages, gap, mask):
+    return gap
+
+
+def test_what_cannot_be_called_is_refused_before_any_compute(tmp_path):
+    cases = [
+        (
+            misspelt,
+            {},
+            r"misspelt\(.*no 'sucess'.*any of lam, epsilon_w, success, rewards, entropy",
+        ),
+        (by_name, {}, r"by_name\(.*Expected by_name\(advantages \(N,\), gap \(N, T\), mask"),
+        (good, {"method": "grpo"}, "good would never be called with method='grpo'"),
+        (good, {"method": "sdpo"}, "good would never be called with method='sdpo'"),
+        (good, {"lambda_init": 0.0}, "lambda_init=0.0"),
+        (good, {"conserve_credit": True}, "conserve_credit=True are of the method's own weight"),
+    ]
+    for credit, settings, said in cases:
+        with pytest.raises(ValueError, match=said):
+            tiny.trainer(tmp_path, "no/such-model", more={"credit": credit}, **settings)
+
+
+def test_a_bad_result_names_the_function(tmp_path):
+    def mine(kind, advantages, gap, mask):
+        weight = torch.ones_like(gap, requires_grad=True)
+        return {
+            "shape": advantages,
+            "none": None,
+            "nan": gap * float("nan"),
+            "gradient": gap * weight,
+        }[kind]
+
+    for kind, said in {
+        "shape": r"returned \(4,\), expected a tensor of shape \(N, T\) = \(4, ",
+        "none": "returned None, expected a tensor",
+        "nan": r"returned NaN or infinity in rows \[0, 1, 2, 3\]",
+        "gradient": "returned a tensor with a gradient",
+    }.items():
+
+        def credit(advantages, gap, mask, kind=kind):
+            return mine(kind, advantages, gap, mask)
+
+        with pytest.raises(ValueError, match=f"credit=credit {said}"):
+            trained(tmp_path, credit, max_steps=1)

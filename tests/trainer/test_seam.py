@@ -1,0 +1,173 @@
+"""The seam to TRL: what is overridden, called and read, so that a new TRL fails here, in one place."""
+
+import inspect
+import re
+from importlib.metadata import version
+
+import pytest
+from packaging.version import Version
+from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
+
+from rlsd_lib import RLSDTrainer
+from rlsd_lib.trainer import upstream
+
+# Methods of the parent that we override (o) or call (c), with the names of their arguments.
+METHODS = {
+    "o training_step": "model, inputs, num_items_in_batch",
+    "o train": "resume_from_checkpoint, trial, ignore_keys_for_eval",
+    "o _generate": "prompts",
+    "o _calculate_rewards": "inputs, prompts, completions, completion_ids_list",
+    "o _generate_and_score_completions": "inputs",
+    "o _compute_loss": "model, inputs",
+    "o _get_per_token_logps_and_entropies": (
+        "model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, "
+        "compute_aux_loss, pixel_values, image_grid_thw, num_images, pixel_attention_mask, "
+        "spatial_shapes, num_tiles, image_sizes, token_type_ids, mm_token_type_ids, "
+        "image_position_ids"
+    ),
+    "o _save_checkpoint": "model, trial",
+    "o _save": "output_dir, state_dict",
+    "o _load_from_checkpoint": "resume_from_checkpoint, model",
+    "c _tokenize_prompts": "prompts",
+    "c _get_output_dir": "trial",
+    "c create_model_card": "model_name, dataset_name, tags",
+    "c add_callback": "callback",
+}
+# The last statement of methods whose result we take apart.
+RETURNS = {
+    "_generate": (
+        "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, "
+        "images, tool_images"
+    ),
+    "_tokenize_prompts": "return prompt_ids, images, multimodal_fields",
+    "_get_per_token_logps_and_entropies": "return logps, entropies, aux_loss",
+    "_calculate_rewards": "return rewards_per_func",
+}
+# Keys of the dictionary of a generation batch: TRL's that we read, and ours, which TRL may not take.
+READ = [
+    "prompt_ids",
+    "prompt_mask",
+    "completion_ids",
+    "completion_mask",
+    "advantages",
+    "num_items_in_batch",
+    "old_per_token_logps",
+    "sampling_per_token_logps",
+    "tool_mask",
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "image_position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+]
+OURS = ["teacher_per_token_logps", "teacher_hidden", "has_demonstration", "rewards", "entropy"]
+# Attributes that the parent sets.
+ATTRIBUTES = [
+    "_buffered_inputs",
+    "_step",
+    "_metrics",
+    "_tokenizer",
+    "_is_vlm",
+    "num_iterations",
+    "num_generations",
+    "temperature",
+    "use_vllm",
+    "vllm_mode",
+    "vllm_generation",
+    "environment_factories",
+    "reward_weights",
+    "reward_func_names",
+    "pad_to_multiple_of",
+    "vllm_importance_sampling_correction",
+]
+
+
+def test_methods_have_the_signatures_that_we_override_and_call() -> None:
+    found = {}
+    for name in METHODS:
+        method = getattr(GRPOTrainer, name[2:])
+        found[name] = ", ".join(list(inspect.signature(method).parameters)[1:])
+        assert (name[2:] in vars(RLSDTrainer) or name[2:] in vars(RLSDTrainer.__base__)) == (
+            name[0] == "o"
+        ), name
+    assert found == METHODS
+
+
+def test_nothing_else_of_the_parent_is_overridden() -> None:
+    ours = set(vars(RLSDTrainer)) | set(vars(RLSDTrainer.__base__))
+    overridden = {
+        name for name in ours if hasattr(GRPOTrainer, name) and callable(getattr(GRPOTrainer, name))
+    }
+    stated = {name[2:] for name in METHODS if name[0] == "o"}
+    assert {name for name in overridden if not name.startswith("__")} == stated
+
+
+def test_results_that_we_take_apart_have_their_parts() -> None:
+    for name, last in RETURNS.items():
+        source = inspect.getsource(getattr(GRPOTrainer, name)).rstrip().splitlines()
+        assert source[-1].strip() == last, name
+
+
+def test_the_dictionary_has_the_keys_that_we_read_and_none_of_ours() -> None:
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    output = source[source.index("        output = {") :]
+    written = set(re.findall(r'output\["(\w+)"\]|^            "(\w+)": ', output, re.MULTILINE))
+    keys = {first or second for first, second in written}
+    assert set(READ) <= keys
+    assert not keys & set(OURS)
+
+
+def test_the_parent_sets_the_attributes_that_we_read() -> None:
+    source = inspect.getsource(grpo_trainer)
+    assert [name for name in ATTRIBUTES if f"self.{name} = " not in source] == []
+
+
+def test_the_constructor_is_grpos_with_two_keywords_more() -> None:
+    ours = inspect.signature(RLSDTrainer.__init__).parameters
+    theirs = inspect.signature(GRPOTrainer.__init__).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    for name, parameter in theirs.items():
+        assert ours[name].default == parameter.default, name
+        assert ours[name].kind == parameter.kind, name
+    more = {name: ours[name] for name in list(ours)[len(theirs) :]}
+    assert set(more) == {"teacher_model", "credit"}
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in more.values())
+
+
+def outdated(installed: dict[str, str]) -> list[upstream.Note]:
+    """Workarounds whose library is newer than their note."""
+    return [n for n in upstream.NOTES if Version(installed[n.library]) > Version(n.version)]
+
+
+def test_every_workaround_was_looked_at_for_the_installed_version() -> None:
+    libraries = {note.library for note in upstream.NOTES}
+    assert libraries == {"trl", "transformers", "accelerate"}
+    installed = {name: version(name) for name in libraries}
+    assert outdated(installed) == [], "read the place that the note names, then renew or delete it"
+    assert len(outdated({**installed, "trl": "1.17.0"})) >= 5
+
+
+def test_a_workaround_says_what_it_mends() -> None:
+    for note in upstream.NOTES:
+        assert re.match(r"https://github.com/.+/\d+$|[\w/]+\.py, \w+", note.where), note
+        assert getattr(upstream, note.workaround).__doc__, note
+
+
+@pytest.mark.parametrize("name", ["_generate", "_tokenize_prompts"])
+def test_the_seam_fails_where_trl_changes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The table is not vacuous: a changed method is found."""
+
+    def changed(self, prompts, more):
+        return prompts, more
+
+    monkeypatch.setattr(GRPOTrainer, name, changed)
+    with pytest.raises(AssertionError):
+        test_methods_have_the_signatures_that_we_override_and_call()
+    with pytest.raises(AssertionError):
+        test_results_that_we_take_apart_have_their_parts()
