@@ -1,12 +1,10 @@
 """Tables that stand beside the paper's, and what it left open.
 
 Our cells come from run directories that finished and from nowhere else; where nothing was run
-there is a dash. `paradigms` to `commands` are for any folder of runs (`20_compare`), the rest for
-the paper's own recipe (`40_qwen3_vl`, `41_qwen3_text`).
+there is a dash. `beside_paper` is for any folder of runs (`20_compare`), the rest for the paper's
+own recipe (`40_qwen3_vl`, `41_qwen3_text`).
 """
 
-import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,20 +13,16 @@ import pandas as pd
 
 from rlsd_lib.measure.intervals import Interval, student_interval
 from rlsd_lib.report.benchmarks import PREFIX, Protocol
-from rlsd_lib.report.paper_numbers import AVERAGE, TABLE_2, table_1, table_2
+from rlsd_lib.report.paper_numbers import AVERAGE, TABLE_2, table_2
 from rlsd_lib.report.tables import (
     DASH,
     NO_VALUES,
     Arms,
     Table,
-    each_once,
     settings_of,
     source_notes,
-    with_arms,
 )
-from rlsd_lib.runs.parameters import as_text
-from rlsd_lib.runs.paths import NEUTRAL
-from rlsd_lib.runs.records import PLAN, Runs, is_number
+from rlsd_lib.runs.records import Runs, is_number
 from rlsd_lib.tasks.task import Task
 
 OTHER_MODEL = (
@@ -45,20 +39,6 @@ CHANGES_BASE = {
     *("chat_template_kwargs", "bf16", "fp16", "use_cpu"),
 }
 COLUMNS = ["row", "column", "value", "low", "high", "seed", "run"]
-
-
-def paradigms(lab: Runs) -> Table:
-    """Return the paper's Table 1 in words, and beside it what the lab's plain runs measured."""
-    arms, table = Arms(lab), table_1()
-    baseline = arms.final("grpo", "seconds_per_step")
-    for method in table.index:
-        pace = arms.final(method, "seconds_per_step") / baseline
-        table.loc[method, "lab: gain, points"] = _mean(100 * arms.gain(method), 1)
-        table.loc[method, "lab: leak rate after"] = _mean(arms.final(method, "leak_rate_after"), 3)
-        table.loc[method, "lab: s / step, times GRPO's"] = _mean(pace, 2)
-    notes = ["lab columns: mean over seeds with Student's 95 % interval; SFT is not run here"]
-    rows = table.rename_axis("paradigm").reset_index()
-    return Table(rows, [*notes, *source_notes(lab)])
 
 
 def beside_paper(lab: Runs, real: Runs) -> Table:
@@ -86,58 +66,6 @@ def _accuracy(arms: Arms, method: str) -> pd.Series:
 def _mean(values: pd.Series, digits: int) -> str:
     values = values.astype(float).dropna()
     return f"{student_interval(values):.{digits}f}" if len(values) else DASH
-
-
-def cost_of_a_point(runs: Runs) -> Table:
-    """Return seconds of training per point of held-out accuracy gained, by method and settings.
-
-    Where the interval of the gain over seeds reaches 0 there is no price, and a dash stands.
-    """
-    frame, repeated = each_once(with_arms(runs.runs))
-    needed = ["accuracy_before", "accuracy_after", "seconds_per_step", "steps"]
-    frame = frame[frame["status"] == "finished"].reindex(columns=["arm", *needed]).dropna()
-    rows = []
-    for arm, cells in frame.groupby("arm"):
-        seconds = (cells["seconds_per_step"] * cells["steps"]).mean()
-        gain = student_interval(100 * (cells["accuracy_after"] - cells["accuracy_before"]))
-        price = f"{seconds / gain.mean:.1f}" if gain.low > 0 else DASH
-        rows.append((arm, f"{seconds:.0f}", f"{gain:.1f}", price, str(len(cells))))
-    columns = ["method", "training, s", "gain, points", "s per point", "n"]
-    notes = ["seconds depend on the machine and on what else it does: compare runs side by side"]
-    return Table(pd.DataFrame(rows, columns=columns), [*notes, *repeated, *source_notes(runs)])
-
-
-def run_list(runs: Runs) -> Table:
-    """Return every run with settings, status, commit and length; a star marks uncommitted code."""
-    rows = []
-    for _, run in runs.runs.sort_values(["group", "name"]).iterrows():
-        known = isinstance(run["parameters"], dict)
-        star = "*" if run.get("dirty") is True else ""
-        row = {
-            "run": f"{run['group']}/{run['name']}",
-            "settings": settings_of(run["parameters"]) if known else DASH,
-            "status": run["status"],
-            "commit": str(run.get("commit") or DASH)[:7] + star if known else DASH,
-            "seconds": f"{run['seconds']:.0f}" if is_number(run.get("seconds")) else DASH,
-        }
-        rows.append(row)
-    return Table(pd.DataFrame(rows), [])
-
-
-def commands(folder: str | Path, runs: Runs) -> list[str]:
-    """Return what to type to repeat the runs of `folder`: its suites, else a line per run."""
-    plans = sorted(Path(folder).rglob(PLAN))
-    if plans:
-        return [plan["command"] for file in plans for plan in json.loads(file.read_text())["plans"]]
-    made = [run for _, run in runs.runs.iterrows() if isinstance(run.get("notebook"), str)]
-    return [_command(run) for run in made]
-
-
-def _command(run: pd.Series) -> str:
-    given = {k: v for k, v in run["parameters"].items() if k != "run_dir"}
-    pairs = {k: v for k, v in given.items() if k not in NEUTRAL or v != NEUTRAL[k]}
-    words = [shlex.quote(f"{name}={as_text(value)}") for name, value in pairs.items()]
-    return " -p ".join([f"rlsd run {Path(run['notebook']).stem}", *words])
 
 
 class Comparison(NamedTuple):

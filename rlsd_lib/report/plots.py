@@ -14,10 +14,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.report.heatmap import new_figure
 from rlsd_lib.report.heatmap import token_heatmap as token_heatmap
-from rlsd_lib.report.tables import Arms, with_arms
+from rlsd_lib.report.tables import with_arms
 from rlsd_lib.runs.records import Runs, described, is_finished, left_out
 
 SIZE = (6.4, 3.8)
@@ -72,33 +71,6 @@ def curve(runs: Runs, metric: str, *, window: int = 1, title: str = "") -> Figur
     steps = runs.steps[is_finished(runs.steps)]
     steps = steps.assign(arm=steps["path"].map(frame.set_index("path")["arm"]))
     figure = training_curve(steps, metric, hue="arm", names=names, window=window, title=title)
-    return footnote(figure, described(runs))
-
-
-def logged(runs: Runs, metric: str) -> bool:
-    """Whether a finished run has a value of a metric other than 0."""
-    return metric in runs.steps and bool(runs.steps.loc[is_finished(runs.steps), metric].any())
-
-
-def double_budget(runs: Runs) -> Figure:
-    """RLSD at N steps beside GRPO at N and at 2N (the paper's Figure 1b), mean over seeds.
-
-    Intervals are Student's, of 95 %.
-
-    Raises:
-        ValueError: no plain run of either.
-    """
-    measure, n, series = Arms(runs).doubled()
-    names = (f"rlsd, {n} steps", f"grpo, {n} steps", f"grpo, {2 * n} steps")
-    found = {name: values for name, values in zip(names, series, strict=True) if len(values)}
-    if not found:
-        raise ValueError(f"no {measure} for {'; '.join(names)}: nothing to show")
-    figure, axes = _canvas(f"twice the steps: {measure}")
-    for place, (name, colour) in enumerate(_colours(found).items()):
-        _interval(axes, place, *student_interval(found[name]), colour, marker="os^"[place])
-    labels = [f"{name}\n(n={len(values)})" for name, values in found.items()]
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set(ylabel=measure, xlim=(-0.6, len(labels) - 0.4))
     return footnote(figure, described(runs))
 
 

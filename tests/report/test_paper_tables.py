@@ -50,13 +50,6 @@ def test_ours_and_the_papers_stand_in_columns_of_their_own(tmp_path: Path) -> No
     assert rows.loc["rlsd", "lab: accuracy"] == "-"
 
 
-def test_a_point_has_a_price_only_where_there_is_a_gain(tmp_path: Path) -> None:
-    runs = read_runs(write_folder(tmp_path, ["grpo", "sdpo"], sdpo={"after": 0.4}))
-    rows = paper_tables.cost_of_a_point(runs).rows.set_index("method")
-    assert rows.loc["grpo", "s per point"] == "2.0"  # 60 steps of a second for 30 points
-    assert rows.loc["sdpo", "s per point"] == "-"
-
-
 def test_without_a_run_every_cell_of_ours_is_a_dash(tmp_path):
     made(tmp_path / "killed", shares(MMMU=0.7), finish=False)
     table, sources = compare(read_runs(tmp_path), BENCHMARKS, PRESET)
