@@ -7,7 +7,6 @@ place, so that a print in grey can be read too.
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import pandas as pd
 import seaborn as sns
@@ -25,38 +24,30 @@ Colour = tuple[float, float, float]
 DASHES = ("", (4, 1.5), (1, 1), (3, 1.2, 1.5, 1.2), (6, 2), (5, 1, 1, 1), (2, 2))
 
 
-def training_curve(
-    steps: pd.DataFrame,
-    metric: str,
-    *,
-    hue: str = "method",
-    names: Sequence[str] = (),
-    window: int = 1,
-    title: str = "",
-) -> Figure:
+def training_curve(steps: pd.DataFrame, metric: str, *, window: int = 1, title: str = "") -> Figure:
     """A metric against the step: the mean over seeds, with the 95 % bootstrap interval shaded.
 
-    `steps` has a row per run and step, with columns `step`, `path`, `hue` (a line each) and the
-    metric, which is averaged over `window` steps within each run before anything else. Values of
-    `hue` get colours and dashes in the order of `names`, so that a name looks alike in several
-    figures; others come after.
+    `steps` has a row per run and step, with columns `step`, `path`, `method` (a line each) and the
+    metric, which is averaged over `window` steps within each run before anything else. Methods get
+    colours and dashes in the order of all finished rows, so that one looks alike in every figure of
+    these steps, whichever methods logged the metric.
 
     Raises:
         ValueError: an absent column, no row with a value, or a window below 1.
     """
     if window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
-    lines = list(dict.fromkeys(["path", hue]))
-    data = _present(steps, ["step", *lines, metric], metric).sort_values([*lines, "step"])
-    smooth = data.groupby(lines)[metric].rolling(window, min_periods=1).mean()
-    data[metric] = smooth.droplevel(lines)
+    data = _present(steps, ["step", "path", "method", metric], metric)
+    data = data.sort_values(["path", "step"])
+    smooth = data.groupby("path")[metric].rolling(window, min_periods=1).mean()
+    data[metric] = smooth.droplevel("path")
     figure, axes = _canvas(title or metric)
-    ordered = list(dict.fromkeys([*names, *data[hue]]))
-    dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(ordered)}
-    look = {"palette": _colours(ordered), "dashes": dashes, "errorbar": ("ci", 95), "seed": 0}
-    sns.lineplot(data, x="step", y=metric, hue=hue, style=hue, ax=axes, **look)
+    colours = _colours(steps.loc[is_finished(steps), "method"])
+    dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(colours)}
+    look = {"palette": colours, "dashes": dashes, "errorbar": ("ci", 95), "seed": 0}
+    sns.lineplot(data, x="step", y=metric, hue="method", style="method", ax=axes, **look)
     axes.set(xlabel="optimiser step", ylabel=metric)
-    _name_legend(axes, data.groupby(hue)["path"].nunique())
+    _name_legend(axes, data.groupby("method")["path"].nunique())
     return footnote(figure, left_out(steps))
 
 
@@ -66,12 +57,10 @@ def curve(runs: Runs, metric: str, *, window: int = 1, title: str = "") -> Figur
     Raises:
         ValueError: no finished run logged it.
     """
-    frame = with_arms(runs.runs)
-    names = list(dict.fromkeys(frame.loc[is_finished(frame), "arm"]))
+    arms = with_arms(runs.runs).set_index("path")["arm"]
     steps = runs.steps[is_finished(runs.steps)]
-    steps = steps.assign(arm=steps["path"].map(frame.set_index("path")["arm"]))
-    figure = training_curve(steps, metric, hue="arm", names=names, window=window, title=title)
-    return footnote(figure, described(runs))
+    steps = steps.assign(method=steps["path"].map(arms))
+    return footnote(training_curve(steps, metric, window=window, title=title), described(runs))
 
 
 def before_after(runs: Runs) -> Figure:
@@ -90,20 +79,15 @@ def before_after(runs: Runs) -> Figure:
         chosen = data[data["arm"] == name]
         for number, (_, run) in enumerate(chosen.iterrows()):
             x = place + 0.5 * (number - (len(chosen) - 1) / 2) / len(chosen)
-            _interval(axes, x - 0.06, *run[before], colour, markerfacecolor="white")
-            _interval(axes, x + 0.06, *run[after], colour)
+            for columns, at, face in ((before, x - 0.06, "white"), (after, x + 0.06, colour)):
+                mean, low, high = run[columns]
+                # vlines, not errorbar: an interval need not contain its estimate.
+                axes.vlines(at, low, high, color=colour, linewidth=1.5)
+                axes.plot([at], [mean], "o", color=colour, markerfacecolor=face, markersize=6)
     turned = {"rotation": 30, "ha": "right"} if len(colours) > 4 else {}
     axes.set_xticks(range(len(colours)), list(colours), **turned)
     axes.set(ylabel="accuracy", xlim=(-0.6, len(colours) - 0.4))
     return footnote(figure, described(runs))
-
-
-def _interval(
-    axes: Axes, x: float, mean: float, low: float, high: float, colour: Colour, **style: Any
-) -> None:
-    # vlines, not errorbar: an interval need not contain its estimate. Nothing where it is NaN.
-    axes.vlines(x, low, high, color=colour, linewidth=1.5)
-    axes.plot([x], [mean], **{"marker": "o", "color": colour, "markersize": 6, **style})
 
 
 def histogram(
@@ -175,13 +159,13 @@ def footnote(figure: Figure, text: str) -> Figure:
     return figure
 
 
-def _present(frame: pd.DataFrame, columns: Sequence[str], needed: str) -> pd.DataFrame:
+def _present(frame: pd.DataFrame, columns: list[str], needed: str) -> pd.DataFrame:
     """These columns of the finished runs' rows that have the needed value."""
     absent = [name for name in columns if name not in frame]
     if absent:
         raise ValueError(f"no column {', '.join(absent)}; there are {', '.join(map(str, frame))}")
     finished = is_finished(frame)
-    data = frame.loc[finished & frame[needed].notna(), list(dict.fromkeys(columns))]
+    data = frame.loc[finished & frame[needed].notna(), columns]
     if data.empty:
         also = "" if finished.all() else "; rows of unfinished runs are left out"
         raise ValueError(f"no value in column {needed}: nothing to show{also}")
@@ -206,8 +190,7 @@ def _canvas(title: str) -> tuple[Figure, Axes]:
 def _name_legend(axes: Axes, runs: pd.Series) -> None:
     """Say in the legend how many runs each line stands for; many lines have it under the axes."""
     handles, names = axes.get_legend_handles_labels()
-    counted = {str(name): count for name, count in runs.items()}
-    labels = [f"{name} (n={counted[name]})" for name in names]
+    labels = [f"{name} (n={runs[name]})" for name in names]
     if len(labels) <= 4:
         axes.legend(handles, labels, title=None)
         return

@@ -10,9 +10,8 @@ from synthetic import write_folder, write_run
 
 from rlsd_lib.__main__ import main
 from rlsd_lib.report import paper_tables, plots
-from rlsd_lib.report.claims import CLAIMS
+from rlsd_lib.report.claims import claims_table
 from rlsd_lib.report.tables import make_table, paired_differences, with_arms
-from rlsd_lib.report.verdicts import claims_table
 from rlsd_lib.runs.records import Runs, read_runs
 
 
@@ -45,7 +44,7 @@ def test_a_table_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> Non
         "make_table": make_table(incomplete),
         "paired_differences": paired_differences(incomplete),
         "beside_paper": paper_tables.beside_paper(incomplete, incomplete),
-        "claims_table": claims_table(CLAIMS, incomplete, incomplete),
+        "claims_table": claims_table(incomplete, incomplete),
     }
     for name, table in tables.items():
         shown = table._repr_markdown_()
