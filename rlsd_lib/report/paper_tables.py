@@ -45,14 +45,14 @@ def beside_paper(lab: Runs, real: Runs) -> Table:
     """Return the paper's Table 2 (average) and our accuracies in columns of their own, in per cent."""
     printed, sides = table_2()[AVERAGE], {"lab": Arms(lab), "real model": Arms(real)}
     methods = [*printed.index, *sorted(set(sides["lab"].methods()) - set(printed.index))]
-    change = printed - printed[BASE]
-    rows = pd.DataFrame({"method": methods})
-    rows["paper: average"] = [f"{printed[m]:.2f}" if m in printed else DASH for m in methods]
-    rows["paper: - base"] = [f"{change[m]:+.2f}" if m in printed else DASH for m in methods]
+    rows = pd.DataFrame(index=pd.Index(methods, name="method"))
+    rows["paper: average"] = printed.map("{:.2f}".format)
+    rows["paper: - base"] = (printed - printed[BASE]).map("{:+.2f}".format)
     for name, arms in sides.items():
-        rows[f"{name}: accuracy"] = [_mean(100 * _accuracy(arms, m), 1) for m in methods]
-        rows[f"{name}: - base"] = [_mean(100 * arms.gain(m), 1) for m in methods]
+        rows[f"{name}: accuracy"] = [_percent(_accuracy(arms, method)) for method in methods]
+        rows[f"{name}: - base"] = [_percent(arms.gain(method)) for method in methods]
     notes = [OTHER_MODEL, "ours: mean over seeds with Student's 95 % interval, plain runs only"]
+    rows = rows.fillna(DASH).reset_index()
     return Table(rows, [*notes, *source_notes(lab), *source_notes(real)])
 
 
@@ -60,12 +60,12 @@ def _accuracy(arms: Arms, method: str) -> pd.Series:
     """Accuracy after training; for "base" before it, of any method: they start alike."""
     if method != BASE:
         return arms.final(method, "accuracy_after")
-    return arms.frame.get("accuracy_before", NO_VALUES)[~arms.frame["seed"].duplicated()]
+    return arms.frame.drop_duplicates("seed").get("accuracy_before", NO_VALUES)
 
 
-def _mean(values: pd.Series, digits: int) -> str:
-    values = values.astype(float).dropna()
-    return f"{student_interval(values):.{digits}f}" if len(values) else DASH
+def _percent(shares: pd.Series) -> str:
+    shares = shares.astype(float).dropna()
+    return f"{student_interval(100 * shares):.1f}" if len(shares) else DASH
 
 
 class Comparison(NamedTuple):
@@ -87,11 +87,8 @@ def compare(runs: Runs, names: Sequence[str], preset: str, own: Path | None = No
     wanted = {**{name: PREFIX + name for name in names}, HELD_OUT: "accuracy_after"}
     cells = []
     for _, run in runs.runs.iterrows():
-        done = run["status"] == "finished" or (
-            own is not None and run["path"] == str(own.resolve())
-        )
-        parameters = run["parameters"] if done and isinstance(run["parameters"], dict) else {}
-        if parameters.get("preset") != preset:
+        parameters, mine = run["parameters"], own and run["path"] == str(own.resolve())
+        if not (run["status"] == "finished" or mine) or parameters.get("preset") != preset:
             continue
         settings = settings_of({name: parameters[name] for name in SETTINGS if name in parameters})
         row = parameters["method"] + (f" ({settings})" if settings else "")
@@ -145,17 +142,20 @@ def dropped(task: Task, folder: Path) -> pd.DataFrame:
     return pd.Series({**counts, **sides}, name="rows").to_frame()
 
 
-def open_items(manifest: Mapping[str, Any], protocol: Protocol) -> pd.DataFrame:
-    """Return what the paper does not report, and what a run used instead, from its manifest."""
+def open_items(manifest: Mapping[str, Any], protocol: Protocol | None) -> pd.DataFrame:
+    """Return what the paper does not report, and what a run used instead, from its manifest.
+
+    `protocol` is that of the benchmarks that judge the run; None where there are none.
+    """
     config, packages, preset = (manifest[name] for name in ("config", "packages", "preset"))
     versions = ("python", "torch", "transformers", "trl", "vllm")
     splits = ", ".join(f"{side} {digest[:12]}" for side, digest in manifest["data"].items())
-    sampling = ", ".join(f"{name} {value}" for name, value in protocol.sampling.items())
-    low, high = protocol.image_area or (0, 0)
-    commit = manifest["git"]["commit"]
     unknown = "not reported"
     items = {
-        "code": ("released later, untested", f"this repository, commit {commit}"),
+        "code": (
+            "released later, untested",
+            f"this repository, commit {manifest['git']['commit']}",
+        ),
         "data": ("name only; link with the code", f"{preset['task']}, {preset['task_options']}"),
         "splits": (unknown, f"held out by a hash of the question; {splits}"),
         "prompts": (unknown, config["privileged_template"] or "the trainer's own template"),
@@ -163,13 +163,18 @@ def open_items(manifest: Mapping[str, Any], protocol: Protocol) -> pd.DataFrame:
         "choice of checkpoint": (unknown, "the last one, always"),
         "seeds": (unknown, f"{manifest['seeds']}; the table takes any number of them"),
         "versions": (unknown, ", ".join(f"{name} {packages[name]}" for name in versions)),
-        "evaluation tool": (unknown, f"{protocol.package} {protocol.version}"),
-        "evaluation prompts": (unknown, protocol.prompt),
-        "evaluation sampling": ("not reported; the script's validation", sampling),
-        "images": (unknown, f"{low:,} to {high:,} pixels" if high else "none"),
-        "graders": (unknown, protocol.grader),
         "held-out sampling": (unknown, str(manifest["evaluation"])),
         "intervals": ("none", "95 %: over questions for one seed, over seeds for several"),
         "what r is": ("only said to be available", "the final answer, in training alone"),
     }
+    if protocol:
+        sampling = ", ".join(f"{name} {value}" for name, value in protocol.sampling.items())
+        low, high = protocol.image_area or (0, 0)
+        items |= {
+            "evaluation tool": (unknown, f"{protocol.package} {protocol.version}"),
+            "evaluation prompts": (unknown, protocol.prompt),
+            "evaluation sampling": ("not reported; the script's validation", sampling),
+            "images": (unknown, f"{low:,} to {high:,} pixels" if high else "none"),
+            "graders": (unknown, protocol.grader),
+        }
     return pd.DataFrame.from_dict(items, orient="index", columns=["the paper", "this run"])
