@@ -1,25 +1,67 @@
-"""The paper's empirical claims as rules over run directories, and the table of verdicts on them.
+"""The paper's empirical claims as rules over run directories, and the verdicts on them.
 
-Numbers are the paper's own from `paper_numbers`; thresholds that the paper does not give are ours
-and stand in each claim's rule.
+A claim has parts: a number per seed, and the range in which the claim puts it. Student's 95 %
+interval of the mean over seeds decides: inside the range the part holds, outside it fails, across a
+border it is open. Thresholds that the paper does not give are ours and stand in a claim's rule.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf, nan
 
 import pandas as pd
 
+from rlsd_lib.measure.intervals import Interval, student_interval
 from rlsd_lib.report import paper_numbers as paper
 from rlsd_lib.report.tables import DASH, LAST, NO_VALUES, Arms, Table, source_notes
-from rlsd_lib.report.verdicts import Part, verdict
 from rlsd_lib.runs.records import Runs
 
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+NOT_SETTLED, NO_RUNS, NOT_TESTABLE = "not settled", "no runs", "not testable at this scale"
 MARGIN = 0.02  # accuracy or leak rate: the size of the paper's gain of RLSD over GRPO
 ACCURACY, REWARD = "accuracy_after", "reward"
 LEAK, DIVERGENCE = "rewards/leak/mean", "rlsd/divergence"
 VARIANTS = ("opsd", "opsd_teacher_top1", "opsd_student_top1")  # the paper's order of severity
 PEAK = (10, 20)  # steps
+
+
+@dataclass
+class Part:
+    """One number per seed, and where the claim puts its mean: low < mean < high.
+
+    Seeds without a number (NaN, because only one side of a comparison has them) do not count.
+    `slack` widens the interval at both ends by what each value leaves open by itself, where seeds
+    that agree would hide it: no leak in 24 completions is no proof of none in a thousand. `why_not`
+    says why runs of this kind cannot measure it, whatever their number.
+    """
+
+    name: str
+    values: pd.Series
+    low: float = -inf
+    high: float = inf
+    slack: float = 0.0
+    why_not: str = ""
+
+    def __post_init__(self) -> None:
+        self.values = self.values.dropna()
+
+    def estimate(self) -> Interval:
+        """Return the mean over seeds with its interval, NaN where nothing was measured."""
+        mean, low, high = student_interval(self.values) if len(self.values) else (nan, nan, nan)
+        return Interval(mean, low - self.slack, high + self.slack)
+
+    def holds(self) -> bool | None:
+        """Return True or False where the interval over seeds decides, else None."""
+        _, low, high = self.estimate()  # NaN, of one seed or none, is on no side of a border
+        if low > self.low and high < self.high:
+            return True
+        return False if high < self.low or low > self.high else None
+
+    def __str__(self) -> str:
+        if self.values.empty:
+            return f"{self.name}: {self.why_not or NO_RUNS}"
+        return f"{self.name}: {self.estimate():.3f}, n={len(self.values)}"
 
 
 @dataclass(frozen=True)
@@ -30,6 +72,21 @@ class Claim:
     paper: str
     rule: str
     parts: Callable[[Arms], list[Part]]
+
+
+def verdict(parts: list[Part]) -> str:
+    """Return what the parts of a claim say together.
+
+    reproduced: every part holds; not reproduced: a part fails; not settled: otherwise, for an
+    interval contains the border or there is one seed only; not testable at this scale: runs of this
+    kind cannot measure any part; no runs: none says anything about it.
+    """
+    if all(part.values.empty for part in parts):
+        return NOT_TESTABLE if any(part.why_not for part in parts) else NO_RUNS
+    found = [part.holds() for part in parts]
+    if False in found:
+        return NOT_REPRODUCED
+    return REPRODUCED if all(found) else NOT_SETTLED
 
 
 def claims_table(lab: Runs, real: Runs) -> Table:
@@ -93,9 +150,8 @@ def _early(arms: Arms) -> list[Part]:
 
 def _peak(arms: Arms) -> list[Part]:
     if 0 < arms.length < PEAK[1] + LAST:
-        return [
-            Part("opsd", NO_VALUES, why_not=f"{arms.length} steps end before a fall could show")
-        ]
+        why_not = f"{arms.length} steps end before a fall could show"
+        return [Part("opsd", NO_VALUES, why_not=why_not)]
     peak = {method: arms.mean(method, REWARD, *PEAK) for method in ("opsd", "rlsd")}
     change = {method: arms.end(method, REWARD) - peak[method] for method in peak}
     return [
@@ -108,9 +164,7 @@ def _peak(arms: Arms) -> list[Part]:
 def _leak_order(arms: Arms) -> list[Part]:
     end = {method: arms.end(method, LEAK) for method in VARIANTS}
     growth = {f"{m}, end - start": end[m] - arms.start(m, LEAK) for m in VARIANTS}
-    order = {
-        f"{worse} - {milder}": end[worse] - end[milder] for worse, milder in pairwise(VARIANTS)
-    }
+    order = {f"{worse} - {mild}": end[worse] - end[mild] for worse, mild in pairwise(VARIANTS)}
     return [Part(name, values, low=0.0) for name, values in {**growth, **order}.items()]
 
 

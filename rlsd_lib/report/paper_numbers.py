@@ -38,9 +38,6 @@ def table_2() -> pd.DataFrame:
 
 def figure_1b() -> pd.DataFrame:
     """Figure 1b: GRPO at 200 and at 400 steps and RLSD at 200, a row each."""
-    rows = {
-        "grpo, 200 steps": table_2().loc["grpo", list(FIGURE_1B)],
-        "grpo, 400 steps": pd.Series(FIGURE_1B),
-        "rlsd, 200 steps": table_2().loc["rlsd", list(FIGURE_1B)],
-    }
-    return pd.DataFrame(rows).T
+    figure = table_2().loc[["grpo", "rlsd"], list(FIGURE_1B)].rename("{}, 200 steps".format)
+    figure.loc["grpo, 400 steps"] = FIGURE_1B
+    return figure.sort_index()

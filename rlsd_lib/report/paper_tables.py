@@ -7,7 +7,7 @@ own recipe (`40_qwen3_vl`, `41_qwen3_text`).
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -68,21 +68,17 @@ def _percent(shares: pd.Series) -> str:
     return f"{student_interval(100 * shares):.1f}" if len(shares) else DASH
 
 
-class Comparison(NamedTuple):
-    """Per cent, as text: a row per method, the paper's and our column per benchmark; our sources."""
+def compare(
+    runs: Runs, names: Sequence[str], preset: str, own: Path | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return Table 2 for the benchmarks `names`, their average and the held-out split; its sources.
 
-    table: pd.DataFrame
-    sources: pd.DataFrame  # COLUMNS, one row for each run and number that stands in the table
-
-
-def compare(runs: Runs, names: Sequence[str], preset: str, own: Path | None = None) -> Comparison:
-    """Return Table 2 for the benchmarks `names`, their average and the held-out split.
-
-    Runs of one preset are taken; one whose settings differ from it (overrides, control, number of
-    steps) has a row of its own. A cell is the mean over seeds with its 95 % Student interval, or
-    one seed's share with its interval over questions. The untrained model's held-out number is
-    taken of every run that leaves model, task and sampling as the preset has them, once per seed.
-    `own` is a run that has written its metrics and is not closed yet.
+    The table is per cent, as text: a row per method, the paper's and our column per benchmark. The
+    sources have `COLUMNS`, a row for each run and number in the table. Runs of one preset are
+    taken; one whose settings differ from it has a row of its own. A cell is the mean over seeds
+    with its 95 % Student interval, or one seed's share with its interval over questions. The
+    untrained model's held-out number is taken of every run that leaves model, task and sampling as
+    the preset has them, once per seed. `own` is a run with metrics that is not closed yet.
     """
     wanted = {**{name: PREFIX + name for name in names}, HELD_OUT: "accuracy_after"}
     cells = []
@@ -106,7 +102,7 @@ def compare(runs: Runs, names: Sequence[str], preset: str, own: Path | None = No
         printed = paper.get(name, NO_VALUES).map("{:.2f}".format)
         table[name, "paper"] = [printed.get(row, DASH) for row in rows]
         table[name, "ours"] = [_ours(found[found["row"] == row], name, names) for row in rows]
-    return Comparison(pd.DataFrame(table, index=rows), found.reset_index(drop=True))
+    return pd.DataFrame(table, index=rows), found.reset_index(drop=True)
 
 
 def _source(run: pd.Series, row: str, column: str, key: str) -> tuple[Any, ...]:
@@ -118,7 +114,7 @@ def _ours(found: pd.DataFrame, name: str, names: Sequence[str]) -> str:
     """A method's number with its interval, or a dash; an average only of all benchmarks."""
     if name == AVERAGE:
         means = found[found["column"].isin(names)].groupby("column")["value"].mean()
-        return f"{100 * means.mean():.2f}" if len(means) == len(names) else DASH
+        return f"{100 * means.mean():.2f}" if len(means) == len(names) > 0 else DASH
     cells = 100 * found.loc[found["column"] == name, ["value", "low", "high"]].astype(float)
     if cells.empty:
         return DASH

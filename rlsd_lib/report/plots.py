@@ -8,6 +8,7 @@ place, so that a print in grey can be read too.
 import textwrap
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -77,13 +78,12 @@ def before_after(runs: Runs) -> Figure:
     colours = _colours(data["arm"])
     for place, (name, colour) in enumerate(colours.items()):
         chosen = data[data["arm"] == name]
-        for number, (_, run) in enumerate(chosen.iterrows()):
-            x = place + 0.5 * (number - (len(chosen) - 1) / 2) / len(chosen)
-            for columns, at, face in ((before, x - 0.06, "white"), (after, x + 0.06, colour)):
-                mean, low, high = run[columns]
-                # vlines, not errorbar: an interval need not contain its estimate.
-                axes.vlines(at, low, high, color=colour, linewidth=1.5)
-                axes.plot([at], [mean], "o", color=colour, markerfacecolor=face, markersize=6)
+        places = place + 0.5 * ((np.arange(len(chosen)) + 0.5) / len(chosen) - 0.5)
+        for columns, xs, face in ((before, places - 0.06, "white"), (after, places + 0.06, colour)):
+            mean, low, high = (chosen[column] for column in columns)
+            # vlines, not errorbar: an interval need not contain its estimate.
+            axes.vlines(xs, low, high, color=colour, linewidth=1.5)
+            axes.plot(xs, mean, "o", color=colour, markerfacecolor=face, markersize=6)
     turned = {"rotation": 30, "ha": "right"} if len(colours) > 4 else {}
     axes.set_xticks(range(len(colours)), list(colours), **turned)
     axes.set(ylabel="accuracy", xlim=(-0.6, len(colours) - 0.4))
@@ -128,7 +128,17 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     with sns.axes_style("whitegrid"):
         panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
-        _leak_panel(axes, data[data["measure"] == measure], colours)
+        rows = data[data["measure"] == measure]
+        base, model = (rows[rows["of"] == of] for of in ("base", "model"))
+        axes.axvspan(base["low"].min(), base["high"].max(), color="0.85", label="base model")
+        if model["null"].notna().any():  # an accuracy has none
+            null = model["null"].mean()
+            axes.axvline(null, color="0.3", linestyle="--", linewidth=1, label="null")
+        for place, (name, colour) in enumerate(colours.items()):
+            chosen = model[model["arm"] == name]
+            heights = place + 0.6 * ((np.arange(len(chosen)) + 0.5) / len(chosen) - 0.5)
+            axes.hlines(heights, chosen["low"], chosen["high"], color=colour, linewidth=1.2)
+            axes.plot(chosen["mean"], heights, "o", color=colour, markersize=4)
         axes.set_title(measure, loc="left", fontsize=10)
         axes.set(xlabel="nats" if measure == "evidence" else "share")
     labels = [textwrap.fill(str(name), 34) for name in colours]
@@ -137,19 +147,6 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="upper right", ncols=2)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
-
-
-def _leak_panel(axes: Axes, rows: pd.DataFrame, colours: dict[object, Colour]) -> None:
-    base, model = (rows[rows["of"] == of] for of in ("base", "model"))
-    axes.axvspan(base["low"].min(), base["high"].max(), color="0.85", label="base model")
-    if model["null"].notna().any():  # an accuracy has none
-        axes.axvline(model["null"].mean(), color="0.3", linestyle="--", linewidth=1, label="null")
-    for place, (name, colour) in enumerate(colours.items()):
-        chosen = model[model["arm"] == name]
-        for number, (_, run) in enumerate(chosen.iterrows()):
-            height = place + 0.6 * ((number + 0.5) / len(chosen) - 0.5)
-            axes.hlines(height, run["low"], run["high"], color=colour, linewidth=1.2)
-            axes.plot([run["mean"]], [height], "o", color=colour, markersize=4)
 
 
 def footnote(figure: Figure, text: str) -> Figure:

@@ -66,7 +66,7 @@ def _markdown(rows: pd.DataFrame) -> str:
     if rows.empty:
         return ""
     lines = [list(rows.columns), *([_text(v) for v in row] for row in rows.values.tolist())]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
@@ -131,14 +131,13 @@ def _cell(cells: pd.DataFrame, name: str) -> str:
 
 def _warnings(cells: pd.DataFrame) -> list[str]:
     label = " ".join(str(cells.iloc[0].get(k, "")) for k in ("group", "method", "preset")).strip()
-    notes = []
-    if "seed" in cells and cells["seed"].duplicated().any():
-        notes.append(f"{label}: a seed stands more than once, so the interval is too narrow")
-    if cells["commit"].nunique(dropna=False) > 1:
-        notes.append(f"{label}: its runs come from different commits")
-    if cells["dirty"].eq(True).any():
-        notes.append(f"{label}: run from code that was not committed")
-    return notes
+    found = {
+        "a seed stands more than once, so the interval is too narrow": "seed" in cells
+        and cells["seed"].duplicated().any(),
+        "its runs come from different commits": cells["commit"].nunique(dropna=False) > 1,
+        "run from code that was not committed": cells["dirty"].eq(True).any(),
+    }
+    return [f"{label}: {warning}" for warning, holds in found.items() if holds]
 
 
 def source_notes(runs: Runs) -> list[str]:
@@ -264,22 +263,16 @@ class Arms:
 
     Plain means as the preset has it: no override, no control. Values come as a series with one
     entry per seed, empty where there is no such run, so that methods are compared seed by seed.
-
-    Args:
-        runs: what `read_runs` returns; runs that did not finish are left out.
-        preset: which preset; "" for the one that most of the plain runs have.
-
-    Attributes:
-        length: the number of steps that the method RLSD was trained for (most of its runs, else
-            most of all runs); 0 where there is no plain run.
+    `preset` is "" for the one that most of the plain runs have. The attribute `length` is the
+    number of steps of most RLSD runs, else of most runs; 0 where there is no plain run.
     """
 
     def __init__(self, runs: Runs, preset: str = "") -> None:
         self.runs = runs
         needed = pd.Index(["status", "parameters", "method", "preset", "steps", "seed", "path"])
         frame = runs.runs.reindex(columns=runs.runs.columns.union(needed, sort=False))
-        plain = frame["parameters"].map(_is_plain).astype(bool)
-        frame = frame[is_finished(frame) & plain & frame["steps"].notna()]
+        frame = frame[is_finished(frame) & frame["steps"].notna()]
+        frame = frame.loc[[settings(p).keys() <= {"max_steps"} for p in frame["parameters"]]]
         self.preset = preset or _most_common(frame["preset"], "")
         self.frame = frame[frame["preset"] == self.preset]
         rlsd = self.frame[self.frame["method"] == "rlsd"]
@@ -326,11 +319,6 @@ class Arms:
         wanted = self.length if steps is None else steps
         chosen = self.frame[(self.frame["method"] == method) & (self.frame["steps"] == wanted)]
         return chosen.drop_duplicates("seed").set_index("seed").sort_index()
-
-
-def _is_plain(parameters: dict | float) -> bool:
-    """Whether a run is its preset, whatever its length; runs without parameters hold NaN."""
-    return isinstance(parameters, dict) and not settings(parameters).keys() - {"max_steps"}
 
 
 def _most_common(values: pd.Series, default: Any) -> Any:

@@ -6,17 +6,18 @@ import pandas as pd
 import pytest
 from synthetic import PAPER, flat, ramp, write_folder, write_run
 
-from rlsd_lib.report.claims import CLAIMS, claims_table
-from rlsd_lib.report.tables import Arms, together
-from rlsd_lib.report.verdicts import (
+from rlsd_lib.report.claims import (
+    CLAIMS,
     NO_RUNS,
     NOT_REPRODUCED,
     NOT_SETTLED,
     NOT_TESTABLE,
     REPRODUCED,
     Part,
+    claims_table,
     verdict,
 )
+from rlsd_lib.report.tables import Arms, together
 from rlsd_lib.runs.records import Runs, read_runs
 
 NOTHING = Runs(pd.DataFrame(), pd.DataFrame())
