@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
 def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
     # Before the import: the libraries read these when they are imported.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    from rlsd_lib.experiment.dryrun import dry_run
+    from rlsd_lib.experiment.preflight import dry_run
     from rlsd_lib.runs.parameters import unmet
 
     found = dry_run(source.stem, parameters)
@@ -118,7 +118,7 @@ def _suite(options: argparse.Namespace) -> int:
 
 
 def _check_that_they_resolve(jobs: "Sequence[Job]") -> None:
-    from rlsd_lib.experiment.dryrun import resolve
+    from rlsd_lib.experiment.preflight import resolve
     from rlsd_lib.runs.parameters import complete
 
     for job in jobs:
@@ -193,59 +193,64 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    if options.against is None and not options.sweep:
-        if options.pairs:
-            raise ValueError(
-                f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing for a preset; "
-                "add --against or --sweep"
-            )
-        from rlsd_lib.experiment.cost.bench import compare
-
-        print(compare(options.preset, options.steps, options.rounds).round(3).to_string())
-        return 0
-    from rlsd_lib.experiment.cost.contenders import Setting, contenders
-    from rlsd_lib.experiment.cost.race import report, sweep
+    from rlsd_lib.experiment.bench import clock_in_words, passes, race, sweep
+    from rlsd_lib.experiment.racers import PresetTrainers, Sizes, contenders
     from rlsd_lib.names import look_up
 
+    outputs, names = outputs_root(), options.against or list(contenders())
+    synthetic = options.against is not None or options.sweep or options.profile
+    if options.pairs and not synthetic:
+        raise ValueError(
+            f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing here; add "
+            "--against, --sweep or --profile"
+        )
     given = _parse_pairs(options.pairs)
-    known = [field.name for field in dataclasses.fields(Setting)]
-    setting = Setting(**{look_up(name, known, "size"): value for name, value in given.items()})
-    names = options.against or list(contenders())
-    if options.sweep:
-        print(sweep(setting, names, outputs_root(), options.steps).to_csv(index=False))
-    else:
-        for part in report(setting, names, options.steps, options.rounds):
+    known = [field.name for field in dataclasses.fields(Sizes)]
+    sizes = Sizes(**{look_up(name, known, "size"): value for name, value in given.items()})
+    if options.profile:
+        from rlsd_lib.experiment.profile import profile_teacher_pass
+
+        for part in profile_teacher_pass(sizes, outputs / "profiles" / "teacher_pass.json"):
             print(part, flush=True)
+        return 0
+    if options.sweep:
+        print(sweep(sizes, names, outputs, options.steps).to_csv(index=False))
+        return 0
+    if options.gpu:
+        from rlsd_lib.experiment.gpu import bench_gpu
+
+        what, table = "bench --gpu", bench_gpu(outputs)
+    elif synthetic:
+        what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
+        print(f"{sizes}\n{clock_in_words()}\n")
+        print(passes(sizes, options.rounds).map("{:.5g}".format).to_string() + "\n", flush=True)
+        table = race(sizes, names, options.steps, options.rounds)
+    else:
+        what = f"bench --preset {options.preset}"
+        table = race(
+            PresetTrainers(options.preset), ("GRPO", "RLSD"), options.steps, options.rounds
+        )
+    print(table.to_string(float_format="{:.3f}".format))
+    if options.record:
+        from rlsd_lib.experiment.machines import record
+
+        print(record(what, table, outputs / "tables" / "machines"))
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from rlsd_lib.experiment.cost.plan import (
-        SETTING_FIELDS,
-        SPEED_FIELDS,
-        describe,
-        make_plan,
-        setting_of,
-        shape_named,
-    )
-    from rlsd_lib.experiment.cost.step import Speed
+    from rlsd_lib.experiment.plan import FIELDS, describe, plan_of
     from rlsd_lib.experiment.presets import PRESETS
     from rlsd_lib.names import look_up
 
     given = _parse_pairs(options.pairs)
     for name in given:
-        look_up(name, (*SETTING_FIELDS, *SPEED_FIELDS), "setting")
-    speed = Speed(**{name: given.pop(name) for name in SPEED_FIELDS if name in given})
+        look_up(name, FIELDS, "setting")
     gpus = options.gpus * options.nodes
     preset = dataclasses.asdict(PRESETS[look_up(options.preset, PRESETS, "preset")])
-    sharding = options.sharding or ("fsdp2" if preset.get("accelerate") else "ddp")
-    setting = setting_of(
-        preset,
-        shape=shape_named(preset["model"]),
-        gpus=gpus,
-        changes={"sharding": sharding if gpus > 1 else "ddp", **given},
-    )
-    plan = make_plan(setting, gpu_memory=options.gpu_memory, speed=speed)
+    sharding = {"sharding": options.sharding if gpus > 1 else "ddp"} if options.sharding else {}
+    changes = {"gpu_memory": options.gpu_memory, **sharding, **given}
+    plan = plan_of(preset, gpus=gpus, measured=options.measured, **changes)
     print(describe(plan, f"{options.preset}: {preset['model']}"))
     return 0
 
@@ -317,6 +322,8 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node")
     plan.add_argument("--nodes", type=int, default=1, metavar="N")
     plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU")
+    measured = "speeds of `rlsd bench --gpu` (default: outputs/tables/bench_gpu.csv if there)"
+    plan.add_argument("--measured", type=Path, metavar="CSV", help=measured)
     plan.add_argument("--sharding", default="", help="ddp, fsdp2 or zero3 (default: the preset's)")
     _add_pairs(plan, "a setting or speed, such as max_completion_length or mfu")
 
@@ -331,6 +338,9 @@ def parser() -> argparse.ArgumentParser:
         help="instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)",
     )
     bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
+    bench.add_argument("--gpu", action="store_true", help="models of real size, beside their plans")
+    bench.add_argument("--profile", action="store_true", help="where the teacher pass takes time")
+    bench.add_argument("--record", action="store_true", help="add it to outputs/tables/machines")
     _add_pairs(bench, "a size of the synthetic rollouts, such as prompt=1024")
     return words
 

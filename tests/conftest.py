@@ -64,3 +64,13 @@ def make_notebook(tmp_path: Path) -> NotebookMaker:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One place for all workers of this session, so that the small lab is pretrained once.
+
+    Of this session alone: what earlier code wrote must not pass for the work of today's.
+    """
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-outputs"

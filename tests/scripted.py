@@ -80,8 +80,8 @@ class Scripted(nn.Module):
             )
         )
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
-        for _step in range(max_new_tokens):
+    def generate(self, input_ids: Tensor, generation_config: GenerationConfig, **_: Any) -> Tensor:
+        for _step in range(generation_config.max_new_tokens):
             laws = torch.stack([self.logits(row) for row in input_ids.tolist()]).exp()
             input_ids = torch.cat([input_ids, torch.multinomial(laws, 1)], dim=1)
         return input_ids

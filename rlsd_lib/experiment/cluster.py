@@ -47,7 +47,9 @@ class ClusterRun:
         seconds = time.monotonic() - begun
         if self.process.returncode == 0:
             return Outcome(job, "done", seconds)
-        _close_killed(job, self.process.returncode)
+        # Only on this host can be seen that the process of the run was killed.
+        if state_of(job.run_dir) == "running/killed" and manifest_or_none(job.run_dir):
+            Run.attach(job.run_dir).fail(f"killed, exit status {self.process.returncode}")
         return Outcome(job, "failed", seconds, said)
 
     def checkpoint(self, job: Job, if_exists: str) -> submitit.helpers.DelayedSubmission:
@@ -58,12 +60,6 @@ class ClusterRun:
             while _lives(self.process.pid):
                 time.sleep(TICK_SECONDS)
         return submitit.helpers.DelayedSubmission(ClusterRun(), job, "resume")
-
-
-def _close_killed(job: Job, code: int) -> None:
-    """Mark a run failed whose process was killed: only on this host can that be seen."""
-    if state_of(job.run_dir) == "running/killed" and manifest_or_none(job.run_dir):
-        Run.attach(job.run_dir).fail(f"killed, exit status {code}")
 
 
 def _lives(pid: int) -> bool:
@@ -120,18 +116,16 @@ def _work(
                 with executor.batch():  # one array job on SLURM
                     sent = [executor.submit(ClusterRun(), job, if_exists) for job in wave]
                 running += zip(wave, sent, strict=True)
-            for pair in [pair for pair in running if pair[1].done()]:
-                running.remove(pair)
-                yield _outcome(*pair)
+            for done in [pair for pair in running if pair[1].done()]:
+                running.remove(done)
+                job, submitted = done
+                try:
+                    outcome = submitted.result()
+                except Exception as error:  # the job's own traceback, or that it never ended
+                    said = f"{type(error).__name__}: {str(error)[-2000:]}"
+                    outcome = Outcome(job, "failed", error=said)
+                yield outcome
             time.sleep(TICK_SECONDS)
     finally:
         for _, submitted in running:
             submitted.cancel()
-
-
-def _outcome(job: Job, submitted: submitit.Job) -> Outcome:
-    """What a job returned, or why it returned nothing."""
-    try:
-        return submitted.result()
-    except Exception as error:  # the job's own traceback, or that it never ended
-        return Outcome(job, "failed", error=f"{type(error).__name__}: {str(error)[-2000:]}")

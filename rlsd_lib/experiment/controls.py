@@ -1,13 +1,13 @@
-"""Controls: what the teacher is shown instead of the true reference.
+"""Controls: what the teacher reads instead of the true reference.
 
 A credit signal that survives a wrong reference does not come from the reference. Each control
-changes what the teacher is shown and nothing else, so it can be put on any method with a teacher
+changes what the teacher reads and nothing else, so it can be put on any method with a teacher
 that sees the reference.
 """
 
 import random
 import string
-from typing import Any
+from collections.abc import Callable
 
 from datasets import Dataset
 
@@ -15,7 +15,7 @@ from rlsd_lib.methods import METHODS, PRIVILEGED
 from rlsd_lib.names import look_up
 from rlsd_lib.prompts import COLUMN
 
-PLAIN_TEMPLATE = "{prompt}{privileged_context}"
+PLAIN_TEMPLATE = "{prompt}{privileged_context}"  # of the teacher under "empty"
 
 CONTROLS: dict[str, str] = {
     "none": "the row's own reference",
@@ -23,7 +23,6 @@ CONTROLS: dict[str, str] = {
     "wrong": "the row's own reference with one digit changed; another row's if it has no digit",
     "noise": "random characters, as many as the reference has and of the same kind",
     "empty": "nothing, in a plain template: teacher and student see the same, the gap must be 0",
-    "peer": "a successful rollout of the same group, as SDPO shows; nothing where there is none",
 }
 
 
@@ -33,17 +32,15 @@ def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
     Raises:
         ValueError: for an unknown control, or references that it cannot change.
     """
-    look_up(control, CONTROLS, "control")
-    if control in ("none", "peer"):  # peers are known when rollouts are: see `control_overrides`
+    if look_up(control, CONTROLS, "control") == "none":
         return data
-    rng = random.Random(seed)
-    texts = data[COLUMN][:]
-    changed = {
+    change = {
         "shuffled": _shuffled,
         "wrong": _wrong,
         "noise": lambda texts, rng: [_noise(text, rng) for text in texts],
         "empty": lambda texts, rng: [""] * len(texts),
-    }[control](texts, rng)
+    }[control]
+    changed = change(data[COLUMN][:], random.Random(seed))
     return data.remove_columns(COLUMN).add_column(COLUMN, changed)
 
 
@@ -55,7 +52,7 @@ def check_control(control: str, method: str) -> None:
     """
     look_up(control, CONTROLS, "control")
     sees = METHODS[look_up(method, METHODS, "method")].teacher_sees
-    if control not in ("none", "peer") and sees != PRIVILEGED:  # a peer has `RLSDConfig`
+    if control != "none" and sees != PRIVILEGED:
         fitting = [name for name, row in METHODS.items() if row.teacher_sees == PRIVILEGED]
         raise ValueError(
             f"control={control!r} means nothing for method={method!r}, whose teacher reads no "
@@ -63,28 +60,12 @@ def check_control(control: str, method: str) -> None:
         )
 
 
-def control_overrides(control: str) -> dict[str, Any]:
-    """The `RLSDConfig` fields that a control sets. Raises ValueError for an unknown control."""
-    return {"peer_context": True} if look_up(control, CONTROLS, "control") == "peer" else {}
-
-
-def control_template(control: str, template: str | None) -> str | None:
-    """The template of a run under a control: plain for "empty", the task's own otherwise."""
-    return PLAIN_TEMPLATE if control == "empty" else template
-
-
 def _shuffled(texts: list[str], rng: random.Random) -> list[str]:
     """Another row's reference for every row, never one that reads the same."""
     distinct = sorted(set(texts))
     if len(distinct) < 2:
         raise ValueError("control='shuffled' needs at least two different references.")
-    return [_another(text, distinct, rng) for text in texts]
-
-
-def _another(text: str, distinct: list[str], rng: random.Random) -> str:
-    while (other := rng.choice(distinct)) == text:
-        pass
-    return other
+    return [_another(text, lambda: rng.choice(distinct)) for text in texts]
 
 
 def _wrong(texts: list[str], rng: random.Random) -> list[str]:
@@ -110,14 +91,18 @@ def _noise(text: str, rng: random.Random) -> str:
     """Other characters of the same kinds; never the reference itself."""
     if not any(char.isalnum() for char in text):
         raise ValueError(f"control='noise' needs a letter or a digit to change in {text!r}.")
-    noise = text
-    while noise == text:
-        noise = "".join(rng.choice(_kind(char)) if char.isalnum() else char for char in text)
-    return noise
+    return _another(text, lambda: "".join(_alike(char, rng) for char in text))
 
 
-def _kind(char: str) -> str:
-    """Digits, or letters of the same case."""
-    if char.isdigit():
-        return string.digits
-    return string.ascii_uppercase if char.isupper() else string.ascii_lowercase
+def _alike(char: str, rng: random.Random) -> str:
+    """A random digit for a digit, a random letter of the same case for a letter."""
+    if not char.isalnum():
+        return char
+    letters = string.ascii_uppercase if char.isupper() else string.ascii_lowercase
+    return rng.choice(string.digits if char.isdigit() else letters)
+
+
+def _another(text: str, draw: Callable[[], str]) -> str:
+    while (other := draw()) == text:
+        pass
+    return other

@@ -9,6 +9,7 @@
 Everything is written under `experiment.run.path`.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,42 +17,39 @@ from typing import Any
 
 import pandas as pd
 import torch
-from IPython import get_ipython
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import PreTrainedModel, PrinterCallback
 
-from rlsd_lib.experiment import shown, training
-from rlsd_lib.experiment.controls import apply_control, control_template
-from rlsd_lib.experiment.launch import accelerate_config
-from rlsd_lib.experiment.presets import resolve_parameters, resolve_preset
+from rlsd_lib.experiment.controls import apply_control
+from rlsd_lib.experiment.launch import accelerate_config, run_workers
+from rlsd_lib.experiment.presets import RunParameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
 from rlsd_lib.measure import rollouts as lens
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
-from rlsd_lib.measure.leakage import phrase_leakage
-from rlsd_lib.methods import PROMPT
-from rlsd_lib.prompts import COLUMN
+from rlsd_lib.measure.intervals import share_interval
+from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
+from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
+from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
-from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.lengths import within
 from rlsd_lib.tasks.models import Loaded, load_model
+from rlsd_lib.trainer.checkpoints import last_checkpoint
 from rlsd_lib.trainer.trainer import RLSDTrainer
+
+# Of these, metrics.json keeps the mean over the last ten steps; of everything under rlsd/, the mean
+# over the steps with a teacher pass.
+LAST_MEANS = ("reward", "rewards/leak/mean", "entropy", "completions/mean_length")
 
 
 class Experiment:
     """One run: resolved before anything is computed, then evaluated, trained, evaluated, written.
 
     Args:
-        method: a key of `METHODS`.
-        preset: a key of `PRESETS`.
-        seed: order of rows, sampling, and evaluation draws; the rows themselves are the preset's.
-        max_steps: -1 for the preset's.
-        overrides: any `RLSDConfig` fields.
-        control: a key of `CONTROLS`, applied to what the teacher is shown.
-        num_processes: processes to train on, which share the batch of one; see `launch`.
-        run_dir: where everything is written; "" for the default directory.
         notebook: the notebook that runs this, for the manifest.
         if_exists: as in `Run.start`.
+        parameters: the fields of `RunParameters`; `method` and `preset` are required.
 
     Raises:
         ValueError: for unknown names or bad values, before a run directory is claimed.
@@ -60,39 +58,20 @@ class Experiment:
     """
 
     def __init__(
-        self,
-        *,
-        method: str,
-        preset: str,
-        seed: int = 0,
-        max_steps: int = -1,
-        overrides: Mapping[str, Any] | None = None,
-        control: str = "none",
-        num_processes: int = 1,
-        run_dir: str = "",
-        notebook: str | None = None,
-        if_exists: str = "raise",
+        self, *, notebook: str | None = None, if_exists: str = "raise", **parameters: Any
     ) -> None:
-        parameters = {
-            "method": method,
-            "preset": preset,
-            "seed": seed,
-            "max_steps": max_steps,
-            "overrides": dict(overrides or {}),
-            "control": control,
-            "num_processes": num_processes,
-        }
+        self.parameters = RunParameters(**parameters)
         # Resolved once into nowhere, so that a bad value costs no directory.
-        resolve_parameters(parameters, Path("unused"), None, num_processes)
-        if num_processes > 1:
-            accelerate_config(resolve_preset(preset, parameters["overrides"])[0].accelerate)
+        resolved = self.parameters.resolve(processes=self.parameters.num_processes)
+        if self.parameters.num_processes > 1:
+            accelerate_config(resolved.preset.accelerate)
         self.run = Run.start(
-            run_dir,
-            parameters={**parameters, "run_dir": run_dir},
+            self.parameters.run_dir,
+            parameters=asdict(self.parameters),
             notebook=notebook,
             if_exists=if_exists,
         )
-        self._prepare(parameters)
+        self._prepare()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         if self.teacher_model is not None:
             self.teacher_model.to(self.model.device)
@@ -117,87 +96,75 @@ class Experiment:
         """
         self = cls.__new__(cls)
         self.run = Run.attach(run_dir)
-        parameters = self.run.manifest["parameters"]
-        self._prepare(parameters, parameters["num_processes"])
+        self.parameters = RunParameters.of(self.run.manifest["parameters"])
+        self._prepare(self.parameters.num_processes)
         return self
 
-    def _prepare(self, parameters: Mapping[str, Any], sharing: int = 1) -> None:
-        """Load models and rows, and resolve the configuration for one of `sharing` processes."""
-        self.method, self.seed = parameters["method"], parameters["seed"]
-        self.preset, _ = resolve_preset(parameters["preset"], parameters["overrides"])
-        control = parameters["control"]
-        self.num_processes = parameters["num_processes"]
+    def _prepare(self, processes: int = 1) -> None:
+        """Load models and rows, and resolve the configuration of one of `processes`."""
+        method, seed, control = (getattr(self.parameters, k) for k in ("method", "seed", "control"))
+        self.preset, _ = resolve_preset(self.parameters.preset, self.parameters.overrides)
         self.metrics: dict[str, Any] = {}
-        self.cache = paths.outputs_root() / "cache"
-        # A processor, where the model sees images.
+        # A processor in the tokenizer's place, where the model sees images.
         self.model, self.tokenizer = self._load(self.preset.model, self.preset.model_options)
-        self.task = load_task(
-            self.preset.task,
-            train_size=self.preset.train_size,
-            test_size=self.preset.test_size,
-            seed=self.preset.data_seed,
-            **{**self.preset.task_options, **self.preset.task_by_method.get(self.method, {})},
-        )
-        template = control_template(control, self.task.privileged_template)
-        folder = self.run.path / "checkpoints"
-        self.config = resolve_parameters(parameters, folder, template, sharing)
+        task = self.preset.load_task(method)
+        self.config = self.parameters.resolve(
+            self.run.path / "checkpoints", template=task.privileged_template, processes=processes
+        ).config
         self.prompts_too_long = 0
         if limit := self.preset.max_prompt_length:
             how = {"chat_template_kwargs": self.config.chat_template_kwargs}
-            self.task, self.prompts_too_long = within(self.task, self.tokenizer, limit, **how)
+            task, self.prompts_too_long = within(task, self.tokenizer, limit, **how)
         # On both sides: what the notebooks show of the teacher is what the run does.
-        sides = {name: getattr(self.task, name) for name in ("train", "test")}
-        controlled = {name: apply_control(rows, control, self.seed) for name, rows in sides.items()}
-        self.task = replace(self.task, **controlled)
-        self.teacher_model = self._external_teacher()
+        train, test = (apply_control(rows, control, seed) for rows in (task.train, task.test))
+        self.task = replace(task, train=train, test=test)
+        self.teacher_model: PreTrainedModel | None = None
+        if self.config.row.teacher_sees == PROMPT:
+            teacher = self.preset.teacher_model, self.preset.teacher_options
+            self.teacher_model, _ = self._load(*teacher)
+
+    def _load(self, name: str, options: Mapping[str, Any]) -> Loaded:
+        cache = paths.outputs_root() / "cache"
+        return load_model(name, cache, sees_images=self.preset.sees_images, **options)
 
     def summary(self) -> pd.DataFrame:
         """What decides this run, in a few lines."""
-        return shown.summary(self)
+        config, processes = self.config, self.parameters.num_processes
+        teacher = config.teacher_model_kind if config.uses_teacher else "none"
+        facts = {
+            "method": f"{config.method}: {config.row.summary}",
+            "preset": self.preset.summary,
+            "rollouts per step": config.generation_batch_size,
+            "rollouts per prompt": config.num_generations,
+            "steps": config.max_steps,
+            "learning rate": config.learning_rate,
+            "teacher": self.preset.teacher_model if self.teacher_model is not None else teacher,
+        }
+        if config.row.evidence is not None:  # the others have no weight
+            steps = config.lambda_decay_steps
+            facts["lambda"] = f"{config.lambda_init}{f' over {steps} steps' if steps else ''}"
+            facts["epsilon_w"] = str(config.epsilon_w)
+        facts["parameters"] = f"{self.model.num_parameters():,}"
+        facts |= {"processes": processes} if processes > 1 else {}
+        facts["run directory"] = self.run.path.name
+        return pd.Series(facts, name="value").to_frame()
 
     def prompts(self, row: int = 0) -> pd.DataFrame:
         """What student and teacher read for test problem `row`, side by side."""
-        return shown.prompts(self, row)
-
-    def look_at_mixed(self, first: int = 0, rows: int = 20, **changes: Any) -> list[lens.Rollout]:
-        """The first group from `first` on in which some rollouts succeed and some fail.
-
-        Such a group is what a policy gradient learns from. Two of each kind come first. Falls
-        through to the last group looked at when all agree.
-        """
-        for row in range(first, min(first + rows, len(self.task.test))):
-            group = self.look(row, **changes)
-            if len({rollout.reward for rollout in group}) > 1:
-                break
-        ranked = sorted(group, key=lambda rollout: -rollout.reward)
-        return [ranked[0], ranked[-1], *ranked[1:-1]]
-
-    def report(self) -> pd.DataFrame:
-        """Accuracies and leak rate so far, with their 95 % intervals."""
-        keys = [key.removesuffix("_low") for key in self.metrics if key.endswith("_low")]
-        rows = [
-            (*key.rsplit("_", 1), *(self.metrics[key + end] for end in ("", "_low", "_high")))
-            for key in keys
-        ]
-        frame = pd.DataFrame(rows, columns=["measure", "when", "mean", "low", "high"])
-        return frame.sort_values("measure", kind="stable", ignore_index=True).round(3)
-
-    def look(self, row: int = 0, **changes: Any) -> list[lens.Rollout]:
-        """One group of rollouts of test problem `row` with gap, weight and credit per token."""
-        settings = {
-            "method": self.method,
-            "template": self.config.privileged_template,
-            "lam": self.config.lambda_init,
-            "epsilon_w": self.config.epsilon_w,
-            "credit": self.config.credit,
-            "max_new_tokens": self.config.max_completion_length,
-            "temperature": self.config.temperature,
-            "seed": self.seed,
-            "teacher": self.teacher_model,
-            "peer_context": self.config.peer_context,
-            "chat_template_kwargs": self.config.chat_template_kwargs,
+        problem, sees = self.task.test[row], self.config.row.teacher_sees
+        contexts = {
+            PRIVILEGED: problem[COLUMN],
+            PEER: "<a successful rollout of the same group>",
         }
-        return lens.look(self.model, self.tokenizer, self.task, row, **{**settings, **changes})
+        seen = problem["prompt"]
+        if sees in contexts:
+            seen = teacher_prompt(seen, contexts[sees], self.config.privileged_template)
+        texts = {
+            "student reads": prompt_text(problem["prompt"]),
+            "teacher reads": "(no teacher)" if sees is None else prompt_text(seen),
+            "answer": problem["answer"],
+        }
+        return pd.Series(texts, name=f"test problem {row}").to_frame()
 
     def evaluate(self, when: str) -> pd.DataFrame:
         """Accuracy, pass@k and leak rate on the held-out problems; one row per sampled completion.
@@ -209,17 +176,78 @@ class Experiment:
         once = {**settings, "num_samples": 1, "temperature": 0.0}
         # Training leaves its autocast on the model's forward; before and after must not differ.
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.bf16):
-            results = evaluate(*measured, **settings, seed=self.seed)
+            results = evaluate(*measured, **settings, seed=self.parameters.seed)
             greedy = evaluate(*measured, **once)
         # Kept per problem, so that runs can be compared problem by problem.
         self.run.add_evaluation(when, correct=per_problem(results), greedy=per_problem(greedy))
-        texts = results.loc[results["sample"] == 0, "completion"]
-        leak = phrase_leakage(texts, self.task.reference_pattern)
+        leak = share_interval(results.loc[results["sample"] == 0, "speaks_of_reference"])
         for name, value in {**accuracies(results, greedy), "leak_rate": leak}.items():
             self.metrics[f"{name}_{when}"] = value[0]
             self.metrics[f"{name}_{when}_low"] = value.low
             self.metrics[f"{name}_{when}_high"] = value.high
         return results
+
+    def _sampling(self) -> dict[str, Any]:
+        return {
+            "num_samples": self.preset.num_samples,
+            "temperature": 1.0,
+            "max_new_tokens": self.config.max_completion_length,
+            "batch_size": self.preset.evaluation_batch_size,
+            "chat_template_kwargs": self.config.chat_template_kwargs,
+        }
+
+    def report(self) -> pd.DataFrame:
+        """Accuracies and leak rate so far, with their 95 % intervals."""
+        keys = [key.removesuffix("_low") for key in self.metrics if key.endswith("_low")]
+        rows = [
+            (*key.rsplit("_", 1), *(self.metrics[key + end] for end in ("", "_low", "_high")))
+            for key in keys
+        ]
+        frame = pd.DataFrame(rows, columns=["measure", "when", "mean", "low", "high"])
+        return frame.sort_values("measure", kind="stable", ignore_index=True).round(3)
+
+    def train(self) -> pd.DataFrame:
+        """Train, from the last checkpoint if the run was resumed; returns a row per logged step.
+
+        One process trains here. Several are launched, and the trained weights are loaded back.
+
+        Raises:
+            LaunchError: a launched process failed.
+            Stopped: after a SIGTERM; a checkpoint is written, and the run can be resumed.
+        """
+        if self.parameters.num_processes == 1:
+            trained = self.train_here(save=self.preset.save_model)
+        else:
+            trained = self._train_launched()
+        self.model.eval()
+        steps, done = pd.DataFrame(trained["steps"]), trained["last"] - trained["begun"]
+        # A run that was stopped after its last step has nothing left to time.
+        seconds = trained["seconds"] / done if done else None
+        self.metrics |= {"steps": trained["last"], "seconds_per_step": seconds}
+        self.metrics |= steps[list(LAST_MEANS)].tail(10).mean().to_dict()
+        if "rlsd/gap_mean" in steps:
+            with_teacher = steps[steps["rlsd/gap_mean"].notna()]
+            self.metrics |= with_teacher.filter(like="rlsd/").mean().to_dict()
+        return steps.assign(method=self.parameters.method, path=self.run.path.name)
+
+    def train_here(self, *, save: bool) -> dict[str, Any]:
+        """Train in this process, which may be one of several; every one of them must call this.
+
+        Returns the steps `begun` after and `last` made, `seconds`, and the logged `steps`. `save`
+        leaves the trained model in the run directory. Raises Stopped like `train`.
+        """
+        trainer = self.trainer()
+        resumed = self.run.manifest["resumed"]
+        checkpoint = last_checkpoint(self.config.output_dir) if resumed else None
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if save:
+            trainer.save_model(str(self.run.path / "model"))
+        return {
+            "begun": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0,
+            "last": result.global_step,
+            "seconds": result.metrics["train_runtime"],
+            "steps": [row for row in trainer.state.log_history if "loss" in row],
+        }
 
     def trainer(self) -> RLSDTrainer:
         """The trainer of this run, which logs every step into the run directory."""
@@ -234,25 +262,44 @@ class Experiment:
             **external,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Recorder(self.run))
-        if get_ipython() is not None:
-            trainer.add_callback(LiveCurve("reward", self.method))
+        curve = LiveCurve(self.config.method, self.config.max_steps)
+        trainer.add_callback(Recorder(self.run, curve))
         return trainer
 
-    def train(self) -> pd.DataFrame:
-        """Train, from the last checkpoint if the run was resumed; returns a row per logged step.
+    def _train_launched(self) -> dict[str, Any]:
+        """Train on launched processes; this one's model waits on the CPU, then takes the weights."""
+        device, folder = self.model.device, self.run.path / "model"
+        models = [m for m in (self.model, self.teacher_model) if m is not None]
+        for model in models:
+            model.to("cpu")  # the memory of the accelerator is the workers'
+        curve = LiveCurve(self.config.method, self.config.max_steps)
+        curve.begin()
+        trained = run_workers(self.run, self.parameters.num_processes, curve.show)
+        curve.draw()
+        take_weights(self.model, folder)
+        for model in models:
+            model.to(device)
+        if not self.preset.save_model:
+            shutil.rmtree(folder)
+        return {**trained, "steps": read_lines(self.run.path / "metrics.jsonl")}
 
-        One process trains here. Several are launched, and the trained weights are loaded back.
+    def look(self, row: int = 0, **changes: Any) -> list[lens.Rollout]:
+        """One group of rollouts of test problem `row` with gap, weight and credit per token."""
+        settings = {"teacher": self.teacher_model, "seed": self.parameters.seed, **changes}
+        return lens.look(self.model, self.tokenizer, self.task, row, self.config, **settings)
+
+    def look_at_mixed(self, first: int = 0, rows: int = 20, **changes: Any) -> list[lens.Rollout]:
+        """The first group from `first` on in which some rollouts succeed and some fail.
+
+        Such a group is what a policy gradient learns from. Two of each kind come first. Falls
+        through to the last group looked at when all agree.
         """
-        if self.num_processes == 1:
-            folder = self.run.path / training.MODEL if self.preset.save_model else None
-            trained = training.train_here(self, folder)
-        else:
-            trained = training.train_launched(self)
-        self.model.eval()
-        self.metrics |= training.metrics_of(trained)
-        steps = pd.DataFrame(trained["steps"])
-        return steps.assign(method=self.method, path=self.run.path.name)
+        for row in range(first, min(first + rows, len(self.task.test))):
+            group = self.look(row, **changes)
+            if len({rollout.reward for rollout in group}) > 1:
+                break
+        ranked = sorted(group, key=lambda rollout: -rollout.reward)
+        return [ranked[0], ranked[-1], *ranked[1:-1]]
 
     def keep(self, rollouts: Sequence[lens.Rollout]) -> None:
         """Write rollouts with their token credit to samples.jsonl."""
@@ -263,20 +310,11 @@ class Experiment:
         self.run.finish(self.metrics)
         return pd.Series(self.metrics, name="value").to_frame()
 
-    def _external_teacher(self) -> PreTrainedModel | None:
-        if self.config.row.teacher_sees != PROMPT:
-            return None
-        model, _ = self._load(self.preset.teacher_model, self.preset.teacher_options)
-        return model
 
-    def _load(self, name: str, options: Mapping[str, Any]) -> Loaded:
-        return load_model(name, self.cache, sees_images=self.preset.sees_images, **options)
-
-    def _sampling(self) -> dict[str, Any]:
-        return {
-            "num_samples": self.preset.num_samples,
-            "temperature": 1.0,
-            "max_new_tokens": self.config.max_completion_length,
-            "batch_size": self.preset.evaluation_batch_size,
-            "chat_template_kwargs": self.config.chat_template_kwargs,
-        }
+def take_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Give `model` the weights that were saved in `folder`; an adapter is put into its layers."""
+    if (folder / ADAPTER_CONFIG).exists():
+        PeftModel.from_pretrained(model, folder)  # in place, as training in this process does
+    else:
+        trained = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(trained.state_dict())

@@ -1,7 +1,10 @@
 """Training on several processes: start them with accelerate, follow them, end them.
 
-The processes attach to the run directory of whoever launches them (`worker.py`), rank 0 writes the
-metrics, and the trained weights come back as a folder.
+    accelerate launch ... -m rlsd_lib.experiment.launch RUN_DIR
+
+is one of them (`main`): it attaches to the run that a notebook has begun, rebuilds the experiment
+from the manifest, and trains. Rank 0 writes the metrics; the notebook reads the trained weights from
+the run directory.
 """
 
 import json
@@ -10,24 +13,26 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
 from rlsd_lib.names import nearest
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.processes import kill_tree, on_sigterm
-from rlsd_lib.runs.records import read_lines
+from rlsd_lib.runs.records import append_lines, read_lines, write_json
 from rlsd_lib.runs.run import HANDED_ON, Run
 from rlsd_lib.trainer.faults import Stopped
 
 CONFIG = "RLSD_ACCELERATE"  # environment variable: name of a shipped config, or path of one
-LAUNCHER = "RLSD_LAUNCHER"  # environment variable: the process that the workers must not outlive
+LAUNCHER = "RLSD_LAUNCHER"  # environment variable: id of the process that no worker may outlive
 CONFIGS = Path(__file__).parent / "accelerate"
 LOG, ERRORS, RESULT = "workers.log", "worker_errors.jsonl", "training.json"
 GRACE_SECONDS = 3600  # for the last step and its checkpoint, once a SIGTERM has come
@@ -63,7 +68,7 @@ def launch_command(config: Path, num_processes: int, run_dir: Path) -> list[str]
     port = ["--main_process_port", "0"] if alone else []
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     count = ["--num_processes", str(num_processes)]
-    return [*launcher, *count, *port, "-m", "rlsd_lib.experiment.worker", str(run_dir)]
+    return [*launcher, *count, *port, "-m", "rlsd_lib.experiment.launch", str(run_dir)]
 
 
 def run_workers(
@@ -122,7 +127,7 @@ def _running(command: list[str], log: Any, folder: Path) -> Iterator[subprocess.
 
 
 def _follow(run: Run, seen: int, on_step: Callable[[Mapping[str, Any]], None]) -> int:
-    """Hand over the logged steps after `seen`; returns the last one."""
+    """Pass on the logged steps after `seen`; returns the last one."""
     file = run.path / "metrics.jsonl"
     for row in read_lines(file, torn=True) if file.exists() else ():
         if row["step"] > seen:
@@ -155,3 +160,40 @@ def _killed(log: str) -> str | None:
         return None
     name = signal.Signals(int(code[1])).name
     return f"rank {rank[1]} (process {code[2]}) was ended by {name}"
+
+
+def main(run_dir: str) -> None:
+    """Train the run in `run_dir` as one of several processes; on failure, say why in its folder."""
+    from rlsd_lib import Experiment  # only here: the experiment imports this module
+
+    _end_with_launcher()
+    folder, rank = Path(run_dir).resolve(), int(os.environ.get("RANK", 0))
+    try:
+        trained = Experiment.attach(folder).train_here(save=True)
+    except Exception as error:
+        line = {"rank": rank, "kind": type(error).__name__, "message": str(error)}
+        append_lines(folder / ERRORS, [line])
+        raise
+    if rank == 0:
+        del trained["steps"]  # metrics.jsonl has them
+        write_json(folder / RESULT, trained)
+
+
+def _end_with_launcher() -> None:
+    """End this process when the one that launched accelerate is gone, however that one was killed."""
+    # Unset on other machines, where a shell starts accelerate and ends it.
+    if LAUNCHER in os.environ:
+        family = os.getppid(), int(os.environ[LAUNCHER])
+        threading.Thread(target=_watch, args=family, daemon=True).start()
+
+
+def _watch(parent: int, launcher: int) -> None:
+    """Kill this process once `parent` or its parent `launcher` is gone: orphans get another one."""
+    with suppress(psutil.NoSuchProcess):
+        while os.getppid() == parent and psutil.Process(parent).ppid() == launcher:
+            time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

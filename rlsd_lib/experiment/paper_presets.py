@@ -1,58 +1,13 @@
-"""What a preset is, and the presets of real size: the paper's experiment and its text sibling.
+"""The presets of real size as rows of `Preset`: the paper's experiment and its text sibling.
 
 Two presets replicate the paper: `qwen3-vl-8b` as its text (arXiv 2604.03128 v2) prints it, and
 `qwen3-vl-8b-script` as the launch script of its released code sets it. `differences` tabulates
 what is not the same. Nothing here was run at this size.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One row of the presets table.
-
-    `training` holds `RLSDConfig` fields, and `by_method` those that differ for a method;
-    `task_options` and `task_by_method` likewise for `load_task`. `num_samples` completions per
-    held-out problem are drawn at temperature 1 for each accuracy. `data_seed` fixes the rows, so
-    that runs with different seeds share train and test problems and differ in order and sampling
-    only. `teacher_options` make the external teacher of `opd`.
-
-    `rollouts_per_step` (0: whatever `training` says) is kept for any number of processes, through
-    the gradient accumulation; `processes` and `accelerate`, the name of a shipped config, are
-    how the preset is meant to be launched. `lora` holds fields of `peft.LoraConfig`. Prompts of
-    more than `max_prompt_length` tokens (0: no limit) are left out of the data. `validation` is
-    the sampling of benchmarks, where it is not that of the rollouts.
-    """
-
-    summary: str
-    model: str
-    task: str
-    training: Mapping[str, Any]
-    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    teacher_model: str = ""
-    teacher_options: Mapping[str, Any] = field(default_factory=dict)
-    task_options: Mapping[str, Any] = field(default_factory=dict)
-    task_by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    train_size: int = 2000
-    test_size: int = 200
-    num_samples: int = 4
-    evaluation_batch_size: int = 64
-    data_seed: int = 0
-    save_model: bool = False
-    sees_images: bool = False
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    max_prompt_length: int = 0
-    rollouts_per_step: int = 0
-    processes: int = 1
-    accelerate: str = ""
-    validation: Mapping[str, Any] = field(default_factory=dict)
-
 
 # The paper's settings that carry over to every size (PAPER: AdamW, weight decay 0.01, clip 1.0).
 PAPER = {
@@ -74,120 +29,115 @@ PAPER = {
     "teacher_sync_steps": 10,
 }
 
-# Rollouts come from vLLM on the training GPUs, which sleeps while they train.
-VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
+REAL = {
+    **PAPER,
+    # Rollouts come from vLLM on the training GPUs, which sleeps while they train.
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "vllm_enable_sleep_mode": True,
+    "learning_rate": 1e-6,
+    "max_steps": 200,
+    "save_steps": 20,
+    "save_total_limit": 2,
+}
 
 DISTILLING = ("opsd", "opsd_teacher_top1", "opsd_student_top1")
+# OPSD's teacher reads a verified trace, RLSD's the final answer alone.
+TRACES = {name: {"privileged": "trace"} for name in (*DISTILLING, "grpo_opsd")}
 
-QWEN3_VL_8B = Preset(
-    "the paper as printed: Qwen3-VL-8B-Instruct on MMFineReason-123K",
-    model="Qwen/Qwen3-VL-8B-Instruct",
-    sees_images=True,  # the vision tower is trained like everything else
-    task="mmfinereason",
-    task_options={"reward": "binary"},
-    # OPSD's teacher reads a verified trace, RLSD's the final answer alone.
-    task_by_method={name: {"privileged": "trace"} for name in (*DISTILLING, "grpo_opsd")},
-    training={
-        **PAPER,
-        **VLLM,
+
+def _by_method(room: int, rate: float = 1e-5) -> dict[str, dict[str, Any]]:
+    """What the distillation methods change: a trace, as SDPO's peer, is as long as a completion.
+
+    The weight of `grpo_opsd` is not reported: a run has to give one.
+    """
+    longer = {"max_teacher_prompt_length": room}
+    distilling = {name: {**longer, "learning_rate": rate} for name in (*DISTILLING, "sdpo")}
+    return {**distilling, "grpo_opsd": longer}
+
+
+QWEN3_VL_8B: dict[str, Any] = {
+    "summary": "the paper as printed: Qwen3-VL-8B-Instruct on MMFineReason-123K",
+    "model": "Qwen/Qwen3-VL-8B-Instruct",
+    "sees_images": True,  # the vision tower is trained like everything else
+    "task": "mmfinereason",
+    "task_options": {"reward": "binary"},
+    "task_by_method": TRACES,
+    "training": {
+        **REAL,
         "per_device_train_batch_size": 2,
         "max_completion_length": 4096,
         "max_teacher_prompt_length": 4608,  # the question's 4096, the template and the answer
-        "learning_rate": 1e-6,
-        "max_steps": 200,
         "vllm_gpu_memory_utilization": 0.6,
         "vllm_max_model_length": 8192,
-        "save_steps": 20,
-        "save_total_limit": 2,
     },
-    by_method={
-        **{name: {"learning_rate": 1e-5} for name in (*DISTILLING, "sdpo")},
-        # A trace is as long as a completion.
-        **{name: {"max_teacher_prompt_length": 8704, "learning_rate": 1e-5} for name in DISTILLING},
-        "grpo_opsd": {"max_teacher_prompt_length": 8704},  # its weight is not reported: give one
-        "sdpo": {"max_teacher_prompt_length": 8704, "learning_rate": 1e-5},
-    },
-    train_size=-1,
-    test_size=256,
-    num_samples=1,
-    evaluation_batch_size=16,
-    save_model=True,
-    max_prompt_length=4096,
-    rollouts_per_step=2048,  # 256 prompts, 8 rollouts each
-    processes=8,
-    accelerate="fsdp2",
-)
-
-# Validation of the released code (PAPER.md section 2); its text reports none.
-SCRIPT_VALIDATION = {
-    "temperature": 0.7,
-    "top_p": 0.8,
-    "top_k": 20,
-    "presence_penalty": 1.5,
-    "n": 1,
-    "every_steps": 5,
+    "by_method": _by_method(8704),
+    "train_size": -1,
+    "test_size": 256,
+    "num_samples": 1,
+    "evaluation_batch_size": 16,
+    "save_model": True,
+    "max_prompt_length": 4096,
+    "rollouts_per_step": 2048,  # 256 prompts, 8 rollouts each
+    "processes": 8,
+    "accelerate": "fsdp2",
 }
 
-QWEN3_VL_8B_SCRIPT = replace(
-    QWEN3_VL_8B,
-    summary="the paper as its released script sets it: decay 60, snapshot every 20, format reward",
-    task_options={"reward": "weighted"},
-    training={
-        **QWEN3_VL_8B.training,
+QWEN3_VL_8B_SCRIPT = {
+    **QWEN3_VL_8B,
+    "summary": "the paper as its released script sets it: decay 60, snapshot every 20, format reward",
+    "task_options": {"reward": "weighted"},
+    "training": {
+        **QWEN3_VL_8B["training"],
         "lambda_decay_steps": 60,
         "teacher_sync_steps": 20,
         "delta": 3.0,  # the dual clip; it never binds with one update per rollout
     },
-    validation=SCRIPT_VALIDATION,
-)
+    # Of the released code (PAPER.md section 2); its text reports none.
+    "validation": {
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 20,
+        "presence_penalty": 1.5,
+        "n": 1,
+        "every_steps": 5,
+    },
+}
 
-QWEN3_TEXT_FULL = Preset(
-    "Qwen3-1.7B on DeepScaleR's problems, all weights, one GPU of 80 GB",
-    model="Qwen/Qwen3-1.7B",
-    task="maths",
-    task_options={"reward": "binary"},
-    task_by_method={name: {"privileged": "trace"} for name in (*DISTILLING, "grpo_opsd")},
-    training={
-        **PAPER,
-        **VLLM,
+QWEN3_TEXT_FULL: dict[str, Any] = {
+    "summary": "Qwen3-1.7B on DeepScaleR's problems, all weights, one GPU of 80 GB",
+    "model": "Qwen/Qwen3-1.7B",
+    "task": "maths",
+    "task_options": {"reward": "binary"},
+    "task_by_method": TRACES,
+    "training": {
+        **REAL,
         "per_device_train_batch_size": 4,
         "max_completion_length": 3072,
         "max_teacher_prompt_length": 1536,
-        "learning_rate": 1e-6,
-        "max_steps": 200,
         "chat_template_kwargs": {"enable_thinking": False},
         "vllm_gpu_memory_utilization": 0.3,
         "vllm_max_model_length": 4096,
-        "save_steps": 20,
-        "save_total_limit": 2,
     },
-    by_method={
-        **{n: {"max_teacher_prompt_length": 4608, "learning_rate": 1e-5} for n in DISTILLING},
-        "sdpo": {"max_teacher_prompt_length": 4608, "learning_rate": 1e-5},
-        "grpo_opsd": {"max_teacher_prompt_length": 4608},
-    },
-    train_size=-1,
-    test_size=250,
-    num_samples=4,
-    save_model=True,
-    max_prompt_length=1024,
-    rollouts_per_step=256,  # 32 prompts, 8 rollouts each
-)
+    "by_method": _by_method(4608),
+    "train_size": -1,
+    "test_size": 250,
+    "save_model": True,
+    "max_prompt_length": 1024,
+    "rollouts_per_step": 256,  # 32 prompts, 8 rollouts each
+}
 
-QWEN3_TEXT = replace(
-    QWEN3_TEXT_FULL,
-    summary="Qwen3-1.7B with LoRA on DeepScaleR's problems, one GPU of 24 GB or more",
-    model_options={"dtype": "bfloat16"},
-    lora={"r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "target_modules": "all-linear"},
+QWEN3_TEXT = {
+    **QWEN3_TEXT_FULL,
+    "summary": "Qwen3-1.7B with LoRA on DeepScaleR's problems, one GPU of 24 GB or more",
+    "model_options": {"dtype": "bfloat16"},
+    "lora": {"r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "target_modules": "all-linear"},
     # An adapter takes about ten times the rate of all weights, for every method.
-    training={**QWEN3_TEXT_FULL.training, "learning_rate": 1e-5},
-    by_method={
-        name: {key: 10 * v if key == "learning_rate" else v for key, v in changes.items()}
-        for name, changes in QWEN3_TEXT_FULL.by_method.items()
-    },
-)
+    "training": {**QWEN3_TEXT_FULL["training"], "learning_rate": 1e-5},
+    "by_method": _by_method(4608, 1e-4),
+}
 
-REAL_PRESETS: dict[str, Preset] = {
+REAL_PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-vl-8b": QWEN3_VL_8B,
     "qwen3-vl-8b-script": QWEN3_VL_8B_SCRIPT,
     "qwen3-text": QWEN3_TEXT,
@@ -208,12 +158,13 @@ def differences(
     return pd.DataFrame.from_dict(rows, orient="index", columns=[first, second])
 
 
-def _flat(preset: Preset, method: str) -> dict[str, Any]:
+def _flat(preset: dict[str, Any], method: str) -> dict[str, Any]:
     """All settings of a method under one name each, e.g. training.learning_rate."""
-    training = {**preset.training, **preset.by_method.get(method, {})}
-    task = {**preset.task_options, **preset.task_by_method.get(method, {})}
-    groups = {"training": training, "task": task, "model": preset.model_options}
-    groups |= {"lora": preset.lora, "validation": preset.validation}
-    flat = {f"{g}.{name}": value for g, values in groups.items() for name, value in values.items()}
-    single = ("model", "task", "max_prompt_length", "rollouts_per_step", "processes", "accelerate")
-    return {name: getattr(preset, name) for name in single} | flat
+    flat = {name: value for name, value in preset.items() if not isinstance(value, dict)}
+    del flat["summary"]
+    groups = {name: preset.get(name, {}) for name in ("model_options", "lora", "validation")}
+    for group, by_method in (("training", "by_method"), ("task_options", "task_by_method")):
+        groups[group] = {**preset[group], **preset[by_method].get(method, {})}
+    for group, values in groups.items():
+        flat |= {f"{group.removesuffix('_options')}.{name}": v for name, v in values.items()}
+    return flat

@@ -1,19 +1,69 @@
 """Presets: model, task and sizes of a run. A run is a preset, a method, a seed, and overrides."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import torch
 
-from rlsd_lib.experiment.batches import shared_batch, split_rollouts
-from rlsd_lib.experiment.controls import check_control, control_overrides
-from rlsd_lib.experiment.paper_presets import PAPER, REAL_PRESETS, Preset
+from rlsd_lib.experiment.controls import PLAIN_TEMPLATE, check_control
+from rlsd_lib.experiment.paper_presets import PAPER, REAL_PRESETS
 from rlsd_lib.methods import METHODS, PROMPT
 from rlsd_lib.names import look_up
+from rlsd_lib.tasks import Task, load_task
 from rlsd_lib.trainer.config import RLSDConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of the presets table.
+
+    `training` holds `RLSDConfig` fields, and `by_method` those that differ for a method;
+    `task_options` and `task_by_method` likewise for `load_task`. `num_samples` completions per
+    held-out problem are drawn at temperature 1 for each accuracy. `data_seed` fixes the rows, so
+    that runs with different seeds share train and test problems and differ in order and sampling
+    only. `teacher_options` make the external teacher of `opd`.
+
+    `rollouts_per_step` (0: whatever `training` says) is kept for any number of processes, through
+    the gradient accumulation; `processes` and `accelerate`, the name of a shipped config, are
+    how the preset is meant to be launched. `lora` holds fields of `peft.LoraConfig`. Prompts of
+    more than `max_prompt_length` tokens (0: no limit) are left out of the data. `validation` is
+    the sampling of benchmarks, where it is not that of the rollouts.
+    """
+
+    summary: str
+    model: str
+    task: str
+    training: Mapping[str, Any]
+    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    teacher_model: str = ""
+    teacher_options: Mapping[str, Any] = field(default_factory=dict)
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    task_by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    train_size: int = 2000
+    test_size: int = 200
+    num_samples: int = 4
+    evaluation_batch_size: int = 64
+    data_seed: int = 0
+    save_model: bool = False
+    sees_images: bool = False
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    max_prompt_length: int = 0
+    rollouts_per_step: int = 0
+    processes: int = 1
+    accelerate: str = ""
+    validation: Mapping[str, Any] = field(default_factory=dict)
+
+    def load_task(self, method: str) -> Task:
+        """Return the rows of a run of `method`; raises ValueError as `tasks.load_task` does."""
+        sizes = {"train_size": self.train_size, "test_size": self.test_size}
+        options = {**self.task_options, **self.task_by_method.get(method, {})}
+        return load_task(self.task, seed=self.data_seed, **sizes, **options)
+
 
 LAB = {
     **PAPER,
@@ -27,17 +77,6 @@ LAB = {
     "bf16": False,
 }
 
-SMALL_LAB = {
-    "digits": 1,
-    "hidden_size": 64,
-    "layers": 2,
-    "steps": 500,
-    "ramp_steps": 150,
-    "hard_share": 0.5,
-}
-# A lab whose corpus was right everywhere: the external teacher of OPD.
-EXPERT = {"hard_share": 0.0, "easy_rate": 0.0, "seed": 1}
-
 # The paper trains OPSD and SDPO at ten times the learning rate of the others; OPD's is not
 # reported, and as pure distillation it takes theirs. The weight of GRPO + OPSD is ours.
 LAB_BY_METHOD = {
@@ -49,6 +88,9 @@ LAB_BY_METHOD = {
 }
 # SDPO compares the 100 likeliest tokens; the lab's vocabulary has fewer.
 LAB_BY_METHOD["sdpo"]["distillation_mode"] = "full_logits"
+
+# A lab whose corpus was right everywhere: the external teacher of OPD.
+EXPERT = {"hard_share": 0.0, "easy_rate": 0.0, "seed": 1}
 
 LAB_PRESET: dict[str, Any] = {
     "model": "lab",
@@ -63,48 +105,32 @@ LAB_PRESET: dict[str, Any] = {
     "save_model": True,
 }
 
-IDENTITY = ("method", "seed", "max_steps", "output_dir")
-# What a run may change of its preset beside `RLSDConfig` fields: a local copy of the model, the
-# folder of the data, sizes. Options are merged, everything else is replaced.
-OF_PRESET = (
-    "model",
-    "model_options",
-    "teacher_model",
-    "teacher_options",
-    "task_options",
-    "train_size",
-    "test_size",
-    "num_samples",
-    "evaluation_batch_size",
-    "max_prompt_length",
-    "rollouts_per_step",
-    "lora",
-)
-
-_PLAIN = (bool, int, float, str, list, dict, Mapping, NoneType)
+SMALL_LAB = {
+    "digits": 1,
+    "hidden_size": 64,
+    "layers": 2,
+    "steps": 500,
+    "ramp_steps": 150,
+    "hard_share": 0.5,
+}
+SMALL_LAB_PRESET = {
+    **LAB_PRESET,
+    "model_options": SMALL_LAB,
+    "teacher_options": {**SMALL_LAB, **EXPERT},
+    "task_options": {"digits": 1},
+    "training": {
+        **LAB,
+        "per_device_train_batch_size": 16,
+        "max_completion_length": 32,
+        "max_steps": 2,
+    },
+    "train_size": 40,
+    "test_size": 8,
+    "num_samples": 2,
+}
 
 PRESETS: dict[str, Preset] = {
-    "smoke": Preset(
-        "a lab of one digit, two steps: does everything run?",
-        model="lab",
-        model_options=SMALL_LAB,
-        teacher_model="lab",
-        teacher_options={**SMALL_LAB, "hard_share": 0.0, "easy_rate": 0.0, "seed": 1},
-        task="arithmetic",
-        task_options={"digits": 1},
-        training={
-            **LAB,
-            "per_device_train_batch_size": 16,
-            "num_generations": 8,
-            "max_completion_length": 32,
-            "max_steps": 2,
-        },
-        by_method=LAB_BY_METHOD,
-        train_size=40,
-        test_size=8,
-        num_samples=2,
-        save_model=True,
-    ),
+    "smoke": Preset("a lab of one digit, two steps: does everything run?", **SMALL_LAB_PRESET),
     "lab": Preset("three-digit column addition, 0.4 M parameters: minutes on a CPU", **LAB_PRESET),
     "lab-bare": Preset(
         "the lab without filler words: every uncertain token bears on the answer",
@@ -160,8 +186,118 @@ PRESETS: dict[str, Preset] = {
         max_prompt_length=512,
         rollouts_per_step=32,
     ),
-    **REAL_PRESETS,
+    **{name: Preset(**row) for name, row in REAL_PRESETS.items()},
 }
+
+IDENTITY = ("method", "seed", "max_steps", "output_dir")
+# What a run may change of its preset beside `RLSDConfig` fields: a local copy of the model, the
+# folder of the data, sizes. Options are merged, everything else is replaced.
+OF_PRESET = (
+    "model",
+    "model_options",
+    "teacher_model",
+    "teacher_options",
+    "task_options",
+    "train_size",
+    "test_size",
+    "num_samples",
+    "evaluation_batch_size",
+    "max_prompt_length",
+    "rollouts_per_step",
+    "lora",
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run that is checked and not begun: its preset with the overrides, and its configuration."""
+
+    preset: Preset
+    config: RLSDConfig  # with the batch of one of the `processes`
+    processes: int
+    control: str
+
+
+@dataclass(frozen=True)
+class RunParameters:
+    """What decides a run: the parameters of a training notebook, as its manifest keeps them.
+
+    Args:
+        method: a key of `METHODS`.
+        preset: a key of `PRESETS`.
+        seed: order of rows, sampling, and evaluation draws; the rows themselves are the preset's.
+        max_steps: optimiser steps; -1 for the preset's.
+        overrides: any `RLSDConfig` fields, and those of the preset in `OF_PRESET`.
+        control: a key of `CONTROLS`, applied to what the teacher reads.
+        num_processes: training processes, which share the batch of one; see `launch`.
+        run_dir: where everything is written; "" for the default directory.
+    """
+
+    method: str
+    preset: str
+    seed: int = 0
+    max_steps: int = -1
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    control: str = "none"
+    num_processes: int = 1
+    run_dir: str = ""
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> "RunParameters":
+        """Take the run's own out of a notebook's or a manifest's parameters; None is the default."""
+        given = {f.name: parameters.get(f.name) for f in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def resolve(
+        self,
+        output_dir: str | Path = "unused",
+        *,
+        template: str | None = None,
+        processes: int = 1,
+    ) -> Resolved:
+        """The preset, then the task's `template`, then what this run sets.
+
+        The batch of the configuration is that of one of `processes`, which share the batch of one.
+
+        Raises:
+            ValueError: for an unknown method, preset, override or control, naming the nearest
+                valid one, a control that changes nothing, or a batch that cannot be shared.
+            TypeError: for an override of another type than its field's.
+        """
+        check_control(self.control, self.method)
+        preset, overrides = resolve_preset(self.preset, self.overrides)
+        if METHODS[self.method].teacher_sees == PROMPT and not preset.teacher_model:
+            raise ValueError(
+                f"method={self.method!r} needs a preset with a teacher_model; {self.preset!r} has "
+                "none."
+            )
+        on_gpu = torch.cuda.is_available()
+        settings: dict[str, Any] = {
+            "output_dir": str(output_dir),
+            "method": self.method,
+            "seed": self.seed,
+            "use_cpu": not on_gpu,
+            "bf16": on_gpu,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            # Of the task's rewards: accuracy counts, the leak rate is only logged.
+            "reward_weights": [1.0, 0.0],
+            "save_strategy": "steps",
+            "save_steps": 50,
+            "save_total_limit": 1,
+            **preset.training,
+            **preset.by_method.get(self.method, {}),
+        }
+        if (shown := PLAIN_TEMPLATE if self.control == "empty" else template) is not None:
+            settings["privileged_template"] = shown
+        if self.max_steps > 0:
+            settings["max_steps"] = self.max_steps
+        settings |= overrides
+        if preset.rollouts_per_step:
+            settings = {**_accumulation(preset.rollouts_per_step, settings), **settings}
+        settings |= shared_batch(settings, processes)
+        return Resolved(preset, RLSDConfig(**settings), processes, self.control)
 
 
 def resolve_preset(name: str, overrides: Mapping[str, Any]) -> tuple[Preset, dict[str, Any]]:
@@ -199,7 +335,7 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
     """Refuse what a field cannot hold: comparing or counting it would fail with no name in sight."""
     union = get_origin(annotation) in (Union, UnionType)
     types = [get_origin(t) or t for t in (get_args(annotation) if union else (annotation,))]
-    if not set(types) <= set(_PLAIN):
+    if not set(types) <= {bool, int, float, str, list, dict, Mapping, NoneType}:
         return  # an enum or the like, which the field itself converts
     fitting = (*types, int) if float in types else tuple(types)
     if not isinstance(value, fitting) or (isinstance(value, bool) and bool not in types):
@@ -208,81 +344,40 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
         raise TypeError(f"overrides: {name}={value!r} is {type(value).__name__}, expected {wanted}")
 
 
-def resolve_config(
-    method: str,
-    preset: str,
-    seed: int,
-    output_dir: Path,
-    *,
-    template: str | None = None,
-    max_steps: int = -1,
-    overrides: Mapping[str, Any] | None = None,
-    num_processes: int = 1,
-) -> RLSDConfig:
-    """The full configuration of a run: preset, then the task's template, then overrides.
+def shared_batch(settings: Mapping[str, Any], num_processes: int) -> dict[str, int]:
+    """The batch settings of each of `num_processes` that together make the batch of one.
 
-    Batch sizes are those of one process; `num_processes` of them share the same batch.
+    The micro-batches are shared first; what their number does not divide by is taken from their
+    rows. Then every optimiser step and every generation batch has the same rows.
 
     Raises:
-        ValueError: for an unknown method, preset or override, naming the nearest valid one, or a
-            batch that the processes cannot share.
+        ValueError: the batch does not divide; the message names the values.
     """
-    look_up(method, METHODS, "method")
-    chosen, overrides = resolve_preset(preset, overrides or {})
-    if METHODS[method].teacher_sees == PROMPT and not chosen.teacher_model:
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+    batch = {name: settings.get(name) or getattr(RLSDConfig, name) for name in names}
+    batch = {name: count for name, count in batch.items() if count}
+    generated = settings.get("generation_batch_size")
+    rows = batch.pop(names[0])
+    counts = [*batch.values(), *([generated // rows] if generated else [])]
+    by_steps = math.gcd(num_processes, *counts)
+    by_rows = num_processes // by_steps
+    if num_processes < 1 or rows % by_rows:
+        values = ", ".join(f"{name}={count}" for name, count in batch.items())
         raise ValueError(
-            f"method={method!r} needs a preset with a teacher_model; {preset!r} has none."
+            f"num_processes={num_processes} does not divide the batch of {names[0]}={rows}, "
+            f"{values}, generation_batch_size={generated}: choose a number that divides their "
+            "product, or change them."
         )
-    on_gpu = torch.cuda.is_available()
-    settings: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "method": method,
-        "seed": seed,
-        "use_cpu": not on_gpu,
-        "bf16": on_gpu,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        # Of the task's rewards: accuracy counts, the leak rate is only logged.
-        "reward_weights": [1.0, 0.0],
-        "save_strategy": "steps",
-        "save_steps": 50,
-        "save_total_limit": 1,
-        **chosen.training,
-        **chosen.by_method.get(method, {}),
-    }
-    if template is not None:
-        settings["privileged_template"] = template
-    if max_steps > 0:
-        settings["max_steps"] = max_steps
-    settings |= overrides
-    share = (
-        split_rollouts(chosen, settings, num_processes)
-        if chosen.rollouts_per_step
-        else shared_batch(settings, num_processes)
-    )
-    return RLSDConfig(**{**settings, **share})
+    return {names[0]: rows // by_rows, **{name: n // by_steps for name, n in batch.items()}}
 
 
-def resolve_parameters(
-    parameters: Mapping[str, Any],
-    output_dir: Path,
-    template: str | None = None,
-    num_processes: int = 1,
-) -> RLSDConfig:
-    """`resolve_config` for the parameters of a run, what its control sets included.
-
-    Raises:
-        ValueError: as `resolve_config`, and for an unknown control or one that changes nothing.
-    """
-    check_control(parameters["control"], parameters["method"])
-    return resolve_config(
-        parameters["method"],
-        parameters["preset"],
-        parameters["seed"],
-        output_dir,
-        template=template,
-        max_steps=parameters["max_steps"],
-        overrides={**control_overrides(parameters["control"]), **parameters["overrides"]},
-        num_processes=num_processes,
-    )
+def _accumulation(rollouts: int, settings: Mapping[str, Any]) -> dict[str, int]:
+    """The gradient accumulation by which one process makes one step of so many rollouts."""
+    rows = settings["per_device_train_batch_size"]
+    if rollouts % rows and "gradient_accumulation_steps" not in settings:
+        raise ValueError(
+            f"{rollouts} rollouts per step cannot be shared by micro-batches of "
+            f"per_device_train_batch_size={rows}: choose a number that divides {rollouts}, or set "
+            "gradient_accumulation_steps."
+        )
+    return {"gradient_accumulation_steps": rollouts // rows}

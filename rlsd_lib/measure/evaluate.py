@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import comb
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval
-from rlsd_lib.measure.sampling import undistorted
 from rlsd_lib.prompts import COLUMN, Prompt, teacher_prompt
 from rlsd_lib.tasks import Task
 from rlsd_lib.tasks.encode import Processing, encode, messages_of, tokenizer_of
@@ -22,102 +21,108 @@ from rlsd_lib.tasks.encode import Processing, encode, messages_of, tokenizer_of
 
 def generate(
     model: PreTrainedModel,
-    tokenizer: Processing,
+    processing: Processing,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int = 1,
+    **sampling: Any,
+) -> list[list[str]]:
+    """Sample `num_samples` completions per prompt; `sampling` are arguments of `sample`.
+
+    Returns one list of texts per prompt, without special tokens. Raises ValueError for several
+    greedy samples, and as `sample` does.
+    """
+    if num_samples < 1 or (num_samples > 1 and sampling.get("temperature") == 0):
+        raise ValueError(f"got {num_samples=}; ask for at least 1, and for 1 where it is greedy")
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    ids = sample(model, processing, repeated, **sampling)
+    texts = processing.batch_decode(ids, skip_special_tokens=True)
+    return [texts[start : start + num_samples] for start in range(0, len(texts), num_samples)]
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    processing: Processing,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    num_samples: int = 1,
     batch_size: int = 64,
     seed: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[list[str]]:
-    """Sample `num_samples` completions per prompt; temperature 0 is greedy.
+    **settings: Any,
+) -> list[list[int]]:
+    """Sample one completion per prompt, as token ids up to and including its first end token.
 
-    Prompts hold their images, where `tokenizer` is a processor. `batch_size` counts completions.
-    Sampling is from the full distribution (no top-k, no top-p). The model's mode and torch's global
-    seed are as before afterwards; the same arguments give the same completions on the same machine.
-    Returns one list of texts per prompt, without special tokens. Raises ValueError for prompts,
-    counts or temperatures that make no sense.
+    Prompts hold their images, where `processing` is a processor. Temperature 0 is greedy. Sampling
+    is from the full distribution; `settings` are further fields of transformers' `GenerationConfig`
+    that change it. Of the model's own generation config only the end tokens count, beside the
+    tokenizer's: what is measured must not depend on the settings a model was published with.
+
+    The same arguments give the same completions on the same machine; the model's mode and torch's
+    random state are as before afterwards. Raises ValueError for prompts, counts or temperatures
+    that make no sense.
     """
-    if not prompts or min(max_new_tokens, num_samples, batch_size) < 1 or temperature < 0:
+    if not prompts or min(max_new_tokens, batch_size) < 1 or temperature < 0:
         raise ValueError(
-            f"got {len(prompts)} prompts, {max_new_tokens=}, {num_samples=}, {batch_size=}, "
-            f"{temperature=}; each count must be at least 1 and the temperature at least 0"
+            f"got {len(prompts)} prompts, {max_new_tokens=}, {batch_size=}, {temperature=}; "
+            "each count must be at least 1 and the temperature at least 0"
         )
-    if temperature == 0 and num_samples > 1:
-        raise ValueError(f"greedy samples are all equal; ask for 1 instead of {num_samples}")
-    asked = [prompt for prompt in prompts for _ in range(num_samples)]
-    template = dict(chat_template_kwargs or {})
-    words = tokenizer_of(tokenizer)
-    settings = {
-        **undistorted(temperature),
-        "max_new_tokens": max_new_tokens,
-        "pad_token_id": words.pad_token_id,
-        "eos_token_id": model.generation_config.eos_token_id or words.eos_token_id,
-    }
-    was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    tokenizer, own, was_training = tokenizer_of(processing), model.generation_config, model.training
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = {*ends, tokenizer.eos_token_id} - {None}
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    asked = GenerationConfig(
+        **{**drawn, **settings},
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(ends),
+    )
+    rows: list[list[int]] = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         model.eval()
-        parts = [
-            _complete(model, tokenizer, batch, settings, template)
-            for batch in _chunks(asked, batch_size)
-        ]
-    model.train(was_training)
-    flat = [text for part in parts for text in part]
-    return _chunks(flat, num_samples)
+        # `generate` fills every field that is None in its argument from the model's own config.
+        model.generation_config = GenerationConfig()
+        try:
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                encoded = encode(processing, batch, **(chat_template_kwargs or {})).to(model.device)
+                generated = model.generate(**encoded, generation_config=asked)
+                rows += generated[:, encoded["input_ids"].shape[1] :].tolist()
+        finally:
+            model.generation_config = own
+            model.train(was_training)
+    return [_until_end(row, ends) for row in rows]
 
 
-def _chunks(items: list, size: int) -> list[list]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _complete(
-    model: PreTrainedModel,
-    tokenizer: Processing,
-    prompts: list[Prompt],
-    settings: Mapping[str, Any],
-    template: Mapping[str, Any],
-) -> list[str]:
-    encoded = encode(tokenizer, prompts, **template).to(model.device)
-    ids = model.generate(**encoded, **settings)
-    return tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: end + 1]
 
 
 def evaluate(
     model: PreTrainedModel,
-    tokenizer: Processing,
+    processing: Processing,
     task: Task,
     *,
-    max_new_tokens: int,
-    num_samples: int = 1,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 64,
-    num_problems: int | None = None,
     privileged_template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **sampling: Any,
 ) -> pd.DataFrame:
     """Judge completions of the task's test problems; one row per completion.
 
     Columns: `problem`, `sample` (both from 0), `correct`, `speaks_of_reference` (booleans),
-    `completion`, `answer`. `num_problems` takes the first so many. With a `privileged_template`
-    the privileged prompt is measured: what the teacher can do.
+    `completion`, `answer`. With a `privileged_template` the privileged prompt is measured: what the
+    teacher can do. `sampling` are arguments of `generate`, of which `max_new_tokens` is required.
     """
-    rows = list(task.test.select(range(num_problems)) if num_problems else task.test)
-    prompts = [_prompt(row, privileged_template) for row in rows]
-    samples = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        chat_template_kwargs=chat_template_kwargs,
-    )
+    prompts = [messages_of(row) for row in task.test]
+    if privileged_template is not None:
+        prompts = [
+            teacher_prompt(prompt, context, privileged_template)
+            for prompt, context in zip(prompts, task.test[COLUMN], strict=True)
+        ]
+    samples = generate(model, processing, prompts, **sampling)
     return pd.DataFrame(
         {
             "problem": problem,
@@ -127,15 +132,9 @@ def evaluate(
             "completion": text,
             "answer": row["answer"],
         }
-        for problem, (row, texts) in enumerate(zip(rows, samples, strict=True))
+        for problem, (row, texts) in enumerate(zip(task.test, samples, strict=True))
         for sample, text in enumerate(texts)
     )
-
-
-def _prompt(row: dict, template: str | None) -> Prompt:
-    """Return the row's prompt with its images, as the teacher sees it where there is a template."""
-    prompt = messages_of(row)
-    return prompt if template is None else teacher_prompt(prompt, row[COLUMN], template)
 
 
 def pass_at_k(results: pd.DataFrame, k: int) -> pd.Series:

@@ -2,9 +2,10 @@
 
 A task that knows its chains (`Task.first_error`) says at which token a failed rollout first went
 wrong. The gap should be most negative there, and the weight largest. Everything here is measured on
-rollouts of `lens.look`.
+the rollouts of `rollouts.look`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -14,11 +15,10 @@ import torch
 
 from rlsd_lib.credit import clipped_weight, signed_evidence
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval
-from rlsd_lib.measure.rollouts import Rollout
+from rlsd_lib.measure.rollouts import Rollout, token_frame
 from rlsd_lib.tasks import Task
 
-ERRORS = ("rollout", "place", "token", "gap", "rank", "auroc_gap", "auroc_weight")
-KINDS = ("first error", "after it", "filler", "other")
+ERRORS = ["rollout", "place", "token", "gap", "rank", "auroc_gap", "auroc_weight"]
 
 
 def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
@@ -30,17 +30,17 @@ def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
     for a larger clipped weight, and NaN where A = 0 and there is no weight. Rollouts whose first
     error is that they stopped too early have no such token and are left out.
     """
-    rows = []
-    for number, rollout in enumerate(rollouts):
-        place = _place(task, rollout)
-        if place is None:
-            continue
-        blame = [-gap for gap in rollout.gap]
-        weight = _auroc(rollout.weight, place) if rollout.advantage < 0 else float("nan")
-        rank = sum(other > blame[place] for other in blame)
-        row = (number, place, rollout.tokens[place], rollout.gap[place], rank)
-        rows.append((*row, _auroc(blame, place), weight))
-    return pd.DataFrame(rows, columns=list(ERRORS))
+    tokens = _tokens(task, rollouts).rename(columns={"position": "place"})
+    by_rollout = tokens.groupby("rollout")
+    others = by_rollout["gap"].transform("size") - 1
+    weight_ranks = by_rollout["weight"].rank().where(tokens["advantage"] < 0)
+    ranked = tokens.assign(
+        rank=by_rollout["gap"].rank(method="min").astype(int) - 1,
+        # A mean rank counts the tokens below it, and ties by half.
+        auroc_gap=(by_rollout["gap"].rank(ascending=False) - 1) / others,
+        auroc_weight=(weight_ranks - 1) / others,
+    )
+    return ranked.loc[ranked["kind"] == "first error", ERRORS].reset_index(drop=True)
 
 
 def auroc_by_problem(
@@ -63,7 +63,7 @@ def error_auroc(
     NaN throughout where no failed rollout has a first error to point at.
     """
     found = auroc_by_problem(task, groups, column)
-    return bootstrap_interval(found.to_numpy()) if len(found) else Interval(*[float("nan")] * 3)
+    return bootstrap_interval(found) if len(found) else Interval(math.nan)
 
 
 def clip_sweep(
@@ -77,10 +77,7 @@ def clip_sweep(
     """
     rows = []
     for width, kind in product(widths, ("linear", "log")):
-        weighed = [
-            [_weighed(rollout, width, log_clip=kind == "log") for rollout in group]
-            for group in groups
-        ]
+        weighed = [[_weighed(rollout, width, kind == "log") for rollout in g] for g in groups]
         moved = [abs(w - 1) for group in weighed for x in group if x.advantage for w in x.weight]
         found = error_auroc(task, weighed, "auroc_weight")
         rows.append((width, kind, *found, sum(moved) / len(moved)))
@@ -89,9 +86,8 @@ def clip_sweep(
     )
 
 
-def _weighed(rollout: Rollout, width: float, *, log_clip: bool) -> Rollout:
-    advantage = torch.tensor([rollout.advantage])
-    evidence = signed_evidence(advantage, torch.tensor([rollout.gap]))
+def _weighed(rollout: Rollout, width: float, log_clip: bool) -> Rollout:
+    evidence = signed_evidence(torch.tensor([rollout.advantage]), torch.tensor([rollout.gap]))
     return replace(rollout, weight=clipped_weight(evidence, width, log_clip=log_clip)[0].tolist())
 
 
@@ -102,45 +98,30 @@ def credit_shares(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
     what the method changes against GRPO; both within failed, or within right rollouts. Rollouts
     with A = 0 move nothing and are left out. Raises ValueError where nothing is moved.
     """
-    rows = []
-    for rollout in rollouts:
-        ended = "right" if rollout.advantage > 0 else "wrong"
-        for kind, credit in zip(_kinds(task, rollout), rollout.credit, strict=True):
-            if rollout.advantage:
-                rows.append((ended, kind, abs(credit - rollout.advantage)))
-    frame = pd.DataFrame(rows, columns=["rollout ended", "kind", "moved"])
-    if not frame["moved"].any():
+    tokens = _tokens(task, rollouts).query("advantage != 0")
+    ended = (tokens["advantage"] > 0).map({True: "right", False: "wrong"}).rename("rollout ended")
+    moved = (tokens["credit"] - tokens["advantage"]).abs()
+    if not moved.any():
         raise ValueError("no token's credit differs from its rollout's advantage: nothing to share")
-    cells = frame.groupby(["rollout ended", "kind"])["moved"].agg(["size", "sum"])
-    shares = cells / cells.groupby("rollout ended").transform("sum")
-    return shares.rename(columns={"size": "tokens", "sum": "moved"}).reset_index()
+    sums = moved.groupby([ended, tokens["kind"]]).agg(tokens="size", moved="sum")
+    return (sums / sums.groupby("rollout ended").transform("sum")).reset_index()
 
 
-def _place(task: Task, rollout: Rollout) -> int | None:
-    """The index of a failed rollout's first wrong token, None where there is none to point at."""
-    if rollout.reward or task.first_error is None:
-        return None
-    place = task.first_error(rollout.completion, rollout.problem)
-    return place if place is not None and place < len(rollout.gap) else None
-
-
-def _auroc(scores: Sequence[float], place: int) -> float:
-    own, others = scores[place], [s for i, s in enumerate(scores) if i != place]
-    beaten = sum((other < own) + 0.5 * (other == own) for other in others)
-    return beaten / len(others) if others else float("nan")
+def _tokens(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
+    """`token_frame`, and the `kind` of each token."""
+    kinds = [kind for rollout in rollouts for kind in _kinds(task, rollout)]
+    return token_frame(rollouts).assign(kind=kinds)
 
 
 def _kinds(task: Task, rollout: Rollout) -> list[str]:
-    """One of `KINDS` per token; the end token is "other"."""
-    error = _place(task, rollout)
-    words = task.nuisance_mask(rollout.completion) if task.nuisance_mask else []
-    filler = [*words, *[False] * (len(rollout.tokens) - len(words))]
-    kinds = []
-    for place, is_filler in enumerate(filler):
-        if place == error:
-            kinds.append("first error")
-        elif is_filler:
-            kinds.append("filler")
-        else:
-            kinds.append("after it" if error is not None and place > error else "other")
-    return kinds
+    """Of each token "first error", "after it", "filler" or "other", as the end token is."""
+    error = None
+    if task.first_error is not None and not rollout.reward:
+        error = task.first_error(rollout.completion, rollout.problem)
+    fillers = task.nuisance_mask(rollout.completion) if task.nuisance_mask else []
+    kinds = ["filler" if is_filler else "other" for is_filler in fillers]
+    kinds += ["other"] * (len(rollout.tokens) - len(kinds))
+    if error is None or error >= len(kinds):
+        return kinds
+    after = ["after it" if kind == "other" else kind for kind in kinds[error + 1 :]]
+    return [*kinds[:error], "first error", *after]

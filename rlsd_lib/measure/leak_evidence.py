@@ -32,33 +32,23 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlsd_lib.measure.logps import log_probabilities, of_tokens
 from rlsd_lib.prompts import Prompt, count_images, teacher_prompt
-from rlsd_lib.tasks.encode import encode
 
 CARELESS = 2.0  # temperature of the writer that explains noise
-
-
-def view_evidence(ratios: Sequence[Tensor], max_new_tokens: int) -> pd.Series:
-    """Evidence in nats that a reference was shown, one number per completion, from `view_ratios`.
-
-    `max_new_tokens` is the limit that the completions were sampled under, the H of the module.
-    """
-    padded = pad_sequence(list(ratios), batch_first=True)
-    return pd.Series(highest_capital(padded, max_new_tokens).numpy(), name="evidence")
+NUM_REFERENCES = 8  # r' that the average is over
 
 
 def highest_capital(ratios: Tensor, places: int) -> Tensor:
-    """log max_e [sum_{s <= e} q_s exp(L_{s..e}) + sum_{s > e} q_s], nats: (N, T) -> (N,).
+    """The evidence, log max_e [sum_{s <= e} q_s exp(L_{s..e}) + sum_{s > e} q_s], nats: (N, T) -> (N,).
 
-    q_s is 1/2 at the first of the `places` and equal at all others. `ratios` holds
-    log P_bar - log P_0 per token, 0 after the end of a text; T is at most `places`.
+    q_s is 1/2 at the first of the `places` H, the limit that texts were sampled under, and equal at
+    all others. `ratios` holds log P_bar - log P_0 per token, 0 after the end of a text; T <= H.
     """
     others = max(places - 1, 1)
     staked = torch.full_like(ratios[:, 0], -torch.inf)
@@ -66,8 +56,8 @@ def highest_capital(ratios: Tensor, places: int) -> Tensor:
     for place in range(ratios.shape[1]):
         new = torch.full_like(staked, -math.log(2 * others if place else min(places, 2)))
         staked = torch.logaddexp(staked, new) + ratios[:, place]
-        held = torch.full_like(staked, (places - place - 1) / (2 * others)).log()
-        best = torch.maximum(best, torch.logaddexp(staked, held))
+        unstaked = torch.full_like(staked, (places - place - 1) / (2 * others)).log()
+        best = torch.maximum(best, torch.logaddexp(staked, unstaked))
     return best
 
 
@@ -80,16 +70,14 @@ def view_ratios(
     *,
     template: str,
     max_new_tokens: int,
-    num_references: int = 8,
     batch_size: int = 32,
     seed: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[Tensor]:
-    """log P_bar - log P_0 of every token, nats: one (T_i,) tensor per completion.
+) -> Tensor:
+    """log P_bar - log P_0 of every token, nats: (N, T) in float64, 0 after the end of a text.
 
     Positive where a reference in the prompt would have made the token likelier. Completions are
-    encoded again, with the end token unless they were cut off; that a tokenizer splits its own text
-    alike is assumed (see above).
+    encoded again, with the end token unless they were cut off.
 
     Args:
         base_model: the model before training; it judges, whoever wrote the completions.
@@ -98,103 +86,68 @@ def view_ratios(
         references: each row's own; they are shown to one another's questions.
         template: the privileged template, as in `RLSDConfig`.
         max_new_tokens: the limit that the completions were sampled under.
-        num_references: how many r' the average is over.
+        seed: of the choice of references.
         chat_template_kwargs: arguments of the chat template, those of the writer's prompts.
 
     Raises:
         ValueError: sequences of different length, fewer than two different references, prompts
             with images, or a completion longer than `max_new_tokens`.
     """
-    _check(prompts, completions, references)
-    ids = [encode_completion(tokenizer, text, max_new_tokens) for text in completions]
-    if (longest := max(map(len, ids))) > max_new_tokens:
-        raise ValueError(
-            f"a completion has {longest} tokens: max_new_tokens={max_new_tokens} was not its limit"
-        )
-    shown = other_references(references, num_references, seed)
-
-    template_kwargs = dict(chat_template_kwargs or {})
-
-    def score(seen: Sequence[Prompt], temperature: float = 1.0) -> Tensor:
-        parts = []
-        for start in range(0, len(seen), batch_size):
-            chosen = slice(start, start + batch_size)
-            encoded = encode(tokenizer, seen[chosen], **template_kwargs)
-            parts.append(_log_probabilities(base_model, encoded, ids[chosen], temperature))
-        width = max(part.shape[1] for part in parts)
-        return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
-
-    plain = torch.maximum(score(prompts), score(prompts, CARELESS))
-    views = [
-        score([teacher_prompt(p, r, template) for p, r in zip(prompts, column, strict=True)])
-        for column in zip(*shown, strict=True)
-    ]
-    ratio = torch.stack(views).logsumexp(0) - math.log(len(views)) - plain
-    return [row[: len(tokens)] for row, tokens in zip(ratio, ids, strict=True)]
-
-
-def other_references(references: Sequence[str], count: int, seed: int) -> list[list[str]]:
-    """For each row, `count` different references of other rows, never one that reads like its own.
-
-    All others where there are fewer. Raises ValueError where there are no two different ones.
-    """
-    distinct = sorted(set(references))
-    if len(distinct) < 2 or count < 1:
-        raise ValueError(
-            f"{len(distinct)} different references and num_references={count}: the privileged view "
-            "is an average over other rows' references; give at least two rows that differ."
-        )
-    draw = random.Random(seed)
-    take = min(count, len(distinct) - 1)
-    return [draw.sample([r for r in distinct if r != own], take) for own in references]
-
-
-def encode_completion(
-    tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int
-) -> list[int]:
-    """The tokens of a sampled text, with the end token unless the limit had cut it off."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if len(ids) >= max_new_tokens else [*ids, tokenizer.eos_token_id]
-
-
-def _check(
-    prompts: Sequence[Prompt], completions: Sequence[str], references: Sequence[str]
-) -> None:
-    sizes = {len(prompts), len(completions), len(references)}
-    if len(sizes) > 1 or not completions:
+    if len({len(prompts), len(completions), len(references)}) > 1 or not completions:
         raise ValueError(
             f"{len(prompts)} prompts, {len(completions)} completions and {len(references)} "
             "references: give as many of each, at least one"
         )
     if any(map(count_images, prompts)):
         raise ValueError("prompts with images cannot be scored here: the judge reads text alone.")
+    ids = [_encode(tokenizer, text, max_new_tokens) for text in completions]
+
+    def score(seen: Sequence[Prompt], temperature: float = 1.0) -> Tensor:
+        rows: list[Tensor] = []
+        for start in range(0, len(seen), batch_size):
+            part = slice(start, start + batch_size)
+            log_p = log_probabilities(
+                base_model,
+                tokenizer,
+                seen[part],
+                ids[part],
+                temperature=temperature,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            rows += of_tokens(log_p, ids[part])
+        return pad_sequence(rows, batch_first=True).double()
+
+    plain = torch.maximum(score(prompts), score(prompts, CARELESS))
+    shown = other_references(references, seed)
+    views = [
+        score([teacher_prompt(p, r, template) for p, r in zip(prompts, column, strict=True)])
+        for column in zip(*shown, strict=True)
+    ]
+    return torch.stack(views).logsumexp(0) - math.log(len(views)) - plain
 
 
-@torch.no_grad()
-def _log_probabilities(
-    model: PreTrainedModel,
-    prompts: BatchFeature,
-    completions: Sequence[list[int]],
-    temperature: float,
-) -> Tensor:
-    """log P(y_t | prompt, y_<t) in nats, (N, T) in float64 on the CPU, 0 after a text's end."""
-    answers, answered = _padded(completions)
-    length = answers.shape[1]
-    tokens = torch.cat([prompts["input_ids"], answers], dim=1).to(model.device)
-    mask = torch.cat([prompts["attention_mask"], answered], dim=1).to(model.device)
-    logits = model(
-        input_ids=tokens,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=length + 1,  # the first token is predicted by the prompt
-    ).logits[:, :-1]
-    logps = (logits.float() / temperature).log_softmax(-1)
-    found = logps.gather(2, tokens[:, -length:, None]).squeeze(2).cpu().double()
-    return found * answered
+def other_references(references: Sequence[str], seed: int) -> list[list[str]]:
+    """For each row, 8 different references of other rows, never one that reads like its own.
+
+    All others where there are fewer. Raises ValueError where there are no two different ones.
+    """
+    distinct = sorted(set(references))
+    if len(distinct) < 2:
+        raise ValueError(
+            f"{len(distinct)} different references: the privileged view is an average over other "
+            "rows' references; give at least two rows that differ."
+        )
+    draw = random.Random(seed)
+    take = min(NUM_REFERENCES, len(distinct) - 1)
+    return [draw.sample([r for r in distinct if r != own], take) for own in references]
 
 
-def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids (N, T) padded with 0 on the right, and the mask of what is not padding."""
-    ids = [torch.tensor(row) for row in rows]
-    ones = [torch.ones_like(row) for row in ids]
-    return tuple(pad_sequence(part, batch_first=True) for part in (ids, ones))
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int) -> list[int]:
+    """The tokens of a sampled text, with the end token unless the limit had cut it off."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) > max_new_tokens:
+        raise ValueError(
+            f"a completion has {len(ids)} tokens: {max_new_tokens=} was not its limit; give the "
+            "limit that it was sampled under"
+        )
+    return ids if len(ids) == max_new_tokens else [*ids, tokenizer.eos_token_id]

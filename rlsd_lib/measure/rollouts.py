@@ -1,26 +1,34 @@
 """Rollouts under the lens: one group of rollouts with gap, weight and credit of every token.
 
-What a training step computes in passing is computed here for a handful of rollouts and kept, for
-the notebooks' heat maps, with the trainer's own functions for prompts, demonstrations, credit and
-divergence. The teacher is the model itself (a `live` teacher), or the external one of `opd`.
+What a training step computes in passing is computed here for a handful of rollouts and kept, from
+the trainer's own `RLSDConfig`. The teacher is the model itself (a `live` teacher), or another one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from rlsd_lib.credit import Credit
-from rlsd_lib.measure.sampling import undistorted
-from rlsd_lib.methods import METHODS, PEER, PROMPT, Method
-from rlsd_lib.prompts import COLUMN, Prompt, demonstrations, teacher_prompt, without_pixels
-from rlsd_lib.tasks import Task
-from rlsd_lib.tasks.encode import Processing, encode, extend, messages_of, tokenizer_of
+from rlsd_lib.measure.evaluate import sample
+from rlsd_lib.measure.logps import log_probabilities, of_tokens
+from rlsd_lib.methods import PEER, PROMPT
+from rlsd_lib.prompts import (
+    COLUMN,
+    Prompt,
+    demonstrations,
+    shorten_to_fit,
+    teacher_prompt,
+    without_pixels,
+)
+from rlsd_lib.tasks import Row, Task
+from rlsd_lib.tasks.encode import Processing, encode, messages_of, tokenizer_of
+from rlsd_lib.trainer.config import RLSDConfig
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Rollout:
 
     @property
     def reference(self) -> str:
-        """What the teacher was shown."""
+        """The row's privileged text."""
         return self.problem[COLUMN]
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,187 +62,169 @@ class Rollout:
         return asdict(self)
 
 
-@torch.no_grad()
 def look(
     model: PreTrainedModel,
-    tokenizer: Processing,
+    processing: Processing,
     task: Task,
     row: int,
+    config: RLSDConfig,
     *,
-    method: str,
-    template: str,
-    lam: float,
-    epsilon_w: float,
-    max_new_tokens: int,
-    credit: Credit | None = None,
     teacher: PreTrainedModel | None = None,
-    peer_context: bool = False,
-    num_generations: int = 8,
-    temperature: float = 1.0,
+    num_generations: int | None = None,
     seed: int = 0,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> list[Rollout]:
-    """Sample one group for test problem `row` and give every token its credit under `method`.
+    """Sample one group for test problem `row` and give every token its credit, as in training.
 
-    `tokenizer` is a processor where the model sees images. Advantages are normalised within the
-    group as TRL does (Eq. 1, sample standard deviation). torch's global random state is left as it
-    was. `credit` is the method's with options of its own (`RLSDConfig.credit`), and `teacher`
-    another model, for `opd`; with `peer_context` the teacher reads a successful rollout of the
-    group in place of the reference.
+    Method, prompts, sampling, rewards, credit and divergence are those that `RLSDTrainer` takes
+    from `config`, with lambda at `lambda_init`; `changes` are fields of it for this look alone.
+    The group stands for the whole batch where `scale_rewards` is "batch". `processing` is a
+    processor where the model sees images. torch's random state is left as it was.
+
+    Args:
+        teacher: another model than `model` itself, as `opd` needs.
+        num_generations: rollouts in the group, the config's by default.
+
+    Raises:
+        ValueError: `changes` that make no valid config; a TypeError where one is no field of it.
     """
-    problem, chosen = task.test[row], METHODS[method]
-    if peer_context:
-        chosen = replace(chosen, teacher_sees=PEER)
-    asking = _Asking(tokenizer, temperature, dict(chat_template_kwargs or {}))
-    prompt = messages_of(problem)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        completions = _sample(model, asking, prompt, num_generations, max_new_tokens)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
-    rewards = torch.tensor([float(task.verify(text, problem)) for text in texts])
-    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-    seen = _teacher_prompts(
-        chosen, {**problem, "prompt": prompt}, texts, rewards.tolist(), template
-    )
-    pairs = [
-        _compare(model, teacher or model, asking, prompt, *both, chosen)
-        for both in zip(seen, completions, strict=True)
+    if changes:
+        # TRL derives generation_batch_size from steps_per_generation, and refuses it beside that.
+        config = replace(config, generation_batch_size=None, **changes)
+    problem = task.test[row]
+    prompt, count = messages_of(problem), num_generations or config.num_generations
+    completions = sample(model, processing, [prompt] * count, seed=seed, **_sampling(config))
+    texts = processing.batch_decode(completions, skip_special_tokens=True)
+    rewards = _rewards(config, task, problem, texts)
+    contexts = _contexts(config, processing, problem, texts, rewards)
+    seen = [
+        prompt if text is None else teacher_prompt(prompt, text, config.privileged_template)
+        for text in contexts
     ]
-    gap, mask = _padded([pair.gap for pair in pairs])
-    assign = partial(credit or chosen.credit, gap=gap, mask=mask, epsilon_w=epsilon_w)
-    credited = assign(advantages, lam=lam)
-    weight = torch.ones_like(gap)
-    if chosen.evidence is not None:
-        sign = advantages.sign()[:, None]
-        weight = torch.where(sign == 0, weight, assign(advantages.sign(), lam=1.0) * sign)
+    models = (model, teacher or model)
+    compared = [
+        _compare(config, models, processing, (prompt, told), ids)
+        for told, ids in zip(seen, completions, strict=True)
+    ]
+    logps, gaps, divergences = zip(*compared, strict=True)
+    # A peer's rollout that no other demonstrates is neither reweighted nor distilled.
+    moved = [config.row.teacher_sees != PEER or context is not None for context in contexts]
+    advantages = torch.tensor(rewards) - torch.tensor(rewards).mean()
+    if config.scale_rewards != "none":
+        advantages /= torch.tensor(rewards).std() + 1e-4  # Eq. 1, with TRL's sample deviation
+    weights, credits = _weights_and_credits(config, advantages, gaps, moved)
     return [
         Rollout(
             problem={name: value for name, value in problem.items() if name != "images"},
             teacher_prompt=without_pixels(seen[i]),
             completion=texts[i],
-            tokens=[tokenizer.decode([token]) for token in ids],
-            reward=rewards[i].item(),
+            tokens=[tokenizer_of(processing).decode([token]) for token in ids],
+            reward=rewards[i],
             advantage=advantages[i].item(),
-            student_logp=pairs[i].student_logp.tolist(),
-            gap=pairs[i].gap.tolist(),
-            weight=weight[i, : len(ids)].tolist(),
-            credit=credited[i, : len(ids)].tolist(),
-            divergence=pairs[i].divergence.tolist(),
+            student_logp=logps[i].tolist(),
+            gap=gaps[i].tolist(),
+            weight=weights[i, : len(ids)].tolist(),
+            credit=credits[i, : len(ids)].tolist(),
+            divergence=(divergences[i] * moved[i]).tolist(),
         )
         for i, ids in enumerate(completions)
     ]
 
 
-def _teacher_prompts(
-    method: Method, problem: dict[str, Any], texts: list[str], rewards: list[float], template: str
-) -> list[Prompt]:
-    """What the teacher reads before each completion of the group, by what the method shows it."""
-    prompt, contexts = problem["prompt"], [problem[COLUMN]] * len(texts)
-    if method.teacher_sees == PROMPT:
-        contexts = [None] * len(texts)
-    elif method.teacher_sees == PEER:
+def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
+    """A row per token of all rollouts: rollout, position, token, advantage, gap, weight, credit."""
+    frames = []
+    for number, rollout in enumerate(rollouts):
+        where = {"rollout": number, "position": range(len(rollout.tokens))}
+        what = {name: getattr(rollout, name) for name in ("advantage", "gap", "weight", "credit")}
+        frames.append(pd.DataFrame({**where, "token": rollout.tokens, **what}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _sampling(config: RLSDConfig) -> dict[str, Any]:
+    """What shapes the trainer's rollouts, as arguments of `sample`."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    settings = {name: getattr(config, name) for name in names}
+    settings["max_new_tokens"] = config.max_completion_length
+    settings["chat_template_kwargs"] = config.chat_template_kwargs
+    return {**settings, **(config.generation_kwargs or {})}
+
+
+def _rewards(config: RLSDConfig, task: Task, problem: Row, texts: list[str]) -> list[float]:
+    """The weighted sum of the task's two reward functions, of which `leak` is only logged."""
+    columns = {name: [value] * len(texts) for name, value in problem.items()}
+    pairs = zip(config.reward_weights or [1.0], (task.reward, task.leak), strict=False)
+    weighted = [weight * torch.tensor(reward(texts, **columns)) for weight, reward in pairs]
+    return sum(weighted).tolist()
+
+
+def _contexts(
+    config: RLSDConfig,
+    processing: Processing,
+    problem: Row,
+    texts: list[str],
+    rewards: list[float],
+) -> list[str | None]:
+    """What the teacher is shown beside the prompt of each rollout; None for nothing."""
+    if config.row.teacher_sees == PROMPT:
+        return [None] * len(texts)
+    contexts = [problem[COLUMN]] * len(texts)
+    if config.row.teacher_sees == PEER:
         contexts = demonstrations(
             texts,
             rewards,
-            [None] * len(texts),
+            contexts if config.include_environment_feedback else [None] * len(texts),
             slice(None),
             group_size=len(texts),
-            threshold=1.0,
-            with_failed=False,
+            threshold=config.success_reward_threshold,
+            with_failed=config.include_failed_rollout,
         ).texts
-    return [prompt if c is None else teacher_prompt(prompt, c, template) for c in contexts]
+    return [text and _fitted(config, processing, messages_of(problem), text) for text in contexts]
 
 
-class _Asking(NamedTuple):
-    """How a model is asked: with which tokenizer or processor, temperature and template."""
+def _fitted(config: RLSDConfig, processing: Processing, prompt: Prompt, context: str) -> str:
+    """The privileged text, shortened to `max_teacher_prompt_length` as in training."""
+    limit, template = config.max_teacher_prompt_length, config.privileged_template
 
-    processing: Processing
-    temperature: float
-    template: dict[str, Any]
+    def length(seen: Prompt) -> int:
+        encoded = encode(processing, [seen], **(config.chat_template_kwargs or {}))
+        return encoded["input_ids"].shape[1]
 
-
-class _Pair(NamedTuple):
-    student_logp: Tensor  # (T,)
-    gap: Tensor  # (T,)
-    divergence: Tensor  # (T,), or empty
+    if limit is None or length(teacher_prompt(prompt, context, template)) <= limit:
+        return context
+    return shorten_to_fit(prompt, context, template, limit, tokenizer_of(processing), length)
 
 
 def _compare(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    asking: _Asking,
-    prompt: Prompt,
-    seen: Prompt,
+    config: RLSDConfig,
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    processing: Processing,
+    prompts: tuple[Prompt, Prompt],
     ids: list[int],
-    method: Method,
-) -> _Pair:
-    log_p_s = _log_probabilities(student, asking, prompt, ids)
-    log_p_t = _log_probabilities(teacher, asking, seen, ids)
-    chosen = torch.tensor(ids)[:, None]
-    ours, theirs = (log_p.gather(1, chosen)[:, 0] for log_p in (log_p_s, log_p_t))
-    distances = torch.empty(0)
-    if method.divergence is not None:
-        top_k = method.divergence.top_k
-        spec = replace(method.divergence, top_k=top_k and min(top_k, log_p_s.shape[1]))
-        distances = spec(log_p_t, log_p_s)
-    return _Pair(ours, theirs - ours, distances)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log P_S, gap and divergence of one completion, (T,) each; (0,) without a distillation term.
+
+    Of a whole group (N, T, V) would not always fit into memory.
+    """
+    how = {"temperature": config.temperature, "chat_template_kwargs": config.chat_template_kwargs}
+    log_p_s, log_p_t = (
+        log_probabilities(model, processing, [prompt], [ids], **how).cpu()
+        for model, prompt in zip(models, prompts, strict=True)
+    )
+    (ours,), (theirs,) = (of_tokens(log_p, [ids]) for log_p in (log_p_s, log_p_t))
+    distance = config.divergence(log_p_t, log_p_s)[0] if config.divergence else torch.empty(0)
+    return ours, theirs - ours, distance
 
 
-def _log_probabilities(
-    model: PreTrainedModel, asking: _Asking, prompt: Prompt, ids: list[int]
-) -> Tensor:
-    """log P(. | prompt, y_<t) before each token of one completion: (T, V) on the CPU, nats."""
-    encoded = encode(asking.processing, [prompt], **asking.template).to(model.device)
-    # Only the completion's positions go through the vocabulary.
-    logits = model(**extend(encoded, ids), logits_to_keep=len(ids) + 1).logits[0, :-1].float()
-    return (logits / asking.temperature).log_softmax(-1).cpu()
-
-
-def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
-    """A row per token of all rollouts: rollout, position, token, advantage, gap, weight, credit."""
-    rows = []
-    for number, rollout in enumerate(rollouts):
-        columns = (rollout.tokens, rollout.gap, rollout.weight, rollout.credit)
-        for position, (token, gap, weight, credit) in enumerate(zip(*columns, strict=True)):
-            rows.append(
-                {
-                    "rollout": number,
-                    "position": position,
-                    "token": token,
-                    "advantage": rollout.advantage,
-                    "gap": gap,
-                    "weight": weight,
-                    "credit": credit,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _sample(
-    model: PreTrainedModel, asking: _Asking, prompt: Prompt, count: int, max_new_tokens: int
-) -> list[list[int]]:
-    """`count` completions as token ids, each up to and including its first end token."""
-    tokenizer = tokenizer_of(asking.processing)
-    encoded = encode(asking.processing, [prompt] * count, **asking.template).to(model.device)
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    generated = model.generate(
-        **encoded,
-        **undistorted(asking.temperature),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(ends - {None}),
-    )[:, encoded["input_ids"].shape[1] :]
-    return [_until_end(ids, ends) for ids in generated.tolist()]
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    end = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: end + 1]
-
-
-def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Right-pad (T_i,) tensors to (N, T), with the mask."""
-    values = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
-    return values, mask
+def _weights_and_credits(
+    config: RLSDConfig, advantages: Tensor, gaps: Sequence[Tensor], moved: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """The clipped weight, 1 where the method has none or A = 0, and the credit: both (N, T)."""
+    gap = pad_sequence(gaps, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in gaps], batch_first=True)
+    mask *= torch.tensor(moved)[:, None]
+    assign = partial(config.credit, gap=gap, mask=mask, epsilon_w=config.epsilon_w)
+    weight, sign = torch.ones_like(gap), advantages.sign()[:, None]
+    if config.row.evidence is not None:
+        weight = torch.where(sign == 0, weight, assign(advantages.sign(), lam=1.0) * sign)
+    return weight, assign(advantages, lam=config.lambda_init)

@@ -199,7 +199,9 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
 def _partner(run: pd.Series, base: Mapping[tuple[Any, ...], pd.Series]) -> pd.Series | None:
     """The baseline's run that differs least: in the method, else the control, else all settings."""
     given = run["parameters"]
-    uncontrolled = {name: value for name, value in given.items() if name != "control"}
+    # A peer's rollout in place of the reference is a control that is set as an override.
+    own = {k: v for k, v in given.get("overrides", {}).items() if k != "peer_context"}
+    uncontrolled = {**given, "overrides": own, "control": "none"}
     plain = {name: value for name, value in given.items() if name == "max_steps"}
     for parameters in (given, uncontrolled, plain):
         other = base.get(_place(run, parameters))

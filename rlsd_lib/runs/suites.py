@@ -41,11 +41,13 @@ SEEDS = (0, 1, 2)
 FIVE_SEEDS = (0, 1, 2, 3, 4)
 BASELINES = ("10_grpo", "15_rlsd", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd")
 TOP1 = ("opsd_teacher_top1", "opsd_student_top1")
-CONTROLS = ("none", "shuffled", "wrong", "noise", "empty", "peer")
+CONTROLS = ("none", "shuffled", "wrong", "noise", "empty")
 # Where lambda decays to 0 a run is GRPO from step 50 on, and the constant ones show it by then.
 SHORT = {"max_steps": (80,)}
 # Credit at its strongest: what the paper's lambda and clip hold back.
 STRONG = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 0.9}
+# A successful rollout of the same group in place of the reference, as SDPO shows.
+PEER = {**STRONG, "peer_context": True}
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {},
     {"lambda_init": 1.0, "lambda_decay_steps": 0},
@@ -90,6 +92,7 @@ SUITES: dict[str, Suite] = {
         grids=(
             # Strong, because the paper's numbers leave a control little to change.
             grid("15_rlsd", seed=SEEDS, **LAB, **SHORT, control=CONTROLS, overrides=(STRONG,)),
+            grid("15_rlsd", seed=SEEDS, **LAB, **SHORT, overrides=(PEER,)),
             grid("15_rlsd", seed=SEEDS, **LAB, **SHORT, control=("none", "shuffled")),
             grid("12_opsd", seed=SEEDS, **LAB, **SHORT, control=("none", "shuffled")),
         ),

@@ -6,7 +6,6 @@ A processing class is what TRL calls one: a tokenizer, or a processor where the 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
@@ -67,19 +66,3 @@ def encode(processing: Processing, prompts: Sequence[Prompt], **template: Any) -
     special = isinstance(prompts[0], str)
     encoded = processing(texts, return_tensors="pt", add_special_tokens=special, **padding)
     return BatchFeature({name: encoded[name] for name in ("input_ids", "attention_mask")})
-
-
-def extend(encoded: BatchFeature, ids: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Append the tokens of a completion to one encoded prompt.
-
-    Every field with an entry per token, (1, T), grows; they are text, hence of type 0.
-    """
-    prompt = encoded["input_ids"]
-    new = torch.tensor([list(ids)], device=prompt.device)
-    ends = {"input_ids": new, "attention_mask": torch.ones_like(new)}
-    return {
-        name: torch.cat([value, ends.get(name, torch.zeros_like(new)).to(value.dtype)], dim=1)
-        if value.shape == prompt.shape
-        else value
-        for name, value in encoded.items()
-    }

@@ -1,4 +1,4 @@
-"""Several processes: the shared batch, the shipped configs, failures, and (slow) the whole path."""
+"""Several processes: the shipped configs, failures, and (slow) what ends one of them."""
 
 import json
 import os
@@ -18,51 +18,11 @@ from peft import LoraConfig, get_peft_model
 
 from rlsd_lib import Experiment
 from rlsd_lib.experiment import launch as launcher
-from rlsd_lib.experiment import training
-from rlsd_lib.experiment.batches import shared_batch
+from rlsd_lib.experiment.experiment import take_weights
 from rlsd_lib.experiment.launch import LaunchError, accelerate_config, failure, launch_command
 from rlsd_lib.experiment.presets import PRESETS
 from rlsd_lib.runs.records import append_lines, read_lines, state_of
 from rlsd_lib.trainer.faults import Stopped
-
-ROWS, ACCUMULATION, STEPS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-)
-
-
-@pytest.mark.parametrize(
-    ("settings", "count", "expected"),
-    [
-        ({ROWS: 64}, 4, {ROWS: 16, ACCUMULATION: 1}),
-        ({ROWS: 1, ACCUMULATION: 256}, 8, {ROWS: 1, ACCUMULATION: 32}),
-        ({ROWS: 4, ACCUMULATION: 6}, 8, {ROWS: 1, ACCUMULATION: 3}),
-        ({ROWS: 4, ACCUMULATION: 6, STEPS: 12}, 8, {ROWS: 1, ACCUMULATION: 3, STEPS: 6}),
-        ({}, 1, {ROWS: 8, ACCUMULATION: 1}),
-    ],
-)
-def test_processes_share_the_batch_of_one(settings, count, expected) -> None:
-    shared = shared_batch(settings, count)
-    assert shared == expected
-    whole = settings.get(ROWS, 8) * settings.get(ACCUMULATION, 1)
-    assert shared[ROWS] * shared[ACCUMULATION] * count == whole
-
-
-@pytest.mark.parametrize(
-    ("settings", "count"),
-    [
-        ({ROWS: 64}, 3),
-        ({ROWS: 64}, 0),
-        ({ROWS: 2, ACCUMULATION: 2}, 8),
-        ({ROWS: 1, ACCUMULATION: 4, STEPS: 2}, 4),
-        ({ROWS: 1, ACCUMULATION: 4, "generation_batch_size": 2}, 4),
-    ],
-)
-def test_a_batch_that_does_not_divide_is_refused(settings, count) -> None:
-    said = f"num_processes={count} does not divide .*{ROWS}={settings[ROWS]}, {ACCUMULATION}="
-    with pytest.raises(ValueError, match=said):
-        shared_batch(settings, count)
 
 
 def test_an_experiment_is_refused_before_it_claims_a_directory(tmp_path, monkeypatch) -> None:
@@ -131,12 +91,6 @@ def test_a_failed_launch_names_the_first_process_and_its_reason(tmp_path) -> Non
 # ---- the whole path, with real processes --------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The place that the notebook tests use too, so that the small lab is pretrained once."""
-    return tmp_path_factory.getbasetemp().parent / "smoke-outputs"
-
-
 def start(folder: Path, outputs: Path, *words: str) -> subprocess.Popen:
     overrides = 'overrides={"save_steps": 1, "save_total_limit": 2}'
     given = ["-p", "preset=smoke", "-p", overrides, "-p", "max_steps=12", "--num-processes", "2"]
@@ -154,7 +108,7 @@ def workers(folder: Path) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.process_iter():
         try:
-            if process.cmdline()[-2:] == ["rlsd_lib.experiment.worker", str(folder)]:
+            if process.cmdline()[-2:] == ["rlsd_lib.experiment.launch", str(folder)]:
                 found[int(process.environ()["RANK"])] = process
         except (psutil.Error, KeyError):
             continue
@@ -189,15 +143,15 @@ def test_trained_weights_are_taken_from_the_workers_folder(tmp_path, adapter) ->
     trained.save_pretrained(tmp_path)
     ids = torch.arange(5)[None]
     before = model(ids).logits
-    training._take_weights(model, tmp_path)
+    take_weights(model, tmp_path)
     assert torch.equal(model(ids).logits, trained.eval()(ids).logits)
     assert not torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, outputs) -> None:
+def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, shared_outputs) -> None:
     folder = tmp_path / "run"
-    run = start(folder, outputs)
+    run = start(folder, shared_outputs)
     once_training(folder, run)[1].kill()
     assert run.wait() == 1
     assert "rank 1" in (said := run.stderr.read())
@@ -205,7 +159,7 @@ def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, outputs) -> None:
     assert state_of(folder) == "failed"
     assert gone(folder)
 
-    again = start(folder, outputs, "--if-exists", "resume")
+    again = start(folder, shared_outputs, "--if-exists", "resume")
     assert again.wait() == 0, again.stderr.read()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["status"], manifest["attempt"]) == ("finished", 2)
@@ -216,9 +170,9 @@ def test_a_killed_rank_fails_the_run_which_resumes(tmp_path, outputs) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_command_saves_on_every_rank(tmp_path, outputs) -> None:
+def test_sigterm_to_the_command_saves_on_every_rank(tmp_path, shared_outputs) -> None:
     folder = tmp_path / "run"
-    run = start(folder, outputs)
+    run = start(folder, shared_outputs)
     once_training(folder, run)
     run.send_signal(signal.SIGTERM)
     assert run.wait() == 1
@@ -233,9 +187,9 @@ def test_sigterm_to_the_command_saves_on_every_rank(tmp_path, outputs) -> None:
 
 
 @pytest.mark.slow
-def test_no_worker_outlives_a_kernel_that_is_killed(tmp_path, outputs) -> None:
+def test_no_worker_outlives_a_kernel_that_is_killed(tmp_path, shared_outputs) -> None:
     folder = tmp_path / "run"
-    run = start(folder, outputs)
+    run = start(folder, shared_outputs)
     ranks = once_training(folder, run)
     kernel = ranks[0].parent().parent()
     assert "ipykernel_launcher" in " ".join(kernel.cmdline())

@@ -1,21 +1,27 @@
 """The presets of real size say what the paper says, for any number of processes."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlsd_lib.experiment.paper_presets import REAL_PRESETS, differences
-from rlsd_lib.experiment.presets import OF_PRESET, PRESETS, resolve_config, resolve_preset
+from rlsd_lib.experiment.presets import (
+    OF_PRESET,
+    PRESETS,
+    RunParameters,
+    resolve_preset,
+    shared_batch,
+)
 from rlsd_lib.methods import METHODS
+from rlsd_lib.trainer.config import RLSDConfig
 
 
-def resolved(preset: str, method: str = "rlsd", **how: Any) -> Any:
-    return resolve_config(method, preset, 0, Path("unused"), **how)
+def resolved(preset: str, method: str = "rlsd", processes: int = 1, **given: Any) -> RLSDConfig:
+    return RunParameters(method, preset, **given).resolve(processes=processes).config
 
 
 def test_the_paper_as_printed() -> None:
-    config, preset = resolved("qwen3-vl-8b", num_processes=32), PRESETS["qwen3-vl-8b"]
+    config, preset = resolved("qwen3-vl-8b", processes=32), PRESETS["qwen3-vl-8b"]
     printed = {
         "learning_rate": 1e-6, "max_steps": 200, "num_generations": 8, "temperature": 1.0,
         "max_completion_length": 4096, "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0,
@@ -54,6 +60,14 @@ def test_the_differences_of_the_script_are_all_there_is() -> None:
     }
 
 
+def test_what_a_run_is_comes_out_of_its_manifest_or_notebook() -> None:
+    given = {"method": "rlsd", "preset": "lab", "overrides": {"epsilon_w": 0.5}, "seed": 3}
+    run = RunParameters.of({**given, "max_steps": None, "benchmarks": ["MMMU"]})
+    assert run == RunParameters(**given)
+    assert (run.max_steps, run.control, run.num_processes, run.run_dir) == (-1, "none", 1, "")
+    assert (run.resolve().config.seed, run.resolve().config.epsilon_w) == (3, 0.5)
+
+
 @pytest.mark.parametrize("preset", ["smoke-vl", *REAL_PRESETS])
 def test_every_method_resolves_or_says_what_it_needs(preset: str) -> None:
     for method in METHODS:
@@ -84,20 +98,17 @@ def test_a_run_may_change_its_model_data_and_sizes() -> None:
         resolve_preset("qwen3-vl-8b", {"task_option": {}})
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
+def test_an_override_of_another_type_is_named() -> None:
+    for overrides, said in (
         ({"epsilon_w": "0.5"}, "epsilon_w='0.5' is str, expected float"),
         ({"epsilon_w": True}, "epsilon_w=True is bool, expected float"),
         ({"use_vllm": "yes"}, "use_vllm='yes' is str, expected bool"),
         ({"distillation_topk": "5"}, "expected int or None"),
         ({"task_options": "rows"}, "task_options='rows' is str, expected dict"),
         ({"test_size": "4"}, "test_size='4' is str, expected int"),
-    ],
-)
-def test_an_override_of_another_type_is_named(overrides: dict, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        resolve_preset("lab", overrides)
+    ):
+        with pytest.raises(TypeError, match=said):
+            resolve_preset("lab", overrides)
 
 
 def test_overrides_of_every_kind_are_taken() -> None:
@@ -121,3 +132,38 @@ def test_adapters_train_at_ten_times_the_rate() -> None:
         rates = [resolved(p, method).learning_rate for p in ("qwen3-text-full", "qwen3-text")]
         assert rates[1] == pytest.approx(10 * rates[0])
     assert PRESETS["qwen3-text"].lora["lora_dropout"] == 0.0  # else noise in the gap
+
+
+ROWS, ACCUMULATION, STEPS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+)
+
+
+def test_processes_share_the_batch_of_one() -> None:
+    for settings, count, expected in (
+        ({ROWS: 64}, 4, {ROWS: 16, ACCUMULATION: 1}),
+        ({ROWS: 1, ACCUMULATION: 256}, 8, {ROWS: 1, ACCUMULATION: 32}),
+        ({ROWS: 4, ACCUMULATION: 6}, 8, {ROWS: 1, ACCUMULATION: 3}),
+        ({ROWS: 4, ACCUMULATION: 6, STEPS: 12}, 8, {ROWS: 1, ACCUMULATION: 3, STEPS: 6}),
+        ({ROWS: 2, ACCUMULATION: 1024}, 8, {ROWS: 2, ACCUMULATION: 128}),
+        ({}, 1, {ROWS: 8, ACCUMULATION: 1}),
+    ):
+        shared = shared_batch(settings, count)
+        assert shared == expected, (settings, count)
+        whole = settings.get(ROWS, 8) * settings.get(ACCUMULATION, 1)
+        assert shared[ROWS] * shared[ACCUMULATION] * count == whole, (settings, count)
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    for settings, count in (
+        ({ROWS: 64}, 3),
+        ({ROWS: 64}, 0),
+        ({ROWS: 2, ACCUMULATION: 2}, 8),
+        ({ROWS: 1, ACCUMULATION: 4, STEPS: 2}, 4),
+        ({ROWS: 1, ACCUMULATION: 4, "generation_batch_size": 2}, 4),
+    ):
+        said = f"num_processes={count} does not divide .*{ROWS}={settings[ROWS]}, {ACCUMULATION}="
+        with pytest.raises(ValueError, match=said):
+            shared_batch(settings, count)

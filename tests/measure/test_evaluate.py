@@ -14,6 +14,7 @@ from rlsd_lib.measure.evaluate import (
     generate,
     pass_at_k,
     per_problem,
+    sample,
 )
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.lab.arithmetic import PRIVILEGED_TEMPLATE
@@ -59,21 +60,39 @@ OPINIONS = {
     "no_repeat_ngram_size": 1,
     "suppress_tokens": list(range(2, 20)),
     "forced_eos_token_id": 1,
+    "typical_p": 0.2,
+    "top_h": 0.2,
+    "eta_cutoff": 0.5,
+    "num_beams": 2,
     "max_time": 1e-9,
     "return_dict_in_generate": True,
     "stop_strings": ["1"],
 }
 
 
-@pytest.mark.parametrize("opinion", OPINIONS)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_models_own_generation_config_has_no_say(untrained, task, opinion, temperature):
+def test_the_models_own_generation_config_has_no_say(untrained, task):
     model, tokenizer = untrained
-    opinionated = deepcopy(model)
-    setattr(opinionated.generation_config, opinion, OPINIONS[opinion])
-    options = {"max_new_tokens": 8, "temperature": temperature}
-    plain = generate(model, tokenizer, task.test["prompt"], **options)
-    assert generate(opinionated, tokenizer, task.test["prompt"], **options) == plain
+    for temperature in (0.0, 1.0):
+        options = {"max_new_tokens": 8, "temperature": temperature}
+        plain = generate(model, tokenizer, task.test["prompt"], **options)
+        for opinion, value in OPINIONS.items():
+            opinionated = deepcopy(model)
+            setattr(opinionated.generation_config, opinion, value)
+            found = generate(opinionated, tokenizer, task.test["prompt"], **options)
+            assert found == plain, (opinion, temperature)
+            assert getattr(opinionated.generation_config, opinion) == value
+
+
+def test_a_completion_ends_with_the_models_own_end_tokens_too(untrained, task):
+    model, tokenizer = untrained
+    ending = deepcopy(model)
+    ending.generation_config.eos_token_id = list(range(2, len(tokenizer)))
+    assert {len(ids) for ids in ids_of(ending, tokenizer, task)} == {1}
+    assert max(len(ids) for ids in ids_of(model, tokenizer, task)) == 8
+
+
+def ids_of(model, tokenizer, task) -> list[list[int]]:
+    return sample(model, tokenizer, task.test["prompt"], max_new_tokens=8, temperature=1.0)
 
 
 def test_results_are_tidy_and_judged_by_the_task(untrained, task, monkeypatch):
@@ -95,16 +114,16 @@ def test_results_are_tidy_and_judged_by_the_task(untrained, task, monkeypatch):
     assert seen[0][0]["content"] == f"{row['prompt'][0]['content']} ; reference {row['answer']}"
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_pass_at_k_is_the_share_of_subsets_with_a_success(k):
+def test_pass_at_k_is_the_share_of_subsets_with_a_success():
     outcomes = {0: [0, 0, 0, 0], 1: [1, 0, 0, 0], 2: [1, 1, 1, 0]}
     results = pd.DataFrame(
         {"problem": problem, "correct": bool(value)}
         for problem, values in outcomes.items()
         for value in values
     )
-    by_hand = [np.mean([any(s) for s in combinations(v, k)]) for v in outcomes.values()]
-    assert pass_at_k(results, k).tolist() == pytest.approx(by_hand)
+    for k in (1, 2, 4):
+        by_hand = [np.mean([any(s) for s in combinations(v, k)]) for v in outcomes.values()]
+        assert pass_at_k(results, k).tolist() == pytest.approx(by_hand), k
     with pytest.raises(ValueError, match="choose 1 to 4"):
         pass_at_k(results, 5)
 

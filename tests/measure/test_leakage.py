@@ -2,9 +2,8 @@
 
 import itertools
 import math
-import subprocess
-import sys
 
+import grimp
 import numpy as np
 import pytest
 import tiny
@@ -13,21 +12,9 @@ from datasets import Dataset
 from scripted import CHAT, Scripted, talk, tokenizer
 
 from rlsd_lib.measure.evaluate import generate
-from rlsd_lib.measure.leak_evidence import (
-    highest_capital,
-    other_references,
-    view_evidence,
-    view_ratios,
-)
-from rlsd_lib.measure.leakage import (
-    judge,
-    leak_rate,
-    measure,
-    phrase_leakage,
-    rate_difference,
-    report,
-    value_leakage,
-)
+from rlsd_lib.measure.intervals import share_interval
+from rlsd_lib.measure.leak_evidence import highest_capital, other_references, view_ratios
+from rlsd_lib.measure.leakage import measure, report, value_leakage
 from rlsd_lib.tasks.lab.arithmetic import make_row, underived
 
 PATTERN = r"\breference\b"
@@ -35,65 +22,40 @@ TEMPLATE = "{prompt} ; {privileged_context}"
 CHAIN = "well ones 3 + 5 + 0 = 0 8 tens 7 + 8 + 0 = 1 5 so hundreds 4 + 2 + 1 = 0 7 answer 7 5 8"
 
 
-# ---- phrase level -----------------------------------------------------------------------------
-
-
-def test_planted_leaks_are_counted_in_texts_and_messages():
-    texts = ["The Reference says 4", "answer 4", [{"role": "assistant", "content": "reference"}]]
-    rate = phrase_leakage(texts, PATTERN)
-    assert (rate.count, rate.total) == (2, 3)
-    assert rate.share == pytest.approx(2 / 3)
-    assert rate.low < rate.share < rate.high
-
-
-def test_no_leak_still_has_an_upper_end():
-    rate = phrase_leakage(["answer 4"] * 100, PATTERN)
-    assert rate.share == rate.low == 0.0
-    assert rate.high == pytest.approx(3.8415 / 103.8415, abs=1e-4)  # z^2 / (n + z^2)
-
-
-def test_bad_input_raises():
-    with pytest.raises(ValueError, match="no completions"):
-        phrase_leakage([], PATTERN)
-    with pytest.raises(ValueError, match="no regular expression"):
-        phrase_leakage(["a"], "(")
-
-
 # ---- value level ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("completion", "leaks"),
-    [
-        (CHAIN, 0.0),  # derived, then stated
-        (f"reference says 7 5 8 {CHAIN}", 1.0),
-        (CHAIN.replace("so", "so 7 5 8"), 1.0),  # before the last column is added
-        (f"reference says 7 6 8 {CHAIN}", 0.0),  # an invented value is not the row's
-        (f"the reference {CHAIN}", 0.0),  # the word alone is no value
-        (f"1 7 5 8 3 {CHAIN}", 1.0),  # digits that stand apart cannot be told
-        ("answer 7 5 8", 1.0),  # nothing was added at all
-        ("ones 3 + 5 + 0 = 0 8", 0.0),
-    ],
-)
-def test_a_value_leaks_where_it_stands_before_it_was_derived(completion, leaks):
+CHAINS = [
+    (CHAIN, 0.0),  # derived, then stated
+    (f"reference says 7 5 8 {CHAIN}", 1.0),
+    (CHAIN.replace("so", "so 7 5 8"), 1.0),  # before the last column is added
+    (f"reference says 7 6 8 {CHAIN}", 0.0),  # an invented value is not the row's
+    (f"the reference {CHAIN}", 0.0),  # the word alone is no value
+    (f"1 7 5 8 3 {CHAIN}", 1.0),  # digits that stand apart cannot be told
+    ("answer 7 5 8", 1.0),  # nothing was added at all
+    ("ones 3 + 5 + 0 = 0 8", 0.0),
+]
+
+
+def test_a_value_leaks_where_it_stands_before_it_was_derived():
     rows = [make_row(473, 285), make_row(111, 222)]
-    found = value_leakage([completion, CHAIN], rows, underived)
-    assert found["value"][0] == leaks
-    assert found["chance"][0] == 0.0
+    for completion, leaks in CHAINS:
+        found = value_leakage([completion, CHAIN], rows, underived)
+        assert (found["value"][0], found["chance"][0]) == (leaks, 0.0), completion
 
 
-@pytest.mark.parametrize(
-    ("completion", "leaks"),
-    [
-        ("It is 1,008. Let me check: 500 and 508 make that number.", 1.0),
-        ("500 and 508 make, when we add the two of them, 1,008.", 0.0),
-        ("It is 31,008 or 1,008.5 or x1,008, let me see what else.", 0.0),
-        ("1,008", 0.0),
-    ],
-)
-def test_without_a_known_chain_the_first_half_of_the_words_decides(completion, leaks):
+TEXTS = [
+    ("It is 1,008. Let me check: 500 and 508 make that number.", 1.0),
+    ("500 and 508 make, when we add the two of them, 1,008.", 0.0),
+    ("It is 31,008 or 1,008.5 or x1,008, let me see what else.", 0.0),
+    ("1,008", 0.0),
+]
+
+
+def test_without_a_known_chain_the_first_half_of_the_words_decides():
     rows = [{"prompt": f"{i}?", "privileged_context": v} for i, v in enumerate(["1,008", "77"])]
-    assert value_leakage([completion, ""], rows)["value"][0] == leaks
+    for completion, leaks in TEXTS:
+        assert value_leakage([completion, ""], rows)["value"][0] == leaks, completion
 
 
 def test_chance_is_the_share_of_other_values_and_shown_values_are_left_out():
@@ -111,7 +73,7 @@ def test_a_random_guess_is_at_chance():
     rows = [{"prompt": "?", "privileged_context": str(v)} for v in draw.integers(0, 10, 2000)]
     texts = [f"{v} is my guess, and nothing else" for v in draw.integers(0, 10, 2000)]
     found = value_leakage(texts, rows)
-    rate = leak_rate(found["value"])
+    rate = share_interval(found["value"])
     assert rate.low < found["chance"].mean() < rate.high
     assert found["chance"].mean() == pytest.approx(0.1, abs=0.01)
 
@@ -132,7 +94,7 @@ def evidence(completions: list[str], rows: list[dict] | None = None, **changes: 
     prompts, references = ([row[k] for row in rows] for k in ("prompt", "privileged_context"))
     settings = {"template": TEMPLATE, "max_new_tokens": LIMIT, **changes}
     ratios = view_ratios(BASE, tokenizer(), prompts, completions, references, **settings)
-    return view_evidence(ratios, settings["max_new_tokens"]).to_numpy()
+    return highest_capital(ratios, settings["max_new_tokens"]).numpy()
 
 
 def test_the_ratio_of_a_token_is_that_of_the_marginal_view_and_the_base_model():
@@ -176,7 +138,8 @@ def test_a_batch_gives_what_each_text_gives_alone():
             scores.append([(logits / t).log_softmax(-1).gather(1, chosen)[:, 0] for t in (1, 2)])
         plain, views = torch.maximum(*scores[0]), torch.stack([view for view, _ in scores[1:]])
         expected = (views.logsumexp(0) - math.log(2) - plain).double()
-        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[i, : len(ids)], expected, rtol=1e-4, atol=1e-4)
+        assert (found[i, len(ids) :].abs() < 1e-12).all()
 
 
 def test_a_model_is_sampled_and_judged_under_the_template_that_it_was_trained_with():
@@ -208,35 +171,37 @@ def test_the_capital_is_a_mean_over_the_places_where_a_leak_may_begin():
     torch.testing.assert_close(highest_capital(torch.tensor([[a]]), 1), torch.tensor([a]))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_null_holds_exactly_for_any_two_models(seed):
+def test_the_null_holds_exactly_for_any_two_models():
     """All texts of 6 tokens under two random models, their probabilities summed exactly."""
-    draw, laws, length = np.random.default_rng(seed), {}, 6
+    length = 6
     texts = list(itertools.product(range(3), repeat=length))
-    for text in texts:
-        for end in range(length):
-            laws.setdefault(text[:end], draw.dirichlet([0.3] * 3, size=2) + 1e-9)
-    steps = np.array([[laws[t[:i]][:, t[i]] for i in range(length)] for t in texts])  # (N, T, 2)
-    capital = highest_capital(torch.tensor(np.log(steps[..., 1] / steps[..., 0])), length).numpy()
-    chance = steps[..., 0].prod(1)
-    for alpha in (0.5, 0.2, 0.05, 0.01):
-        assert chance[capital >= math.log(1 / alpha)].sum() <= alpha
-    assert 0 < (chance * capital).sum() <= 1.0
+    for seed in range(5):
+        draw, laws = np.random.default_rng(seed), {}
+        for text in texts:
+            for end in range(length):
+                if text[:end] not in laws:
+                    laws[text[:end]] = draw.dirichlet([0.3] * 3, size=2) + 1e-9
+        steps = np.array([[laws[t[:i]][:, t[i]] for i in range(length)] for t in texts])
+        ratios = torch.tensor(np.log(steps[..., 1] / steps[..., 0]))  # (N, T)
+        capital, chance = highest_capital(ratios, length).numpy(), steps[..., 0].prod(1)
+        for alpha in (0.5, 0.2, 0.05, 0.01):
+            assert chance[capital >= math.log(1 / alpha)].sum() <= alpha, (seed, alpha)
+        assert 0 < (chance * capital).sum() <= 1.0, seed
 
 
-@pytest.mark.parametrize("quoting", [0.01, 0.3])
-def test_the_base_model_stays_within_the_null_however_it_talks(quoting):
-    model, rows = Scripted(talk(quoting)), [row for row in ROWS for _ in range(10)]
+def test_the_base_model_stays_within_the_null_however_it_talks():
+    rows = [row for row in ROWS for _ in range(10)]
     prompts, references = ([row[k] for row in rows] for k in ("prompt", "privileged_context"))
-    texts = [
-        text[0] for text in generate(model, tokenizer(), prompts, max_new_tokens=LIMIT, seed=1)
-    ]
     settings = {"template": TEMPLATE, "max_new_tokens": LIMIT}
-    ratios = view_ratios(model, tokenizer(), prompts, texts, references, **settings)
-    found = view_evidence(ratios, LIMIT)
-    assert phrase_leakage(texts, PATTERN).count > 0, "it mentions a reference, now and then"
-    assert leak_rate(found >= math.log(20)).low <= 0.05
-    assert found.mean() <= 1.0
+    for quoting in (0.01, 0.3):
+        model = Scripted(talk(quoting))
+        sampled = generate(model, tokenizer(), prompts, max_new_tokens=LIMIT, seed=1)
+        texts = [text for (text,) in sampled]
+        ratios = view_ratios(model, tokenizer(), prompts, texts, references, **settings)
+        found = highest_capital(ratios, LIMIT)
+        assert any("reference" in text for text in texts), "it mentions one, now and then"
+        assert share_interval(found >= math.log(20)).low <= 0.05, quoting
+        assert found.mean() <= 1.0, quoting
 
 
 def test_quotations_are_found_wherever_they_begin_and_whatever_they_quote():
@@ -253,16 +218,12 @@ def test_quotations_are_found_wherever_they_begin_and_whatever_they_quote():
 
 def test_the_word_alone_is_not_counted_where_there_is_a_good_reason_for_it():
     asked = [{"prompt": [{"role": "user", "content": "reference 3 ?"}], "privileged_context": "6"}]
-    texts = ["reference 3 so answer"] * 10
-    judged = judge(
-        texts,
-        asked * 9 + ROWS[:1],
-        tokenizer(),
-        base_model=BASE,
-        max_new_tokens=LIMIT,
-        template=TEMPLATE,
-        pattern=PATTERN,
-    )
+    said = ["reference", "3", "so", "answer", "<end>"]
+    speaker = Scripted(lambda words: {said[min(len(words) - 1 - words.index("<assistant>"), 4)]: 1})
+    data = Dataset.from_list(asked * 9 + ROWS[:1])
+    settings = {"base_model": BASE, "max_new_tokens": LIMIT, "template": TEMPLATE}
+    judged = measure(speaker, tokenizer(), data, **settings, pattern="REFERENCE")
+    assert set(judged["completion"]) == {"reference 3 so answer"}
     assert judged["phrase"].all()
     assert judged["value"].fillna(0).sum() == 0
     assert (judged["evidence"][:9] < 0.2).all()
@@ -273,7 +234,7 @@ def test_noise_is_no_leak():
     draw = np.random.default_rng(0)
     words = ["so", "answer", *"0123456789"]
     texts = [" ".join(draw.choice(words, LIMIT)) for _ in range(100)]
-    assert leak_rate(evidence(texts) >= math.log(20)).share <= 0.05
+    assert share_interval(evidence(texts) >= math.log(20)).mean <= 0.05
 
 
 def test_a_report_tells_a_leaking_model_from_its_base():
@@ -296,13 +257,6 @@ def test_a_report_tells_a_leaking_model_from_its_base():
     assert (same["mean"] == 0).all() and (same["low"] <= 0).all() and (same["high"] >= 0).all()
 
 
-def test_newcombe_as_published():
-    """Newcombe (1998), Statistics in Medicine 17, table II, method 10: 56/70 against 48/80."""
-    first, second = leak_rate([True] * 56 + [False] * 14), leak_rate([True] * 48 + [False] * 32)
-    found = rate_difference(first, second)
-    assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
-
-
 def test_what_cannot_be_measured_is_refused():
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     with pytest.raises(ValueError, match="at least two rows that differ"):
@@ -311,15 +265,19 @@ def test_what_cannot_be_measured_is_refused():
         evidence(["so so", "so"], max_new_tokens=1)
     with pytest.raises(ValueError, match="images"):
         evidence(["so", "so"], [{**ROWS[0], "prompt": prompt}, ROWS[1]])
+    with pytest.raises(ValueError, match="no regular expression"):
+        measure(BASE, None, Dataset.from_list(ROWS), base_model=BASE, max_new_tokens=4, pattern="(")
     with pytest.raises(ValueError, match="2 prompts, 1 completions"):
         view_ratios(BASE, tokenizer(), ["?", "?"], ["so"], ["1"], template="", max_new_tokens=4)
 
 
 def test_the_references_shown_are_never_the_rows_own():
-    shown = other_references(["1", "1", "2", "3"], 8, seed=0)
+    shown = other_references(["1", "1", "2", "3"], seed=0)
     assert [sorted(row) for row in shown] == [["2", "3"], ["2", "3"], ["1", "3"], ["1", "2"]]
 
 
-def test_leakage_does_not_import_the_trainer():
-    code = "import sys, rlsd_lib.measure.leakage; sys.exit('trl' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_nothing_that_measures_imports_the_trainer():
+    graph = grimp.build_graph("rlsd_lib", include_external_packages=True, cache_dir=None)
+    for module in graph.find_children("rlsd_lib.measure"):
+        assert "rlsd_lib.trainer.trainer" not in graph.find_upstream_modules(module), module
+    assert "trl" in graph.find_upstream_modules("rlsd_lib.trainer.trainer")

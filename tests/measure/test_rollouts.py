@@ -1,153 +1,163 @@
-"""The lens agrees with the trainer: same prompts, same gap, same credit."""
+"""Looking shows what training does: the same prompts, gap, credit and divergence, and no trace."""
+
+from dataclasses import asdict
 
 import pytest
 import tiny
 import torch
 from datasets import Dataset
+from dense import script
 
-from rlsd_lib.experiment import controls
+from rlsd_lib import METHODS, RLSDTrainer
+from rlsd_lib.divergence import divergence
 from rlsd_lib.measure import rollouts as lens
-from rlsd_lib.methods import METHODS
 from rlsd_lib.tasks import Task
 
-TEMPLATE = "{prompt}|{privileged_context}"
+
+def sevenths(completion: str, row: dict) -> float:
+    return sum(map(ord, completion)) % 7 / 7
 
 
+@pytest.fixture(scope="module")
 def task() -> Task:
-    rows = [
-        {"prompt": [{"role": "user", "content": f"{i}?"}], "privileged_context": "7", "answer": "7"}
-        for i in range(4)
-    ]
+    """Rewards between the verdicts, so that who takes one for the other is seen."""
+    prompts = [[{"role": "user", "content": f"{i}?"}] for i in range(4)]
+    data = Dataset.from_dict({"prompt": prompts, "privileged_context": ["the answer is 7"] * 4})
     return Task(
         name="letters",
-        train=Dataset.from_list(rows),
-        test=Dataset.from_list(rows),
-        verify=lambda completion, row: sum(map(ord, completion)) % 2 == 0,
+        train=data,
+        test=data,
+        verify=lambda completion, row: sevenths(completion, row) > 0.8,
         reference_pattern="ref",
-        first_error=lambda completion, row: 1,
+        score=sevenths,
     )
 
 
-def group(method: str = "rlsd", model=None, **changes) -> list[lens.Rollout]:
-    settings = {"lam": 0.5, "epsilon_w": 0.2, "max_new_tokens": 6, "template": TEMPLATE}
-    model = tiny.model().eval() if model is None else model
-    return lens.look(model, tiny.tokenizer(), task(), 1, method=method, **{**settings, **changes})
+class Watched(RLSDTrainer):
+    """Keeps what its first step computed of every rollout, in the order of generation."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        output["place"] = torch.arange(len(inputs))  # follows the rollout through TRL's shuffle
+        ids, mask = output["completion_ids"], output["completion_mask"].bool()
+        self.completions = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        self.found = [{} for _ in inputs]
+        return output
+
+    def _token_advantages(self, inputs, logps):
+        credited = super()._token_advantages(inputs, logps)
+        gap = inputs["teacher_per_token_logps"] - logps
+        self.keep(inputs, credit=credited, gap=gap, advantage=inputs["advantages"])
+        return credited
+
+    def _distillation_loss(self, model, hidden, policy_loss, inputs):
+        def kept(*args, **kwargs):
+            values = divergence(*args, **kwargs)
+            self.keep(inputs, divergence=values.detach())
+            return values
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rlsd_lib.trainer.trainer.divergence", kept)
+            return super()._distillation_loss(model, hidden, policy_loss, inputs)
+
+    def keep(self, inputs, **values):
+        for name, rows in values.items():
+            for place, row in zip(inputs["place"].tolist(), rows, strict=True):
+                self.found[place][name] = row
 
 
-def test_gap_and_credit_follow_the_definitions():
-    model, tokenizer = tiny.model().eval(), tiny.tokenizer()
-    for rollout in group():
-        ids = [tokenizer.convert_tokens_to_ids(token) for token in rollout.tokens]
-        scores = {}
-        for name, prompt in (
-            ("student", "<user>1?</s><assistant>"),
-            ("teacher", "<user>1?|7</s><assistant>"),
-        ):
-            prefix = tokenizer.encode(prompt)
-            logits = model(torch.tensor([prefix + ids])).logits[0, len(prefix) - 1 : -1]
-            scores[name] = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-        gap = (scores["teacher"] - scores["student"]).detach()
-        torch.testing.assert_close(torch.tensor(rollout.gap), gap, rtol=1e-4, atol=1e-4)
-        sign = 1 if rollout.advantage > 0 else -1
-        expected = rollout.advantage * (0.5 + 0.5 * (sign * gap).exp().clamp(0.8, 1.2))
-        torch.testing.assert_close(torch.tensor(rollout.credit), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_can_be_looked_at(method):
-    rollouts = group(method)
-    assert len(rollouts) == 8
-    assert {r.reward for r in rollouts} == {0.0, 1.0}
-    assert all(len(r.tokens) == len(r.gap) == len(r.credit) for r in rollouts)
-    frame = lens.token_frame(rollouts)
-    assert len(frame) == sum(len(r.tokens) for r in rollouts)
-
-
-PUBLISHED = {
-    "repetition_penalty": 1.5,
-    "no_repeat_ngram_size": 1,
-    "min_p": 0.5,
-    "typical_p": 0.2,
-    "top_k": 2,
-    "top_h": 0.2,
-    "eta_cutoff": 0.5,
-    "suppress_tokens": list(range(2, 40)),
-    "forced_eos_token_id": 1,
-    "num_beams": 2,
+CASES = {
+    "rlsd": {},
+    "rlsd, every option": {
+        "lambda_init": 0.9,
+        "epsilon_w": 0.7,
+        "weight_clip": "log",
+        "conserve_credit": True,
+        "scale_rewards": "none",
+        "max_teacher_prompt_length": 20,
+        "chat_template_kwargs": {"add": "x"},
+    },
+    "rlsd, a peer": {"peer_context": True, "success_reward_threshold": 0.5},
+    "rlsd_neutral": {},
+    "sdpo": {
+        "success_reward_threshold": 0.5,
+        "include_failed_rollout": True,
+        "include_environment_feedback": True,
+    },
+    "opsd": {"distillation_mode": "topk_logits", "distillation_topk": 5, "distillation_alpha": 0.3},
+    "opsd, sampled": {"distillation_mode": "sampled_token"},
+    "opsd_teacher_top1, no peer": {"peer_context": True, "success_reward_threshold": 2.0},
+    "opd": {"distillation_token_clip": 0.5},
 }
 
 
-def test_a_models_own_settings_have_no_say_in_sampling():
-    """Many are published with a top-k or a repetition penalty, which training does not use."""
-    plain = [rollout.completion for rollout in group()]
-    for name, value in PUBLISHED.items():
-        model = tiny.model().eval()
-        setattr(model.generation_config, name, value)
-        assert [rollout.completion for rollout in group(model=model)] == plain, name
-
-
-def test_looking_leaves_the_random_state_alone():
-    model, tokenizer = tiny.model(), tiny.tokenizer()
-    before = torch.random.get_rng_state()
-    lens.look(
-        model,
-        tokenizer,
-        task(),
-        0,
-        method="rlsd",
-        template=TEMPLATE,
-        lam=0.5,
-        epsilon_w=0.2,
-        max_new_tokens=4,
+@pytest.mark.parametrize("case", CASES)
+def test_a_look_shows_what_the_trainer_computes(tmp_path, monkeypatch, task, case):
+    """The trainer's completions, looked at with its config: one prompt, a group of eight."""
+    method = case.split(",")[0]
+    config = tiny.config(
+        tmp_path,
+        method=method,
+        num_generations=8,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        max_steps=1,
+        temperature=0.8,
+        reward_weights=[2.0],
+        **CASES[case],
     )
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("control", controls.CONTROLS)
-def test_controls_change_the_reference_and_nothing_else(control):
-    data = Dataset.from_dict(
-        {
-            "prompt": [f"{i}?" for i in range(50)],
-            "privileged_context": [f"{i} apples" for i in range(50)],
-        }
+    teacher = tiny.model(1).eval() if method == "opd" else None
+    student, tokenizer = tiny.model(), tiny.tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<assistant>", "<assistant>{{ add }}")
+    watched = Watched(
+        student,
+        task.reward,
+        config,
+        task.train.select([1]),
+        processing_class=tokenizer,
+        teacher_model=teacher,
     )
-    changed = controls.apply_control(data, control, seed=1)
-    again = controls.apply_control(data, control, seed=1)
-    before, after = data["privileged_context"][:], changed["privileged_context"][:]
-    assert after == again["privileged_context"][:]
-    assert changed["prompt"][:] == data["prompt"][:]
-    if control in ("none", "peer"):
-        assert after == before
-    elif control == "empty":
-        assert set(after) == {""}
-    else:
-        assert all(new != old for new, old in zip(after, before, strict=True))
-    if control == "wrong":
-        assert all(
-            new.endswith(" apples") and len(new) == len(old)
-            for new, old in zip(after, before, strict=True)
-        )
-    if control == "noise":
-        assert [len(text) for text in after] == [len(text) for text in before]
-    if control == "shuffled":
-        assert set(after) <= set(before)
+    script(watched).train()
+    monkeypatch.setattr(lens, "sample", lambda *_, **__: watched.completions)
+    looked = lens.look(tiny.model(), tokenizer, task, 1, config, teacher=teacher)
+    assert len({rollout.reward for rollout in looked}) > 2
+    for rollout, expected in zip(looked, watched.found, strict=True):
+        for name, value in expected.items():
+            found = torch.tensor(asdict(rollout)[name])
+            value = value[: len(rollout.tokens)] if value.dim() else value
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4, msg=name)
+        assert bool(rollout.divergence) == ("divergence" in expected)
+    assert any(any(rollout.gap) for rollout in looked) == (not case.endswith("no peer"))
 
 
-def test_unknown_controls_and_hopeless_references_are_refused():
-    same = Dataset.from_dict({"privileged_context": ["4", "4"]})
-    with pytest.raises(ValueError, match="Did you mean 'shuffled'"):
-        controls.apply_control(same, "shufled", seed=0)
-    with pytest.raises(ValueError, match="two different references"):
-        controls.apply_control(same, "shuffled", seed=0)
-    with pytest.raises(ValueError, match="letter or a digit"):
-        controls.apply_control(Dataset.from_dict({"privileged_context": ["?!"]}), "noise", seed=0)
+def test_every_method_can_be_looked_at(tmp_path, task):
+    for method in METHODS:
+        weight = {"distillation_weight": 1.0} if METHODS[method].needs_weight else {}
+        config = tiny.config(tmp_path, method=method, success_reward_threshold=0.0, **weight)
+        rollouts = lens.look(tiny.model(), tiny.tokenizer(), task, 0, config, teacher=tiny.model(1))
+        assert len(rollouts) == config.num_generations, method
+        frame = lens.token_frame(rollouts)
+        assert len(frame) == sum(len(r.gap) for r in rollouts), method
+        assert frame.notna().all().all(), method
+        assert all(any(r.signal) for r in rollouts), method
 
 
-def test_a_wrong_word_is_another_rows():
-    words = Dataset.from_dict(
-        {"prompt": ["a", "b", "c", "d"], "privileged_context": ["yes", "no", "A", "7"]}
-    )
-    changed = controls.apply_control(words, "wrong", seed=0)["privileged_context"][:]
-    assert all(word in ("yes", "no", "A", "7") for word in changed[:3])
-    assert changed[:3] != ["yes", "no", "A"]
-    assert changed[3].isdigit() and changed[3] != "7"
+def test_a_look_samples_as_training_does_and_leaves_no_trace(tmp_path, task):
+    """Many models are published with a top-k or a penalty, which training does not use either."""
+    config, tokenizer = tiny.config(tmp_path), tiny.tokenizer()
+
+    def texts(model, **changes) -> list[str]:
+        looked = lens.look(model.train(), tokenizer, task, 1, config, **changes)
+        return [rollout.completion for rollout in looked]
+
+    model, state = tiny.model(), torch.random.get_rng_state()
+    plain = texts(model)
+    assert model.training and torch.equal(torch.random.get_rng_state(), state)
+    model.generation_config.update(top_k=1, repetition_penalty=1.5, suppress_tokens=[*range(2, 40)])
+    assert texts(model) == plain
+    assert len(set(texts(model, top_k=1))) == 1 < len(set(plain))
+    assert texts(model, seed=1) != plain
+    assert len(texts(model, num_generations=3)) == 3
+    assert max(map(len, texts(model, max_completion_length=2))) == 2
+    with pytest.raises(ValueError, match="epsilon_w=-1"):
+        texts(model, epsilon_w=-1)

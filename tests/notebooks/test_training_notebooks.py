@@ -19,15 +19,15 @@ from rlsd_lib.runs.records import read_manifest, read_runs
 NOTEBOOKS = ("00_tour", "10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
 
 
-@pytest.fixture(scope="session")
-def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One place for all workers, so that the small lab is pretrained once."""
-    return tmp_path_factory.getbasetemp().parent / "smoke-outputs"
-
-
 @pytest.fixture
-def smoke_run(shared_outputs, monkeypatch) -> Callable[..., Path]:
-    """Puts a finished smoke run into a folder; the same run is trained once for all tests."""
+def smoke_run(shared_outputs, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Puts a finished smoke run into a folder; the same run is trained once for all tests.
+
+    It is made from a working directory of its own, in which nothing may be written.
+    """
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
 
     def put(folder: Path, name: str, **parameters) -> Path:
@@ -37,36 +37,49 @@ def smoke_run(shared_outputs, monkeypatch) -> Callable[..., Path]:
         with FileLock(f"{shared_outputs}-{key}.lock"):
             if not (kept / "metrics.json").exists():
                 execute_notebook(name, chosen, run_dir=kept, if_exists="overwrite")
+        assert not list(elsewhere.iterdir()), "a notebook wrote into the working directory"
         return Path(shutil.copytree(kept, folder))
 
     return put
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_training_notebook_runs_from_anywhere(name, tmp_path, monkeypatch, shared_outputs):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
-    folder = tmp_path / "run"
-    execute_notebook(name, {"preset": "smoke"}, run_dir=folder)
+def test_a_training_notebook_runs_from_anywhere(name, tmp_path, smoke_run):
+    folder = smoke_run(tmp_path / "run", name)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["config"]["method"] == json.loads(json.dumps(manifest["parameters"]["method"]))
     assert len(set(manifest["data"].values())) == 3  # train, test, test without references
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics
+    assert json.loads((folder / "metrics.json").read_text())
     assert list((folder / "figures").glob("*.png"))
     assert (folder / "samples.jsonl").read_text().count("\n") >= 8
     if name != "00_tour":
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [1, 2]
-        for name in ("accuracy", "accuracy_greedy", "pass@2"):
-            assert metrics[f"{name}_after_low"] <= metrics[f"{name}_after"]
-        kept = json.loads((folder / "evaluation_after.json").read_text())
-        assert np.mean(kept["correct"]) == pytest.approx(metrics["accuracy_after"])
-        assert np.mean(kept["greedy"]) == pytest.approx(metrics["accuracy_greedy_after"])
-    assert not list(elsewhere.iterdir()), "a notebook wrote into the working directory"
+        check_trained(folder)
+
+
+def check_trained(folder: Path) -> None:
+    """Two steps are logged, and what metrics.json says of the model after them is what was kept."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for name in ("accuracy", "accuracy_greedy", "pass@2"):
+        assert metrics[f"{name}_after_low"] <= metrics[f"{name}_after"]
+    kept = json.loads((folder / "evaluation_after.json").read_text())
+    assert np.mean(kept["correct"]) == pytest.approx(metrics["accuracy_after"])
+    assert np.mean(kept["greedy"]) == pytest.approx(metrics["accuracy_greedy_after"])
+
+
+def test_a_notebook_trains_on_two_processes(tmp_path, smoke_run):
+    """From its parameters cell to the trained weights, which the kernel evaluates."""
+    folder = smoke_run(tmp_path / "run", "15_rlsd", num_processes=2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["launch"]["config"]["use_cpu"] is True
+    assert "--num_processes 2" in " ".join(manifest["launch"]["command"])
+    check_trained(folder)
+    assert (folder / "model" / "model.safetensors").exists()
+    # The kernel that launches has the model, rows and sampling of one that trains by itself.
+    alone = smoke_run(tmp_path / "alone", "15_rlsd")
+    assert len({(run / "evaluation_before.json").read_text() for run in (folder, alone)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -125,7 +138,7 @@ def test_leakage_is_measured_on_saved_models_once(tmp_path, smoke_run):
     folders = {name: tmp_path / name for name in ("methods", "controls")}
     smoke_run(folders["methods"] / "grpo", "10_grpo")
     smoke_run(folders["methods"] / "broken", "10_grpo")
-    smoke_run(folders["controls"] / "peer", "15_rlsd", control="peer")
+    smoke_run(folders["controls"] / "peer", "15_rlsd", overrides={"peer_context": True})
     manifest = folders["methods"] / "broken" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"finished"', '"failed"'))
     parameters = {f"{'runs' if n == 'methods' else n}_dir": str(f) for n, f in folders.items()}

@@ -66,6 +66,7 @@ def test_a_run_is_compared_with_the_baseline_that_differs_least(tmp_path: Path) 
         "shuffled": (0.70, {"control": "shuffled"}),
         "strong": (0.60, strong),
         "strong-shuffled": (0.55, {**strong, "control": "shuffled"}),
+        "strong-peer": (0.58, {"overrides": {"epsilon_w": 0.9, "peer_context": True}}),
         "other": (0.90, {"preset": "lab-bare"}),
     }
     for name, (after, parameters) in looks.items():
@@ -79,6 +80,7 @@ def test_a_run_is_compared_with_the_baseline_that_differs_least(tmp_path: Path) 
         "rlsd (lab, control=shuffled)": -0.1,
         "rlsd (lab, epsilon_w=0.9)": -0.2,
         "rlsd (lab, control=shuffled, epsilon_w=0.9)": -0.05,
+        "rlsd (lab, epsilon_w=0.9, peer_context=True)": -0.02,
         "sdpo (lab-bare, epsilon_w=0.9)": -0.4,
     }
     assert "no rlsd run of the same preset, length and seed as opd (lab)" in table.notes

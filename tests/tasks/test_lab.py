@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from rlsd_lib.measure.evaluate import evaluate
-from rlsd_lib.measure.leakage import phrase_leakage
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.lab.arithmetic import (
     FILLERS,
@@ -156,5 +155,5 @@ def test_the_full_recipe_is_the_model_organism_it_claims_to_be(tmp_path):
     assert 0.40 <= plain["correct"].mean() <= 0.65
     assert traced["correct"].mean() >= 0.90
     assert shown["correct"].mean() >= 0.95
-    assert phrase_leakage(plain["completion"], task.reference_pattern).share <= 0.01
+    assert plain["speaks_of_reference"].mean() <= 0.01
     assert 0.4 <= shown["speaks_of_reference"].mean() <= 0.6

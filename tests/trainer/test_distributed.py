@@ -23,7 +23,7 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 from rlsd_lib import RLSDTrainer
-from rlsd_lib.experiment.batches import shared_batch
+from rlsd_lib.experiment.presets import shared_batch
 from rlsd_lib.methods import METHODS
 from rlsd_lib.trainer.faults import Stopped
 

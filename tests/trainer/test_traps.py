@@ -15,7 +15,7 @@ from test_trainer import run_and_capture
 from transformers import Qwen3ForCausalLM
 
 from rlsd_lib import RLSDConfig, RLSDTrainer
-from rlsd_lib.experiment.presets import IDENTITY, PAPER, resolve_config
+from rlsd_lib.experiment.presets import IDENTITY, PAPER, RunParameters
 from rlsd_lib.trainer.checks import check_sharding
 from rlsd_lib.trainer.copies import copy_for_scoring
 
@@ -292,7 +292,7 @@ PAPER_VALUES = {
 
 @pytest.mark.parametrize("preset", ["lab", "smollm2"])
 def test_trap_25_runs_have_the_papers_values_where_the_parents_defaults_differ(tmp_path, preset):
-    args = resolve_config("rlsd", preset, 0, tmp_path)
+    args = RunParameters("rlsd", preset).resolve(tmp_path).config
     assert {name: getattr(args, name) for name in PAPER_VALUES} == PAPER_VALUES
 
 
@@ -306,7 +306,7 @@ def test_trap_25_the_papers_completion_length_and_mode_reach_any_config(tmp_path
 @pytest.mark.parametrize("name", IDENTITY)
 def test_overrides_may_not_change_what_a_run_is(tmp_path, name):
     with pytest.raises(ValueError, match=f"overrides may not set '{name}'"):
-        resolve_config("rlsd", "lab", 0, tmp_path, overrides={name: "grpo"})
+        RunParameters("rlsd", "lab", overrides={name: "grpo"}).resolve(tmp_path)
 
 
 # Environments

@@ -10,8 +10,7 @@ import tiny_vlm
 from datasets import Dataset
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.experiment.dryrun import dry_run, resolve
-from rlsd_lib.experiment.preflight import Findings, check_rows
+from rlsd_lib.experiment.preflight import Findings, check_rows, dry_run, resolve
 from rlsd_lib.tasks import Task, load_task
 from rlsd_lib.tasks.encode import encode, messages_of
 from rlsd_lib.tasks.lengths import prompt_lengths
@@ -31,36 +30,48 @@ def check(preset: str = "smoke-vl", method: str = "rlsd", **parameters: Any) -> 
     return dry_run("15_rlsd", {"preset": preset, "method": method, **parameters})
 
 
-EXPECTED = {
-    "qwen3-vl-8b": ["2048 rollouts per step = 256 prompts x 8 = 8 processes x 2 rows x 128",
-                    "learning_rate                1e-06", "lambda_decay_steps           50",
-                    "--num-processes 8 --accelerate fsdp2", "not checked  the rows of mmfinereason"],
-    "qwen3-vl-8b-script": ["lambda_decay_steps           60", "'reward': 'weighted'", "'top_k': 20"],
-    "qwen3-text": ["256 rollouts per step = 32 prompts x 8 = 1 processes x 4 rows x 64", "LoRA {'r': 32",
-                   "learning_rate                1e-05"],
-    "qwen3-text-full": ["all weights", "not checked  Qwen/Qwen3-1.7B is not on this machine"],
-    "smoke-vl": ["32 rollouts per step = 4 prompts x 8", "135 training and 8 test rows",
-                 "every row has a privileged_context", "0 over 512 will be left out"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("preset", EXPECTED)
-def test_a_preset_passes_offline_and_says_what_it_does(preset, capsys, tmp_path):
-    assert main(["run", "15_rlsd", "-p", f"preset={preset}", "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    for text in EXPECTED[preset]:
-        assert text in printed
-    assert f"rlsd run 15_rlsd -p method=rlsd -p preset={preset}" in printed
-    assert "WRONG" not in printed
+def test_a_preset_passes_offline_and_says_what_it_does(capsys, tmp_path):
+    expected = {
+        "qwen3-vl-8b": (
+            "2048 rollouts per step = 256 prompts x 8 = 8 processes x 2 rows x 128",
+            "learning_rate                1e-06",
+            "lambda_decay_steps           50",
+            "--num-processes 8 --accelerate fsdp2",
+            "-m rlsd_lib.experiment.launch RUN_DIR",
+            "not checked  the rows of mmfinereason",
+        ),
+        "qwen3-vl-8b-script": ("lambda_decay_steps           60", "'weighted'", "'top_k': 20"),
+        "qwen3-text": (
+            "256 rollouts per step = 32 prompts x 8 = 1 processes x 4 rows x 64",
+            "LoRA {'r': 32",
+            "learning_rate                1e-05",
+        ),
+        "qwen3-text-full": (
+            "all weights",
+            "not checked  Qwen/Qwen3-1.7B is not on this machine",
+        ),
+        "smoke-vl": (
+            "32 rollouts per step = 4 prompts x 8",
+            "135 training and 8 test rows",
+            "every row has a privileged_context",
+            "0 over 512 will be left out",
+        ),
+    }
+    for preset, texts in expected.items():
+        assert main(["run", "15_rlsd", "-p", f"preset={preset}", "--dry-run"]) == 0
+        printed = capsys.readouterr().out
+        for text in (*texts, f"rlsd run 15_rlsd -p method=rlsd -p preset={preset}"):
+            assert text in printed, preset
+        assert "WRONG" not in printed, preset
     assert not list((tmp_path / "outputs").glob("**/manifest.json")), "a run was begun"
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
+def test_what_cannot_be_resolved_is_an_error(capsys):
+    for words, said in (
         (["preset=qwen3-vl"], "Did you mean 'qwen3-vl-8b'"),
         (["preset=smoke-vl", 'overrides={"lambda_inti": 1}'], "lambda_init"),
         (["preset=smoke-vl", "control=shufled"], "shuffled"),
+        (["preset=smoke-vl", "control=peer"], "Unknown control 'peer'"),
         (["preset=smoke-vl", "methd=rlsd"], "method"),
         (["preset=qwen3-vl-8b", "method=grpo_opsd"], "distillation_weight"),
         (
@@ -68,36 +79,39 @@ def test_a_preset_passes_offline_and_says_what_it_does(preset, capsys, tmp_path)
             "cannot be shared",
         ),
         (["preset=qwen3-vl-8b", 'overrides={"num_generations": 7}'], "divisible"),
-    ],
-)
-def test_what_cannot_be_resolved_is_an_error(words, said, capsys):
-    pairs = [part for word in words for part in ("-p", word)]
-    assert main(["run", "15_rlsd", *pairs, "--dry-run"]) == 2
-    assert said in capsys.readouterr().err
+    ):
+        pairs = [part for word in words for part in ("-p", word)]
+        assert main(["run", "15_rlsd", *pairs, "--dry-run"]) == 2, words
+        assert said in capsys.readouterr().err, words
 
 
 def test_processes_that_cannot_share_the_batch():
     for count in (6, 4096):
-        with pytest.raises(ValueError, match=f"2048 rollouts per step .* {count} processes"):
+        with pytest.raises(ValueError, match=f"num_processes={count} does not divide the batch"):
             check("qwen3-vl-8b", num_processes=count)
     for count in (1, 8, 16, 32):
         assert "2048 rollouts per step" in check("qwen3-vl-8b", num_processes=count).text()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
+def test_lengths_and_sizes_that_do_not_fit():
+    for overrides, said in (
         ({"max_prompt_length": 50}, "max_prompt_length=50: every prompt is longer, from"),
         ({"max_teacher_prompt_length": 300}, "no room in "),
         ({"max_completion_length": 1000}, "may take 1768 positions, the model has 1024"),
-        ({"max_prompt_length": 0, "max_completion_length": 900}, "row "),
+        ({"max_prompt_length": 0, "max_completion_length": 900}, "has a prompt of "),
+        (
+            {
+                "max_prompt_length": 200,
+                "max_teacher_prompt_length": None,
+                "max_completion_length": 700,
+            },
+            "has a teacher prompt of ",
+        ),
         ({"train_size": 1000}, "train_size=1000: expected 1 to 135 rows"),
         ({"task_options": {"reward": "half"}}, "reward='half'"),
-    ],
-)
-def test_lengths_and_sizes_that_do_not_fit(overrides, said):
-    wrong = check(overrides=overrides).wrong
-    assert any(said in line for line in wrong), wrong
+    ):
+        wrong = check(overrides=overrides).wrong
+        assert any(said in line for line in wrong), (overrides, wrong)
 
 
 def test_vllm_needs_room_for_prompt_and_completion():
@@ -161,7 +175,9 @@ def test_an_unknown_benchmark_is_an_error():
 
 
 def test_a_control_sets_the_same_fields_as_in_the_run_itself():
-    found = dry_run("15_rlsd", {"preset": "smoke-vl", "method": "rlsd", "control": "peer"})
+    found = dry_run(
+        "15_rlsd", {"preset": "smoke-vl", "method": "rlsd", "overrides": {"peer_context": True}}
+    )
     assert re.search(r"peer_context +True", found.text())
 
 

@@ -1,1 +1,0 @@
-"""What a step costs: by arithmetic (`plan`), and measured beside TRL's own trainers (`bench`)."""

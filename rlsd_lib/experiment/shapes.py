@@ -1,0 +1,155 @@
+"""Sizes of a model, and what one pass over it costs: parameters, FLOPs, activations, KV cache.
+
+Parameters are counted on the model itself, on the meta device, and the rest is arithmetic, held in
+tests against torch's FLOP counter and the tensors that autograd keeps. A multiplication and an
+addition are one FLOP each, and attention counts every pair of positions, as a kernel does that is
+given a padding mask.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+BF16, FP32 = 2, 4  # bytes per number
+MATRICES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# Of each model's config.json on the hub, so that a plan needs no network.
+SHAPES: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("shapes.json").read_text(encoding="utf-8")
+)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower: blocks over patches, `merged` of which become one token."""
+
+    hidden: int
+    layers: int
+    merged: int
+    weights: float  # entries of the matrices that a patch passes; of the mergers its share
+
+    def flops(self, tokens: int) -> float:
+        """FLOPs of encoding one image that becomes `tokens` tokens."""
+        patches = tokens * self.merged
+        return 2 * patches * self.weights + self.layers * 4 * patches * patches * self.hidden
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense decoder with a gated MLP, as Qwen's or Llama's; `vision` is its tower, if any."""
+
+    parameters: int  # all of them; a tied head counts once
+    ends: int  # of these in the embedding and the LM head
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    vision: Tower | None = None
+
+    @property
+    def layer_weights(self) -> int:
+        """Entries of the matrices of one layer."""
+        attention = 2 * self.head_dim * (self.heads + self.kv_heads)
+        return self.hidden * (attention + 3 * self.intermediate)
+
+    def lora_parameters(self, rank: int) -> int:
+        """Parameters of an adapter of this rank on every matrix of the decoder's layers."""
+        attention = 4 * self.hidden + 2 * self.head_dim * (self.heads + self.kv_heads)
+        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+
+    def layer_flops(self, tokens: float, keys: float) -> float:
+        """FLOPs of all layers for `tokens` positions, of which each attends to `keys`."""
+        attention = 4 * tokens * keys * self.heads * self.head_dim
+        return self.layers * (2 * tokens * self.layer_weights + attention)
+
+    def head_flops(self, tokens: float) -> float:
+        """FLOPs of the LM head for `tokens` positions."""
+        return 2 * tokens * self.hidden * self.vocabulary
+
+    def cache_bytes(self, tokens: float, width: int = BF16) -> float:
+        """KV cache of one sequence of `tokens` tokens, `width` bytes per number."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * width
+
+    def layer_activations(self, rows: int, length: int, *, residual: int, compute: int) -> float:
+        """Bytes that the backward of one layer keeps for `rows` sequences of `length` positions.
+
+        `residual` and `compute` are bytes per number of the residual stream and of the matrix
+        products; under autocast they differ. With SDPA: scores are never kept, keys and values are
+        repeated to all heads, and each layer keeps its own padding mask.
+        """
+        casts = 5 if residual != compute else 2
+        numbers = (
+            self.hidden * (2 * FP32 + 2 * residual + casts * compute)
+            + self.heads * self.head_dim * (FP32 + 5 * compute)
+            + self.kv_heads * self.head_dim * (FP32 + compute)
+            + self.intermediate * 4 * compute
+            + (2 + 2 * self.heads + self.kv_heads) * FP32
+            + length * compute
+        )
+        return rows * length * numbers
+
+
+def shape_named(model: str) -> ModelShape:
+    """The sizes of a model in `SHAPES`; raises ValueError for any other, listing them."""
+    return shape_of(config_named(model))
+
+
+def config_named(model: str) -> Any:
+    """The transformers config of a model in `SHAPES`; raises ValueError for any other."""
+    if model not in SHAPES:
+        raise ValueError(f"No sizes are known for model {model!r}. Known: {', '.join(SHAPES)}.")
+    return AutoConfig.for_model(**SHAPES[model])
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The sizes in a transformers config, counted on the model itself on the meta device.
+
+    Raises:
+        ValueError: for layers or a vision tower that this arithmetic does not describe.
+    """
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    auto = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    layer = next(iter(getattr(model.get_decoder(), "layers", ())), nn.Identity())
+    if {name.split(".")[-1] for name in _matrices(layer)} != MATRICES or not (
+        vision is None or hasattr(vision, "spatial_merge_size")
+    ):
+        raise ValueError(
+            f"model_type={config.model_type!r}: the planner knows decoders whose layers hold "
+            f"{', '.join(sorted(MATRICES))}, and vision towers as Qwen's. Plan with a model of "
+            "those, of a similar size."
+        )
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return ModelShape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        ends=sum(p.numel() for p in ends),
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=layer.self_attn.head_dim,
+        vocabulary=text.vocab_size,
+        vision=None if vision is None else _tower(model.get_encoder(modality="image"), vision),
+    )
+
+
+def _tower(tower: nn.Module, config: Any) -> Tower:
+    merged, matrices = config.spatial_merge_size**2, _matrices(tower)
+    weights = sum(n / merged if "merger" in name else n for name, n in matrices.items())
+    return Tower(config.hidden_size, config.depth, merged, weights)
+
+
+def _matrices(module: nn.Module) -> dict[str, int]:
+    """Entries of every matrix and convolution, by its name."""
+    kinds = (nn.Linear, nn.Conv3d)
+    named = module.named_modules()
+    return {name: m.weight.numel() for name, m in named if isinstance(m, kinds)}
