@@ -12,6 +12,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,37 +86,26 @@ TEXT = Protocol(
     sampling={"temperature": 0.7, "top_p": 0.8, "top_k": 20},
     system="Reason step by step, and put your final answer within \\boxed{}.",
 )
+_vision, _text = partial(Benchmark, VISION), partial(Benchmark, TEXT)
 BENCHMARKS = {
-    "MMMU": Benchmark(VISION, "mmmu_val_reasoning", "lmms-lab-encoder/MMMU", "validation", 900),
-    "MathVista": Benchmark(
-        VISION, "mathvista_testmini_cot_reasoning", "AI4Math/MathVista", "testmini", 1000
+    "MMMU": _vision("mmmu_val_reasoning", "lmms-lab-encoder/MMMU", "validation", 900),
+    "MathVista": _vision("mathvista_testmini_cot_reasoning", "AI4Math/MathVista", "testmini", 1000),
+    "MathVision": _vision("mathvision_reason_test_reasoning", "MathLLMs/MathVision", "test", 3040),
+    "ZeroBench": _vision(
+        task="zerobench_subquestions_reasoning",
+        dataset="jonathan-roberts1/zerobench",
+        split="zerobench_subquestions",
+        questions=334,
     ),
-    "MathVision": Benchmark(
-        VISION, "mathvision_reason_test_reasoning", "MathLLMs/MathVision", "test", 3040
+    "WeMath": _vision(
+        "wemath_testmini_reasoning", "We-Math/We-Math", "testmini", 1740, "wemath_strict,none"
     ),
-    "ZeroBench": Benchmark(
-        VISION,
-        "zerobench_subquestions_reasoning",
-        "jonathan-roberts1/zerobench",
-        "zerobench_subquestions",
-        334,
+    "GSM8K": _text(
+        "gsm8k_cot_zeroshot", "openai/gsm8k", "test", 1319, "exact_match,flexible-extract"
     ),
-    "WeMath": Benchmark(
-        VISION,
-        "wemath_testmini_reasoning",
-        "We-Math/We-Math",
-        "testmini",
-        1740,
-        "wemath_strict,none",
-    ),
-    "GSM8K": Benchmark(
-        TEXT, "gsm8k_cot_zeroshot", "openai/gsm8k", "test", 1319, "exact_match,flexible-extract"
-    ),
-    "MATH-500": Benchmark(
-        TEXT, "minerva_math500", "HuggingFaceH4/MATH-500", "test", 500, "math_verify,none"
-    ),
-    "AIME24": Benchmark(TEXT, "aime24", "Maxwell-Jia/AIME_2024", "train", 30, "exact_match,none"),
-    "AIME25": Benchmark(TEXT, "aime25", "math-ai/aime25", "test", 30, "exact_match,none"),
+    "MATH-500": _text("minerva_math500", "HuggingFaceH4/MATH-500", "test", 500, "math_verify,none"),
+    "AIME24": _text("aime24", "Maxwell-Jia/AIME_2024", "train", 30, "exact_match,none"),
+    "AIME25": _text("aime25", "math-ai/aime25", "test", 30, "exact_match,none"),
 }
 
 
