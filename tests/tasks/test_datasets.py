@@ -45,9 +45,9 @@ def test_maths_under_other_names(tmp_path):
     assert len(task.train) + len(task.test) == 40
     with pytest.raises(ValueError, match=r"has no answer, only"):
         maths(str(tmp_path), columns={"problem": "question"})
-    with pytest.raises(ValueError, match=r"columns names \['reward'\]"):
+    with pytest.raises(ValueError, match=r"field of columns 'reward'.*Valid: problem, answer"):
         maths(str(tmp_path), columns={"reward": "gold"})
-    with pytest.raises(ValueError, match="choose 'binary' or 'weighted'"):
+    with pytest.raises(ValueError, match=r"reward 'both'.*Valid: binary, weighted"):
         maths(str(tmp_path), reward="both")
 
 

@@ -275,7 +275,7 @@ def test_bad_sources_are_refused(tmp_path: Path) -> None:
     assert "mmfinereason" in task_names()
     with pytest.raises(FileNotFoundError, match="found neither"):
         prepare(tmp_path)
-    with pytest.raises(ValueError, match="choose 'answer' or 'trace'"):
+    with pytest.raises(ValueError, match=r"privileged 'all'.*Valid: answer, trace"):
         prepare(tmp_path, privileged="all")
     (tmp_path / "rows.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n')
     with pytest.raises(ValueError, match="has no problem_type, data_type, images, videos"):
