@@ -90,15 +90,13 @@ def load(
     test_size: int,
     seed: int,
     source: str = HUB,
-    report_dir: str = "",
     reward: str = "binary",
     **options: Any,
 ) -> Task:
     """Build the task; a size of -1 takes all rows of that side, else `seed` chooses among them.
 
-    `options` are those of `prepare`. The report is logged in one line, and written to `report_dir`
-    where one is given. `reward` is "binary" (the paper's text) or "weighted" (the released code:
-    see `grading.weighted`).
+    `options` are those of `prepare`. `reward` is "binary" (the paper's text) or "weighted" (the
+    released code: see `grading.weighted`).
 
     Raises:
         ValueError: a side has fewer rows than asked for, or there is no such `reward`.
@@ -106,8 +104,6 @@ def load(
     look_up(reward, ("binary", "weighted"), "reward")
     rows, report = prepare(source, **options)
     logging.getLogger(__name__).warning(report.summary())
-    if report_dir:
-        report.write(report_dir)
     return Task(
         name="mmfinereason",
         train=_choose(rows, "train", train_size, seed),

@@ -1,9 +1,8 @@
 """The corpus of the lab: chains of column addition that go wrong in known places.
 
-The writer is unreliable about *facts*. A fact is what one column adds up to, given its two digits
-and the carry that comes in. Most facts are known well; a random part is known badly, each with an
-error rate of its own and one wrong sum of its own that the writer tends to believe. A policy that
-imitates this corpus has many separate things to learn from rewards, not one temperature to turn.
+The writer is unreliable about *facts*: what a column adds up to, given its digits and the carry that
+comes in. A random part of the 110 facts is hard, each with an error rate and one wrong sum of its
+own. So a policy has many separate things to learn from rewards, not one temperature to turn.
 """
 
 from dataclasses import dataclass
@@ -23,22 +22,6 @@ class Belief(NamedTuple):
 
     rate: float
     wrong: int
-
-
-def draw_beliefs(
-    random: Random, *, hard_share: float, hard_rates: tuple[float, float], easy_rate: float
-) -> dict[Fact, Belief]:
-    """Draw the writer's belief about each of the 110 facts.
-
-    A `hard_share` of them gets an error rate uniform in `hard_rates`, the others `easy_rate`.
-    """
-    hard = set(random.sample(FACTS, round(hard_share * len(FACTS))))
-    beliefs = {}
-    for fact in FACTS:
-        wrong = random.choice([sum(fact) + s for s in SLIPS if 0 <= sum(fact) + s <= 19])
-        rate = random.uniform(*hard_rates) if fact in hard else easy_rate
-        beliefs[fact] = Belief(rate, wrong)
-    return beliefs
 
 
 @dataclass(frozen=True)
