@@ -19,7 +19,7 @@ from rlsd_lib.methods import PRIVILEGED
 from rlsd_lib.prompts import COLUMN, check_contexts, count_in_prompts
 from rlsd_lib.tasks import DATA, Task, load_task
 from rlsd_lib.tasks.encode import Processing
-from rlsd_lib.tasks.lengths import fitting, prompt_lengths
+from rlsd_lib.tasks.lengths import prompt_lengths
 from rlsd_lib.trainer.config import RLSDConfig
 
 GENERATED = ("arithmetic", "colours")  # tasks whose rows are made in code
@@ -169,7 +169,7 @@ def check_prompts(run: Resolved, task: Task, processing: Processing, config: Any
         task.train, processing, chat_template_kwargs=settings.chat_template_kwargs
     )
     if limit:
-        long = len(lengths) - len(fitting(lengths, limit))
+        long = sum(length > limit for length in lengths)
         if long == len(lengths):
             raise ValueError(
                 f"max_prompt_length={limit}: every prompt is longer, from {min(lengths)} tokens on"
@@ -209,7 +209,7 @@ def check_teacher_prompts(run: Resolved, task: Task, processing: Processing, con
             f"max_teacher_prompt_length={limit} leaves the privileged text no room in {len(full)} "
             f"rows (rows {full[:5]}): raise it, or lower max_prompt_length"
         )
-    long = len(lengths) - len(fitting(lengths, limit))
+    long = sum(length > limit for length in lengths)
     return f"teacher prompts have up to {max(lengths)} tokens; {long} will be shortened to {limit}"
 
 

@@ -21,7 +21,7 @@ def tokenizer_of(processing: Processing) -> PreTrainedTokenizerBase:
 
 
 def messages_of(row: Mapping[str, Any]) -> Prompt:
-    """Return a row's prompt, its images filled in where the row has a column of them.
+    """Return a row's prompt, with its images where the row has a column of them.
 
     Raises:
         ValueError: there are not as many image parts as images.
@@ -41,8 +41,8 @@ def text_of_prompt(processing: Processing, prompt: Prompt, **template: Any) -> s
     """Write a prompt as the chat template does; a prompt that is a string is taken as it is."""
     if isinstance(prompt, str):
         return prompt
-    how = {"add_generation_prompt": True, **template}
-    return processing.apply_chat_template(prompt, tokenize=False, **how)
+    template = {"add_generation_prompt": True, **template}
+    return processing.apply_chat_template(prompt, tokenize=False, **template)
 
 
 def encode(processing: Processing, prompts: Sequence[Prompt], **template: Any) -> BatchFeature:
@@ -77,9 +77,9 @@ def extend(encoded: BatchFeature, ids: Sequence[int]) -> dict[str, torch.Tensor]
     prompt = encoded["input_ids"]
     new = torch.tensor([list(ids)], device=prompt.device)
     ends = {"input_ids": new, "attention_mask": torch.ones_like(new)}
-    return {
-        name: torch.cat([value, ends.get(name, torch.zeros_like(new)).to(value.dtype)], dim=1)
-        if value.shape == prompt.shape
-        else value
-        for name, value in encoded.items()
-    }
+    extended = dict(encoded)
+    for name, value in encoded.items():
+        if value.shape == prompt.shape:
+            end = ends.get(name, torch.zeros_like(new))
+            extended[name] = torch.cat([value, end.to(value.dtype)], dim=1)
+    return extended

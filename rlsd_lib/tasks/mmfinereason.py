@@ -16,14 +16,14 @@ from random import Random
 from typing import Any
 
 import pandas as pd
-from datasets import Dataset, Features, Image, List, Value, load_dataset
+from datasets import Dataset, Features, Image, LargeList, List, Value, load_dataset
 
 from rlsd_lib.names import look_up
 from rlsd_lib.prompts import has_image_token, leaks
 from rlsd_lib.runs.paths import digest
 from rlsd_lib.runs.provenance import fingerprint
 from rlsd_lib.runs.records import replace_text, write_json
-from rlsd_lib.tasks.grading import TYPES, clean, grade, weighted
+from rlsd_lib.tasks.grading import LETTERS, TYPES, clean, grade, weighted
 from rlsd_lib.tasks.images import images_of, read_bytes, shape_of, stored
 from rlsd_lib.tasks.task import Row, Task, is_held_out
 
@@ -197,7 +197,7 @@ def _as_texts(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
 
 def _undecoded(rows: Dataset) -> Dataset:
     """Leave images as bytes or paths, whether the column has one a row or a list of them."""
-    many, image = isinstance(rows.features["images"], List), Image(decode=False)
+    many, image = isinstance(rows.features["images"], List | LargeList), Image(decode=False)
     return rows.cast_column("images", List(image) if many else image)
 
 
@@ -287,7 +287,7 @@ def _content(problem: str, kind: str) -> list[dict[str, Any]]:
 def choices_of(problem: str) -> list[str]:
     """Read the texts of the choices A, B, ... that stand on lines of their own; [] without two."""
     found = _CHOICE.findall(problem)
-    in_order = [letter for letter, _ in found] == list("ABCDEFGHIJ"[: len(found)])
+    in_order = [letter for letter, _ in found] == list(LETTERS[: len(found)])
     return [text for _, text in found] if in_order and len(found) > 1 else []
 
 

@@ -31,10 +31,9 @@ def load_model(
 ) -> Loaded:
     """Return (model, tokenizer) of `lab`, `smollm2`, `toy-vlm`, a local folder, or a hub id.
 
-    With `sees_images` a folder or hub id is loaded as a vision-language model, with its processor
-    in the tokenizer's place. `options` are the fields of `LabRecipe` for the lab, those of
-    `load_toy` for the toy, and go to `from_pretrained` otherwise. The model is in float32 unless
-    `dtype` says something else.
+    With `sees_images` a folder or hub id is a vision-language model, and its processor stands in
+    the tokenizer's place. `options` are fields of `LabRecipe`, arguments of `load_toy`, or those of
+    `from_pretrained`, where `dtype` is float32 by default.
 
     Raises:
         ValueError: `name` is a path, and there is no such folder.

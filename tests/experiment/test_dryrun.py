@@ -92,7 +92,7 @@ def test_processes_that_cannot_share_the_batch():
         ({"max_completion_length": 1000}, "may take 1768 positions, the model has 1024"),
         ({"max_prompt_length": 0, "max_completion_length": 900}, "row "),
         ({"train_size": 1000}, "train_size=1000: expected 1 to 135 rows"),
-        ({"task_options": {"reward": "half"}}, "reward='half'"),
+        ({"task_options": {"reward": "half"}}, "reward 'half'"),
     ],
 )
 def test_lengths_and_sizes_that_do_not_fit(overrides, said):

@@ -50,13 +50,7 @@ def draw_problem(random: Random, digits: int) -> Row:
 
 
 def make_row(first: int, second: int) -> Row:
-    """Return the data-set row of `first + second`.
-
-    Raises:
-        ValueError: a number is negative, or they differ in length.
-    """
-    if min(first, second) < 0 or len(str(first)) != len(str(second)):
-        raise ValueError(f"got {first} and {second}; give two numbers of the same length, none < 0")
+    """Return the data-set row of `first + second`, two numbers of the same length."""
     answer = str(first + second)
     return {
         "prompt": [{"role": "user", "content": f"{first} + {second}"}],
@@ -75,8 +69,7 @@ def question_of(row: Row) -> str:
 def verify(completion: str, row: Row) -> bool:
     """Say whether a completion ends in the one answer it gives, and that answer is right.
 
-    Two answers, text after the answer, or digits of another script count as wrong: a policy must
-    commit itself, and a hedge must not be paid.
+    Two answers, text after the answer, or digits of another script count as wrong.
     """
     found = _FINAL.search(completion)
     if found is None or len(re.findall(rf"\b{ANSWER}\b", completion)) != 1:
