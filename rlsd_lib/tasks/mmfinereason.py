@@ -150,7 +150,8 @@ def prepare(
     if missing := [field for field in FIELDS if field not in raw.column_names]:
         have = ", ".join(raw.column_names)
         raise ValueError(f"{source} has no {', '.join(missing)}, only {have}; rename its columns")
-    raw = _undecoded(raw.select_columns(list(FIELDS)))
+    many, image = isinstance(raw.features["images"], List | LargeList), Image(decode=False)
+    raw = raw.select_columns(list(FIELDS)).cast_column("images", List(image) if many else image)
     name = f"{source}@{revision}" if revision else str(source)
     folder = str(image_folder or (source if Path(source).is_dir() else ""))
     how = {"folder": folder, "privileged": privileged}
@@ -193,12 +194,6 @@ def _as_texts(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
     same |= {} if TRACE in rows.column_names else {TRACE: ""}
     new = {k: List(Value("string")) if v == [] else Value("string") for k, v in same.items()}
     return rows.map(lambda _: same, features=Features({**rows.features, **new}))
-
-
-def _undecoded(rows: Dataset) -> Dataset:
-    """Leave images as bytes or paths, whether the column has one a row or a list of them."""
-    many, image = isinstance(rows.features["images"], List | LargeList), Image(decode=False)
-    return rows.cast_column("images", List(image) if many else image)
 
 
 def inspect_row(row: Row, folder: str, privileged: str) -> dict[str, Any]:

@@ -6,8 +6,7 @@ digit and sign is one token:
     well ones 3 + 5 + 0 = 0 8 now look tens 8 + 7 + 0 = 1 5 so hundreds 4 + 2 + 1 = 0 7 answer 7 5 8
 
 A column gives its name, its two digits (in either order), the carry that comes in, and the sum as
-carry and digit. The words before a column are *nuisance*: any word may stand there and none bears
-on the answer. Everything else can go wrong, and `first_error` finds where it first did.
+carry and digit. The words before a column are *nuisance*: none bears on the answer.
 """
 
 import re
@@ -62,7 +61,7 @@ def make_row(first: int, second: int) -> Row:
 
 
 def question_of(row: Row) -> str:
-    """Return the text whose hash decides the side of a row."""
+    """Return the text that decides the side of a row."""
     return row["prompt"][0]["content"]
 
 

@@ -38,9 +38,8 @@ class Style:
     def words(self, random: Random, digits: int) -> list[str]:
         """Draw the filler words of one slot, independently of everything else.
 
-        Their number is floor(mean + u) with u uniform over an interval of integer length, whose
-        mean is exact. A narrow interval keeps the longest chain, hence the cost of a rollout, near
-        the average.
+        Their number is floor(mean + u), u uniform over an interval of integer length: its mean is
+        exact, and the longest chain, hence the cost of a rollout, stays near the average.
         """
         mean = self._mean(digits)
         low, high = (-1.0, 2.0) if mean >= 1 else (0.0, 1.0)
