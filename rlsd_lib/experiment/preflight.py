@@ -24,7 +24,7 @@ from rlsd_lib.report.benchmarks import check_benchmarks
 from rlsd_lib.tasks import DATA, Task
 from rlsd_lib.tasks.encode import Processing
 from rlsd_lib.tasks.lab import model as lab
-from rlsd_lib.tasks.lengths import fitting, prompt_lengths
+from rlsd_lib.tasks.lengths import prompt_lengths
 from rlsd_lib.trainer.config import RLSDConfig
 
 
@@ -238,7 +238,7 @@ def _check_prompts(run: Resolved, task: Task, processing: Processing, positions:
     lengths = prompt_lengths(task.train, processing, chat_template_kwargs=template)
     if not limit:
         return _check_longest("prompt", lengths, run, positions)
-    long = len(lengths) - len(fitting(lengths, limit))
+    long = sum(length > limit for length in lengths)
     if long == len(lengths):
         raise ValueError(
             f"max_prompt_length={limit}: every prompt is longer, from {min(lengths)} tokens on"
@@ -267,7 +267,7 @@ def _check_teacher_prompts(
             f"max_teacher_prompt_length={limit} leaves the privileged text no room in {len(full)} "
             f"rows (rows {full[:5]}): raise it, or lower max_prompt_length"
         )
-    long = len(lengths) - len(fitting(lengths, limit))
+    long = sum(length > limit for length in lengths)
     return f"teacher prompts have up to {max(lengths)} tokens; {long} will be shortened to {limit}"
 
 
