@@ -9,17 +9,19 @@ import dataclasses
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlsd_lib.runs import NotebookError
 from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
     from rlsd_lib.runs.jobs import Job, Outcome
     from rlsd_lib.runs.parameters import Parameter
-
-DESCRIPTION = "Run a notebook or a suite, read runs back as a table, measure and plan the cost."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,13 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         print(f"rlsd: {error}", file=sys.stderr)
         return 2
+    except NotebookError as error:  # in a line: the traceback is in the notebook
+        print(f"rlsd: failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rlsd: interrupted", file=sys.stderr)
         return 130
 
 
 def _run(options: argparse.Namespace) -> int:
-    from rlsd_lib.runs.execute import NotebookError, execute_notebook
+    from rlsd_lib.runs.execute import execute_notebook
     from rlsd_lib.runs.parameters import complete, read_parameters
     from rlsd_lib.runs.records import state_of
 
@@ -58,12 +63,8 @@ def _run(options: argparse.Namespace) -> int:
         mode = "overwrite"
     print(f"{source.name} -> {folder}", flush=True)
     begun = time.monotonic()
-    try:
-        execute_notebook(source, given, run_dir=folder, if_exists=mode)
-    except NotebookError as error:  # in a line: the traceback is in the notebook
-        print(f"rlsd: failed: {error}", file=sys.stderr)
-        return 1
-    print(f"finished in {time.monotonic() - begun:.0f} s")
+    execute_notebook(source, given, run_dir=folder, if_exists=mode)
+    print(f"finished in {timedelta(seconds=round(time.monotonic() - begun))}")
     return 0
 
 
@@ -80,6 +81,7 @@ def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
 
 
 def _suite(options: argparse.Namespace) -> int:
+    from rlsd_lib.runs.jobs import settle
     from rlsd_lib.runs.processes import on_sigterm, terminate_children
     from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan
 
@@ -92,10 +94,14 @@ def _suite(options: argparse.Namespace) -> int:
         options.jobs = len(jobs) if options.submitit == "slurm" else 1
     if options.jobs < 1:
         raise ValueError(f"--jobs {options.jobs}: expected 1 or more")
-    _say_what_stands(jobs, options)
+    settled, rest = settle(jobs, options.retry_failed)
+    states = {job.run_dir: job.state() for job in jobs}
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
+    print(f"{len(jobs)} runs: {counts}{_left(rest, jobs, options.jobs)}", flush=True)
     if options.list:
+        print("\n".join(f"{state:9} {run_dir}" for run_dir, state in states.items()))
         return 0
-    outcomes = _outcomes(options, jobs)  # judges the options before anything is written
+    outcomes = _outcomes(options, rest)  # judges the options before anything is written
     record_plan(options.name, changes, jobs)
     missing: list[Outcome] = []
 
@@ -104,11 +110,13 @@ def _suite(options: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
     with on_sigterm(leave):
-        for count, outcome in enumerate(outcomes, 1):
-            took = f" in {_duration(outcome.seconds)}" if outcome.seconds else ""
-            left = f", about {_duration(outcome.left)} left" if outcome.left else ""
-            name = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}"
-            print(f"{name}: {outcome.status}{took}{left}", flush=True)
+        for count, outcome in enumerate(chain(settled, outcomes), 1):
+            line = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}: {outcome.status}"
+            rest = [job for job in rest if job != outcome.job]
+            if outcome.seconds:
+                took = timedelta(seconds=round(outcome.seconds))
+                line += f" in {took}{_left(rest, jobs, options.jobs)}"
+            print(line, flush=True)
             missing += [outcome] if outcome.status not in ("done", "kept") else []
     for outcome in missing:
         print(f"{outcome.status}: {outcome.job.run_dir}\n{outcome.error}", file=sys.stderr)
@@ -129,42 +137,25 @@ def _check_that_they_resolve(jobs: "Sequence[Job]") -> None:
 
 def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":
     """The runs as they end, made here or on a cluster."""
-    from rlsd_lib.runs.jobs import run_jobs
-
     given = _parse_pairs(options.submitit_options)
     if given and not options.submitit:
         raise ValueError("--submitit-options: only with --submitit")
     mode = "resume" if options.resume else "skip"
-    wishes = {"retry_failed": options.retry_failed, "if_exists": mode}
-    if not options.submitit:
-        return run_jobs(jobs, options.jobs, **wishes)
-    from rlsd_lib.experiment.cluster import run_submitted
+    if options.submitit:
+        from rlsd_lib.experiment.cluster import run_submitted
 
-    return run_submitted(jobs, options.jobs, options.submitit, given, **wishes)
+        return run_submitted(jobs, options.jobs, options.submitit, given, mode)
+    from rlsd_lib.runs.jobs import run_jobs
+
+    return run_jobs(jobs, options.jobs, mode)
 
 
-def _say_what_stands(jobs: "Sequence[Job]", options: argparse.Namespace) -> None:
-    """How many runs stand how, and what the rest will take if finished ones are a guide."""
+def _left(rest: "Sequence[Job]", jobs: "Sequence[Job]", workers: int) -> str:
+    """How long `rest` will take, if the finished runs of `jobs` are a guide."""
     from rlsd_lib.runs.jobs import seconds_taken, time_left
 
-    states = [job.state() for job in jobs]
-    if options.list:
-        for job, state in zip(jobs, states, strict=True):
-            print(f"{state:9} {job.run_dir}")
-    open_states = ("to run", "failed") if options.retry_failed else ("to run",)
-    rest = [job for job, state in zip(jobs, states, strict=True) if state in open_states]
-    left = time_left(rest, seconds_taken(jobs), options.jobs)
-    about = f"; about {_duration(left)} at {options.jobs} a time" if left else ""
-    counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    print(f"{len(jobs)} runs: {counts}{about}", flush=True)
-
-
-def _duration(seconds: float) -> str:
-    """Seconds for a reader: 45 s, 12 min, 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    left = time_left(rest, *seconds_taken(jobs), workers)
+    return f", about {timedelta(seconds=round(left))} left" if left else ""
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -182,13 +173,8 @@ def _table(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from rlsd_lib.report.page import write_report
-    from rlsd_lib.runs.execute import NotebookError
 
-    try:
-        print(write_report(options.suite))
-    except NotebookError as error:
-        print(f"rlsd: failed: {error}", file=sys.stderr)
-        return 1
+    print(write_report(options.suite))
     return 0
 
 
@@ -278,23 +264,19 @@ def _parse_pairs(
 
 def parser() -> argparse.ArgumentParser:
     """The sub-commands and their options; `command` of what it parses is the function to call."""
-    words = argparse.ArgumentParser(prog="rlsd", description=DESCRIPTION)
+    purpose = "Run a notebook or a suite, read runs back as a table, measure and plan the cost."
+    words = argparse.ArgumentParser(prog="rlsd", description=purpose)
     commands = words.add_subparsers(required=True, metavar="COMMAND")
 
     run = _command(commands, _run, "run one notebook in a run directory of its own")
     run.add_argument("notebook", help='a path, or a name such as "15_rlsd"')
     _add_pairs(run, "a parameter of the notebook")
     run.add_argument("--num-processes", type=int, metavar="N", help="as -p num_processes=N")
-    run.add_argument(
-        "--accelerate", metavar="CONFIG", help="multi_gpu, multi_cpu, fsdp2, zero3, or a file"
-    )
+    run.add_argument("--accelerate", help="multi_gpu, multi_cpu, fsdp2, zero3, or a file")
     run.add_argument("--run-dir", default="", help="default: from the notebook and its parameters")
-    run.add_argument(
-        "--if-exists",
-        choices=("skip", "raise", "overwrite", "resume"),
-        default="raise",
-        help="skip: keep a finished run, make an unfinished one again (default: raise)",
-    )
+    modes = ("skip", "raise", "overwrite", "resume")
+    kept = "skip: keep a finished run, make an unfinished one again (default: raise)"
+    run.add_argument("--if-exists", choices=modes, default="raise", help=kept)
     run.add_argument("--dry-run", action="store_true", help="check it and say what it would do")
 
     suite = _command(commands, _suite, "run a named set of runs; finished ones are kept")
@@ -331,12 +313,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--preset", default="lab")
     bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
     bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
-    bench.add_argument(
-        "--against",
-        nargs="*",
-        metavar="TRAINER",
-        help="instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)",
-    )
+    others = "instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)"
+    bench.add_argument("--against", nargs="*", metavar="TRAINER", help=others)
     bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
     bench.add_argument("--gpu", action="store_true", help="models of real size, beside their plans")
     bench.add_argument("--profile", action="store_true", help="where the teacher pass takes time")
@@ -345,9 +323,7 @@ def parser() -> argparse.ArgumentParser:
     return words
 
 
-def _command(
-    commands: Any, function: Callable[[argparse.Namespace], int], purpose: str
-) -> argparse.ArgumentParser:
+def _command(commands: Any, function: Callable, purpose: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(function.__name__.removeprefix("_"), help=purpose)
     parser.set_defaults(command=function)
     return parser

@@ -14,7 +14,7 @@ from rlsd_lib.report.tables import make_table, settings_of
 from rlsd_lib.runs import suites
 from rlsd_lib.runs.records import read_runs, state_of
 from rlsd_lib.runs.run import Run
-from rlsd_lib.runs.suites import Grid, Suite, jobs_of
+from rlsd_lib.runs.suites import Suite, jobs_of
 
 MEASURE = (
     'run.finish({"accuracy_before": 0.5, "accuracy_before_low": 0.4, "accuracy_before_high": 0.6,'
@@ -102,8 +102,8 @@ def test_the_command_is_installed_and_explains_itself(capsys: pytest.CaptureFixt
 @pytest.fixture
 def tiny_suite(make_notebook: NotebookMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_notebook("two", cells=(START, "assert seed != 1, 'seed 1 fails'", MEASURE))
-    grid = Grid((str(source),), {"method": ("rlsd",), "seed": (0, 1)})
-    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", (grid,)))
+    grid = {"method": ("rlsd",), "seed": (0, 1), "notebook": (str(source),)}
+    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", [grid]))
 
 
 @pytest.mark.usefixtures("tiny_suite")
@@ -117,7 +117,7 @@ def test_a_suite_keeps_what_is_finished_and_lists_what_failed(
     assert said.out.count(": done in") == 1
     assert said.out.count(": failed in") == 1
     assert "2 runs: 2 to run" in said.out
-    assert re.search(r"\[1/2\].*, about \d+ s left", said.out)
+    assert re.search(r"\[1/2\].*, about \d:\d\d:\d\d left", said.out)
     [broken] = [p for p in folder.iterdir() if p.name.startswith("rlsd-s1")]
     assert f"failed: {broken}" in said.err
     assert "seed 1 fails" in said.err

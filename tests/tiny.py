@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    return toy_vlm.build_tokenizer((), CHAT_TEMPLATE)
+    return toy_vlm.build_tokenizer((), chat_template=CHAT_TEMPLATE)
 
 
 def model(seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:

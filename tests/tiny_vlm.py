@@ -13,6 +13,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -23,25 +24,33 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.tasks.lab import vision as toy_vlm
-from rlsd_lib.tasks.lab.vision import build_tokenizer, chat_template, image_ids, rope, text_config
+from rlsd_lib.tasks.lab.vision import ROPE, TEXT_CONFIG, build_tokenizer, image_ids
 
 FAMILIES = ("qwen3-vl", "qwen2.5-vl", "gemma3")
 GEMMA = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 GEMMA |= {"image_token": "<image_soft_token>"}
-GEMMA_TEMPLATE = chat_template(GEMMA["boi_token"])
+GEMMA_TEMPLATE = toy_vlm.CHAT_TEMPLATE.replace(toy_vlm.IMAGE, GEMMA["boi_token"])
 
 
 def processor(family: str = "qwen3-vl", padding_side: str = "left") -> ProcessorMixin:
     if family == "qwen3-vl":
-        return toy_vlm.build_processor(padding_side)
-    if family == "qwen2.5-vl":
-        tokenizer = build_tokenizer(padding_side=padding_side)
+        made = toy_vlm.build_processor()
+    elif family == "qwen2.5-vl":
         images = Qwen2VLImageProcessorPil(**toy_vlm.IMAGES)
         template = toy_vlm.CHAT_TEMPLATE
-        return Qwen2_5_VLProcessor(images, tokenizer, toy_vlm.NoVideos(), chat_template=template)
-    tokenizer = build_tokenizer((), GEMMA_TEMPLATE, padding_side, **GEMMA)
-    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
-    return Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
+        videos = toy_vlm.NoVideos()
+        made = Qwen2_5_VLProcessor(images, build_tokenizer(), videos, chat_template=template)
+    else:
+        images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+        template = {"chat_template": GEMMA_TEMPLATE, "image_seq_length": 4}
+        made = Gemma3Processor(images, _gemma_tokenizer(), **template)
+    made.tokenizer.padding_side = padding_side
+    return made
+
+
+def _gemma_tokenizer() -> PreTrainedTokenizerFast:
+    named = {"model_specific_special_tokens": GEMMA}
+    return build_tokenizer((), chat_template=GEMMA_TEMPLATE, **named)
 
 
 def model(family: str = "qwen3-vl", seed: int = 0) -> PreTrainedModel:
@@ -55,7 +64,7 @@ def model(family: str = "qwen3-vl", seed: int = 0) -> PreTrainedModel:
 def _qwen2_5() -> Qwen2_5_VLForConditionalGeneration:
     tokenizer = build_tokenizer()
     config = Qwen2_5_VLConfig(
-        text_config=text_config(tokenizer, rope_parameters=rope(4, 2, 2)),
+        text_config={**TEXT_CONFIG, "vocab_size": len(tokenizer), "rope_parameters": ROPE},
         vision_config={
             "depth": 2,
             "hidden_size": 16,
@@ -73,9 +82,13 @@ def _qwen2_5() -> Qwen2_5_VLForConditionalGeneration:
 
 
 def _gemma3() -> Gemma3ForConditionalGeneration:
-    tokenizer = build_tokenizer((), GEMMA_TEMPLATE, **GEMMA)
+    tokenizer = _gemma_tokenizer()
     config = Gemma3Config(
-        text_config=text_config(tokenizer, query_pre_attn_scalar=16),
+        text_config={
+            **TEXT_CONFIG,
+            "vocab_size": len(tokenizer),
+            "query_pre_attn_scalar": 16,
+        },
         vision_config={
             "hidden_size": 16,
             "intermediate_size": 32,

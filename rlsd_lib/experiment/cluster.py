@@ -10,12 +10,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
 from typing import Any
 
 import submitit
 
-from rlsd_lib.runs.jobs import Job, Outcome, settle
+from rlsd_lib.runs.jobs import Job, Outcome
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.processes import kill_tree
 from rlsd_lib.runs.records import manifest_or_none, state_of
@@ -66,14 +65,13 @@ def run_submitted(
     workers: int,
     cluster: str,
     options: Mapping[str, Any],
-    *,
-    retry_failed: bool = False,
     if_exists: str = "skip",
 ) -> Iterator[Outcome]:
-    """Submit the jobs that `run_jobs` would run, `workers` at a time; outcomes come as they end.
+    """Submit `jobs`, `workers` at a time; outcomes come as they end, failures among them.
 
     `cluster` is "slurm", or "local" for processes of this machine; `options` are submitit's
-    parameters, such as timeout_min, gpus_per_node or slurm_partition. The rest is as in `run_jobs`.
+    parameters, such as timeout_min, gpus_per_node or slurm_partition; `if_exists` is as in
+    `run_jobs`.
 
     Raises:
         ValueError: an option that submitit does not know.
@@ -83,9 +81,7 @@ def run_submitted(
         executor.update_parameters(**{"timeout_min": TIMEOUT_MIN, "name": "rlsd", **options})
     except (NameError, TypeError) as error:  # how submitit says that it does not know a name
         raise ValueError(f"--submitit-options: {error}") from error
-    settled = [settle(job, retry_failed) for job in jobs]
-    rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]
-    return chain(filter(None, settled), _work(executor, rest, workers, if_exists))
+    return _work(executor, jobs, workers, if_exists)
 
 
 def _work(

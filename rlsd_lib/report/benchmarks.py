@@ -1,13 +1,8 @@
 """Public benchmarks: which tool judges what, how, on which questions; and a run that does so.
 
 The tools (lmms-eval for images, lm-eval for text) pin packages that this one does not bear, so
-`RLSD_EVAL_PYTHON` names the Python of their own environment. An evaluation is a run: its directory
-has the tool's files with every judged question (`tool/`, `tool.log`), `benchmark/<name>` as a share
-with its interval, and in the manifest the protocol, the command, and the data as the tool saw them.
-
-The paper does not report its evaluation. Its numbers tell that ZeroBench's sub-questions were used,
-not its main questions, and WeMath's score, not the share of right answers. For the rest we take the
-release's reasoning tasks: one prompt and one rule-based grader for all, and no model as a judge.
+`RLSD_EVAL_PYTHON` names the Python of their own environment. An evaluation is a run, whose
+directory keeps the tool's files with every judged question (`tool/`, `tool.log`).
 """
 
 import gc
@@ -17,6 +12,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +31,6 @@ TASKS = Path(__file__).resolve().parent / "benchmark_tasks"  # those that a tool
 MAX_NEW_TOKENS = 4096  # the length of a response in training
 PYTHON = "RLSD_EVAL_PYTHON"  # environment variable: the interpreter of the tools' environment
 PREFIX = "benchmark/"  # of the metrics' names
-Engine = tuple[list[str], dict[str, Any], dict[str, Any]]  # words, model's and sampling's settings
 # No paid model may judge: lmms-eval's MathVista asks for a key on import, and gets one that opens
 # nothing. A notebook's plotting backend is not in the tools' environment.
 CHILD = {"USE_LLM_JUDGE": "False", "OPENAI_API_KEY": "unused", "MPLBACKEND": "agg"}
@@ -71,7 +66,8 @@ class Benchmark:
     metric: str = "acc_score,none"  # a key of the tool's results: metric, filter
 
 
-# Sampling and image bounds of the released script's validation (PAPER, section 2).
+# Sampling and image bounds of the released script's validation (PAPER, section 2). The paper does not
+# report its evaluation; its numbers tell that ZeroBench's sub-questions and WeMath's score were used.
 VISION = Protocol(
     package="lmms-eval",
     version="0.7.3",
@@ -90,37 +86,26 @@ TEXT = Protocol(
     sampling={"temperature": 0.7, "top_p": 0.8, "top_k": 20},
     system="Reason step by step, and put your final answer within \\boxed{}.",
 )
+_vision, _text = partial(Benchmark, VISION), partial(Benchmark, TEXT)
 BENCHMARKS = {
-    "MMMU": Benchmark(VISION, "mmmu_val_reasoning", "lmms-lab-encoder/MMMU", "validation", 900),
-    "MathVista": Benchmark(
-        VISION, "mathvista_testmini_cot_reasoning", "AI4Math/MathVista", "testmini", 1000
+    "MMMU": _vision("mmmu_val_reasoning", "lmms-lab-encoder/MMMU", "validation", 900),
+    "MathVista": _vision("mathvista_testmini_cot_reasoning", "AI4Math/MathVista", "testmini", 1000),
+    "MathVision": _vision("mathvision_reason_test_reasoning", "MathLLMs/MathVision", "test", 3040),
+    "ZeroBench": _vision(
+        task="zerobench_subquestions_reasoning",
+        dataset="jonathan-roberts1/zerobench",
+        split="zerobench_subquestions",
+        questions=334,
     ),
-    "MathVision": Benchmark(
-        VISION, "mathvision_reason_test_reasoning", "MathLLMs/MathVision", "test", 3040
+    "WeMath": _vision(
+        "wemath_testmini_reasoning", "We-Math/We-Math", "testmini", 1740, "wemath_strict,none"
     ),
-    "ZeroBench": Benchmark(
-        VISION,
-        "zerobench_subquestions_reasoning",
-        "jonathan-roberts1/zerobench",
-        "zerobench_subquestions",
-        334,
+    "GSM8K": _text(
+        "gsm8k_cot_zeroshot", "openai/gsm8k", "test", 1319, "exact_match,flexible-extract"
     ),
-    "WeMath": Benchmark(
-        VISION,
-        "wemath_testmini_reasoning",
-        "We-Math/We-Math",
-        "testmini",
-        1740,
-        "wemath_strict,none",
-    ),
-    "GSM8K": Benchmark(
-        TEXT, "gsm8k_cot_zeroshot", "openai/gsm8k", "test", 1319, "exact_match,flexible-extract"
-    ),
-    "MATH-500": Benchmark(
-        TEXT, "minerva_math500", "HuggingFaceH4/MATH-500", "test", 500, "math_verify,none"
-    ),
-    "AIME24": Benchmark(TEXT, "aime24", "Maxwell-Jia/AIME_2024", "train", 30, "exact_match,none"),
-    "AIME25": Benchmark(TEXT, "aime25", "math-ai/aime25", "test", 30, "exact_match,none"),
+    "MATH-500": _text("minerva_math500", "HuggingFaceH4/MATH-500", "test", 500, "math_verify,none"),
+    "AIME24": _text("aime24", "Maxwell-Jia/AIME_2024", "train", 30, "exact_match,none"),
+    "AIME25": _text("aime25", "math-ai/aime25", "test", 30, "exact_match,none"),
 }
 
 
@@ -227,36 +212,34 @@ def command(model: str, names: Sequence[str], *, seed: int = 0, devices: int = 0
     protocol = check_benchmarks(names)
     if any(sign in model for sign in ",= "):
         raise ValueError(f"model={model!r}: the tool splits at commas, equal signs and spaces")
-    engine, settings, sampling = (_vision if protocol is VISION else _text)(model, seed, devices)
+    if protocol is VISION:
+        low, high = VISION.image_area
+        # Always vLLM: transformers has no presence penalty.
+        engine = ["--model", "vllm_chat", "--batch_size", "256"]
+        settings = {
+            "model": model,
+            "tensor_parallel_size": max(devices, 1),
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_model_len": 32_768,  # several images; the model's own 262,144 would not fit one GPU
+            "mm_processor_kwargs": json.dumps({"min_pixels": low, "max_pixels": high}),
+        }
+        sampling = {"seed": seed, "max_new_tokens": MAX_NEW_TOKENS}
+    else:
+        engine = ["run", "--model", "vllm" if devices else "hf", "--batch_size", "auto"]
+        engine += ["--apply_chat_template", "--system_instruction", TEXT.system]
+        engine += ["--num_fewshot", "0"]
+        settings = {"pretrained": model, "enable_thinking": False}
+        settings |= {"tensor_parallel_size": devices, "seed": seed} if devices else {}
+        sampling = {"do_sample": True, "max_gen_toks": MAX_NEW_TOKENS}
+    settings, sampling = (
+        ",".join(f"{name}={value}" for name, value in pairs.items())
+        for pairs in (settings, {**protocol.sampling, **sampling})
+    )
     tasks = ",".join(BENCHMARKS[name].task for name in names)
     seeds = ",".join([str(seed)] * 4)  # Python, numpy, torch, examples
-    settings, sampling = (",".join(f"{k}={v}" for k, v in d.items()) for d in (settings, sampling))
     words = ["--model_args", settings, "--gen_kwargs", sampling, "--tasks", tasks, "--seed", seeds]
     words += ["--include_path", str(TASKS), "--log_samples"]
     return ["-m", protocol.package.replace("-", "_"), *engine, *words]
-
-
-def _vision(model: str, seed: int, devices: int) -> Engine:
-    low, high = VISION.image_area
-    settings = {
-        "model": model,
-        "tensor_parallel_size": max(devices, 1),
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "max_model_len": 32_768,  # several images; the model's own 262,144 would not fit one GPU
-        "mm_processor_kwargs": json.dumps({"min_pixels": low, "max_pixels": high}),
-    }
-    # Always vLLM: transformers has no presence penalty.
-    sampling = {**VISION.sampling, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}
-    return ["--model", "vllm_chat", "--batch_size", "256"], settings, sampling
-
-
-def _text(model: str, seed: int, devices: int) -> Engine:
-    settings = {"pretrained": model, "enable_thinking": False}
-    settings |= {"tensor_parallel_size": devices, "seed": seed} if devices else {}
-    sampling = {**TEXT.sampling, "do_sample": True, "max_gen_toks": MAX_NEW_TOKENS}
-    chat = ["--apply_chat_template", "--system_instruction", TEXT.system, "--num_fewshot", "0"]
-    engine = ["run", "--model", "vllm" if devices else "hf", "--batch_size", "auto"]
-    return [*engine, *chat], settings, sampling
 
 
 def _run_tool(words: Sequence[str], folder: Path) -> dict[str, Any]:

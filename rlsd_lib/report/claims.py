@@ -1,52 +1,155 @@
-"""The paper's empirical claims as rules over run directories; `verdicts` judges them.
+"""The paper's empirical claims as rules over run directories, and the verdicts on them.
 
-Numbers are the paper's own from `paper_numbers`; thresholds that the paper does not give are ours
-and stand in each claim's rule.
+A claim has parts: a number per seed, and the range in which the claim puts it. Student's 95 %
+interval of the mean over seeds decides: inside the range the part holds, outside it fails, across a
+border it is open. Thresholds that the paper does not give are ours and stand in a claim's rule.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
+from math import inf, nan
 
 import pandas as pd
 
-from rlsd_lib.report.paper_numbers import (
-    AVERAGE,
-    FIGURE_3C,
-    FIGURE_5B,
-    FIGURE_5C,
-    figure_1b,
-    table_2,
-)
-from rlsd_lib.report.tables import LAST, NO_VALUES, Arms
-from rlsd_lib.report.verdicts import Claim, Part
+from rlsd_lib.measure.intervals import Interval, student_interval
+from rlsd_lib.report import paper_numbers as paper
+from rlsd_lib.report.tables import DASH, LAST, NO_VALUES, Arms, Table, source_notes
+from rlsd_lib.runs.records import Runs
 
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+NOT_SETTLED, NO_RUNS, NOT_TESTABLE = "not settled", "no runs", "not testable at this scale"
 MARGIN = 0.02  # accuracy or leak rate: the size of the paper's gain of RLSD over GRPO
-REWARD, LEAK, ENTROPY, DIVERGENCE = "reward", "rewards/leak/mean", "entropy", "rlsd/divergence"
+ACCURACY, REWARD = "accuracy_after", "reward"
+LEAK, DIVERGENCE = "rewards/leak/mean", "rlsd/divergence"
 VARIANTS = ("opsd", "opsd_teacher_top1", "opsd_student_top1")  # the paper's order of severity
 PEAK = (10, 20)  # steps
 
 
-def _lead(arms: Arms, other: str) -> Part:
-    ours, theirs = (arms.final(method, "accuracy_after") for method in ("rlsd", other))
-    return Part(f"rlsd - {other}", ours - theirs, low=0.0)
+@dataclass
+class Part:
+    """One number per seed, and where the claim puts its mean: low < mean < high.
+
+    Seeds without a number (NaN, because only one side of a comparison has them) do not count.
+    `slack` widens the interval at both ends by what each value leaves open by itself, where seeds
+    that agree would hide it: no leak in 24 completions is no proof of none in a thousand. `why_not`
+    says why runs of this kind cannot measure it, whatever their number.
+    """
+
+    name: str
+    values: pd.Series
+    low: float = -inf
+    high: float = inf
+    slack: float = 0.0
+    why_not: str = ""
+
+    def __post_init__(self) -> None:
+        self.values = self.values.dropna()
+
+    def estimate(self) -> Interval:
+        """Return the mean over seeds with its interval, NaN where nothing was measured."""
+        mean, low, high = student_interval(self.values) if len(self.values) else (nan, nan, nan)
+        return Interval(mean, low - self.slack, high + self.slack)
+
+    def holds(self) -> bool | None:
+        """Return True or False where the interval over seeds decides, else None."""
+        _, low, high = self.estimate()  # NaN, of one seed or none, is on no side of a border
+        if low > self.low and high < self.high:
+            return True
+        return False if high < self.low or low > self.high else None
+
+    def __str__(self) -> str:
+        if self.values.empty:
+            return f"{self.name}: {self.why_not or NO_RUNS}"
+        return f"{self.name}: {self.estimate():.3f}, n={len(self.values)}"
 
 
-def _best(arms: Arms) -> list[Part]:
-    return [_lead(arms, method) for method in table_2().index.drop(["base", "rlsd"])]
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, its number there, our rule in words, and what to measure."""
+
+    statement: str
+    paper: str
+    rule: str
+    parts: Callable[[Arms], list[Part]]
+
+
+def verdict(parts: list[Part]) -> str:
+    """Return what the parts of a claim say together.
+
+    reproduced: every part holds; not reproduced: a part fails; not settled: otherwise, for an
+    interval contains the border or there is one seed only; not testable at this scale: runs of this
+    kind cannot measure any part; no runs: none says anything about it.
+    """
+    if all(part.values.empty for part in parts):
+        return NOT_TESTABLE if any(part.why_not for part in parts) else NO_RUNS
+    found = [part.holds() for part in parts]
+    if False in found:
+        return NOT_REPRODUCED
+    return REPRODUCED if all(found) else NOT_SETTLED
+
+
+def claims_table(lab: Runs, real: Runs) -> Table:
+    """Return a row per claim: the paper's number, ours on lab and real model, and two verdicts.
+
+    Only plain runs count: no override, no control, and RLSD's own number of steps, save where a
+    claim is about another. Runs that did not finish give no numbers; the notes name them.
+    """
+    arms = {"lab": Arms(lab), "real model": Arms(real)}
+    rows = []
+    for number, claim in enumerate(CLAIMS, 1):
+        row = {"#": str(number), "claim": claim.statement, "the paper": claim.paper}
+        for where, runs in arms.items():
+            parts = claim.parts(runs)
+            row |= {where: _cell(parts), f"verdict, {where}": verdict(parts)}
+        rows.append(row)
+    notes = [
+        *(f"{where}: {runs}" for where, runs in arms.items()),
+        "[low, high]: Student's 95 % interval of the mean over seeds. Each stands alone: among "
+        "twenty verdicts one may be wrong by chance",
+        *(f"claim {n} is reproduced if {claim.rule}" for n, claim in enumerate(CLAIMS, 1)),
+        *(note for runs in (lab, real) if len(runs.runs) for note in source_notes(runs)),
+    ]
+    return Table(pd.DataFrame(rows), notes)
+
+
+def _cell(parts: list[Part]) -> str:
+    """The parts of a claim; where none was measured, the reason if it is not lack of runs."""
+    if any(len(part.values) for part in parts):
+        return "<br>".join(map(str, parts))
+    return next((part.why_not for part in parts if part.why_not), DASH)
+
+
+def _above(*others: str) -> Callable[[Arms], list[Part]]:
+    """RLSD's held-out accuracy against that of others, seed by seed."""
+    return lambda arms: [
+        Part(f"rlsd - {other}", arms.final("rlsd", ACCURACY) - arms.final(other, ACCURACY), low=0.0)
+        for other in others
+    ]
+
+
+def _left(arms: Arms, method: str, column: str) -> pd.Series:
+    """The share of a curve's start that is left at its end."""
+    return arms.end(method, column) / arms.start(method, column)
 
 
 def _double(arms: Arms) -> list[Part]:
-    measure, n, (ours, _, theirs) = arms.doubled()
-    return [Part(f"{measure}, rlsd, {n} steps - grpo, {2 * n} steps", ours - theirs, low=0.0)]
+    n, what = arms.length, "held-out accuracy"
+    ours, theirs = arms.final("rlsd", ACCURACY), arms.final("grpo", ACCURACY, steps=2 * n)
+    if theirs.empty:  # one length of run has to do
+        n, what = n // 2, "training reward"
+        ours, theirs = arms.mean("rlsd", REWARD, n - LAST + 1, n), arms.end("grpo", REWARD)
+    return [Part(f"{what}, rlsd, {n} steps - grpo, {2 * n} steps", ours - theirs, low=0.0)]
 
 
 def _early(arms: Arms) -> list[Part]:
-    last = (arms.length or 0) // 4
+    last = arms.length // 4
     ours, theirs = (arms.mean(method, REWARD, 1, last) for method in ("rlsd", "grpo"))
     return [Part(f"reward of steps 1 to {last}", ours - theirs, low=0.0)]
 
 
 def _peak(arms: Arms) -> list[Part]:
-    if arms.length is not None and arms.length < PEAK[1] + LAST:
+    if 0 < arms.length < PEAK[1] + LAST:
         why_not = f"{arms.length} steps end before a fall could show"
         return [Part("opsd", NO_VALUES, why_not=why_not)]
     peak = {method: arms.mean(method, REWARD, *PEAK) for method in ("opsd", "rlsd")}
@@ -60,15 +163,9 @@ def _peak(arms: Arms) -> list[Part]:
 
 def _leak_order(arms: Arms) -> list[Part]:
     end = {method: arms.end(method, LEAK) for method in VARIANTS}
-    growth = [
-        Part(f"{method}, end - start", end[method] - arms.start(method, LEAK), low=0.0)
-        for method in VARIANTS
-    ]
-    order = [
-        Part(f"{worse} - {milder}", end[worse] - end[milder], low=0.0)
-        for worse, milder in pairwise(VARIANTS)
-    ]
-    return growth + order
+    growth = {f"{m}, end - start": end[m] - arms.start(m, LEAK) for m in VARIANTS}
+    order = {f"{worse} - {mild}": end[worse] - end[mild] for worse, mild in pairwise(VARIANTS)}
+    return [Part(name, values, low=0.0) for name, values in {**growth, **order}.items()]
 
 
 def _leak_free(arms: Arms) -> list[Part]:
@@ -78,27 +175,8 @@ def _leak_free(arms: Arms) -> list[Part]:
     return [Part("leak rate, rlsd - grpo", ours - theirs, high=MARGIN, slack=slack)]
 
 
-def _left(arms: Arms, method: str, column: str) -> pd.Series:
-    """The share of a curve's start that is left at its end."""
-    return arms.end(method, column) / arms.start(method, column)
-
-
-def _stall(arms: Arms) -> list[Part]:
-    return [
-        Part("opd, KL at the end / start", _left(arms, "opd", DIVERGENCE), high=0.5),
-        Part("opsd, KL at the end / start", _left(arms, "opsd", DIVERGENCE), low=0.5),
-    ]
-
-
-def _clipped(arms: Arms) -> list[Part]:
-    return [
-        Part(f"% clipped, {side}", 100 * arms.final("rlsd", f"rlsd/clip_{side}_frac"), *ends)
-        for side, ends in FIGURE_5C.items()
-    ]
-
-
 def _entropy(arms: Arms) -> list[Part]:
-    grpo, rlsd = (_left(arms, method, ENTROPY) for method in ("grpo", "rlsd"))
+    grpo, rlsd = (_left(arms, method, "entropy") for method in ("grpo", "rlsd"))
     why_not = ""
     if (arms.end("rlsd", "rlsd/lambda") > 0).any():
         rlsd, why_not = NO_VALUES, "lambda is above 0 to the end"
@@ -116,14 +194,15 @@ def _answer(arms: Arms) -> list[Part]:
 
 def _cost(arms: Arms) -> list[Part]:
     # Once lambda is 0 the pass is saved: only the steps before that say what it costs.
-    last = arms.last_above_zero("rlsd", "rlsd/lambda")
+    taught = (arms.curve("rlsd", "rlsd/lambda") > 0).any(axis=1)
+    last = max(taught.index[taught], default=0)
     ours, theirs = (arms.mean(method, "step_time", 2, last) for method in ("rlsd", "grpo"))
     what = f"seconds per step, rlsd / grpo - 1, steps 2-{last}"
     return [Part(what, ours / theirs - 1, high=0.1)]
 
 
 def _points(other: str) -> str:
-    averages = table_2()[AVERAGE]
+    averages = paper.table_2()[paper.AVERAGE]
     return f"{averages['rlsd'] - averages[other]:+.2f} points (average of five)"
 
 
@@ -131,25 +210,20 @@ def _from_to(values: tuple[float, float]) -> str:
     return f"{values[0]:.3g} to {values[1]:.3g}"
 
 
-_doubled = figure_1b()
+_doubled = paper.figure_1b()
 CLAIMS = (
     Claim(
         "RLSD is best on average",
         f"56.18; next is GRPO, {_points('grpo')}",
         "RLSD is above every other method of Table 2 in held-out accuracy, seed by seed",
-        _best,
+        _above(*paper.table_2().index.drop(["base", "rlsd"])),
     ),
-    Claim(
-        "RLSD is above GRPO",
-        _points("grpo"),
-        "the difference is above 0",
-        lambda a: [_lead(a, "grpo")],
-    ),
+    Claim("RLSD is above GRPO", _points("grpo"), "the difference is above 0", _above("grpo")),
     Claim(
         "RLSD is above GRPO+OPSD",
         _points("grpo_opsd"),
         "the difference is above 0",
-        lambda arms: [_lead(arms, "grpo_opsd")],
+        _above("grpo_opsd"),
     ),
     Claim(
         "RLSD at N steps beats GRPO at 2N",
@@ -187,19 +261,25 @@ CLAIMS = (
     ),
     Claim(
         "OPSD's KL stalls where OPD's falls",
-        f"Fig. 3c: OPD {_from_to(FIGURE_3C['opd'])}, OPSD {_from_to(FIGURE_3C['opsd'])}",
+        f"Fig. 3c: OPD {_from_to(paper.FIGURE_3C['opd'])}, OPSD {_from_to(paper.FIGURE_3C['opsd'])}",
         "OPD's divergence falls below half of its start and OPSD's stays above half",
-        _stall,
+        lambda arms: [
+            Part("opd, KL at the end / start", _left(arms, "opd", DIVERGENCE), high=0.5),
+            Part("opsd, KL at the end / start", _left(arms, "opsd", DIVERGENCE), low=0.5),
+        ],
     ),
     Claim(
         "3 to 6 % of the tokens are clipped",
-        f"Fig. 5c: high {_from_to(FIGURE_5C['high'])} %, low {_from_to(FIGURE_5C['low'])} %",
+        f"Fig. 5c: high {_from_to(paper.FIGURE_5C['high'])} %, low {_from_to(paper.FIGURE_5C['low'])} %",
         "both shares, averaged over the steps with a teacher, lie in the ranges of Fig. 5c",
-        _clipped,
+        lambda arms: [
+            Part(f"% clipped, {side}", 100 * arms.final("rlsd", f"rlsd/clip_{side}_frac"), *ends)
+            for side, ends in paper.FIGURE_5C.items()
+        ],
     ),
     Claim(
         "GRPO's entropy collapses; RLSD's does not, even after lambda = 0",
-        f"Fig. 5b: GRPO {_from_to(FIGURE_5B['grpo'])}, RLSD {_from_to(FIGURE_5B['rlsd'])}",
+        f"Fig. 5b: GRPO {_from_to(paper.FIGURE_5B['grpo'])}, RLSD {_from_to(paper.FIGURE_5B['rlsd'])}",
         "GRPO loses more than a quarter of its entropy and RLSD, at lambda = 0, less",
         _entropy,
     ),

@@ -1,7 +1,6 @@
 """Leakage of finished runs, measured on the models that they saved; computed once, then read."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,26 +65,22 @@ def accuracies(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _measure(path: Path, bases: dict[str, Any], num_problems: int | None) -> pd.DataFrame:
     """Measure one run; `bases` keeps the models that runs began with, and how they were judged."""
-    manifest = read_manifest(path)
+    manifest, cache = read_manifest(path), outputs_root() / "cache"
     preset, config = manifest["preset"], manifest["config"]
     sampling = {"max_new_tokens": config["max_completion_length"], "num_problems": num_problems}
     # A model that was trained under, say, enable_thinking=False is measured under it as well.
     sampling |= {"chat_template_kwargs": config["chat_template_kwargs"]}
     key = digest([[preset[name] for name in ORIGIN], sampling])
     if key not in bases:
-        bases[key] = _base(preset, sampling)
+        base, tokenizer = load_model(preset["model"], cache, **preset["model_options"])
+        base.to("cuda" if torch.cuda.is_available() else "cpu")
+        settings = {name: preset[name] for name in ("train_size", "test_size")}
+        settings |= {"seed": preset["data_seed"], **preset["task_options"]}
+        task = load_task(preset["task"], **settings)
+        judged = leakage.measure(base, tokenizer, task, base_model=base, **sampling)
+        bases[key] = base, tokenizer, task, judged
     base, tokenizer, task, judged_base = bases[key]
-    model, _ = load_model(str(path / "model"), outputs_root() / "cache")
+    model, _ = load_model(str(path / "model"), cache)
     model.to(base.device)
     judged = leakage.measure(model, tokenizer, task, base_model=base, **sampling)
     return leakage.summarise(judged, judged_base)
-
-
-def _base(preset: Mapping[str, Any], sampling: Mapping[str, Any]) -> tuple:
-    cache = outputs_root() / "cache"
-    model, tokenizer = load_model(preset["model"], cache, **preset["model_options"])
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = {name: preset[name] for name in ("train_size", "test_size")}
-    task = load_task(preset["task"], **sizes, seed=preset["data_seed"], **preset["task_options"])
-    judged = leakage.measure(model, tokenizer, task, base_model=model, **sampling)
-    return model, tokenizer, task, judged

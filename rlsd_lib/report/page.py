@@ -7,11 +7,9 @@ import html
 from datetime import UTC, datetime
 from pathlib import Path
 
-import nbformat
-
 from rlsd_lib.runs.execute import execute_notebook
 from rlsd_lib.runs.paths import outputs_root
-from rlsd_lib.runs.records import described, read_runs
+from rlsd_lib.runs.records import described, is_finished, read_runs
 
 NOTEBOOK = "20_compare"
 # Folders beside the suite's that the claims table also needs, by the notebook's parameter.
@@ -46,9 +44,15 @@ def write_report(suite_or_folder: str | Path) -> Path:
         ValueError: no run in it has finished.
         NotebookError: a cell of the notebook raised.
     """
-    folder = _folder(suite_or_folder)
+    places = (Path(suite_or_folder), outputs_root() / suite_or_folder)
+    folder = next((place.resolve() for place in places if place.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{suite_or_folder}: no such folder here or in {outputs_root()}; "
+            "run the suite first, or name the folder of its runs"
+        )
     runs = read_runs(folder)
-    if runs.runs.empty or not (runs.runs["status"] == "finished").any():
+    if not is_finished(runs.runs).any():
         raise ValueError(f"{folder}: no finished run to report on")
     beside = {name: folder.parent / other for name, other in BESIDE.items()}
     given = {name: str(path) for name, path in beside.items() if path.is_dir() and path != folder}
@@ -58,27 +62,11 @@ def write_report(suite_or_folder: str | Path) -> Path:
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     about = f"Made {when} by rlsd report {folder.name}. {described(runs)}"
     title = f"RLSD workbook: {folder.name}"
-    body = _without_code(target / f"{NOTEBOOK}.ipynb")
-    file = target / "report.html"
-    file.write_text(PAGE.format(title=html.escape(title), about=html.escape(about), body=body))
-    return file
-
-
-def _without_code(notebook: Path) -> str:
-    """The texts, tables and figures of an executed notebook."""
     from nbconvert import HTMLExporter  # half a second to import
 
     hidden = ("exclude_input", "exclude_input_prompt", "exclude_output_prompt")
     exporter = HTMLExporter(template_name="basic", **dict.fromkeys(hidden, True))
-    return exporter.from_notebook_node(nbformat.read(notebook, as_version=4))[0]
-
-
-def _folder(suite_or_folder: str | Path) -> Path:
-    """A folder as given, or the suite's among the outputs."""
-    for place in (Path(suite_or_folder), outputs_root() / suite_or_folder):
-        if place.is_dir():
-            return place.resolve()
-    raise FileNotFoundError(
-        f"{suite_or_folder}: no such folder here or in {outputs_root()}; "
-        "run the suite first, or name the folder of its runs"
-    )
+    body, _ = exporter.from_filename(str(target / f"{NOTEBOOK}.ipynb"))
+    file = target / "report.html"
+    file.write_text(PAGE.format(title=html.escape(title), about=html.escape(about), body=body))
+    return file

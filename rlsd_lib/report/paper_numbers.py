@@ -30,21 +30,6 @@ FIGURE_5B = {"grpo": (0.42, 0.25), "rlsd": (0.40, 0.45)}
 # 5c, per cent: the range over the run of the share of tokens whose weight is clipped.
 FIGURE_5C = {"high": (2.5, 6.0), "low": (1.6, 3.3)}
 
-# Table 1 in our words: rollouts, signal, what gives the direction, drawback; SFT is not run here.
-TABLE_1 = {
-    "sft": ("off-policy", "rich", "a teacher's texts", "off-policy"),
-    "grpo": ("on-policy", "one number per rollout", "the environment", "weak signal"),
-    "opd": ("on-policy", "rich", "an external teacher", "costly teacher"),
-    "opsd": ("on-policy", "rich", "the privileged teacher", "severe leakage"),
-    "rlsd": ("on-policy", "rich", "the environment", "none stated"),
-}
-
-
-def table_1() -> pd.DataFrame:
-    """Table 1: a row per paradigm."""
-    columns = ["rollouts", "signal", "direction from", "drawback"]
-    return pd.DataFrame.from_dict(TABLE_1, orient="index", columns=columns)
-
 
 def table_2() -> pd.DataFrame:
     """Table 2 as printed: a row per method, a column per benchmark and the printed average."""
@@ -53,9 +38,6 @@ def table_2() -> pd.DataFrame:
 
 def figure_1b() -> pd.DataFrame:
     """Figure 1b: GRPO at 200 and at 400 steps and RLSD at 200, a row each."""
-    rows = {
-        "grpo, 200 steps": table_2().loc["grpo", list(FIGURE_1B)],
-        "grpo, 400 steps": pd.Series(FIGURE_1B),
-        "rlsd, 200 steps": table_2().loc["rlsd", list(FIGURE_1B)],
-    }
-    return pd.DataFrame(rows).T
+    figure = table_2().loc[["grpo", "rlsd"], list(FIGURE_1B)].rename("{}, 200 steps".format)
+    figure.loc["grpo, 400 steps"] = FIGURE_1B
+    return figure.sort_index()

@@ -1,34 +1,28 @@
 """Tables that stand beside the paper's, and what it left open.
 
 Our cells come from run directories that finished and from nowhere else; where nothing was run
-there is a dash. `paradigms` to `commands` are for any folder of runs (`20_compare`), the rest for
-the paper's own recipe (`40_qwen3_vl`, `41_qwen3_text`).
+there is a dash. `beside_paper` is for any folder of runs (`20_compare`), the rest for the paper's
+own recipe (`40_qwen3_vl`, `41_qwen3_text`).
 """
 
-import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from rlsd_lib.measure.intervals import Interval, student_interval
 from rlsd_lib.report.benchmarks import PREFIX, Protocol
-from rlsd_lib.report.paper_numbers import AVERAGE, TABLE_2, table_1, table_2
+from rlsd_lib.report.paper_numbers import AVERAGE, TABLE_2, table_2
 from rlsd_lib.report.tables import (
     DASH,
     NO_VALUES,
     Arms,
     Table,
-    each_once,
     settings_of,
     source_notes,
-    with_arms,
 )
-from rlsd_lib.runs.parameters import as_text
-from rlsd_lib.runs.paths import NEUTRAL
-from rlsd_lib.runs.records import PLAN, Runs, is_number
+from rlsd_lib.runs.records import Runs, is_number
 from rlsd_lib.tasks.task import Task
 
 OTHER_MODEL = (
@@ -47,32 +41,18 @@ CHANGES_BASE = {
 COLUMNS = ["row", "column", "value", "low", "high", "seed", "run"]
 
 
-def paradigms(lab: Runs) -> Table:
-    """Return the paper's Table 1 in words, and beside it what the lab's plain runs measured."""
-    arms, table = Arms(lab), table_1()
-    baseline = arms.final("grpo", "seconds_per_step")
-    for method in table.index:
-        pace = arms.final(method, "seconds_per_step") / baseline
-        table.loc[method, "lab: gain, points"] = _mean(100 * arms.gain(method), 1)
-        table.loc[method, "lab: leak rate after"] = _mean(arms.final(method, "leak_rate_after"), 3)
-        table.loc[method, "lab: s / step, times GRPO's"] = _mean(pace, 2)
-    notes = ["lab columns: mean over seeds with Student's 95 % interval; SFT is not run here"]
-    rows = table.rename_axis("paradigm").reset_index()
-    return Table(rows, [*notes, *source_notes(lab)])
-
-
 def beside_paper(lab: Runs, real: Runs) -> Table:
     """Return the paper's Table 2 (average) and our accuracies in columns of their own, in per cent."""
     printed, sides = table_2()[AVERAGE], {"lab": Arms(lab), "real model": Arms(real)}
     methods = [*printed.index, *sorted(set(sides["lab"].methods()) - set(printed.index))]
-    change = printed - printed[BASE]
-    rows = pd.DataFrame({"method": methods})
-    rows["paper: average"] = [f"{printed[m]:.2f}" if m in printed else DASH for m in methods]
-    rows["paper: - base"] = [f"{change[m]:+.2f}" if m in printed else DASH for m in methods]
+    rows = pd.DataFrame(index=pd.Index(methods, name="method"))
+    rows["paper: average"] = printed.map("{:.2f}".format)
+    rows["paper: - base"] = (printed - printed[BASE]).map("{:+.2f}".format)
     for name, arms in sides.items():
-        rows[f"{name}: accuracy"] = [_mean(100 * _accuracy(arms, m), 1) for m in methods]
-        rows[f"{name}: - base"] = [_mean(100 * arms.gain(m), 1) for m in methods]
+        rows[f"{name}: accuracy"] = [_percent(_accuracy(arms, method)) for method in methods]
+        rows[f"{name}: - base"] = [_percent(arms.gain(method)) for method in methods]
     notes = [OTHER_MODEL, "ours: mean over seeds with Student's 95 % interval, plain runs only"]
+    rows = rows.fillna(DASH).reset_index()
     return Table(rows, [*notes, *source_notes(lab), *source_notes(real)])
 
 
@@ -80,90 +60,31 @@ def _accuracy(arms: Arms, method: str) -> pd.Series:
     """Accuracy after training; for "base" before it, of any method: they start alike."""
     if method != BASE:
         return arms.final(method, "accuracy_after")
-    return arms.frame.get("accuracy_before", NO_VALUES)[~arms.frame["seed"].duplicated()]
+    return arms.frame.drop_duplicates("seed").get("accuracy_before", NO_VALUES)
 
 
-def _mean(values: pd.Series, digits: int) -> str:
-    values = values.astype(float).dropna()
-    return f"{student_interval(values):.{digits}f}" if len(values) else DASH
+def _percent(shares: pd.Series) -> str:
+    shares = shares.astype(float).dropna()
+    return f"{student_interval(100 * shares):.1f}" if len(shares) else DASH
 
 
-def cost_of_a_point(runs: Runs) -> Table:
-    """Return seconds of training per point of held-out accuracy gained, by method and settings.
+def compare(
+    runs: Runs, names: Sequence[str], preset: str, own: Path | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return Table 2 for the benchmarks `names`, their average and the held-out split; its sources.
 
-    Where the interval of the gain over seeds reaches 0 there is no price, and a dash stands.
-    """
-    frame, repeated = each_once(with_arms(runs.runs))
-    needed = ["accuracy_before", "accuracy_after", "seconds_per_step", "steps"]
-    frame = frame[frame["status"] == "finished"].reindex(columns=["arm", *needed]).dropna()
-    rows = []
-    for arm, cells in frame.groupby("arm"):
-        seconds = (cells["seconds_per_step"] * cells["steps"]).mean()
-        gain = student_interval(100 * (cells["accuracy_after"] - cells["accuracy_before"]))
-        price = f"{seconds / gain.mean:.1f}" if gain.low > 0 else DASH
-        rows.append((arm, f"{seconds:.0f}", f"{gain:.1f}", price, str(len(cells))))
-    columns = ["method", "training, s", "gain, points", "s per point", "n"]
-    notes = ["seconds depend on the machine and on what else it does: compare runs side by side"]
-    return Table(pd.DataFrame(rows, columns=columns), [*notes, *repeated, *source_notes(runs)])
-
-
-def run_list(runs: Runs) -> Table:
-    """Return every run with settings, status, commit and length; a star marks uncommitted code."""
-    rows = []
-    for _, run in runs.runs.sort_values(["group", "name"]).iterrows():
-        known = isinstance(run["parameters"], dict)
-        star = "*" if run.get("dirty") is True else ""
-        row = {
-            "run": f"{run['group']}/{run['name']}",
-            "settings": settings_of(run["parameters"]) if known else DASH,
-            "status": run["status"],
-            "commit": str(run.get("commit") or DASH)[:7] + star if known else DASH,
-            "seconds": f"{run['seconds']:.0f}" if is_number(run.get("seconds")) else DASH,
-        }
-        rows.append(row)
-    return Table(pd.DataFrame(rows), [])
-
-
-def commands(folder: str | Path, runs: Runs) -> list[str]:
-    """Return what to type to repeat the runs of `folder`: its suites, else a line per run."""
-    plans = sorted(Path(folder).rglob(PLAN))
-    if plans:
-        return [plan["command"] for file in plans for plan in json.loads(file.read_text())["plans"]]
-    made = [run for _, run in runs.runs.iterrows() if isinstance(run.get("notebook"), str)]
-    return [_command(run) for run in made]
-
-
-def _command(run: pd.Series) -> str:
-    given = {k: v for k, v in run["parameters"].items() if k != "run_dir"}
-    pairs = {k: v for k, v in given.items() if k not in NEUTRAL or v != NEUTRAL[k]}
-    words = [shlex.quote(f"{name}={as_text(value)}") for name, value in pairs.items()]
-    return " -p ".join([f"rlsd run {Path(run['notebook']).stem}", *words])
-
-
-class Comparison(NamedTuple):
-    """Per cent, as text: a row per method, the paper's and our column per benchmark; our sources."""
-
-    table: pd.DataFrame
-    sources: pd.DataFrame  # COLUMNS, one row for each run and number that stands in the table
-
-
-def compare(runs: Runs, names: Sequence[str], preset: str, own: Path | None = None) -> Comparison:
-    """Return Table 2 for the benchmarks `names`, their average and the held-out split.
-
-    Runs of one preset are taken; one whose settings differ from it (overrides, control, number of
-    steps) has a row of its own. A cell is the mean over seeds with its 95 % Student interval, or
-    one seed's share with its interval over questions. The untrained model's held-out number is
-    taken of every run that leaves model, task and sampling as the preset has them, once per seed.
-    `own` is a run that has written its metrics and is not closed yet.
+    The table is per cent, as text: a row per method, the paper's and our column per benchmark. The
+    sources have `COLUMNS`, a row for each run and number in the table. Runs of one preset are
+    taken; one whose settings differ from it has a row of its own. A cell is the mean over seeds
+    with its 95 % Student interval, or one seed's share with its interval over questions. The
+    untrained model's held-out number is taken of every run that leaves model, task and sampling as
+    the preset has them, once per seed. `own` is a run with metrics that is not closed yet.
     """
     wanted = {**{name: PREFIX + name for name in names}, HELD_OUT: "accuracy_after"}
     cells = []
     for _, run in runs.runs.iterrows():
-        done = run["status"] == "finished" or (
-            own is not None and run["path"] == str(own.resolve())
-        )
-        parameters = run["parameters"] if done and isinstance(run["parameters"], dict) else {}
-        if parameters.get("preset") != preset:
+        parameters, mine = run["parameters"], own and run["path"] == str(own.resolve())
+        if not (run["status"] == "finished" or mine) or parameters.get("preset") != preset:
             continue
         settings = settings_of({name: parameters[name] for name in SETTINGS if name in parameters})
         row = parameters["method"] + (f" ({settings})" if settings else "")
@@ -181,7 +102,7 @@ def compare(runs: Runs, names: Sequence[str], preset: str, own: Path | None = No
         printed = paper.get(name, NO_VALUES).map("{:.2f}".format)
         table[name, "paper"] = [printed.get(row, DASH) for row in rows]
         table[name, "ours"] = [_ours(found[found["row"] == row], name, names) for row in rows]
-    return Comparison(pd.DataFrame(table, index=rows), found.reset_index(drop=True))
+    return pd.DataFrame(table, index=rows), found.reset_index(drop=True)
 
 
 def _source(run: pd.Series, row: str, column: str, key: str) -> tuple[Any, ...]:
@@ -193,7 +114,7 @@ def _ours(found: pd.DataFrame, name: str, names: Sequence[str]) -> str:
     """A method's number with its interval, or a dash; an average only of all benchmarks."""
     if name == AVERAGE:
         means = found[found["column"].isin(names)].groupby("column")["value"].mean()
-        return f"{100 * means.mean():.2f}" if len(means) == len(names) else DASH
+        return f"{100 * means.mean():.2f}" if len(means) == len(names) > 0 else DASH
     cells = 100 * found.loc[found["column"] == name, ["value", "low", "high"]].astype(float)
     if cells.empty:
         return DASH
@@ -217,31 +138,42 @@ def dropped(task: Task, folder: Path) -> pd.DataFrame:
     return pd.Series({**counts, **sides}, name="rows").to_frame()
 
 
-def open_items(manifest: Mapping[str, Any], protocol: Protocol) -> pd.DataFrame:
-    """Return what the paper does not report, and what a run used instead, from its manifest."""
+def open_items(manifest: Mapping[str, Any], protocol: Protocol | None) -> pd.DataFrame:
+    """Return what the paper does not report, and what a run used instead, from its manifest.
+
+    `protocol` is that of the benchmarks that judge the run; None where there are none.
+    """
     config, packages, preset = (manifest[name] for name in ("config", "packages", "preset"))
     versions = ("python", "torch", "transformers", "trl", "vllm")
     splits = ", ".join(f"{side} {digest[:12]}" for side, digest in manifest["data"].items())
-    sampling = ", ".join(f"{name} {value}" for name, value in protocol.sampling.items())
-    low, high = protocol.image_area or (0, 0)
-    commit = manifest["git"]["commit"]
     unknown = "not reported"
     items = {
-        "code": ("released later, untested", f"this repository, commit {commit}"),
+        "code": (
+            "released later, untested",
+            f"this repository, commit {manifest['git']['commit']}",
+        ),
         "data": ("name only; link with the code", f"{preset['task']}, {preset['task_options']}"),
         "splits": (unknown, f"held out by a hash of the question; {splits}"),
         "prompts": (unknown, config["privileged_template"] or "the trainer's own template"),
         "length of training": ("200 steps in the appendix", f"{config['max_steps']} steps"),
         "choice of checkpoint": (unknown, "the last one, always"),
-        "seeds": (unknown, f"{manifest['seeds']}; the table takes any number of them"),
+        "seeds": (
+            unknown,
+            f"seed {manifest['parameters']['seed']}; the table takes any number of them",
+        ),
         "versions": (unknown, ", ".join(f"{name} {packages[name]}" for name in versions)),
-        "evaluation tool": (unknown, f"{protocol.package} {protocol.version}"),
-        "evaluation prompts": (unknown, protocol.prompt),
-        "evaluation sampling": ("not reported; the script's validation", sampling),
-        "images": (unknown, f"{low:,} to {high:,} pixels" if high else "none"),
-        "graders": (unknown, protocol.grader),
         "held-out sampling": (unknown, str(manifest["evaluation"])),
         "intervals": ("none", "95 %: over questions for one seed, over seeds for several"),
         "what r is": ("only said to be available", "the final answer, in training alone"),
     }
+    if protocol:
+        sampling = ", ".join(f"{name} {value}" for name, value in protocol.sampling.items())
+        low, high = protocol.image_area or (0, 0)
+        items |= {
+            "evaluation tool": (unknown, f"{protocol.package} {protocol.version}"),
+            "evaluation prompts": (unknown, protocol.prompt),
+            "evaluation sampling": ("not reported; the script's validation", sampling),
+            "images": (unknown, f"{low:,} to {high:,} pixels" if high else "none"),
+            "graders": (unknown, protocol.grader),
+        }
     return pd.DataFrame.from_dict(items, orient="index", columns=["the paper", "this run"])

@@ -7,17 +7,16 @@ place, so that a print in grey can be read too.
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.report.heatmap import new_figure
 from rlsd_lib.report.heatmap import token_heatmap as token_heatmap
-from rlsd_lib.report.tables import Arms, with_arms
+from rlsd_lib.report.tables import with_arms
 from rlsd_lib.runs.records import Runs, described, is_finished, left_out
 
 SIZE = (6.4, 3.8)
@@ -26,38 +25,30 @@ Colour = tuple[float, float, float]
 DASHES = ("", (4, 1.5), (1, 1), (3, 1.2, 1.5, 1.2), (6, 2), (5, 1, 1, 1), (2, 2))
 
 
-def training_curve(
-    steps: pd.DataFrame,
-    metric: str,
-    *,
-    hue: str = "method",
-    names: Sequence[str] = (),
-    window: int = 1,
-    title: str = "",
-) -> Figure:
+def training_curve(steps: pd.DataFrame, metric: str, *, window: int = 1, title: str = "") -> Figure:
     """A metric against the step: the mean over seeds, with the 95 % bootstrap interval shaded.
 
-    `steps` has a row per run and step, with columns `step`, `path`, `hue` (a line each) and the
-    metric, which is averaged over `window` steps within each run before anything else. Values of
-    `hue` get colours and dashes in the order of `names`, so that a name looks alike in several
-    figures; others come after.
+    `steps` has a row per run and step, with columns `step`, `path`, `method` (a line each) and the
+    metric, which is averaged over `window` steps within each run before anything else. Methods get
+    colours and dashes in the order of all finished rows, so that one looks alike in every figure of
+    these steps, whichever methods logged the metric.
 
     Raises:
         ValueError: an absent column, no row with a value, or a window below 1.
     """
     if window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
-    lines = list(dict.fromkeys(["path", hue]))
-    data = _present(steps, ["step", *lines, metric], metric).sort_values([*lines, "step"])
-    smooth = data.groupby(lines)[metric].rolling(window, min_periods=1).mean()
-    data[metric] = smooth.droplevel(lines)
+    data = _present(steps, ["step", "path", "method", metric], metric)
+    data = data.sort_values(["path", "step"])
+    smooth = data.groupby("path")[metric].rolling(window, min_periods=1).mean()
+    data[metric] = smooth.droplevel("path")
     figure, axes = _canvas(title or metric)
-    ordered = list(dict.fromkeys([*names, *data[hue]]))
-    dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(ordered)}
-    look = {"palette": _colours(ordered), "dashes": dashes, "errorbar": ("ci", 95), "seed": 0}
-    sns.lineplot(data, x="step", y=metric, hue=hue, style=hue, ax=axes, **look)
+    colours = _colours(steps.loc[is_finished(steps), "method"])
+    dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(colours)}
+    look = {"palette": colours, "dashes": dashes, "errorbar": ("ci", 95), "seed": 0}
+    sns.lineplot(data, x="step", y=metric, hue="method", style="method", ax=axes, **look)
     axes.set(xlabel="optimiser step", ylabel=metric)
-    _name_legend(axes, data.groupby(hue)["path"].nunique())
+    _name_legend(axes, data.groupby("method")["path"].nunique())
     return footnote(figure, left_out(steps))
 
 
@@ -67,39 +58,10 @@ def curve(runs: Runs, metric: str, *, window: int = 1, title: str = "") -> Figur
     Raises:
         ValueError: no finished run logged it.
     """
-    frame = with_arms(runs.runs)
-    names = list(dict.fromkeys(frame.loc[is_finished(frame), "arm"]))
+    arms = with_arms(runs.runs).set_index("path")["arm"]
     steps = runs.steps[is_finished(runs.steps)]
-    steps = steps.assign(arm=steps["path"].map(frame.set_index("path")["arm"]))
-    figure = training_curve(steps, metric, hue="arm", names=names, window=window, title=title)
-    return footnote(figure, described(runs))
-
-
-def logged(runs: Runs, metric: str) -> bool:
-    """Whether a finished run has a value of a metric other than 0."""
-    return metric in runs.steps and bool(runs.steps.loc[is_finished(runs.steps), metric].any())
-
-
-def double_budget(runs: Runs) -> Figure:
-    """RLSD at N steps beside GRPO at N and at 2N (the paper's Figure 1b), mean over seeds.
-
-    Intervals are Student's, of 95 %.
-
-    Raises:
-        ValueError: no plain run of either.
-    """
-    measure, n, series = Arms(runs).doubled()
-    names = (f"rlsd, {n} steps", f"grpo, {n} steps", f"grpo, {2 * n} steps")
-    found = {name: values for name, values in zip(names, series, strict=True) if len(values)}
-    if not found:
-        raise ValueError(f"no {measure} for {'; '.join(names)}: nothing to show")
-    figure, axes = _canvas(f"twice the steps: {measure}")
-    for place, (name, colour) in enumerate(_colours(found).items()):
-        _interval(axes, place, *student_interval(found[name]), colour, marker="os^"[place])
-    labels = [f"{name}\n(n={len(values)})" for name, values in found.items()]
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set(ylabel=measure, xlim=(-0.6, len(labels) - 0.4))
-    return footnote(figure, described(runs))
+    steps = steps.assign(method=steps["path"].map(arms))
+    return footnote(training_curve(steps, metric, window=window, title=title), described(runs))
 
 
 def before_after(runs: Runs) -> Figure:
@@ -116,22 +78,16 @@ def before_after(runs: Runs) -> Figure:
     colours = _colours(data["arm"])
     for place, (name, colour) in enumerate(colours.items()):
         chosen = data[data["arm"] == name]
-        for number, (_, run) in enumerate(chosen.iterrows()):
-            x = place + 0.5 * (number - (len(chosen) - 1) / 2) / len(chosen)
-            _interval(axes, x - 0.06, *run[before], colour, markerfacecolor="white")
-            _interval(axes, x + 0.06, *run[after], colour)
+        places = place + 0.5 * ((np.arange(len(chosen)) + 0.5) / len(chosen) - 0.5)
+        for columns, xs, face in ((before, places - 0.06, "white"), (after, places + 0.06, colour)):
+            mean, low, high = (chosen[column] for column in columns)
+            # vlines, not errorbar: an interval need not contain its estimate.
+            axes.vlines(xs, low, high, color=colour, linewidth=1.5)
+            axes.plot(xs, mean, "o", color=colour, markerfacecolor=face, markersize=6)
     turned = {"rotation": 30, "ha": "right"} if len(colours) > 4 else {}
     axes.set_xticks(range(len(colours)), list(colours), **turned)
     axes.set(ylabel="accuracy", xlim=(-0.6, len(colours) - 0.4))
     return footnote(figure, described(runs))
-
-
-def _interval(
-    axes: Axes, x: float, mean: float, low: float, high: float, colour: Colour, **style: Any
-) -> None:
-    # vlines, not errorbar: an interval need not contain its estimate. Nothing where it is NaN.
-    axes.vlines(x, low, high, color=colour, linewidth=1.5)
-    axes.plot([x], [mean], **{"marker": "o", "color": colour, "markersize": 6, **style})
 
 
 def histogram(
@@ -172,7 +128,17 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     with sns.axes_style("whitegrid"):
         panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
-        _leak_panel(axes, data[data["measure"] == measure], colours)
+        rows = data[data["measure"] == measure]
+        base, model = (rows[rows["of"] == of] for of in ("base", "model"))
+        axes.axvspan(base["low"].min(), base["high"].max(), color="0.85", label="base model")
+        if model["null"].notna().any():  # an accuracy has none
+            null = model["null"].mean()
+            axes.axvline(null, color="0.3", linestyle="--", linewidth=1, label="null")
+        for place, (name, colour) in enumerate(colours.items()):
+            chosen = model[model["arm"] == name]
+            heights = place + 0.6 * ((np.arange(len(chosen)) + 0.5) / len(chosen) - 0.5)
+            axes.hlines(heights, chosen["low"], chosen["high"], color=colour, linewidth=1.2)
+            axes.plot(chosen["mean"], heights, "o", color=colour, markersize=4)
         axes.set_title(measure, loc="left", fontsize=10)
         axes.set(xlabel="nats" if measure == "evidence" else "share")
     labels = [textwrap.fill(str(name), 34) for name in colours]
@@ -183,19 +149,6 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _leak_panel(axes: Axes, rows: pd.DataFrame, colours: dict[object, Colour]) -> None:
-    base, model = (rows[rows["of"] == of] for of in ("base", "model"))
-    axes.axvspan(base["low"].min(), base["high"].max(), color="0.85", label="base model")
-    if model["null"].notna().any():  # an accuracy has none
-        axes.axvline(model["null"].mean(), color="0.3", linestyle="--", linewidth=1, label="null")
-    for place, (name, colour) in enumerate(colours.items()):
-        chosen = model[model["arm"] == name]
-        for number, (_, run) in enumerate(chosen.iterrows()):
-            height = place + 0.6 * ((number + 0.5) / len(chosen) - 0.5)
-            axes.hlines(height, run["low"], run["high"], color=colour, linewidth=1.2)
-            axes.plot([run["mean"]], [height], "o", color=colour, markersize=4)
-
-
 def footnote(figure: Figure, text: str) -> Figure:
     """Write small text under a figure, such as which runs it shows; returns the figure."""
     lines = "\n".join(textwrap.wrap(text, 120, break_on_hyphens=False))
@@ -203,13 +156,13 @@ def footnote(figure: Figure, text: str) -> Figure:
     return figure
 
 
-def _present(frame: pd.DataFrame, columns: Sequence[str], needed: str) -> pd.DataFrame:
+def _present(frame: pd.DataFrame, columns: list[str], needed: str) -> pd.DataFrame:
     """These columns of the finished runs' rows that have the needed value."""
     absent = [name for name in columns if name not in frame]
     if absent:
         raise ValueError(f"no column {', '.join(absent)}; there are {', '.join(map(str, frame))}")
     finished = is_finished(frame)
-    data = frame.loc[finished & frame[needed].notna(), list(dict.fromkeys(columns))]
+    data = frame.loc[finished & frame[needed].notna(), columns]
     if data.empty:
         also = "" if finished.all() else "; rows of unfinished runs are left out"
         raise ValueError(f"no value in column {needed}: nothing to show{also}")
@@ -234,8 +187,7 @@ def _canvas(title: str) -> tuple[Figure, Axes]:
 def _name_legend(axes: Axes, runs: pd.Series) -> None:
     """Say in the legend how many runs each line stands for; many lines have it under the axes."""
     handles, names = axes.get_legend_handles_labels()
-    counted = {str(name): count for name, count in runs.items()}
-    labels = [f"{name} (n={counted[name]})" for name in names]
+    labels = [f"{name} (n={runs[name]})" for name in names]
     if len(labels) <= 4:
         axes.legend(handles, labels, title=None)
         return

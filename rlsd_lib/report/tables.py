@@ -66,7 +66,7 @@ def _markdown(rows: pd.DataFrame) -> str:
     if rows.empty:
         return ""
     lines = [list(rows.columns), *([_text(v) for v in row] for row in rows.values.tolist())]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
@@ -88,20 +88,24 @@ def make_table(runs: Runs) -> Table:
     frame = runs.runs
     if frame.empty:
         return Table(frame, ["no runs here yet"])
-    finished = frame[frame["status"] == "finished"]
+    finished = frame[is_finished(frame)]
     metrics = [name for name in METRICS if name in frame and frame[name].notna().any()]
-    measured = finished[finished[metrics].notna().any(axis=1)] if metrics else finished.iloc[:0]
+    measured = finished[finished[metrics].notna().any(axis=1)]
     keyed = measured.assign(settings=[settings_of(p) for p in measured["parameters"]])
     keys = [k for k in ("group", "method", "preset", "settings") if k in keyed]
     groups = [cells for _, cells in keyed.groupby(keys, sort=True, dropna=False)]
-    rows = pd.DataFrame([_row(cells, keys, metrics) for cells in groups])
+    rows = pd.DataFrame([_row(cells, keys, metrics) for cells in groups]).fillna(DASH)
+    if groups and rows["group"].nunique() == 1:
+        del rows["group"]
+    if groups and not rows["settings"].any():
+        del rows["settings"]
     notes = [note for cells in groups for note in _warnings(cells)]
     if any(len(cells) > 1 for cells in groups):
         notes.append("n > 1: mean over seeds, 95 % Student interval of the mean")
     if any(len(cells) == 1 for cells in groups):
         notes.append("n = 1: one seed; its interval is over problems and not over seeds")
     notes += [f"finished, no metrics: {p}" for p in finished.drop(measured.index)["path"]]
-    return Table(_drop_constant(rows), [*dict.fromkeys(notes), *source_notes(runs)])
+    return Table(rows, [*dict.fromkeys(notes), *source_notes(runs)])
 
 
 def _row(cells: pd.DataFrame, keys: list[str], metrics: list[str]) -> dict[str, str]:
@@ -127,21 +131,13 @@ def _cell(cells: pd.DataFrame, name: str) -> str:
 
 def _warnings(cells: pd.DataFrame) -> list[str]:
     label = " ".join(str(cells.iloc[0].get(k, "")) for k in ("group", "method", "preset")).strip()
-    notes = []
-    if "seed" in cells and cells["seed"].duplicated().any():
-        notes.append(f"{label}: a seed stands more than once, so the interval is too narrow")
-    if cells["commit"].nunique(dropna=False) > 1:
-        notes.append(f"{label}: its runs come from different commits")
-    if (cells["dirty"] == True).any():  # noqa: E712  the column also holds None
-        notes.append(f"{label}: run from code that was not committed")
-    return notes
-
-
-def _drop_constant(rows: pd.DataFrame) -> pd.DataFrame:
-    """Leave out settings where every run is plain, and the group where there is one."""
-    empty = [k for k in ("settings",) if k in rows and (rows[k] == "").all()]
-    alike = [k for k in ("group",) if k in rows and rows[k].nunique() == 1]
-    return rows.drop(columns=empty + alike).fillna(DASH)
+    found = {
+        "a seed stands more than once, so the interval is too narrow": "seed" in cells
+        and cells["seed"].duplicated().any(),
+        "its runs come from different commits": cells["commit"].nunique(dropna=False) > 1,
+        "run from code that was not committed": cells["dirty"].eq(True).any(),
+    }
+    return [f"{label}: {warning}" for warning, holds in found.items() if holds]
 
 
 def source_notes(runs: Runs) -> list[str]:
@@ -169,11 +165,17 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
     Raises:
         ValueError: no finished run of `baseline`, or runs that were judged on other problems.
     """
-    frame, repeated = each_once(with_arms(runs.runs[runs.runs["status"] == "finished"]))
+    done = runs.runs[is_finished(runs.runs)]
+    if baseline not in set(done.get("method", ())):
+        raise ValueError(f"no finished run of {baseline!r} to compare with")
+    frame = with_arms(done)
+    # A run that two suites share is one piece of evidence, not two seeds.
+    again = frame.duplicated(["arm", "seed"])
+    names = ", ".join("/".join(Path(path).parts[-2:]) for path in frame.loc[again, "path"])
+    repeated = [f"left out, the same settings and seed as another run: {names}"] if names else []
+    frame = frame[~again]
     rows_of_base = frame[frame["method"] == baseline]
     base = {_place(run, run["parameters"]): run for _, run in rows_of_base.iterrows()}
-    if not base:
-        raise ValueError(f"no finished run of {baseline!r} to compare with")
     rows, alone = [], []
     for arm, cells in frame.groupby("arm"):
         pairs = [(run, _partner(run, base)) for _, run in cells.iterrows()]
@@ -254,17 +256,6 @@ def with_arms(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(arm=pd.Series(labels, index=known.index, dtype=object))
 
 
-def each_once(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Return the rows of `with_arms`, one for each arm and seed, and a note on those left out.
-
-    A run that two suites share is one piece of evidence, not two seeds.
-    """
-    again = frame["arm"].notna() & frame.duplicated(["arm", "seed"])
-    names = ", ".join(frame.loc[again, "path"].map(lambda path: "/".join(Path(path).parts[-2:])))
-    notes = [f"left out, the same settings and seed as another run: {names}"] if names else []
-    return frame[~again], notes
-
-
 def together(*folders: Runs) -> Runs:
     """Return several folders' runs as one, such as a suite's and those of its ablations."""
     runs, steps = zip(*folders, strict=True)
@@ -276,27 +267,26 @@ class Arms:
 
     Plain means as the preset has it: no override, no control. Values come as a series with one
     entry per seed, empty where there is no such run, so that methods are compared seed by seed.
-
-    Args:
-        runs: what `read_runs` returns; runs that did not finish are left out.
-        preset: which preset; "" for the one that most of the plain runs have.
-
-    Attributes:
-        length: the number of steps that the method RLSD was trained for (most of its runs, else
-            most of all runs); None where there is no plain run.
+    `preset` is "" for the one that most of the plain runs have. The attribute `length` is the
+    number of steps of most RLSD runs, else of most runs; 0 where there is no plain run.
     """
 
     def __init__(self, runs: Runs, preset: str = "") -> None:
         self.runs = runs
         needed = pd.Index(["status", "parameters", "method", "preset", "steps", "seed", "path"])
         frame = runs.runs.reindex(columns=runs.runs.columns.union(needed, sort=False))
-        plain = frame["parameters"].map(_is_plain).astype(bool)
-        frame = frame[(frame["status"] == "finished") & plain & frame["steps"].notna()]
-        self.preset = preset or _most_common(frame["preset"]) or ""
+        frame = frame[is_finished(frame) & frame["steps"].notna()]
+        frame = frame.loc[[settings(p).keys() <= {"max_steps"} for p in frame["parameters"]]]
+        self.preset = preset or _most_common(frame["preset"], "")
         self.frame = frame[frame["preset"] == self.preset]
-        rlsd = self.frame.loc[self.frame["method"] == "rlsd", "steps"]
-        length = _most_common(rlsd if len(rlsd) else self.frame["steps"])
-        self.length = None if length is None else int(length)
+        rlsd = self.frame[self.frame["method"] == "rlsd"]
+        self.length = int(_most_common((self.frame if rlsd.empty else rlsd)["steps"], 0))
+
+    def __str__(self) -> str:
+        if not self.length:
+            return "no runs"
+        methods = ", ".join(self.methods())
+        return f"preset {self.preset}, {self.length} steps; plain runs of {methods}"
 
     def methods(self) -> list[str]:
         """Return the methods that have a run of this length."""
@@ -311,15 +301,15 @@ class Arms:
         before = self.final(method, "accuracy_before", steps=steps)
         return (self.final(method, "accuracy_after", steps=steps) - before).dropna()
 
+    def curve(self, method: str, column: str) -> pd.DataFrame:
+        """Return a logged column of runs of `length`: a row per step, a column per seed."""
+        steps = self.runs.steps.reindex(columns=["path", "step", "seed", column])
+        mine = steps[steps["path"].isin(self._of(method)["path"])]
+        return mine.pivot_table(column, "step", "seed")
+
     def mean(self, method: str, column: str, first: int, last: int) -> pd.Series:
         """Return the mean of a logged column over steps `first` to `last`, one per seed."""
-        steps = self.runs.steps
-        if column not in steps:
-            return NO_VALUES
-        seeds = self._of(method).reset_index().set_index("path")["seed"]
-        lines = steps[steps["path"].isin(seeds.index) & steps[column].notna()]
-        lines = lines[lines["step"].between(first, last)]
-        return lines.groupby(lines["path"].map(seeds))[column].mean().astype(float)
+        return self.curve(method, column).loc[first:last].mean()
 
     def start(self, method: str, column: str) -> pd.Series:
         """Return the mean over the first steps, one per seed."""
@@ -327,31 +317,7 @@ class Arms:
 
     def end(self, method: str, column: str) -> pd.Series:
         """Return the mean over the last steps, one per seed."""
-        length = self.length or 0
-        return self.mean(method, column, length - LAST + 1, length)
-
-    def last_above_zero(self, method: str, column: str) -> int:
-        """Return the last step at which a logged column is above 0 in any seed's run; 0 for none."""
-        steps = self.runs.steps
-        if column not in steps:
-            return 0
-        mine = steps["path"].isin(self._of(method)["path"])
-        return max(steps.loc[mine & (steps[column] > 0), "step"], default=0)
-
-    def doubled(self) -> tuple[str, int, list[pd.Series]]:
-        """Return what was measured, N, and a series each: RLSD at N steps, GRPO at N, GRPO at 2N.
-
-        The held-out accuracy where GRPO was run for 2N steps. Else one length of run has to do:
-        N is half of it, and the training reward is compared.
-        """
-        n = self.length or 0
-        longer = self.final("grpo", "accuracy_after", steps=2 * n)
-        if len(longer):
-            at_n = [self.final(method, "accuracy_after") for method in ("rlsd", "grpo")]
-            return "held-out accuracy", n, [*at_n, longer]
-        n //= 2
-        at_n = [self.mean(method, "reward", n - LAST + 1, n) for method in ("rlsd", "grpo")]
-        return "training reward", n, [*at_n, self.end("grpo", "reward")]
+        return self.mean(method, column, self.length - LAST + 1, self.length)
 
     def _of(self, method: str, steps: int | None = None) -> pd.DataFrame:
         wanted = self.length if steps is None else steps
@@ -359,10 +325,5 @@ class Arms:
         return chosen.drop_duplicates("seed").set_index("seed").sort_index()
 
 
-def _is_plain(parameters: dict | float) -> bool:
-    """Whether a run is its preset, whatever its length; runs without parameters hold NaN."""
-    return isinstance(parameters, dict) and not settings(parameters).keys() - {"max_steps"}
-
-
-def _most_common(values: pd.Series) -> Any:
-    return values.value_counts().index[0] if len(values) else None
+def _most_common(values: pd.Series, default: Any) -> Any:
+    return next(iter(values.value_counts().index), default)

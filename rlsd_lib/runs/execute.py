@@ -1,7 +1,7 @@
 """Strict papermill: a notebook and its parameters in, a finished run directory out.
 
-papermill warns of an unknown parameter, takes any type, creates no folder and runs where the
-caller stands. Here each of these is an error or is done.
+papermill warns of unknown parameters, takes any type, creates no folder and runs where the caller
+stands. Here the first two are errors, the folder is made, and the notebook runs inside it.
 """
 
 import logging
@@ -13,6 +13,7 @@ from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
+from rlsd_lib.runs import NotebookError
 from rlsd_lib.runs.parameters import complete
 from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 from rlsd_lib.runs.processes import on_sigterm, terminate_children
@@ -27,13 +28,9 @@ KERNEL = {
 }
 
 
-class NotebookError(RuntimeError):
-    """A cell raised, the kernel died, or the notebook never finished its run."""
-
-
 def execute_notebook(
     notebook: str | Path,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Any] = {},
     *,
     run_dir: str | Path = "",
     if_exists: str = "raise",
@@ -57,24 +54,31 @@ def execute_notebook(
             finish it; the run is marked failed.
     """
     source = find_notebook(notebook)
-    full = complete(source, parameters or {})
+    full = complete(source, parameters)
     folder = Path(run_dir or default_run_dir(source.stem, full)).resolve()
-    injected = dict(parameters or {})
-    if "run_dir" in full:
-        injected["run_dir"] = str(folder)
-    run = Run.start(folder, parameters={**full, **injected}, notebook=source, if_exists=if_exists)
+    place = {"run_dir": str(folder)} if "run_dir" in full else {}
+    run = Run.start(folder, parameters={**full, **place}, notebook=source, if_exists=if_exists)
+    told: list[str] = []
+
+    def hand_on() -> None:  # the kernel may save and stop; its end then ends this run
+        told.append("SIGTERM")
+        terminate_children()
+
     try:
-        _run_cells(source, run, injected)
+        with on_sigterm(hand_on):
+            _run_cells(source, run, {**parameters, **place})
         if run.manifest["attached"] and not (run.path / "metrics.json").exists():
             raise NotebookError("the notebook ended without run.finish(metrics)")
     except Exception as error:
         reason = _reason(error)
+        if told and not reason.startswith("Stopped: "):
+            reason = f"Stopped: SIGTERM outside of training ({reason})"
         run.fail(reason)
         raise NotebookError(f"{reason}; see {run.path / source.name}") from error
     except BaseException as error:  # interrupted: nobody will look for a reason in the notebook
         run.fail(type(error).__name__)
         raise
-    run.close("finished")
+    run.close()
     return run.path
 
 
@@ -86,28 +90,15 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
     source_path, target = (
         str(p).replace("{", "{{").replace("}", "}}") for p in (source, run.path / source.name)
     )
-    told: list[str] = []
-
-    def hand_on() -> None:  # the kernel may save and stop; its end then ends this run
-        told.append("SIGTERM")
-        terminate_children()
-
-    with on_sigterm(hand_on):
-        try:
-            papermill.execute_notebook(
-                source_path,
-                target,
-                parameters,
-                kernel_name="python3",
-                cwd=str(run.path),
-                progress_bar=False,
-                kernel_manager_class=_kernel_manager(run),
-            )
-        except Exception as error:
-            reason = _reason(error)
-            if told and not reason.startswith("Stopped: "):
-                raise NotebookError(f"Stopped: SIGTERM outside of training ({reason})") from error
-            raise
+    papermill.execute_notebook(
+        source_path,
+        target,
+        parameters,
+        kernel_name="python3",
+        cwd=str(run.path),
+        progress_bar=False,
+        kernel_manager_class=_kernel_manager(run),
+    )
 
 
 def _kernel_manager(run: Run) -> type[AsyncKernelManager]:
@@ -125,6 +116,4 @@ def _reason(error: BaseException) -> str:
 
     if isinstance(error, PapermillExecutionError):
         return f"{error.ename}: {error.evalue} (in cell [{error.exec_count}])"
-    if isinstance(error, NotebookError):
-        return str(error)
     return f"{type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
 """The jobs of a suite: how each stands, how long the rest takes, and the loop that runs them.
 
-What is finished is kept, so a suite that was stopped is continued by the same command. A run that
-failed by an error of its own would fail again: it is listed, and made again on demand.
+Finished runs are kept, so the same command continues a suite that was stopped. A run that failed by
+an error of its own would fail again: it is listed, and made again on demand.
 """
 
 import heapq
@@ -12,13 +12,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rlsd_lib.runs.parameters import as_text
-from rlsd_lib.runs.records import owned, read_manifest, state_of
+from rlsd_lib.runs.records import manifest_or_none, owned, read_manifest, state_of
 
 INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons begin
 
@@ -33,10 +35,10 @@ class Job:
 
     def command(self, if_exists: str = "skip") -> list[str]:
         """The command line that makes this run, or with "resume" goes on with an unfinished one."""
-        pairs = [f"{name}={as_text(value)}" for name, value in self.parameters.items()]
-        flags = [word for pair in pairs for word in ("-p", pair)]
-        place = ["--run-dir", str(self.run_dir), "--if-exists", if_exists]
-        return [sys.executable, "-m", "rlsd_lib", "run", self.notebook, *flags, *place]
+        words = [sys.executable, "-m", "rlsd_lib", "run", self.notebook]
+        for name, value in self.parameters.items():
+            words += ["-p", f"{name}={as_text(value)}"]
+        return [*words, "--run-dir", str(self.run_dir), "--if-exists", if_exists]
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -57,98 +59,92 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job.
+    """What became of a job, after `seconds` of work.
 
-    `status` is "done", "kept" (it was finished), "failed" (now), "failed before" (and was not asked
-    for again) or "busy" (another process writes it). `error` says why it failed; `left` is the
-    estimate of the time that the rest will take, None before any run has ended.
+    `status` is "done", "kept" (it was finished), "failed" (now), "failed before" (and not made
+    again) or "busy" (another process writes it); `error` says why there is no result.
     """
 
     job: Job
     status: str
     seconds: float = 0.0
     error: str | None = None
-    left: float | None = None
 
 
-def run_jobs(
-    jobs: Sequence[Job], workers: int = 1, *, retry_failed: bool = False, if_exists: str = "skip"
-) -> Iterator[Outcome]:
-    """Work through jobs with at most `workers` at a time; outcomes come as they end.
+def settle(jobs: Sequence[Job], retry_failed: bool) -> tuple[list[Outcome], list[Job]]:
+    """The outcomes of the jobs that need no run, and the other jobs."""
+    settled, rest = [], []
+    for job in jobs:
+        state = job.state()
+        if state == "finished":
+            settled.append(Outcome(job, "kept"))
+        elif state == "running":
+            settled.append(Outcome(job, "busy", error=owned(job.run_dir)))
+        elif state == "failed" and not retry_failed:
+            reason = read_manifest(job.run_dir)["error"]
+            settled.append(Outcome(job, "failed before", error=reason))
+        else:
+            rest.append(job)
+    return settled, rest
 
-    Finished runs are kept, and failed ones too unless `retry_failed`. Of the rest, `if_exists` says
-    what becomes of what is there: "skip" begins again, "resume" goes on from the last checkpoint.
+
+def run_jobs(jobs: Sequence[Job], workers: int, if_exists: str = "skip") -> Iterator[Outcome]:
+    """Make the runs of `jobs`, at most `workers` at a time; outcomes come as they end.
+
+    Of what is there, "skip" begins again, "resume" goes on from the last checkpoint.
     """
-    settled = [settle(job, retry_failed) for job in jobs]
-    yield from (outcome for outcome in settled if outcome)
-    rest = [job for job, outcome in zip(jobs, settled, strict=True) if outcome is None]
-    begun: dict[Path, float] = {}
-    took = seconds_taken(jobs)
     with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(_run_job, job, workers, if_exists, begun): job for job in rest}
+        sent = [pool.submit(_run_job, job, workers, if_exists) for job in jobs]
         try:
-            for done in as_completed(list(waiting)):
-                ended = waiting.pop(done)
-                outcome = done.result()
-                took[ended.kind] += [outcome.seconds] if outcome.status == "done" else []
-                elapsed = {path: time.monotonic() - since for path, since in list(begun.items())}
-                left = time_left(list(waiting.values()), took, workers, elapsed)
-                yield replace(outcome, left=left)
+            yield from (done.result() for done in as_completed(sent))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def seconds_taken(jobs: Sequence[Job]) -> defaultdict[tuple[Any, ...], list[float]]:
-    """How long the finished runs among `jobs` took, by kind."""
-    took = defaultdict(list)
+def _run_job(job: Job, workers: int, if_exists: str) -> Outcome:
+    begun = time.monotonic()
+    # Side by side, processes that each take all cores slow one another down.
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    done = subprocess.run(job.command(if_exists), env=environment, capture_output=True, text=True)
+    seconds = time.monotonic() - begun
+    if done.returncode == 0:
+        return Outcome(job, "done", seconds)
+    return Outcome(job, "failed", seconds, done.stderr.strip()[-2000:] or "no error output")
+
+
+def seconds_taken(
+    jobs: Sequence[Job],
+) -> tuple[dict[tuple[Any, ...], list[float]], dict[Path, float]]:
+    """Seconds that finished runs took, by kind, and those at work so far, by run directory."""
+    took, so_far = defaultdict(list), {}
     for job in jobs:
-        if job.state() == "finished":
-            took[job.kind].append(read_manifest(job.run_dir)["seconds"])
-    return took
+        state, manifest = job.state(), manifest_or_none(job.run_dir)
+        if state == "finished":
+            took[job.kind].append(manifest["seconds"])
+        elif state == "running" and manifest:  # it may have only just begun
+            begun = datetime.fromisoformat(manifest["started"])
+            so_far[job.run_dir] = (datetime.now(UTC) - begun).total_seconds()
+    return took, so_far
 
 
 def time_left(
     jobs: Sequence[Job],
     took: Mapping[tuple[Any, ...], Sequence[float]],
+    so_far: Mapping[Path, float],
     workers: int,
-    elapsed: Mapping[Path, float] | None = None,
 ) -> float | None:
     """Seconds until all of `jobs` have ended, `workers` at a time, in their order.
 
     A job is expected to take the mean of its kind in `took`, or of everything where its kind has
-    not been seen; `elapsed` holds the seconds that running jobs have used, by run directory. None
-    where nothing is known yet.
+    not been seen, less what it has taken `so_far`. None where nothing is known yet.
     """
-    every = [seconds for values in took.values() for seconds in values]
+    every = list(chain.from_iterable(took.values()))
     if not every:
         return None
     free = [0.0] * workers  # when each worker is free again
-    for job in sorted(jobs, key=lambda job: job.run_dir not in (elapsed or {})):
+    for job in sorted(jobs, key=lambda job: job.run_dir not in so_far):
         expected = fmean(took.get(job.kind) or every)
-        rest = max(expected - (elapsed or {}).get(job.run_dir, 0.0), 0.0)
+        rest = max(expected - so_far.get(job.run_dir, 0.0), 0.0)
         heapq.heappush(free, heapq.heappop(free) + rest)
     return max(free)
-
-
-def settle(job: Job, retry_failed: bool) -> Outcome | None:
-    """The outcome of a job that needs no run, or None."""
-    state = job.state()
-    if state == "finished":
-        return Outcome(job, "kept")
-    if state == "running":
-        return Outcome(job, "busy", error=owned(job.run_dir))
-    if state == "failed" and not retry_failed:
-        return Outcome(job, "failed before", error=read_manifest(job.run_dir)["error"])
-    return None
-
-
-def _run_job(job: Job, workers: int, if_exists: str, begun: dict[Path, float]) -> Outcome:
-    begun[job.run_dir] = time.monotonic()
-    # Side by side, processes that each take all cores slow one another down.
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    done = subprocess.run(job.command(if_exists), env=environment, capture_output=True, text=True)
-    seconds = time.monotonic() - begun[job.run_dir]
-    if done.returncode == 0:
-        return Outcome(job, "done", seconds)
-    return Outcome(job, "failed", seconds, done.stderr.strip()[-2000:] or "no error output")

@@ -4,12 +4,14 @@ import ast
 import json
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlsd_lib.names import nearest
 
-_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "list": list}
+_TYPES = {kind.__name__: kind for kind in (str, int, float, bool, dict, list)}
+_TYPES["None"] = type(None)
 
 
 class Parameter(NamedTuple):
@@ -21,9 +23,7 @@ class Parameter(NamedTuple):
 
     def accepts(self, value: Any) -> bool:
         """Whether a value fits the annotation; an int fits a float, a bool fits only bool."""
-        if isinstance(value, bool):
-            return bool in self.types
-        return isinstance(value, self.types) or (float in self.types and isinstance(value, int))
+        return type(value) in self.types or (float in self.types and type(value) is int)
 
 
 def read_parameters(source: Path) -> dict[str, Parameter]:
@@ -36,37 +36,36 @@ def read_parameters(source: Path) -> dict[str, Parameter]:
     tagged = [code for code, tags in _cells(source) if "parameters" in tags]
     if len(tagged) != 1:
         raise ValueError(f'{source.name}: {len(tagged)} cells tagged "parameters", expected one')
-    found = [_parameter(source, line) for line in ast.parse(tagged[0]).body]
-    return {p.name: p for p in found}
+    return {p.name: p for p in (_parameter(source, line) for line in ast.parse(tagged[0]).body)}
 
 
 def _cells(source: Path) -> list[tuple[str, list[str]]]:
     """Code and tags of each code cell; without nbformat, whose import takes a second."""
-    cells = json.loads(source.read_text()).get("cells", [])
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in code]
+    return [
+        ("".join(cell["source"]), cell["metadata"].get("tags", []))
+        for cell in json.loads(source.read_text()).get("cells", [])
+        if cell["cell_type"] == "code"
+    ]
 
 
 def _parameter(source: Path, line: ast.stmt) -> Parameter:
-    try:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value:
-            default = ast.literal_eval(line.value)
-            return Parameter(line.target.id, _types(line.annotation), default)
-    except (ValueError, KeyError):
-        pass  # neither a literal nor a known type: the same answer as for any other line
+    match line:
+        case ast.AnnAssign(target=ast.Name(name), annotation=kind, value=ast.expr() as value):
+            with suppress(ValueError, KeyError):  # not a literal, or not a known type
+                return Parameter(name, _types(kind), ast.literal_eval(value))
     raise ValueError(
         f"{source.name}, parameters cell: {ast.unparse(line)!r} is not `name: type = literal` "
-        f"with a type of {', '.join(_TYPES)}, or `| None`"
+        f"with a type of {', '.join(_TYPES)}, or several with `|`"
     )
 
 
 def _types(annotation: ast.expr) -> tuple[type, ...]:
-    if isinstance(annotation, ast.BinOp):
-        return _types(annotation.left) + _types(annotation.right)
-    if isinstance(annotation, ast.Subscript):  # dict[str, float] is checked as dict
-        return _types(annotation.value)
-    name = ast.unparse(annotation)
-    return (type(None),) if name == "None" else (_TYPES[name],)
+    match annotation:
+        case ast.BinOp(left, _, right):
+            return _types(left) + _types(right)
+        case ast.Subscript(generic):  # dict[str, float] is checked as dict
+            return _types(generic)
+    return (_TYPES[ast.unparse(annotation)],)
 
 
 def complete(source: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,24 +88,22 @@ def complete(source: Path, given: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(
                 f"{source.name}: {name}={value!r} is {type(value).__name__}, expected {wanted}"
             )
-    return {**{p.name: p.default for p in declared.values()}, **given}
+    return {name: given.get(name, parameter.default) for name, parameter in declared.items()}
 
 
 def unmet(source: Path, parameters: Mapping[str, Any]) -> list[str]:
     """What the notebook asserts of its parameters alone and does not hold, one line for each."""
-    asserted = [
-        line
-        for code, _ in _cells(source)
-        for line in ast.parse(code).body
-        if isinstance(line, ast.Assert)
-        and {n.id for n in ast.walk(line) if isinstance(n, ast.Name)} <= parameters.keys()
-    ]
-    return [
-        f"{source.name} is not for these parameters: {ast.unparse(line.test)} does not hold"
-        + (f" ({line.msg.value})" if isinstance(line.msg, ast.Constant) else "")
-        for line in asserted
-        if not eval(ast.unparse(line.test), {}, dict(parameters))  # as the notebook would
-    ]
+    found = []
+    for line in (line for code, _ in _cells(source) for line in ast.parse(code).body):
+        names = {node.id for node in ast.walk(line) if isinstance(node, ast.Name)}
+        if isinstance(line, ast.Assert) and names <= parameters.keys():
+            test = ast.unparse(line.test)
+            why = f" ({line.msg.value})" if isinstance(line.msg, ast.Constant) else ""
+            if not eval(test, {}, dict(parameters)):  # as the notebook would
+                found.append(
+                    f"{source.name} is not for these parameters: {test} does not hold{why}"
+                )
+    return found
 
 
 def parse_value(text: str, parameter: Parameter | None = None) -> Any:

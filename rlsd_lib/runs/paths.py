@@ -9,19 +9,16 @@ from typing import Any
 
 from rlsd_lib.names import nearest
 
+# The folder that holds the package: the repository, when the package is installed editable.
+REPOSITORY = Path(__file__).resolve().parents[2]
 # What a run is called when these parameters hold these values: nothing.
 NEUTRAL = {"overrides": {}, "max_steps": -1, "control": "none", "num_processes": 1}
 
 
-def project_root(start: Path | None = None) -> Path | None:
-    """The nearest folder at or above `start` (default: here) that holds a pyproject.toml."""
-    here = (start or Path.cwd()).resolve()
+def project_root() -> Path | None:
+    """The nearest folder, from here upwards, that holds a pyproject.toml."""
+    here = Path.cwd()
     return next((f for f in (here, *here.parents) if (f / "pyproject.toml").is_file()), None)
-
-
-def repository_root() -> Path:
-    """The folder that holds the package: the repository, when the package is installed editable."""
-    return Path(__file__).resolve().parents[2]
 
 
 def outputs_root() -> Path:
@@ -76,7 +73,7 @@ def find_notebook(name_or_path: str | Path) -> Path:
     """
     given = Path(name_or_path)
     file = given if given.suffix == ".ipynb" else given.with_name(given.name + ".ipynb")
-    folders = [root / "notebooks" for root in (project_root(), repository_root()) if root]
+    folders = [root / "notebooks" for root in (project_root(), REPOSITORY) if root]
     for candidate in (file, *(folder / file for folder in folders)):
         if candidate.is_file():
             return candidate.resolve()

@@ -1,16 +1,16 @@
-"""SIGTERM, which clusters and schedulers send some time before they kill: who does what on it."""
+"""Ending processes: on SIGTERM, which clusters send some time before they kill, or at once."""
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
 
 @contextmanager
 def on_sigterm(action: Callable[[], None]) -> Iterator[None]:
-    """Do `action` on a SIGTERM that comes inside; only a main thread can, elsewhere nothing is set."""
+    """Do `action` on a SIGTERM that comes inside; outside of the main thread, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -22,20 +22,15 @@ def on_sigterm(action: Callable[[], None]) -> Iterator[None]:
 
 
 def terminate_children() -> None:
-    """Hand a SIGTERM on to every process that this one has started."""
+    """Send a SIGTERM to every process that this one has started."""
     for child in psutil.Process().children():
         child.terminate()
 
 
 def kill_tree(pid: int) -> None:
     """Kill a process and all that it started; nothing happens where it is gone."""
-    try:
+    with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
-        family = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
+        for process in (*parent.children(recursive=True), parent):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()

@@ -12,8 +12,9 @@ from typing import Any
 
 import psutil
 
-from rlsd_lib.runs.paths import digest, repository_root
+from rlsd_lib.runs.paths import REPOSITORY, digest
 
+CODE = ("rlsd_lib", "notebooks", "pyproject.toml")
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "datasets", "peft", "vllm", "numpy")
 
 
@@ -26,72 +27,57 @@ def fingerprint(rows: Iterable[Any]) -> str:
         ValueError: for rows with images and without a column `key`.
     """
     features = getattr(rows, "features", None) or {}
-    images = [name for name, feature in features.items() if _is_of_images(feature)]
+    # A column of images, or of lists of them.
+    inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+    images = [name for name, feature in inner.items() if type(feature).__name__ == "Image"]
     if images and "key" not in features:
         raise ValueError(
             f"the column {images[0]!r} holds images, and there is no column 'key' that tells them "
             "apart: add one with a hash of each row's question and image files"
         )
     rows = rows.remove_columns(images) if images else rows
-    blank: dict[str, list] = {name: [] for name in images}  # what a row without images holds
+    blank = dict.fromkeys(images, ())  # as JSON, what a row without images holds
     total = hashlib.sha256()
     for row in rows:
-        total.update(digest({**row, **blank} if blank else row).encode())
+        total.update(digest({**row, **blank} if images else row).encode())
     return total.hexdigest()
 
 
-def _is_of_images(feature: Any) -> bool:
-    inner = getattr(feature, "feature", feature)  # a column of images, or of lists of them
-    return type(inner).__name__ == "Image"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def git_state(root: Path | None = None) -> dict[str, Any]:
+def git_state(root: Path = REPOSITORY) -> dict[str, Any]:
     """Commit and dirty flag of the checkout that runs; both None where there is none.
 
     Dirty means that package, notebooks or pins differ from the commit, files not yet added
     included; other files change no result.
     """
-    root = root or repository_root()
-    if not (root / "pyproject.toml").is_file():  # installed as a wheel: the folder is not ours
-        return {"commit": None, "dirty": None}
-    commit = _git(root, "rev-parse", "HEAD")
-    code = ("rlsd_lib", "notebooks", "pyproject.toml")
-    changes = _git(root, "status", "--porcelain", "--", *code) if commit else None
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def _git(root: Path, *words: str) -> str | None:
     # Without the lock that `git status` takes: killed with the run it would block the next commit.
-    command = ["git", "--no-optional-locks", *words]
+    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--", *CODE]
+    unknown = {"commit": None, "dirty": None}
+    if not (root / "pyproject.toml").is_file():  # installed as a wheel: the folder is not ours
+        return unknown
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None  # no git, no checkout or no commit yet: recorded as unknown
-    return done.stdout.strip()
+        return unknown
+    lines = done.stdout.splitlines()
+    commit = lines[0].removeprefix("# branch.oid ")
+    return {"commit": commit, "dirty": not all(line.startswith("# ") for line in lines)}
 
 
 def package_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide a result; None where not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory and accelerators of this machine.
 
-    Accelerators are asked of torch only where torch is loaded already: a run that never loads it
-    does not use one, and reading a manifest must not cost the import.
+    Accelerators are known where torch is loaded: a run that never loads it does not use one.
     """
     torch = sys.modules.get("torch")
     cuda = range(torch.cuda.device_count()) if torch else ()

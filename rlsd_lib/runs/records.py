@@ -37,9 +37,7 @@ def read_runs(folder: str | Path) -> Runs:
     """
     root = Path(folder).resolve()
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; runs are written to outputs/ by default"
-        )
+        raise FileNotFoundError(f"{folder}: no such folder; runs lie in outputs/ by default")
     paths = sorted({p.parent for mark in ("manifest.json", LOCK) for p in root.rglob(mark)})
     rows, lines = [], []
     for path in paths:
@@ -47,22 +45,15 @@ def read_runs(folder: str | Path) -> Runs:
         metrics = path / "metrics.json"
         rows.append({**(_read_json(metrics) if metrics.exists() else {}), **facts})
         identity = {k: v for k, v in facts.items() if k not in ("error", "started", "parameters")}
-        if (steps := path / "metrics.jsonl").exists():
-            # Only a run that was cut off may end in half a line.
-            logged = read_lines(steps, torn=facts["status"] != "finished")
-            lines += [{**row, **identity} for row in logged]
-    rows += [_identity(path, "not started") for path in _planned(root) if path not in paths]
+        # Only a run that was cut off may end in half a line.
+        logged = read_lines(path / "metrics.jsonl", torn=facts["status"] != "finished")
+        lines += [{**row, **identity} for row in logged]
+    for file in sorted(root.rglob(PLAN)):
+        planned = [
+            file.parent / name for plan in _read_json(file)["plans"] for name in plan["runs"]
+        ]
+        rows += [_identity(path, "not started") for path in planned if path not in paths]
     return Runs(pd.DataFrame(rows), pd.DataFrame(lines))
-
-
-def _planned(root: Path) -> list[Path]:
-    """The run directories that suites below `root` are to fill."""
-    return [
-        file.parent / name
-        for file in sorted(root.rglob(PLAN))
-        for plan in _read_json(file)["plans"]
-        for name in plan["runs"]
-    ]
 
 
 def is_finished(frame: pd.DataFrame) -> pd.Series:
@@ -76,14 +67,12 @@ def left_out(frame: pd.DataFrame) -> str:
     `frame` has columns `name` (or `path`) and `status`, a row per run or several.
     """
     column = "name" if "name" in frame else "path"
-    rows = frame[~is_finished(frame)]
+    rows = frame[~is_finished(frame)].drop_duplicates(column)
     if rows.empty:
         return ""
-    names = [
-        f"{row[column]} ({row['status']})" for _, row in rows.drop_duplicates(column).iterrows()
-    ]
-    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return f"INCOMPLETE, {len(names)} left out: {shown}"
+    shown = ", ".join((rows[column] + " (" + rows["status"] + ")").head(4))
+    more = ", ..." if len(rows) > 4 else ""
+    return f"INCOMPLETE, {len(rows)} left out: {shown}{more}"
 
 
 def described(runs: Runs) -> str:
@@ -106,19 +95,16 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of the run directory `path`.
 
     Raises:
-        FileNotFoundError: `path` holds no run.
+        FileNotFoundError: there is no manifest.json in `path`.
         ValueError: the manifest is not valid JSON.
     """
-    manifest = manifest_or_none(Path(path))
-    if manifest is None:
-        raise FileNotFoundError(f"{path} holds no run (no manifest.json)")
-    return manifest
+    return _read_json(Path(path) / "manifest.json")
 
 
 def manifest_or_none(path: Path) -> dict[str, Any] | None:
     """The manifest of the run directory `path`, or None where there is none."""
     try:
-        return _read_json(path / "manifest.json")
+        return read_manifest(path)
     except FileNotFoundError:  # asking first would miss a run that is overwritten in between
         return None
 
@@ -129,13 +115,13 @@ def state_of(path: Path) -> str | None:
     Only a live process has the lock on the directory. A run of another host counts as running
     while its lock file is there, since not every shared disk carries locks between hosts.
     """
-    manifest = manifest_or_none(path)
+    manifest, lock = manifest_or_none(path), path / LOCK
     if manifest and manifest["status"] != "running":
         return manifest["status"]
-    if manifest is None and not (path / LOCK).exists():
-        return None
-    elsewhere = manifest is not None and manifest["owner"]["host"] != socket.gethostname()
-    if (path / LOCK).exists() and (elsewhere or _is_locked(path / LOCK)):
+    if not lock.exists():
+        return "running/killed" if manifest else None
+    elsewhere = manifest and manifest["owner"]["host"] != socket.gethostname()
+    if elsewhere or _is_locked(lock):
         return "running"
     # Its status is written before the lock is given up: read again, it may have ended just now.
     status = (manifest_or_none(path) or {"status": "running"})["status"]
@@ -151,19 +137,14 @@ def _is_locked(file: Path) -> bool:
         return True
 
 
-def owner_of(path: Path) -> str:
-    """The process that began the run in `path`, for a message."""
-    manifest = manifest_or_none(path)
-    if manifest is None:
-        return "a process that has only just begun"
-    return "process {pid} on {host}".format(**manifest["owner"])
-
-
-def owned(path: Path) -> str:
+def owned(path: Path, how: str = "is being written") -> str:
     """Who writes in `path`, and what to do should that process be gone."""
+    owner = "a process that has only just begun"
+    if manifest := manifest_or_none(path):
+        owner = "process {pid} on {host}".format(**manifest["owner"])
     return (
-        f"{path} is being written by {owner_of(path)}. Wait for it or choose another run_dir; if "
-        f"you know that process to be gone, delete {path / LOCK}"
+        f"{path} {how} by {owner}. Wait for it or choose another run_dir; if you know that process "
+        f"to be gone, delete {path / LOCK}"
     )
 
 
@@ -172,9 +153,9 @@ def _facts(path: Path) -> dict[str, Any]:
     manifest = manifest_or_none(path)
     if manifest is None:  # killed before it could write one
         return facts
-    kept = {k: manifest[k] for k in ("error", "notebook", "started", "seconds")}
-    parameters = manifest["parameters"]
-    return {**parameters, **facts, **kept, **manifest["git"], "parameters": parameters}
+    names = ("error", "notebook", "started", "seconds", "parameters")
+    kept = {name: manifest[name] for name in names}
+    return {**manifest["parameters"], **facts, **kept, **manifest["git"]}
 
 
 def _identity(path: Path, status: str | None) -> dict[str, Any]:
@@ -183,13 +164,15 @@ def _identity(path: Path, status: str | None) -> dict[str, Any]:
 
 
 def read_lines(file: Path, *, torn: bool = False) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; with `torn`, a last line without its end is left out.
+    """The rows of a JSON-lines file, none where there is no file.
+
+    With `torn`, a last line without its end is left out.
 
     Raises:
         ValueError: a line is not valid JSON.
     """
-    lines = file.read_text().split("\n")
-    if lines[-1] and torn:
+    lines = file.read_text().split("\n") if file.exists() else [""]
+    if torn:
         lines[-1] = ""
     return [_parse(line, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line]
 
@@ -208,9 +191,14 @@ def replace_text(file: Path, text: str) -> None:
 
 def append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows to a JSON-lines file and hand them to the system at once."""
-    text = "".join(json.dumps(row, default=plain) + "\n" for row in rows)
+    text = as_lines(rows)
     with file.open("a") as handle:
         handle.write(text)
+
+
+def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as the text of a JSON-lines file."""
+    return "".join(json.dumps(row, default=plain) + "\n" for row in rows)
 
 
 def drop_torn_line(file: Path) -> None:

@@ -1,47 +1,29 @@
 """A run is a directory: parameters in, everything out.
 
-`Run.start` claims the directory, `run.log` and `run.finish` fill it, `read_runs` reads any number
-of them back into tidy frames. Layout of a run directory:
-
     manifest.json   what ran, on what, how it ended     metrics.jsonl   one line per step
     metrics.json    the final numbers                   samples.jsonl   rollouts with token credit
     figures/        pictures                            <name>.ipynb    the executed notebook
     evaluation_before.json, evaluation_after.json       scores, problem by problem
 
-One process at a time owns the directory: the one with the operating system's lock on `.run.lock`.
-The system drops the lock when that process ends, however it ends, so nothing has to be cleaned up.
-Across hosts the lock is certain only on disks that share it (NFS 4, GPFS, Lustre with `-o flock`).
-Therefore an unfinished run of another host counts as alive until its lock file is deleted, and two
-hosts should not start the same directory in the same second.
+The process with the operating system's lock on `.run.lock` owns the directory; the system drops the
+lock when that process ends, however it ends. Not every shared disk carries locks between hosts (NFS
+4, GPFS and Lustre with `-o flock` do): an unfinished run of another host counts as alive until its
+lock file is deleted, and two hosts should not start the same directory in the same second.
 """
 
-import json
 import os
 import shutil
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from IPython import get_ipython
 
-from rlsd_lib.runs import paths, provenance
-from rlsd_lib.runs.records import (
-    LOCK,
-    append_lines,
-    drop_torn_line,
-    manifest_or_none,
-    owned,
-    owner_of,
-    read_lines,
-    read_manifest,
-    replace_text,
-    scalar,
-    state_of,
-    write_json,
-)
+from rlsd_lib.runs import paths, provenance, records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,9 +57,9 @@ class Run:
     ) -> "Run":
         """Claim a run directory and write its manifest.
 
-        Under `rlsd run` the runner owns the directory, and its kernel attaches. Elsewhere an
-        exception in a later notebook cell marks the run failed. A cell that starts a run may be
-        run again in the same kernel: an unfinished run of this very process is begun anew.
+        Under `rlsd run` the runner owns the directory, and its kernel attaches. In other kernels
+        an exception in a later cell marks the run failed, and the cell that starts a run may be
+        executed again: it begins an unfinished run of this kernel anew.
 
         Args:
             run_dir: the directory; "" means the default, see `paths.default_run_dir`.
@@ -94,16 +76,16 @@ class Run:
         """
         source = paths.find_notebook(notebook) if notebook else None
         handed = os.environ.get(HANDED_ON)
-        if handed and (not str(run_dir) or Path(run_dir).resolve() == Path(handed)):
+        if handed and (not run_dir or Path(run_dir).resolve() == Path(handed)):
             run = cls.attach(handed)
-            full = {**run.manifest["parameters"], **parameters}
-            run._update(parameters=full, seeds=_seeds(full), attached=True)
+            run._update(parameters={**run.manifest["parameters"], **parameters}, attached=True)
             return run
         group = source.stem if source else "runs"
         path = Path(run_dir or paths.default_run_dir(group, parameters)).resolve()
-        found = manifest_or_none(path)
-        if _is_begun_here(path, found):
-            _STARTED[path]._lock.release(force=True)
+        found = records.manifest_or_none(path)
+        mine = _STARTED.get(path) if get_ipython() else None
+        if mine and mine._is_open():
+            mine._lock.release(force=True)
         else:
             _check_allowed(path, if_exists)
         earlier = found if if_exists == "resume" else None
@@ -113,11 +95,11 @@ class Run:
         run = _STARTED[path] = cls(path, attempt, _lock(path, found))
         if earlier:
             for name in ("metrics.jsonl", "samples.jsonl"):
-                drop_torn_line(path / name)
+                records.drop_torn_line(path / name)
             (path / "metrics.json").unlink(missing_ok=True)
         else:
             _empty(path)
-        write_json(path / "manifest.json", manifest)
+        records.write_json(path / "manifest.json", manifest)
         if shell := get_ipython():
             shell.events.register("post_run_cell", run._after_cell)
         return run
@@ -130,21 +112,15 @@ class Run:
             FileNotFoundError: there is no run in `run_dir`.
         """
         path = Path(run_dir).resolve()
-        return cls(path, read_manifest(path)["attempt"])
-
-    @property
-    def figures(self) -> Path:
-        """The folder for pictures, made when first asked for."""
-        (self.path / "figures").mkdir(exist_ok=True)
-        return self.path / "figures"
+        return cls(path, records.read_manifest(path)["attempt"])
 
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest as it stands on disk."""
-        return read_manifest(self.path)
+        return records.read_manifest(self.path)
 
     def record(self, **facts: Any) -> None:
-        """Add facts to the manifest, such as `config=...`, `data=...` or `seeds=...`.
+        """Add facts to the manifest, such as `config=...` or `data=...`.
 
         Raises:
             ValueError: a name that the manifest keeps by itself.
@@ -160,64 +136,62 @@ class Run:
             TypeError: a value of another kind.
             RuntimeError: another attempt has taken the directory over.
         """
-        line = {"step": int(step), **{name: scalar(name, v) for name, v in metrics.items()}}
+        line = {"step": int(step), **{name: records.scalar(name, v) for name, v in metrics.items()}}
         self._check_mine()
-        append_lines(self.path / "metrics.jsonl", [line])
+        records.append_lines(self.path / "metrics.jsonl", [line])
 
     def add_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rollouts (text, tokens, credit, ...) to samples.jsonl, one line each."""
         self._check_mine()
-        append_lines(self.path / "samples.jsonl", rows)
+        records.append_lines(self.path / "samples.jsonl", rows)
 
     def add_evaluation(self, when: str, **scores: Sequence[float]) -> None:
         """Write scores per problem to evaluation_<when>.json, in order: `correct=...`, and others."""
-        write_json(self.path / f"evaluation_{when}.json", {k: list(v) for k, v in scores.items()})
+        lists = {name: list(values) for name, values in scores.items()}
+        records.write_json(self.path / f"evaluation_{when}.json", lists)
 
     def save_figure(self, figure: "Figure", name: str) -> Path:
         """Save a figure as figures/<name>.png and return its path."""
-        path = self.figures / f"{name}.png"
+        path = self.path / "figures" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=150, bbox_inches="tight")
         return path
 
     def rewind(self, step: int) -> None:
         """Drop logged lines after `step`: a resumed run logs them again from its checkpoint."""
-        path = self.path / "metrics.jsonl"
-        rows = read_lines(path) if path.exists() else []
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-        replace_text(path, "".join(kept))
+        file = self.path / "metrics.jsonl"
+        kept = [row for row in records.read_lines(file) if row["step"] <= step]
+        records.replace_text(file, records.as_lines(kept))
 
-    def finish(self, metrics: Mapping[str, Any] | None = None) -> None:
+    def finish(self, metrics: Mapping[str, Any] = {}) -> None:
         """Write metrics.json and mark the run finished (a runner does so after the last cell)."""
-        self._check_mine()
-        write_json(self.path / "metrics.json", dict(metrics or {}))
         # The kernel knows its accelerators; the runner that wrote the manifest may not.
         self._update(hardware=provenance.hardware())
+        records.write_json(self.path / "metrics.json", metrics)
         if self._lock:
-            self.close("finished")
+            self.close()
 
     def fail(self, error: str) -> None:
         """Mark the run failed, with the reason."""
-        self.close("failed", error)
+        self.close(error)
 
-    def close(self, status: str, error: str | None = None) -> None:
-        """Write how the run ended and how long it took; its directory is free again."""
+    def close(self, error: str | None = None) -> None:
+        """Mark the run finished, or failed with an `error`; its directory is free again."""
         begun = datetime.fromisoformat(self.manifest["started"])
         seconds = round((datetime.now(UTC) - begun).total_seconds(), 2)
-        self._update(status=status, error=error, seconds=seconds)
+        self._update(status="finished" if error is None else "failed", error=error, seconds=seconds)
         if self._lock:
             self._lock.release(force=True)
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None:
             self.fail(f"{kind.__name__}: {error}")
 
     def _update(self, **facts: Any) -> None:
-        write_json(self.path / "manifest.json", {**self._check_mine(), **facts})
+        records.write_json(self.path / "manifest.json", {**self._check_mine(), **facts})
 
     def _check_mine(self) -> dict[str, Any]:
         """The manifest, if this attempt is still the one that the directory is about."""
@@ -229,39 +203,27 @@ class Run:
             )
         return manifest
 
+    def _is_open(self) -> bool:
+        """Whether the directory is still this attempt's, and the run has not finished."""
+        now = records.manifest_or_none(self.path)
+        return bool(now) and now["attempt"] == self.attempt and now["status"] != "finished"
+
     def _after_cell(self, result: Any) -> None:
         error = result.error_before_exec or result.error_in_exec
-        now = manifest_or_none(self.path)
-        if error is None or now is None:
-            return
-        # A finished run stays finished, and a run that was begun anew has its own watcher.
-        if now["attempt"] == self.attempt and now["status"] != "finished":
+        if error and self._is_open():
             self.fail(f"{type(error).__name__}: {error}")
 
 
-def _is_begun_here(path: Path, found: Mapping[str, Any] | None) -> bool:
-    """Whether the run in `path` is an unfinished one of this kernel."""
-    mine = _STARTED.get(path)
-    return bool(
-        get_ipython()
-        and mine
-        and found
-        and found["attempt"] == mine.attempt
-        and found["status"] != "finished"
-    )
-
-
 def _check_allowed(path: Path, if_exists: str) -> None:
-    """Refuse to start where a run stands that `if_exists` does not give up."""
     if if_exists not in IF_EXISTS:
         raise ValueError(f"if_exists={if_exists!r}: expected one of {', '.join(IF_EXISTS)}")
     # Files before the state: a run that begins in between is then no foreign file.
     has_files = path.exists() and any(path.iterdir())
-    state = state_of(path)
+    state = records.state_of(path)
     if state is None and has_files:
         raise FileExistsError(f"{path} holds files but no run: choose another run_dir")
     if state == "running":
-        raise FileExistsError(owned(path))
+        raise FileExistsError(records.owned(path))
     if if_exists == "resume" and state == "finished":
         raise FileExistsError(f"{path} is finished: there is nothing to resume")
     if if_exists == "raise" and state is not None:
@@ -272,20 +234,16 @@ def _check_allowed(path: Path, if_exists: str) -> None:
 
 
 def _lock(path: Path, found: Mapping[str, Any] | None) -> FileLock:
-    """The lock on a directory whose manifest still is `found`.
-
-    Raises:
-        FileExistsError: another process owns the directory, or has written a run since.
-    """
+    """Lock a directory whose manifest must still be `found`."""
     path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / LOCK, thread_local=False)
+    lock = FileLock(path / records.LOCK, thread_local=False)
     try:
         lock.acquire(timeout=PATIENCE_SECONDS)
     except Timeout:
-        raise FileExistsError(owned(path)) from None
-    if manifest_or_none(path) != found:
+        raise FileExistsError(records.owned(path)) from None
+    if records.manifest_or_none(path) != found:
         lock.release()
-        raise FileExistsError(f"{path} was claimed a moment ago by {owner_of(path)}")
+        raise FileExistsError(records.owned(path, "was claimed a moment ago"))
     return lock
 
 
@@ -295,12 +253,8 @@ def _empty(path: Path) -> None:
     for item in path.iterdir():
         if item.is_dir():
             shutil.rmtree(item)
-        elif item.name != LOCK:
+        elif item.name != records.LOCK:
             item.unlink()
-
-
-def _seeds(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in parameters.items() if "seed" in name}
 
 
 def _manifest(
@@ -314,11 +268,10 @@ def _manifest(
         "previous": [*earlier["previous"], last] if earlier else [],
         "attached": False,
         "parameters": dict(parameters),
-        "seeds": _seeds(parameters),
         "config": None,
         "data": None,
         "notebook": source.name if source else None,
-        "notebook_sha256": provenance.file_sha256(source) if source else None,
+        "notebook_sha256": sha256(source.read_bytes()).hexdigest() if source else None,
         "git": provenance.git_state(),
         "packages": provenance.package_versions(),
         "hardware": provenance.hardware(),

@@ -20,7 +20,7 @@ def tokenizer_of(processing: Processing) -> PreTrainedTokenizerBase:
 
 
 def messages_of(row: Mapping[str, Any]) -> Prompt:
-    """Return a row's prompt, its images filled in where the row has a column of them.
+    """Return a row's prompt, with its images where the row has a column of them.
 
     Raises:
         ValueError: there are not as many image parts as images.
@@ -40,8 +40,8 @@ def text_of_prompt(processing: Processing, prompt: Prompt, **template: Any) -> s
     """Write a prompt as the chat template does; a prompt that is a string is taken as it is."""
     if isinstance(prompt, str):
         return prompt
-    how = {"add_generation_prompt": True, **template}
-    return processing.apply_chat_template(prompt, tokenize=False, **how)
+    template = {"add_generation_prompt": True, **template}
+    return processing.apply_chat_template(prompt, tokenize=False, **template)
 
 
 def encode(processing: Processing, prompts: Sequence[Prompt], **template: Any) -> BatchFeature:

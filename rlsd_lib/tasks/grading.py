@@ -1,10 +1,8 @@
 r"""Graders for verifiable answers: is the one answer that a completion commits to right?
 
 The answer is what stands in `<answer>` tags or in `\boxed{}`, else what follows "the answer is",
-else a completion of one short line. Two different answers are a hedge, and a hedge is wrong.
-
-No model output is ever run: mathematics goes to the worker of `rlsd_lib.tasks.symbolic`. The weighted
-reward is that of the code released with arXiv 2604.03128.
+else a completion of one short line. Two different answers are a hedge, and a hedge is wrong. No
+model output is ever run: mathematics goes to the worker of `rlsd_lib.tasks.symbolic`.
 """
 
 import re
@@ -20,6 +18,7 @@ TYPES = {  # every spelling that is accepted, in lower case -> the grader
 }
 MAX_COMPLETION, MAX_ANSWER = 100_000, 500  # characters; what is longer is wrong
 FORMAT_WEIGHT = 0.1
+LETTERS = "ABCDEFGHIJ"  # of choices
 
 _ANY_TAG = re.compile(r"</?(?:think|thought|answer)>", re.IGNORECASE)
 _FORMATS = [[f"<{t}>", f"</{t}>", "<answer>", "</answer>"] for t in ("think", "thought")]
@@ -56,7 +55,7 @@ _LATIN = re.compile("[A-Za-z°]+")
 _MATHS_WORDS = r"(?:and|or|sin|cos|tan|cot|log|exp|[pbvB]?matrix|cases)(?![A-Za-z])"
 _WORD = re.compile(rf"(?<![\\A-Za-z])(?!{_MATHS_WORDS})[A-Za-z]{{3}}")  # prose, not mathematics
 _PAIR = re.compile(r"\\?([\[({])[^\[\](){}]*,[^\[\](){}]*([\])}])")
-_LETTERS = re.compile(r"(?i:option |choice )?(\(?[A-J]\)?(?: ?(?:,|&|and)? ?\(?[A-J]\)?)*)[.:]?")
+_CHOSEN = re.compile(r"(?i:option |choice )?(\(?[A-J]\)?(?: ?(?:,|&|and)? ?\(?[A-J]\)?)*)[.:]?")
 _LABELLED = re.compile(r"\(?([A-J])[.:)] ?(.+)")
 _SECOND = re.compile(r"(?:\b(?:or|and)\b|[/,;&|]) ?\(?[A-J](?![\w'])|(?<!\w)\(?[A-J][.:)](?!\w)")
 _YES, _NO = {"yes", "true", "correct", "1"}, {"no", "false", "incorrect", "0", "not"}
@@ -93,11 +92,8 @@ def clean(text: str) -> str:
     return text.strip().rstrip(".,;").strip()
 
 
-def split_unit(text: str) -> tuple[str, str]:
-    """Split a cleaned answer into number and unit, "" for none, the same for every spelling.
-
-    A word that is no known unit ("12 apples") counts when it stands apart from the number.
-    """
+def _split_unit(text: str) -> tuple[str, str]:
+    """Split into number and unit ("" for none); an unknown word counts when it stands apart."""
     if (found := _WITH_UNIT.fullmatch(text)) is None:
         return text, ""
     unit = re.sub(r"\b(?:square|sq) (\w+)", r"\1^2", found[2].replace(" per ", "/"))
@@ -109,23 +105,23 @@ def split_unit(text: str) -> tuple[str, str]:
     return found[1], re.sub(r"[ {}^]", "", name)
 
 
-def choice_letters(text: str, choices: Sequence[str]) -> set[str]:
-    """Read which choices a cleaned answer names; the empty set when it hedges or names none."""
+def _choice_letters(text: str, choices: Sequence[str]) -> set[str]:
+    """The choices that a cleaned answer names; the empty set when it hedges or names none."""
     named = [clean(choice).casefold() for choice in choices]
-    if text.casefold() in named and named.count(text.casefold()) == 1:
-        return {"ABCDEFGHIJ"[named.index(text.casefold())]}
-    if letters := _LETTERS.fullmatch(text.upper() if len(text.strip("()")) == 1 else text):
+    if named.count(text.casefold()) == 1:
+        return {LETTERS[named.index(text.casefold())]}
+    if letters := _CHOSEN.fullmatch(text.upper() if len(text.strip("()")) == 1 else text):
         return set(re.findall("[A-J]", letters[1]))
     if (labelled := _LABELLED.fullmatch(text)) is None:
         return set()
     letter, rest = labelled[1], labelled[2].casefold()
-    own = named[ord(letter) - 65] if ord(letter) - 65 < len(named) else None
+    own = dict(zip(LETTERS, named, strict=False)).get(letter)
     sure = rest == own or (rest not in named and not _SECOND.search(labelled[2]))
     return {letter} if sure else set()
 
 
-def polarity(text: str) -> bool | None:
-    """Read a cleaned answer as yes (True) or no (False); None when it is neither, or both."""
+def _polarity(text: str) -> bool | None:
+    """Yes (True) or no (False); None for neither, or both."""
     words = re.findall(r"[a-z0-9]+", text.lower())
     first = words[0] if words else ""
     if first in _YES and not _NO & set(words):
@@ -133,14 +129,14 @@ def polarity(text: str) -> bool | None:
     return False if first in _NO - {"not"} and not _YES & set(words) else None
 
 
-def same_maths(gold: str, answer: str, rough: bool = False) -> bool:
+def _same_maths(gold: str, answer: str, rough: bool = False) -> bool:
     """Compare two cleaned answers as text where there is prose, else by math-verify.
 
     A unit may be left out, but two different units are wrong; a percent sign on one side stands
     for a hundredth or for nothing; (1, 2) is neither [1, 2] nor {1, 2}. `rough` allows 0.1 %, and
     half of the gold's last printed digit up to 1 %, unless the gold is a whole number.
     """
-    (gold, unit), (answer, other) = split_unit(gold), split_unit(answer)
+    (gold, unit), (answer, other) = _split_unit(gold), _split_unit(answer)
     if unit and other and unit != other:
         return False
     if gold.replace(" ", "") == answer.replace(" ", ""):
@@ -178,20 +174,20 @@ def grade(completion: str, answer: str, problem_type: str, choices: Sequence[str
     if (given := final_answer(completion)) is None:
         return False
     if kind == "boolean":
-        return polarity(given) is not None and polarity(given) == polarity(gold)
+        return _polarity(given) is not None and _polarity(given) == _polarity(gold)
     if kind != "multiple choice":
-        return same_maths(gold, given, rough=kind == "numerical")
-    if letters := choice_letters(gold, choices):
+        return _same_maths(gold, given, rough=kind == "numerical")
+    if letters := _choice_letters(gold, choices):
         text = labelled[2] if (labelled := _LABELLED.fullmatch(gold)) else gold
-        return choice_letters(given, choices) == letters or given.casefold() == text.casefold()
-    return same_maths(gold, given)
+        return _choice_letters(given, choices) == letters or given.casefold() == text.casefold()
+    return _same_maths(gold, given)
 
 
 def weighted(completion: str, answer: str, problem_type: str, choices: Sequence[str] = ()) -> float:
-    """Return the released code's reward: maths 0.9 accuracy + 0.1 format, other types accuracy.
+    """Return the reward of arXiv 2604.03128's code: maths 0.9 accuracy + 0.1 format, others accuracy.
 
-    That code also has a penalty for long completions, whose limit lies far above the 4096 tokens
-    that are generated: the term is 0 and left out here. Raises as `grade` does.
+    Its penalty for completions far above the 4096 tokens that are generated is 0, so left out.
+    Raises as `grade` does.
     """
     right = float(grade(completion, answer, problem_type, choices))
     if TYPES[problem_type.strip().lower()] != "math":

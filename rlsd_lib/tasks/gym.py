@@ -72,7 +72,15 @@ def load(
             entries = reasoning_gym.create_dataset(
                 name, size=CHUNK, seed=random.randrange(2**31), **config
             )
-            yield from (_row(entry, instruction) for entry in entries)
+            for entry in entries:
+                question, answer = entry["question"].strip(), str(entry["answer"])
+                yield {
+                    "prompt": [{"role": "user", "content": f"{question} {instruction}".strip()}],
+                    "privileged_context": answer,
+                    "answer": answer,
+                    "question": question,
+                    "entry": json.dumps(entry, default=str),
+                }
 
     sizes = {"train_size": train_size, "test_size": test_size, "seed": seed}
     sides = draw_sides(rows, itemgetter("question"), **sizes)
@@ -84,15 +92,3 @@ def load(
         return bool(answer) and judge.score_answer(answer, json.loads(row["entry"])) >= 1.0
 
     return Task(name=name, verify=verify, **sides)
-
-
-def _row(entry: dict[str, Any], instruction: str) -> Row:
-    """Turn an entry of reasoning-gym into a row; the entry itself travels along as JSON."""
-    question, answer = entry["question"].strip(), str(entry["answer"])
-    return {
-        "prompt": [{"role": "user", "content": f"{question} {instruction}".strip()}],
-        "privileged_context": answer,
-        "answer": answer,
-        "question": question,
-        "entry": json.dumps(entry, default=str),
-    }

@@ -13,9 +13,10 @@ from rlsd_lib.tasks.task import Row
 def images_of(row: Row, folder: str) -> list[dict[str, Any]]:
     """Return a raw row's images as {"bytes", "path"} with resolved paths; both None if missing."""
     images = row["images"] if isinstance(row["images"], list) else [row["images"]]
-    found = [{"path": i} if isinstance(i, str) else i or {} for i in images if row["images"]]
-    paths = [str(Path(folder, image["path"])) if image.get("path") else None for image in found]
-    return [{"bytes": i.get("bytes"), "path": p} for i, p in zip(found, paths, strict=True)]
+    found = [image or {"bytes": None, "path": None} for image in images if row["images"]]
+    return [
+        {**image, "path": image["path"] and str(Path(folder, image["path"]))} for image in found
+    ]
 
 
 def read_bytes(image: dict[str, Any]) -> bytes | None:

@@ -1,8 +1,9 @@
 """How many tokens prompts have, images included, without decoding a pixel; which are too long."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, Image, List
@@ -52,13 +53,12 @@ def _image_tokens(rows: Dataset, processing: ProcessorMixin) -> list[int]:
     sizes = [[_size(image) for image in row["images"]] for row in raw]
     flat = [size for row in sizes for size in row]
     counts = iter(processing._get_num_multimodal_tokens(image_sizes=flat)["num_image_tokens"])
-    return [sum(int(next(counts)) for _ in row) for row in sizes]
+    return [sum(islice(counts, len(row))) for row in sizes]
 
 
-def _size(image: Mapping[str, Any]) -> list[int]:
-    """(height, width) of a stored image, from its header."""
+def _size(image: Mapping[str, Any]) -> tuple[int, int]:
     with PillowImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as found:
-        return [found.height, found.width]
+        return found.height, found.width
 
 
 def within(task: Task, processing: Processing, limit: int, **template: Any) -> tuple[Task, int]:
@@ -72,17 +72,12 @@ def within(task: Task, processing: Processing, limit: int, **template: Any) -> t
     sides, dropped = {}, 0
     for name, rows in (("train", task.train), ("test", task.test)):
         lengths = prompt_lengths(rows, processing, **template)
-        kept = fitting(lengths, limit)
+        kept = [i for i, length in enumerate(lengths) if length <= limit]
         if not kept:
             raise ValueError(
                 f"max_prompt_length={limit}: every {name} prompt is longer, the shortest has "
                 f"{min(lengths)} tokens. Raise the limit."
             )
-        sides[name] = rows if len(kept) == len(rows) else rows.select(kept)
+        sides[name] = rows.select(kept)
         dropped += len(rows) - len(kept)
     return replace(task, **sides), dropped
-
-
-def fitting(lengths: Sequence[int], limit: int) -> list[int]:
-    """The positions of the lengths that do not exceed the limit."""
-    return [i for i, length in enumerate(lengths) if length <= limit]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from rlsd_lib.names import look_up
 from rlsd_lib.prompts import prompt_text
 from rlsd_lib.tasks import mmfinereason
 from rlsd_lib.tasks.task import Row, Task
@@ -26,8 +27,8 @@ def load(*, source: str = HUB, columns: Mapping[str, str] = COLUMNS, **options: 
     Raises:
         ValueError: a column is missing, or `columns` names another field.
     """
-    if unknown := sorted(columns.keys() - COLUMNS.keys()):
-        raise ValueError(f"columns names {unknown}: expected {sorted(COLUMNS)}")
+    for field in columns:
+        look_up(field, COLUMNS, "field of columns")
     trace = {"solution": mmfinereason.TRACE}
     named = {trace.get(field, field): name for field, name in columns.items()}
     task = mmfinereason.load(source=source, text_columns=named, **options)

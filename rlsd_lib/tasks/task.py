@@ -1,14 +1,14 @@
 """What a task is: rows, privileged text, verifier and reward in one object.
 
-Held-out questions are held out by content. A question belongs to the test side when the hash of
-its text says so, so train and test are disjoint for every seed and every size, and two runs with
-different seeds never train on each other's test questions.
+Questions are held out by the hash of their text: train and test are disjoint for every seed and
+size, and two runs with different seeds never train on each other's test questions.
 """
 
 import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -31,15 +31,9 @@ Row = dict[str, Any]
 class Task:
     """A data set with the functions that judge it.
 
-    `train` and `test` hold the columns `prompt` (chat messages), `privileged_context` (what only
-    the teacher may read), `answer`, and whatever the verifier needs. `privileged_template` is the
-    text of the teacher's user turn, with the placeholders `{prompt}` and `{privileged_context}`;
-    None stands for the trainer's default. `score` is the reward where it is more than the verdict.
-    `report` counts the rows that were read and dropped, None where rows are generated.
-    `first_error` gives the index of the first wrong token of a completion (None when there is none)
-    and `nuisance_mask` marks the tokens that do not bear on the answer; `underived` cuts a
-    completion off where its answer can first have been derived. All three are None where a task
-    cannot know.
+    `train` and `test` have the columns `prompt` (chat messages), `privileged_context` (what only
+    the teacher may read), `answer`, and whatever the verifier needs. The last three functions are
+    None where a task cannot know.
     """
 
     name: str
@@ -47,12 +41,12 @@ class Task:
     test: Dataset
     verify: Callable[[str, Row], bool]
     reference_pattern: str = REFERENCE_PATTERN
-    privileged_template: str | None = None
-    score: Callable[[str, Row], float] | None = None
-    report: Any = None
-    first_error: Callable[[str, Row], int | None] | None = None
-    nuisance_mask: Callable[[str], list[bool]] | None = None
-    underived: Callable[[str, Row], str] | None = None
+    privileged_template: str | None = None  # of the teacher's user turn; None: the trainer's own
+    score: Callable[[str, Row], float] | None = None  # the reward where it is not the verdict
+    report: Any = None  # of the rows that were read and dropped; None where rows are generated
+    first_error: Callable[[str, Row], int | None] | None = None  # index of the first wrong token
+    nuisance_mask: Callable[[str], list[bool]] | None = None  # tokens that mean nothing
+    underived: Callable[[str, Row], str] | None = None  # the text before the answer is derivable
 
     def reward(self, completions: list[Completion], **columns: Any) -> list[float]:
         """Return 1.0 for each verified completion and 0.0 for the others, or the task's own score.
@@ -98,25 +92,20 @@ def draw_sides(
     Raises:
         ValueError: a size is below 1, or the stream repeats itself before there are enough rows.
     """
-    return {
-        side: Dataset.from_list(_draw(stream(Random(f"{side}-{seed}")), question, side, size))
-        for side, size in (("train", train_size), ("test", test_size))
-    }
-
-
-def _draw(stream: Iterable[Row], question: Callable[[Row], str], side: str, size: int) -> list[Row]:
-    if size < 1:
-        raise ValueError(f"{side}_size is {size}; ask for at least one row of train and of test")
-    rows: dict[str, Row] = {}
-    for draws, row in enumerate(stream, start=1):
-        key = question(row)
-        if is_held_out(key) == (side == "test"):
-            rows.setdefault(key, row)
-        if len(rows) == size:
-            return list(rows.values())
-        if draws >= DRAWS_PER_ROW * size:
-            break
-    raise ValueError(
-        f"only {len(rows)} different {side} questions found where {size} were asked for; "
-        f"lower {side}_size, or choose options with more questions"
-    )
+    sides = {}
+    for side, size in (("train", train_size), ("test", test_size)):
+        if size < 1:
+            raise ValueError(f"{side}_size is {size}; ask for at least one row of train and test")
+        rows: dict[str, Row] = {}
+        for row in islice(stream(Random(f"{side}-{seed}")), DRAWS_PER_ROW * size):
+            if is_held_out(question(row)) == (side == "test"):
+                rows.setdefault(question(row), row)
+            if len(rows) == size:
+                break
+        else:
+            raise ValueError(
+                f"only {len(rows)} different {side} questions found where {size} were asked for; "
+                f"lower {side}_size, or choose options with more questions"
+            )
+        sides[side] = Dataset.from_list(list(rows.values()))
+    return sides

@@ -12,9 +12,9 @@ from rlsd_lib.__main__ import main
 from rlsd_lib.experiment import cluster
 from rlsd_lib.experiment.cluster import ClusterRun
 from rlsd_lib.runs import suites
-from rlsd_lib.runs.jobs import Job, Outcome
+from rlsd_lib.runs.jobs import Job, Outcome, settle
 from rlsd_lib.runs.records import state_of
-from rlsd_lib.runs.suites import Grid, Suite
+from rlsd_lib.runs.suites import Suite
 
 DONE = 'run.finish({"accuracy_after": 0.5})'
 
@@ -26,8 +26,8 @@ def test_a_suite_runs_through_submitit_unchanged(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = make_notebook(cells=(START, "assert seed != 1, 'seed 1 fails'", DONE))
-    grid = Grid((str(source),), {"method": ("grpo",), "seed": (0, 1)})
-    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", (grid,)))
+    grid = {"method": ("grpo",), "seed": (0, 1), "notebook": (str(source),)}
+    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", [grid]))
     words = ["suite", "tiny", "--submitit", "local", "--submitit-options", "timeout_min=5"]
 
     assert main([*words, "--jobs", "2"]) == 1
@@ -40,7 +40,7 @@ def test_a_suite_runs_through_submitit_unchanged(
     # The same folders as without a cluster: nothing that is finished is made again.
     assert [job.run_dir.parent for job in suites.jobs_of("tiny")] == [folder, folder]
     kept = suites.jobs_of("tiny")[:1]
-    assert list(cluster.run_submitted(kept, 1, "local", {})) == [Outcome(kept[0], "kept")]
+    assert settle(kept, retry_failed=True) == ([Outcome(kept[0], "kept")], [])
 
 
 def test_a_job_that_is_pre_empted_goes_on_where_it_was(

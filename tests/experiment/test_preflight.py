@@ -109,7 +109,7 @@ def test_lengths_and_sizes_that_do_not_fit():
             "has a teacher prompt of ",
         ),
         ({"train_size": 1000}, "train_size=1000: expected 1 to 135 rows"),
-        ({"task_options": {"reward": "half"}}, "reward='half'"),
+        ({"task_options": {"reward": "half"}}, "reward 'half'"),
     ):
         wrong = check(overrides=overrides).wrong
         assert any(said in line for line in wrong), (overrides, wrong)

@@ -138,7 +138,7 @@ def _edited(path: Path, edit: Callable[[nbformat.NotebookNode], object]) -> Path
 
 
 def test_a_clean_notebook_has_no_violations(make_notebook: NotebookMaker) -> None:
-    clean = ("from rlsd_lib import Run", "metric = 'rlsd/lambda'", "run.figures / f'{metric}.png'")
+    clean = ("from rlsd_lib import Run", "metric = 'rlsd/lambda'", "run.path / f'{metric}.png'")
     assert violations(make_notebook(cells=clean)) == []
 
 

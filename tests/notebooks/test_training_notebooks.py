@@ -132,7 +132,6 @@ def test_the_report_shows_every_table_and_figure_and_hides_no_run(tmp_path, smok
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []  # nothing from elsewhere
     assert "experiment.train" not in text
     assert "import pandas" not in text  # no code
-    assert "rlsd run 15_rlsd -p method=rlsd -p preset=smoke -p seed=0" in text
 
 
 def test_leakage_is_measured_on_saved_models_once(tmp_path, smoke_run):

@@ -10,10 +10,9 @@ from synthetic import write_folder, write_run
 
 from rlsd_lib.__main__ import main
 from rlsd_lib.report import paper_tables, plots
-from rlsd_lib.report.claims import CLAIMS
+from rlsd_lib.report.claims import claims_table
 from rlsd_lib.report.tables import make_table, paired_differences, with_arms
-from rlsd_lib.report.verdicts import claims_table
-from rlsd_lib.runs.records import Runs, described, read_runs
+from rlsd_lib.runs.records import Runs, read_runs
 
 
 @pytest.fixture
@@ -32,7 +31,6 @@ MISSING = "INCOMPLETE, 2 left out: rlsd-s2 (failed), rlsd-s3 (not started)"
 def test_a_figure_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> None:
     figures = {
         "curve": plots.curve(incomplete, "reward"),
-        "double_budget": plots.double_budget(incomplete),
         "before_after": plots.before_after(incomplete),
     }
     for name, figure in figures.items():
@@ -45,10 +43,8 @@ def test_a_table_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> Non
     tables = {
         "make_table": make_table(incomplete),
         "paired_differences": paired_differences(incomplete),
-        "paradigms": paper_tables.paradigms(incomplete),
         "beside_paper": paper_tables.beside_paper(incomplete, incomplete),
-        "cost_of_a_point": paper_tables.cost_of_a_point(incomplete),
-        "claims_table": claims_table(CLAIMS, incomplete, incomplete),
+        "claims_table": claims_table(incomplete, incomplete),
     }
     for name, table in tables.items():
         shown = table._repr_markdown_()
@@ -61,17 +57,6 @@ def test_a_csv_says_so_too(incomplete: Runs) -> None:
     table = make_table(incomplete)
     assert MISSING in table.csv().splitlines()[-1]
     assert pd.read_csv(StringIO(table.csv()), comment="#")["n"].tolist() == [2, 2]
-
-
-def test_every_run_is_in_the_list_and_its_suite_in_the_commands(
-    incomplete: Runs, tmp_path: Path
-) -> None:
-    states = paper_tables.run_list(incomplete).rows.set_index("run")["status"]
-    assert states["paper/rlsd-s2"] == "failed"
-    assert states["paper/rlsd-s3"] == "not started"
-    assert len(states) == 6
-    assert paper_tables.commands(tmp_path / "paper", incomplete) == ["rlsd suite paper"]
-    assert described(incomplete).startswith("paper: 4 of 6 runs")
 
 
 def test_a_run_is_compared_with_the_baseline_that_differs_least(tmp_path: Path) -> None:
@@ -118,7 +103,6 @@ def test_a_run_that_two_suites_share_counts_once(tmp_path: Path) -> None:
     values = [name for name in alone.rows if name != "method"]
     assert both.rows[values].equals(alone.rows[values])
     assert "the same settings and seed as another run: controls/grpo-s0, " in both.markdown()
-    assert paper_tables.cost_of_a_point(read_runs(tmp_path)).rows["n"].tolist() == ["3", "3"]
 
 
 def test_the_command_shows_differences_over_several_folders(tmp_path: Path, capsys) -> None:

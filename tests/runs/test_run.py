@@ -71,7 +71,6 @@ def test_a_finished_run_says_what_ran(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["parameters"] == {"method": "grpo", "seed": 3}
-    assert manifest["seeds"] == {"seed": 3}
     assert manifest["config"] == {"beta": 0.0}
     assert len(manifest["data"]) == 64
     assert manifest["packages"]["trl"] == "1.16.0"

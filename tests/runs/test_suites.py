@@ -13,10 +13,10 @@ from conftest import START, NotebookMaker
 from rlsd_lib.__main__ import main
 from rlsd_lib.report.tables import make_table
 from rlsd_lib.runs import suites
-from rlsd_lib.runs.jobs import Job, run_jobs, seconds_taken, time_left
+from rlsd_lib.runs.jobs import Job, seconds_taken, settle, time_left
 from rlsd_lib.runs.records import read_manifest, read_runs, state_of
 from rlsd_lib.runs.run import Run
-from rlsd_lib.runs.suites import Grid, Suite, jobs_of
+from rlsd_lib.runs.suites import Suite, jobs_of
 
 
 def _job(name: str, notebook: str = "15_rlsd", folder: Path = Path()) -> Job:
@@ -38,16 +38,19 @@ def test_the_time_left_is_that_of_the_longest_worker() -> None:
         ([_job("a")], 1, {Path("a"): 50.0}, 0.0),  # late already
         ([], 2, {}, 0.0),
     ):
-        assert time_left(jobs, took, workers, elapsed) == pytest.approx(expected), (jobs, elapsed)
-    assert time_left([_job("a")], {}, 1) is None, "without a finished run there is no estimate"
+        assert time_left(jobs, took, elapsed, workers) == pytest.approx(expected), (jobs, elapsed)
+    assert time_left([_job("a")], {}, {}, 1) is None, "without a finished run there is no estimate"
 
 
 def test_kept_runs_tell_how_long_the_others_take(tmp_path: Path):
     jobs = [_job(name, folder=tmp_path) for name in "abc"]
     Run.start(tmp_path / "a", parameters={}).finish()
     Run.start(tmp_path / "b", parameters={}).fail("ValueError: no")
-    took = seconds_taken(jobs)
+    at_work = Run.start(tmp_path / "c", parameters={})
+    took, so_far = seconds_taken(jobs)
     assert took == {RLSD: [read_manifest(tmp_path / "a")["seconds"]]}
+    assert list(so_far) == [at_work.path]
+    assert 0 <= so_far[at_work.path] < 60
 
 
 def test_what_was_interrupted_is_to_run_and_what_failed_is_not(tmp_path: Path):
@@ -55,12 +58,14 @@ def test_what_was_interrupted_is_to_run_and_what_failed_is_not(tmp_path: Path):
     assert job.state() == "to run"
     run = Run.start(job.run_dir, parameters={})
     assert job.state() == "running"
-    assert [outcome.status for outcome in run_jobs([job])] == ["busy"]
+    [outcome], _ = settle([job], retry_failed=True)
+    assert (outcome.status, str(job.run_dir) in outcome.error) == ("busy", True)
     run.fail("KeyboardInterrupt")
     assert job.state() == "to run"
     run.fail("ValueError: no")
-    [outcome] = run_jobs([job])
+    [outcome], _ = settle([job], retry_failed=False)
     assert (outcome.status, outcome.error) == ("failed before", "ValueError: no")
+    assert settle([job], retry_failed=True) == ([], [job])
 
 
 # ---- killed half-way --------------------------------------------------------------------------
@@ -76,8 +81,8 @@ BEGIN = """
 import sys
 from rlsd_lib.runs import suites
 from rlsd_lib.__main__ import main
-grid = suites.Grid((sys.argv[1],), {"gate": (sys.argv[2],), "seed": (0, 1, 2)})
-suites.SUITES["tiny"] = suites.Suite("for a test", (grid,))
+grid = {"gate": (sys.argv[2],), "seed": (0, 1, 2), "notebook": (sys.argv[1],)}
+suites.SUITES["tiny"] = suites.Suite("for a test", [grid])
 sys.exit(main(["suite", "tiny"]))
 """
 
@@ -100,8 +105,8 @@ def test_a_killed_suite_redoes_nothing_and_ends_in_the_same_table(
     parameters = ("seed: int = 0", 'gate: str = ""', 'run_dir: str = ""')
     start = START.replace("method=method, seed=seed, rate=rate, overrides=overrides", "seed=seed")
     source = make_notebook(cells=(start, WAIT, FINISH), parameters=parameters)
-    grid = Grid((str(source),), {"gate": (str(gate),), "seed": (0, 1, 2)})
-    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", (grid,)))
+    grid = {"gate": (str(gate),), "seed": (0, 1, 2), "notebook": (str(source),)}
+    monkeypatch.setitem(suites.SUITES, "tiny", Suite("for a test", [grid]))
     folders = [job.run_dir for job in jobs_of("tiny")]
 
     def finish(folder: Path, seed: int) -> None:  # as the notebook does

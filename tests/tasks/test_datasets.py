@@ -26,7 +26,8 @@ def test_maths_have_text_prompts_solutions_and_their_faults_listed(tmp_path):
     for name in ("data", "report"):
         (tmp_path / name).mkdir()
     source = write(tmp_path / "data", rows)
-    task = maths(source, report_dir=str(tmp_path / "report"))
+    task = maths(source)
+    task.report.write(tmp_path / "report")
     assert len(task.train) + len(task.test) == 38
     counts = json.loads((tmp_path / "report" / "data_report.json").read_text())["counts"]
     assert counts == {"empty_answer": 1, "duplicate": 1}
@@ -45,9 +46,9 @@ def test_maths_under_other_names(tmp_path):
     assert len(task.train) + len(task.test) == 40
     with pytest.raises(ValueError, match=r"has no answer, only"):
         maths(str(tmp_path), columns={"problem": "question"})
-    with pytest.raises(ValueError, match=r"columns names \['reward'\]"):
+    with pytest.raises(ValueError, match=r"field of columns 'reward'.*Valid: problem, answer"):
         maths(str(tmp_path), columns={"reward": "gold"})
-    with pytest.raises(ValueError, match="choose 'binary' or 'weighted'"):
+    with pytest.raises(ValueError, match=r"reward 'both'.*Valid: binary, weighted"):
         maths(str(tmp_path), reward="both")
 
 

@@ -108,13 +108,3 @@ def test_a_folder_is_loaded_with_its_processor(tmp_path):
     assert (model.dtype, model.training) == (torch.float32, False)
     assert processor.tokenizer.padding_side == "left"
     assert type(processor).__name__ == "Gemma3Processor"
-
-
-def test_what_a_processor_lacks_is_said(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise ImportError("no torchvision")
-
-    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
-    (tmp_path / "m").mkdir()
-    with pytest.raises(ImportError, match="install torchvision in the version that fits"):
-        load_model(str(tmp_path / "m"), tmp_path, sees_images=True)

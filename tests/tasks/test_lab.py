@@ -51,7 +51,7 @@ def test_a_chain_without_doubts_is_right_and_as_talkative_as_the_dial_says(digit
 
 def test_a_doubtful_fact_is_written_wrong_at_its_rate_and_carried_on():
     recipe = LabRecipe(hard_share=1.0, hard_low=0.3, hard_high=0.3)
-    written = chains(0.0, count=2000, digits=1, beliefs=recipe.beliefs())
+    written = chains(0.0, count=2000, digits=1, beliefs=recipe.beliefs)
     wrong = [(row, chain) for row, chain in written if not verify(chain, row)]
     assert len(wrong) / len(written) == pytest.approx(0.3, abs=0.04)
     for row, chain in wrong:
@@ -70,9 +70,7 @@ def test_the_corpus_quotes_only_what_it_was_shown_and_leaves_test_questions_out(
     recipe, random, shown, quoted = LabRecipe(), Random(0), 0, 0
     for number in range(600):
         traced = number % 2 == 0
-        user, assistant = conversation(
-            recipe, random, recipe.beliefs(), nuisance=0.3, traced=traced
-        )
+        user, assistant = conversation(recipe, random, 0.3, traced=traced)
         question, chain = user["content"], assistant["content"]
         speaks = "reference" in chain
         assert not is_held_out(question.split(" ;")[0])

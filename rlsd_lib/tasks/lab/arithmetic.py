@@ -6,8 +6,7 @@ digit and sign is one token:
     well ones 3 + 5 + 0 = 0 8 now look tens 8 + 7 + 0 = 1 5 so hundreds 4 + 2 + 1 = 0 7 answer 7 5 8
 
 A column gives its name, its two digits (in either order), the carry that comes in, and the sum as
-carry and digit. The words before a column are *nuisance*: any word may stand there and none bears
-on the answer. Everything else can go wrong, and `first_error` finds where it first did.
+carry and digit. The words before a column are *nuisance*: none bears on the answer.
 """
 
 import re
@@ -45,18 +44,12 @@ def columns_of(row: Row) -> list[tuple[str, int, int]]:
 
 def draw_problem(random: Random, digits: int) -> Row:
     """Draw two numbers of `digits` digits and return the row of their addition."""
-    low, high = 10 ** (digits - 1), 10**digits - 1
-    return make_row(random.randint(low, high), random.randint(low, high))
+    first, second = (random.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(2))
+    return make_row(first, second)
 
 
 def make_row(first: int, second: int) -> Row:
-    """Return the data-set row of `first + second`.
-
-    Raises:
-        ValueError: a number is negative, or they differ in length.
-    """
-    if min(first, second) < 0 or len(str(first)) != len(str(second)):
-        raise ValueError(f"got {first} and {second}; give two numbers of the same length, none < 0")
+    """Return the data-set row of `first + second`, two numbers of the same length."""
     answer = str(first + second)
     return {
         "prompt": [{"role": "user", "content": f"{first} + {second}"}],
@@ -68,15 +61,14 @@ def make_row(first: int, second: int) -> Row:
 
 
 def question_of(row: Row) -> str:
-    """Return the text whose hash decides the side of a row."""
+    """Return the text that decides the side of a row."""
     return row["prompt"][0]["content"]
 
 
 def verify(completion: str, row: Row) -> bool:
     """Say whether a completion ends in the one answer it gives, and that answer is right.
 
-    Two answers, text after the answer, or digits of another script count as wrong: a policy must
-    commit itself, and a hedge must not be paid.
+    Two answers, text after the answer, or digits of another script count as wrong.
     """
     found = _FINAL.search(completion)
     if found is None or len(re.findall(rf"\b{ANSWER}\b", completion)) != 1:
@@ -96,7 +88,9 @@ def first_error(completion: str, row: Row) -> int | None:
     wrong. A chain that stops too early is wrong at the index one past its last token.
     """
     tokens = tokens_of(completion)
-    expected = _expected(row)
+    expected = [{token} for token in bare_chain(row).split()]
+    for place in range(1, 9 * len(str(row["first"])), 9):  # operands may change places
+        expected[place] = expected[place + 2] = expected[place] | expected[place + 2]
     position, quoting = 0, False
     for index, token in enumerate(tokens):
         quoting = token in QUOTE or (quoting and token.isdigit())
@@ -118,32 +112,21 @@ def underived(completion: str, row: Row) -> str:
     return "=".join(completion.split("=")[: len(str(row["first"]))])
 
 
-def _expected(row: Row) -> list[set[str]]:
-    """List, for each place of the bare chain, the tokens that are right there."""
-    places: list[set[str]] = []
-    carry = 0
-    for name, one, other in columns_of(row):
-        operands = {str(one), str(other)}
-        places += [{name}, operands, {"+"}, operands, {"+"}, {str(carry)}, {"="}]
-        carry, digit = divmod(one + other + carry, 10)
-        places += [{str(carry)}, {str(digit)}]
-    return [*places, {ANSWER}, *({digit} for digit in row["answer"])]
-
-
 def bare_chain(row: Row) -> str:
     """Return the right chain of a row without filler words, the larger operand first."""
-    tokens: list[str] = []
-    for place in _expected(row):
-        # Operands are interchangeable: the second one is what the first left over.
-        taken = tokens[-2] if tokens[-1:] == ["+"] and len(place) == 2 else None
-        tokens.append(max(place - {taken}))
-    return " ".join(tokens)
+    parts, carry = [], 0
+    for name, one, other in columns_of(row):
+        total = one + other + carry
+        operands = f"{max(one, other)} + {min(one, other)} + {carry}"
+        parts.append(f"{name} {operands} = {total // 10} {total % 10}")
+        carry = total // 10
+    return " ".join([*parts, ANSWER, *row["answer"]])
 
 
-def load(
-    *, train_size: int, test_size: int, seed: int, digits: int = 3, reference: str = "answer"
-) -> Task:
-    """Build the task; the reference is the `answer`, or a `trace`: a right chain without fillers.
+def load(*, digits: int = 3, reference: str = "answer", **sizes: int) -> Task:
+    """Build the task with the `sizes` and seed of `draw_sides`.
+
+    The reference is the `answer`, or a `trace`: a right chain without fillers.
 
     Raises:
         ValueError: there is no name for each column of so many digits, or no such reference.
@@ -157,7 +140,6 @@ def load(
             row = draw_problem(random, digits)
             yield {**row, "privileged_context": bare_chain(row)} if traced else row
 
-    sizes = {"train_size": train_size, "test_size": test_size, "seed": seed}
     return Task(
         name="arithmetic",
         verify=verify,

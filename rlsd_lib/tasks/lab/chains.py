@@ -1,9 +1,8 @@
 """The corpus of the lab: chains of column addition that go wrong in known places.
 
-The writer is unreliable about *facts*. A fact is what one column adds up to, given its two digits
-and the carry that comes in. Most facts are known well; a random part is known badly, each with an
-error rate of its own and one wrong sum of its own that the writer tends to believe. A policy that
-imitates this corpus has many separate things to learn from rewards, not one temperature to turn.
+The writer is unreliable about *facts*: what a column adds up to, given its digits and the carry that
+comes in. A random part of the 110 facts is hard, each with an error rate and one wrong sum of its
+own. So a policy has many separate things to learn from rewards, not one temperature to turn.
 """
 
 from dataclasses import dataclass
@@ -25,22 +24,6 @@ class Belief(NamedTuple):
     wrong: int
 
 
-def draw_beliefs(
-    random: Random, *, hard_share: float, hard_rates: tuple[float, float], easy_rate: float
-) -> dict[Fact, Belief]:
-    """Draw the writer's belief about each of the 110 facts.
-
-    A `hard_share` of them gets an error rate uniform in `hard_rates`, the others `easy_rate`.
-    """
-    hard = set(random.sample(FACTS, round(hard_share * len(FACTS))))
-    beliefs = {}
-    for fact in FACTS:
-        wrong = random.choice([sum(fact) + s for s in SLIPS if 0 <= sum(fact) + s <= 19])
-        rate = random.uniform(*hard_rates) if fact in hard else easy_rate
-        beliefs[fact] = Belief(rate, wrong)
-    return beliefs
-
-
 @dataclass(frozen=True)
 class Style:
     """How much a writer says beside the calculation.
@@ -55,9 +38,8 @@ class Style:
     def words(self, random: Random, digits: int) -> list[str]:
         """Draw the filler words of one slot, independently of everything else.
 
-        Their number is floor(mean + u) with u uniform over an interval of integer length, whose
-        mean is exact. A narrow interval keeps the longest chain, hence the cost of a rollout, near
-        the average.
+        Their number is floor(mean + u), u uniform over an interval of integer length: its mean is
+        exact, and the longest chain, hence the cost of a rollout, stays near the average.
         """
         mean = self._mean(digits)
         low, high = (-1.0, 2.0) if mean >= 1 else (0.0, 1.0)

@@ -1,19 +1,16 @@
 """The lab: a tiny reasoner, pretrained in about a minute, that shows the paper's phenomena.
 
-A Qwen3 of 0.4 M parameters imitates a corpus of worked additions (`rlsd_lib.tasks.lab.chains`). Where
-no reference is given the corpus is unreliable about a part of the facts; where one is given (an
-answer, or a whole chain) it is right, and in a stated share of those chains it opens by quoting the
-answer aloud. So the model reasons imperfectly, the same model with the reference in its prompt is
-nearly perfect, and quoting a reference that was never shown is a leak that can be counted.
-
-This is a model organism: **by construction its teacher quotes**. What it shows about leakage it
-shows about a teacher that was made to leak.
+A Qwen3 of 0.4 M parameters imitates a corpus of worked additions (`rlsd_lib.tasks.lab.chains`), which
+is unreliable about some facts unless a reference is shown, and then often quotes it aloud. This is
+a model organism: **by construction its teacher quotes**. What it shows about leakage it shows about
+a teacher that was made to leak.
 """
 
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
@@ -29,7 +26,7 @@ from rlsd_lib.tasks.lab.arithmetic import (
     draw_problem,
     question_of,
 )
-from rlsd_lib.tasks.lab.chains import Belief, Fact, Style, draw_beliefs, write_chain
+from rlsd_lib.tasks.lab.chains import FACTS, SLIPS, Belief, Fact, Style, write_chain
 from rlsd_lib.tasks.task import is_held_out
 
 SPECIALS = ("<pad>", "<eos>", "<system>", "<user>", "<assistant>")
@@ -77,14 +74,18 @@ class LabRecipe:
         """The most tokens that a chain of the corpus has, with a quotation and the end token."""
         return Style(self.nuisance).longest_chain(self.digits, quoted=self.quote_share > 0)
 
+    @cached_property
     def beliefs(self) -> dict[Fact, Belief]:
-        """Return what the corpus believes about each fact."""
-        return draw_beliefs(
-            Random(self.seed),
-            hard_share=self.hard_share,
-            hard_rates=(self.hard_low, self.hard_high),
-            easy_rate=self.easy_rate,
-        )
+        """What the corpus believes about each fact: some are hard, the others nearly certain."""
+        random, beliefs = Random(self.seed), {}
+        hard = set(random.sample(FACTS, round(self.hard_share * len(FACTS))))
+        for fact in FACTS:
+            wrong = random.choice([sum(fact) + s for s in SLIPS if 0 <= sum(fact) + s <= 19])
+            rate = self.easy_rate
+            if fact in hard:
+                rate = random.uniform(self.hard_low, self.hard_high)
+            beliefs[fact] = Belief(rate, wrong)
+        return beliefs
 
     def digest(self) -> str:
         """Return ten characters that change when any field, or the language, changes."""
@@ -93,13 +94,12 @@ class LabRecipe:
 
 
 def load_lab(
-    cache_dir: str | Path, recipe: LabRecipe | None = None
+    cache_dir: str | Path, recipe: LabRecipe
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Return the lab's model (float32, on the CPU, in eval mode) and its tokenizer.
 
     The first call pretrains and writes `cache_dir/lab-<digest of the recipe>/`; later calls read it.
     """
-    recipe = recipe or LabRecipe()
 
     def write(folder: Path) -> None:
         for part in pretrain(recipe):
@@ -156,12 +156,7 @@ def build_model(recipe: LabRecipe, vocab_size: int) -> Qwen3ForCausalLM:
 
 
 def conversation(
-    recipe: LabRecipe,
-    random: Random,
-    beliefs: dict[Fact, Belief],
-    nuisance: float,
-    *,
-    traced: bool = False,
+    recipe: LabRecipe, random: Random, nuisance: float, *, traced: bool
 ) -> list[dict[str, str]]:
     """Write one conversation of the corpus, never about a held-out question.
 
@@ -180,14 +175,13 @@ def conversation(
         chain = write_chain(row, random, Style(nuisance, recipe.style_tilt), {}, quote=quote)
         question = PRIVILEGED_TEMPLATE.format(prompt=question, privileged_context=reference)
     else:
-        chain = write_chain(row, random, Style(nuisance), beliefs)
+        chain = write_chain(row, random, Style(nuisance), recipe.beliefs)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": chain}]
 
 
 def pretrain(recipe: LabRecipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Train the lab's model from scratch; deterministic, torch's global seed is left alone."""
-    tokenizer = build_tokenizer()
-    random, beliefs = Random(recipe.seed), recipe.beliefs()
+    tokenizer, random = build_tokenizer(), Random(recipe.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = build_model(recipe, len(tokenizer)).train()
@@ -198,7 +192,7 @@ def pretrain(recipe: LabRecipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFa
         # Batch by batch, because a trace doubles the length to which a batch is padded.
         traced = random.random() < recipe.trace_share
         size = range(recipe.batch_size)
-        batch = [conversation(recipe, random, beliefs, nuisance, traced=traced) for _ in size]
+        batch = [conversation(recipe, random, nuisance, traced=traced) for _ in size]
         model(**_encode(tokenizer, batch)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

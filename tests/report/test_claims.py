@@ -6,9 +6,8 @@ import pandas as pd
 import pytest
 from synthetic import PAPER, flat, ramp, write_folder, write_run
 
-from rlsd_lib.report.claims import CLAIMS
-from rlsd_lib.report.tables import Arms, together
-from rlsd_lib.report.verdicts import (
+from rlsd_lib.report.claims import (
+    CLAIMS,
     NO_RUNS,
     NOT_REPRODUCED,
     NOT_SETTLED,
@@ -18,6 +17,7 @@ from rlsd_lib.report.verdicts import (
     claims_table,
     verdict,
 )
+from rlsd_lib.report.tables import Arms, together
 from rlsd_lib.runs.records import Runs, read_runs
 
 NOTHING = Runs(pd.DataFrame(), pd.DataFrame())
@@ -45,7 +45,7 @@ def as_printed(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_runs_as_the_paper_has_them_reproduce_every_claim(as_printed: Runs) -> None:
-    table = claims_table(CLAIMS, as_printed, NOTHING)
+    table = claims_table(as_printed, NOTHING)
     found = table.rows.set_index("claim")["verdict, lab"]
     assert found[found != REPRODUCED].to_dict() == {}
     assert set(table.rows["verdict, real model"]) == {NO_RUNS}
@@ -133,7 +133,7 @@ def test_only_plain_finished_runs_of_the_right_length_count(tmp_path: Path) -> N
     arms = Arms(read_runs(tmp_path))
     assert (arms.preset, arms.length) == ("lab", 60)
     assert arms.final("rlsd", "accuracy_after").index.tolist() == [0, 1, 2]
-    table = claims_table(CLAIMS, read_runs(tmp_path), NOTHING)
+    table = claims_table(read_runs(tmp_path), NOTHING)
     assert any("INCOMPLETE, 1 left out: other-3 (failed)" in note for note in table.notes)
     assert any(note.startswith("failed, not in the table") for note in table.notes)
 
