@@ -7,7 +7,7 @@ only on the hub is noted as not checked.
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def _plan(run: Resolved) -> list[str]:
         return [f"no plan: the sizes of {run.preset.model} are not known to `rlsd plan`"]
     if not run.preset.max_prompt_length:
         return ["no plan: the preset has no max_prompt_length; `rlsd plan` takes a prompt_length"]
-    plan = plan_of(asdict(run.preset), gpus=run.processes)
+    plan = plan_of(run.preset, gpus=run.processes)
     return [describe(plan, f"{run.processes} GPUs of 80 GiB"), ""]
 
 
