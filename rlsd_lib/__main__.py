@@ -221,7 +221,8 @@ def _bench(options: argparse.Namespace) -> int:
         what, table = "bench --gpu", bench.bench_gpu(outputs)
     elif synthetic:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
-        print(f"{sizes}\n{bench.machine_name()}\n")
+        clock = "seconds are the processor's where torch has one thread, else the wall clock's"
+        print(f"{sizes}\n{bench.machine_name()}; {clock}\n")
         compared = passes.compare_passes(sizes, options.rounds)
         print(compared.map("{:.5g}".format).to_string() + "\n", flush=True)
         table = bench.race(sizes.build, names, options.steps, options.rounds)

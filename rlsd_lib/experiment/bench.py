@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -40,6 +41,7 @@ from rlsd_lib.trainer.trainer import RLSDTrainer
 # A contender, a folder, a number of steps -> its trainer.
 Build = Callable[[str, Path, int], Trainer]
 GENERATION, REST, TEACHER = "generation, s", "without generation, s", "teacher pass, s"
+PEAK = "peak MiB"
 # What each factor of a sweep becomes while the others stay as they are.
 FACTORS = {
     "prompt": (0.5, 1, 2, 4),
@@ -50,7 +52,7 @@ FACTORS = {
 TRAINERS = (BASE, "RLSD", "RLSD, plain pass", "OPSD", "TRL SDPO")
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B")
 ON_GPU = [Sizes(prompt=1024, completion=1024, rows=2, model=model) for model in MODELS]
-RATIOS = (f"without generation / {BASE}", f"peak MiB / {BASE}")  # measured, and planned
+RATIOS = (f"without generation / {BASE}", f"{PEAK} / {BASE}")  # measured, and planned
 
 
 # Time and memory
@@ -191,28 +193,24 @@ def race(
     have begun after `until` (`time.monotonic`).
     """
     timed: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    peaks: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         rollouts: dict[int, list] = {}
         for name in names:
             if time.monotonic() > until:
                 break
             with contextlib.suppress(torch.OutOfMemoryError):
-                steps_found, peak = train(build, name, steps, rollouts)
-                timed[name] += steps_found
-                peaks[name].append(peak)
-    parts = (GENERATION, REST, TEACHER)
+                found, peak = train(build, name, steps, rollouts)
+                timed[name] += [{**step, PEAK: peak} for step in found]
+    parts = (GENERATION, REST, TEACHER, PEAK)
     medians = {name: pd.DataFrame(found, columns=parts).median() for name, found in timed.items()}
     table = pd.DataFrame(medians).T.astype(float)
     table[GENERATION] = table[GENERATION].median()  # made by one of them, for all
     table.insert(0, "step, s", table[GENERATION] + table[REST])
-    if memory:
-        if not torch.cuda.is_available():
-            peaks = {name: [peak_mib(build, name) for _ in range(rounds)] for name in names}
-        table["peak MiB"] = pd.Series(
-            {n: pd.Series(mib, dtype=float).median() for n, mib in peaks.items()}
-        )
-    for column in ("step, s", REST, "peak MiB"):
+    if not memory:
+        del table[PEAK]
+    elif not torch.cuda.is_available():
+        table[PEAK] = [median(peak_mib(build, name) for _ in range(rounds)) for name in names]
+    for column in ("step, s", REST, PEAK):
         if column in table and BASE in table.index:
             table[f"{column.partition(',')[0]} / {BASE}"] = table[column] / table.loc[BASE, column]
     return table
@@ -300,9 +298,10 @@ def write_gpu(outputs: Path, table: pd.DataFrame) -> None:
     shown = table.melt(["model", "trainer"], [*RATIOS, *plans], var_name="what", value_name="ratio")
     shown["by"] = shown["what"].str.startswith("plan").map({True: "plan", False: "measurement"})
     shown["what"] = shown["what"].str.removeprefix("plan, ")
-    points = {"x": "model", "y": "ratio", "hue": "trainer", "style": "by", "col": "what"}
-    grid = sns.relplot(shown, **points, palette="colorblind", height=3.5, s=60)
-    _write(outputs, table, "bench_gpu", grid.refline(y=1), "bench_gpu")
+    points = {"x": "ratio", "y": "model", "hue": "trainer", "style": "by", "col": "what"}
+    grid = sns.relplot(shown, **points, palette="colorblind", height=3, s=60)
+    grid.refline(x=1).set_titles("{col_name}").set_axis_labels("", "")
+    _write(outputs, table, "bench_gpu", grid, "bench_gpu")
 
 
 def measure(models: Sequence[Sizes], memory: float, seconds: float = 200) -> pd.DataFrame:
@@ -332,11 +331,11 @@ def _beside_plan(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     work = {name: sum(p.flops().values()) - p.flops()["generation"] for name, p in plans.items()}
     # What torch allocates is no part of the reserve.
     peaks = pd.Series({name: (p.peak() - RESERVED) * 1024 for name, p in plans.items()})
-    table["plan, peak MiB"] = peaks
+    table[f"plan, {PEAK}"] = peaks
     for column, planned in zip(RATIOS, (pd.Series(work), peaks), strict=True):
         table[f"plan, {column}"] = planned / planned[BASE]
     base, kept = table.loc[BASE], plan.grpo.memory()["update"]["activations"]
-    more = (base["peak MiB"] - peaks[BASE]) / 1024
+    more = (base[PEAK] - peaks[BASE]) / 1024
     mfu = work[BASE] / base[REST] / plan.tflops / 1e12
     found = (plan.tflops, plan.bandwidth, mfu, max(1 + more / kept, 0.1))
     return table.join(pd.DataFrame([found], [BASE], MEASURED))

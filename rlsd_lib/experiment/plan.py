@@ -28,7 +28,6 @@ HOST_LINK = 50e9  # bytes per second between a GPU and the host, PCIe 5
 ALWAYS = "always"  # the phase of what stays for the whole run
 NO_TEACHER = "none"  # the `teacher_model_kind` of GRPO
 
-COUNTS = ("gpus", "prompt_length", "max_completion_length", "rollouts", "num_generations")
 MEASURED = ("tflops", "bandwidth", "mfu", "activations")
 VALID = {
     "sharding": ("ddp", "fsdp2", "zero3"),
@@ -48,7 +47,7 @@ def expect(of: Any, names: Iterable[str], holds: Callable[[Any], bool], expected
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on GPUs. Names that RLSDConfig has mean the same here, and it is RLSD's plan.
+    """A run of RLSD on GPUs, and as `grpo` the same without a teacher. RLSDConfig's names are kept.
 
     `prompt_length` counts the tokens of the images, `image_tokens` are those of one image per
     prompt, and `privileged_length` is what the teacher's prompt has more than the student's. Speeds
@@ -88,8 +87,9 @@ class Plan:
     speeds: str = "assumed, an H100's data sheet and guesses"  # where they come from
 
     def __post_init__(self) -> None:
-        from_1 = (*COUNTS, "per_device_train_batch_size")
+        from_1 = ("gpus", "prompt_length", "max_completion_length", "rollouts", "num_generations")
         expect(self, from_1, lambda n: n >= 1, "a number >= 1")
+        expect(self, ["per_device_train_batch_size"], lambda n: n >= 1, "a number >= 1")
         from_0 = ("privileged_length", "image_tokens", "lora_rank", "beta")
         expect(self, from_0, lambda n: n >= 0, "a number >= 0")
         speeds = ("gpu_memory", "tflops", "bandwidth", "activations")
@@ -98,21 +98,18 @@ class Plan:
         expect(self, shares, lambda n: 0 < n < 1, "a share in (0, 1)")
         for name, valid in VALID.items():
             expect(self, [name], valid.__contains__, ", ".join(valid))
-        rows = self.gpus * self.per_device_train_batch_size
-        if self.rollouts % rows or self.rollouts % self.num_generations:
-            raise ValueError(
-                f"rollouts={self.rollouts} per step: expected a multiple of {rows} (gpus x "
-                f"per_device_train_batch_size) and of num_generations={self.num_generations}."
-            )
+        room = f"fewer than prompt_length={self.prompt_length}, to leave room for text"
+        expect(self, ["image_tokens"], lambda n: n < self.prompt_length, room)
+        rows, group = self.gpus * self.per_device_train_batch_size, self.num_generations
+        whole = (
+            f"a multiple of {rows} (gpus x per_device_train_batch_size) and of "
+            f"num_generations={group}"
+        )
+        expect(self, ["rollouts"], lambda n: n % rows == 0 and n % group == 0, whole)
         if self.teacher_pass == "shared" and self.sharding != "ddp":
             raise ValueError(
                 f"teacher_pass='shared' with sharding={self.sharding!r}: sharded parameters are "
                 "gathered by whole calls only. Use 'auto' or 'plain'."
-            )
-        if self.image_tokens >= self.prompt_length:
-            raise ValueError(
-                f"image_tokens={self.image_tokens} leave no room for text in prompt_length="
-                f"{self.prompt_length}."
             )
 
     @property

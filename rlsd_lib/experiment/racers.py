@@ -60,10 +60,7 @@ def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any]]]:
     )
     return {
         BASE: (GRPOTrainer, GRPOConfig),
-        "GRPO, completion head": (
-            RLSDTrainer,
-            partial(ours, method="grpo", completion_head=True),
-        ),
+        "GRPO, completion head": (RLSDTrainer, partial(ours, method="grpo", completion_head=True)),
         "RLSD": (RLSDTrainer, ours),
         "RLSD, plain pass": (RLSDTrainer, partial(ours, teacher_pass="plain")),
         "OPSD": (RLSDTrainer, partial(ours, method="opsd")),

@@ -31,6 +31,8 @@ class ModelShape:
 
     parameters: int  # all of them; a tied head counts once
     ends: int  # of these in the embedding and the LM head
+    layer_weights: int  # entries of the matrices of one layer
+    layer_sides: int  # rows and columns of these matrices
     hidden: int
     layers: int
     intermediate: int
@@ -41,16 +43,9 @@ class ModelShape:
     vision_weights: int = 0  # entries of the tower's matrices that make one image token
     vision_channels: int = 0  # numbers of the tower's residual stream for it, over all blocks
 
-    @property
-    def layer_weights(self) -> int:
-        """Entries of the matrices of one layer."""
-        attention = 2 * self.head_dim * (self.heads + self.kv_heads)
-        return self.hidden * (attention + 3 * self.intermediate)
-
     def lora_parameters(self, rank: int) -> int:
         """Parameters of an adapter of this rank on every matrix of the decoder's layers."""
-        attention = 4 * self.hidden + 2 * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+        return self.layers * rank * self.layer_sides
 
     def layer_flops(self, tokens: float, keys: float) -> float:
         """FLOPs of all layers for `tokens` positions, of which each attends to `keys`."""
@@ -102,7 +97,8 @@ def shape_of(config: Any) -> ModelShape:
     with torch.device("meta"):
         model = auto.from_config(config)
     layer = next(iter(getattr(model.get_decoder(), "layers", ())), nn.Identity())
-    if {name.split(".")[-1] for name in _matrices(layer)} != MATRICES or not (
+    matrices = _matrices(layer)
+    if {name.split(".")[-1] for name in matrices} != MATRICES or not (
         vision is None or hasattr(vision, "spatial_merge_size")
     ):
         raise ValueError(
@@ -114,13 +110,17 @@ def shape_of(config: Any) -> ModelShape:
     tower = {}
     if vision is not None:
         patches = vision.spatial_merge_size**2  # per image token
-        matrices = _matrices(model.get_encoder(modality="image")).items()
-        weights = sum(n if "merger" in name else n * patches for name, n in matrices)
+        weights = sum(
+            matrix.numel() * (1 if "merger" in name else patches)
+            for name, matrix in _matrices(model.get_encoder(modality="image")).items()
+        )
         channels = patches * vision.hidden_size * vision.depth
         tower = {"vision_weights": weights, "vision_channels": channels}
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         ends=sum(p.numel() for p in ends),
+        layer_weights=sum(matrix.numel() for matrix in matrices.values()),
+        layer_sides=sum(sum(matrix.shape) for matrix in matrices.values()),
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         intermediate=text.intermediate_size,
@@ -132,8 +132,6 @@ def shape_of(config: Any) -> ModelShape:
     )
 
 
-def _matrices(module: nn.Module) -> dict[str, int]:
-    """Entries of every matrix and convolution, by its name."""
+def _matrices(module: nn.Module) -> dict[str, torch.Tensor]:
     kinds = (nn.Linear, nn.Conv3d)
-    named = module.named_modules()
-    return {name: m.weight.numel() for name, m in named if isinstance(m, kinds)}
+    return {name: m.weight for name, m in module.named_modules() if isinstance(m, kinds)}

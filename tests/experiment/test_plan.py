@@ -306,9 +306,10 @@ def test_what_no_run_can_have_is_refused() -> None:
         ({"dtype": "int8"}, "dtype='int8': expected float32, bfloat16"),
         ({"vllm_gpu_memory_utilization": 1.5}, "expected a share in (0, 1)"),
         ({"mfu": 40}, "mfu=40: expected a share in (0, 1)"),
-        ({"rollouts": 2047}, "rollouts=2047 per step: expected a multiple of 8 (gpus x"),
-        ({"num_generations": 7}, "rollouts=2048 per step: expected a multiple of 8 (gpus x"),
-        ({"image_tokens": 5000}, "image_tokens=5000 leave no room"),
+        ({"rollouts": 2047}, "rollouts=2047: expected a multiple of 8 (gpus x"),
+        ({"rollouts": 2047}, "per_device_train_batch_size) and of num_generations=8"),
+        ({"num_generations": 7}, "rollouts=2048: expected a multiple of 8 (gpus x"),
+        ({"image_tokens": 5000}, "image_tokens=5000: expected fewer than prompt_length=4096"),
         ({"teacher_pass": "shared"}, "teacher_pass='shared' with sharding='fsdp2'"),
     ):
         with pytest.raises(ValueError) as error:
