@@ -179,8 +179,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from rlsd_lib.experiment.bench import clock_in_words, passes, race, sweep
-    from rlsd_lib.experiment.racers import PresetTrainers, Sizes, contenders
+    from functools import partial
+
+    from rlsd_lib.experiment import bench, passes
+    from rlsd_lib.experiment.racers import Sizes, contenders, preset_trainer
     from rlsd_lib.names import look_up
 
     outputs, names = outputs_root(), options.against or list(contenders())
@@ -194,33 +196,28 @@ def _bench(options: argparse.Namespace) -> int:
     known = [field.name for field in dataclasses.fields(Sizes)]
     sizes = Sizes(**{look_up(name, known, "size"): value for name, value in given.items()})
     if options.profile:
-        from rlsd_lib.experiment.profile import profile_teacher_pass
-
-        for part in profile_teacher_pass(sizes, outputs / "profiles" / "teacher_pass.json"):
+        trace = outputs / "profiles" / "teacher_pass.json"
+        for part in passes.profile_shared_pass(sizes, trace):
             print(part, flush=True)
         return 0
     if options.sweep:
-        print(sweep(sizes, names, outputs, options.steps).to_csv(index=False))
+        print(bench.sweep(sizes, names, outputs, options.steps).to_csv(index=False))
         return 0
     if options.gpu:
-        from rlsd_lib.experiment.gpu import bench_gpu
-
-        what, table = "bench --gpu", bench_gpu(outputs)
+        what, table = "bench --gpu", bench.bench_gpu(outputs)
     elif synthetic:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
-        print(f"{sizes}\n{clock_in_words()}\n")
-        print(passes(sizes, options.rounds).map("{:.5g}".format).to_string() + "\n", flush=True)
-        table = race(sizes, names, options.steps, options.rounds)
+        clock = "seconds are the processor's where torch has one thread, else the wall clock's"
+        print(f"{sizes}\n{bench.machine_name()}; {clock}\n")
+        compared = passes.compare_passes(sizes, options.rounds)
+        print(compared.map("{:.5g}".format).to_string() + "\n", flush=True)
+        table = bench.race(sizes.build, names, options.steps, options.rounds)
     else:
-        what = f"bench --preset {options.preset}"
-        table = race(
-            PresetTrainers(options.preset), ("GRPO", "RLSD"), options.steps, options.rounds
-        )
+        what, build = f"bench --preset {options.preset}", partial(preset_trainer, options.preset)
+        table = bench.race(build, ("GRPO", "RLSD"), options.steps, options.rounds)
     print(table.to_string(float_format="{:.3f}".format))
     if options.record:
-        from rlsd_lib.experiment.machines import record
-
-        print(record(what, table, outputs / "tables" / "machines"))
+        print(bench.record(what, table, outputs / "tables" / "machines"))
     return 0
 
 
@@ -233,11 +230,11 @@ def _plan(options: argparse.Namespace) -> int:
     for name in given:
         look_up(name, FIELDS, "setting")
     gpus = options.gpus * options.nodes
-    preset = dataclasses.asdict(PRESETS[look_up(options.preset, PRESETS, "preset")])
+    preset = PRESETS[look_up(options.preset, PRESETS, "preset")]
     sharding = {"sharding": options.sharding if gpus > 1 else "ddp"} if options.sharding else {}
     changes = {"gpu_memory": options.gpu_memory, **sharding, **given}
     plan = plan_of(preset, gpus=gpus, measured=options.measured, **changes)
-    print(describe(plan, f"{options.preset}: {preset['model']}"))
+    print(describe(plan, f"{options.preset}: {preset.model}"))
     return 0
 
 

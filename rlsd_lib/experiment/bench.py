@@ -12,31 +12,36 @@ import itertools
 import math
 import re
 import resource
-import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import seaborn as sns
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOTrainer
 
-from rlsd_lib.experiment.racers import BASE, SPECIAL, PresetTrainers, Sizes, contenders
-from rlsd_lib.experiment.shapes import ModelShape, shape_of
-from rlsd_lib.report.heatmap import new_figure
+from rlsd_lib.experiment.plan import MEASURED, RESERVED, Plan
+from rlsd_lib.experiment.racers import BASE, Sizes, contenders
+from rlsd_lib.experiment.shapes import shape_of
+from rlsd_lib.runs.provenance import git_state, hardware, package_versions
+from rlsd_lib.runs.records import write_json
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
+# A contender, a folder, a number of steps -> its trainer.
+Build = Callable[[str, Path, int], Trainer]
+GENERATION, REST, TEACHER = "generation, s", "without generation, s", "teacher pass, s"
+PEAK = "peak MiB"
 # What each factor of a sweep becomes while the others stay as they are.
 FACTORS = {
     "prompt": (0.5, 1, 2, 4),
@@ -44,21 +49,24 @@ FACTORS = {
     "generations": (0.5, 1, 2),
     "vocabulary": (0.25, 1, 4),
 }
+TRAINERS = (BASE, "RLSD", "RLSD, plain pass", "OPSD", "TRL SDPO")
+MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B")
+ON_GPU = [Sizes(prompt=1024, completion=1024, rows=2, model=model) for model in MODELS]
+RATIOS = (f"without generation / {BASE}", f"{PEAK} / {BASE}")  # measured, and planned
 
 
 # Time and memory
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimiser step, and in it of generation and of the teacher pass.
+    """Seconds of each optimiser step without its generation, of generation and of the teacher pass.
 
-    Rollouts that are in `rollouts` already, under the number of the call modulo `distinct`, are used
-    again, and their seconds are those of a "replay" in place of a "generation".
+    Rollouts that are in `rollouts` already, under the number of the call, are used again.
     """
 
-    def __init__(self, trainer: Any, rollouts: dict[int, list], distinct: int) -> None:
+    def __init__(self, trainer: Any, rollouts: dict[int, list]) -> None:
         self.steps: list[dict[str, float]] = []
-        self.rollouts, self.distinct, self.calls = rollouts, distinct, 0
+        self.rollouts, self.calls = rollouts, itertools.count()
         # The narrowest function of TRL's that returns completions: of one turn, and of SDPO's.
         if isinstance(trainer, GRPOTrainer):
             turn = trainer._generate_single_turn
@@ -67,40 +75,34 @@ class Clock(TrainerCallback):
             made = trainer._generate
             trainer._generate = lambda ids: (ids, self._rollouts(lambda: made(ids)[1]))
         if isinstance(trainer, RLSDTrainer):
-            trainer.teacher_scores = self._timed(trainer.teacher_scores, "teacher pass")
+            score = trainer.teacher_scores
+            trainer.teacher_scores = lambda *a, **k: self._teacher_pass(lambda: score(*a, **k))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.steps.append(defaultdict(float, step=-now()))
+        self.steps.append(defaultdict(float, {REST: -now()}))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps[-1]["step"] += now()
+        self.steps[-1][REST] += now()
 
-    def _timed(self, call: Callable, name: str) -> Callable:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begun = now()
-            result = call(*args, **kwargs)
-            self.steps[-1][name] += now() - begun
-            return result
-
-        return timed
+    def _teacher_pass(self, score: Callable[[], Any]) -> Any:
+        begun = now()
+        scores = score()
+        self.steps[-1][TEACHER] += now() - begun
+        return scores
 
     def _rollouts(self, generate: Callable[[], list]) -> list:
-        call, self.calls = self.calls % self.distinct, self.calls + 1
-        begun, part = now(), "replay"
+        call, begun = next(self.calls), now()
         if call not in self.rollouts:
             torch.manual_seed(call)
-            self.rollouts[call], part = generate(), "generation"
+            self.rollouts[call] = generate()
+            self.steps[-1][GENERATION] += now() - begun
         completions = copy.deepcopy(self.rollouts[call])
-        self.steps[-1][part] += now() - begun
+        self.steps[-1][REST] -= now() - begun
         return completions
 
 
 def train(
-    what: Sizes | PresetTrainers,
-    name: str,
-    steps: int,
-    rollouts: dict[int, list],
-    distinct: int = 10**9,
+    build: Build, name: str, steps: int, rollouts: dict[int, list]
 ) -> tuple[list[dict[str, float]], float]:
     """Train one step to warm up and `steps` more: their seconds by part, see `Clock`; peak MiB.
 
@@ -111,12 +113,12 @@ def train(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = what.build(name, Path(folder), steps + 1)
-        clock = Clock(trainer, rollouts, distinct)
+        trainer = build(name, Path(folder), steps + 1)
+        clock = Clock(trainer, rollouts)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
-    return clock.steps[1:], peak_bytes() / 2**20
+    return clock.steps[1:], _peak_bytes() / 2**20
 
 
 def now() -> float:
@@ -131,28 +133,19 @@ def now() -> float:
     return time.perf_counter()
 
 
-def clock_in_words() -> str:
-    """What `now` reads here."""
-    if torch.cuda.is_available():
-        return f"seconds of the wall clock, {torch.cuda.get_device_name()}"
-    threads = torch.get_num_threads()
-    return "processor seconds" if threads == 1 else f"seconds of the wall clock, {threads} threads"
-
-
-def peak_mib(what: Sizes | PresetTrainers, name: str) -> float:
+def peak_mib(build: Build, name: str) -> float:
     """Resident MiB, beyond the imports, at the peak of two steps in a process of their own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_peak_mib, what, name).result()
+        return pool.submit(_peak_mib, build, name).result()
 
 
-def _peak_mib(what: Sizes | PresetTrainers, name: str) -> float:
+def _peak_mib(build: Build, name: str) -> float:
     contenders()  # the imports
     before = psutil.Process().memory_info().rss / 2**20
-    return train(what, name, 1, {})[1] - before
+    return train(build, name, 1, {})[1] - before
 
 
-def peak_bytes() -> int:
-    """The most memory that this process ever had: device memory on a GPU, else resident memory."""
+def _peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -163,132 +156,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# The race
-
-
-def race(
-    what: Sizes | PresetTrainers,
-    names: Sequence[str],
-    steps: int = 3,
-    rounds: int = 1,
-    memory: bool = True,
-    until: float = math.inf,
-    distinct: int = 10**9,
-) -> pd.DataFrame:
-    """A row for each contender: medians over all steps, peak memory, and both over GRPO's.
-
-    The contenders take turns within this process, `rounds` times. Of a turn's steps only `distinct`
-    have rollouts of their own. Device memory is that of the turns, where all but the first contender
-    generate nothing; without a GPU it is the median of `rounds` processes. A row is NaN where device
-    memory did not suffice, or where all turns would have begun after `until` (`time.monotonic`).
-    """
-    timed: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    peaks: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        rollouts: dict[int, list] = {}
-        for name in names:
-            if time.monotonic() > until:
-                break
-            with contextlib.suppress(torch.OutOfMemoryError):
-                found, peak = train(what, name, steps, rollouts, distinct)
-                timed[name] += found
-                peaks[name].append(peak)
-    if memory and not torch.cuda.is_available():
-        peaks = {name: [peak_mib(what, name) for _ in range(rounds)] for name in names}
-    every = [step for found in timed.values() for step in found]
-    generation = _median(step["generation"] for step in every if "generation" in step)
-    rows = {name: _medians(found, generation) for name, found in timed.items()}
-    table = pd.DataFrame(rows).T
-    if memory:
-        table["peak MiB"] = pd.Series({name: _median(found) for name, found in peaks.items()})
-    for column in ("step, s", "without generation, s", "peak MiB"):
-        if column in table and BASE in table.index:
-            table[f"{column.partition(',')[0]} / {BASE}"] = table[column] / table.loc[BASE, column]
-    return table
-
-
-def _medians(steps: list[dict[str, float]], generation: float) -> dict[str, float]:
-    rest = _median(s["step"] - s.get("generation", 0) - s.get("replay", 0) for s in steps)
-    return {
-        "step, s": generation + rest,
-        "generation, s": generation,
-        "without generation, s": rest,
-        "teacher pass, s": _median(s["teacher pass"] for s in steps if "teacher pass" in s),
-    }
-
-
-def _median(values: Iterable[float]) -> float:
-    return statistics.median([*values] or [math.nan])
-
-
-# The teacher pass by itself
-
-
-def scoring(sizes: Sizes, folder: Path) -> tuple[Any, Callable[[str], Tensor]]:
-    """A trainer, and its teacher pass over one group: "plain" or "shared" -> log P_T (N, T)."""
-    trainer: Any = sizes.build("RLSD", folder, 1)
-    row, count = trainer.train_dataset[0], sizes.generations
-    prompts, contexts = [row["prompt"]] * count, [row["privileged_context"]] * count
-    random = torch.Generator().manual_seed(1)
-    ids = torch.randint(len(SPECIAL), sizes.words, (count, sizes.completion), generator=random).to(
-        trainer.accelerator.device
-    )
-    output = {
-        "prompt_ids": ids.new_zeros(count, sizes.prompt),
-        "completion_ids": ids,
-        "completion_mask": torch.ones_like(ids),
-    }
-
-    def score(kind: str) -> Tensor:
-        trainer.args.teacher_pass = kind
-        with trainer.completion_head.applied(True):  # in both, as in a training step
-            return trainer.teacher_scores(prompts, contexts, output).logps
-
-    return trainer, score
-
-
-def passes(sizes: Sizes, rounds: int = 3) -> pd.Series:
-    """The teacher pass, plain and shared in turn on the same rollouts, and its floor."""
-    seconds: dict[str, list[float]] = {"plain": [], "shared": []}
-    logps = {}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, score = scoring(sizes, Path(folder))
-    for _ in range(rounds + 1):
-        for kind, found in seconds.items():
-            begun = now()
-            logps[kind] = score(kind)
-            found.append(now() - begun)
-    plain, shared = (statistics.median(found[1:]) for found in seconds.values())
-    teacher = trainer.teacher.model
-    # What the passes compute in: bfloat16 under autocast, whatever the weights are kept in.
-    dtype = torch.bfloat16 if trainer.args.bf16 else teacher.dtype
-    rate, _ = measure_machine(trainer.accelerator.device, dtype)
-    least = floor_flops(shape_of(teacher.config), sizes, shared=True) / rate
-    return pd.Series(
-        {
-            "plain pass, s": plain,
-            "shared pass, s": shared,
-            "plain / shared": plain / shared,
-            "largest difference of log-probabilities": float(
-                (logps["plain"] - logps["shared"]).abs().max()
-            ),
-            "floor of the shared pass on this machine, s": least,
-            "shared / floor": shared / least,
-        },
-        name="teacher pass",
-    )
-
-
-def floor_flops(shape: ModelShape, sizes: Sizes, *, shared: bool) -> float:
-    """The least FLOPs that score one group: every distinct position and visible pair once."""
-    prompt, new, count = sizes.prompt + sizes.reference - 1, sizes.completion, sizes.generations
-    # A position sees itself and those before: half of the others on average.
-    prompts = (1 if shared else count) * shape.layer_flops(prompt, (prompt + 1) / 2)
-    completions = shape.layer_flops(new, prompt + (new + 1) / 2) + shape.head_flops(new)
-    return prompts + count * completions
-
-
-def measure_machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+def machine_speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """FLOPs and bytes per second: the best of a few square matrix products, and of a few copies."""
     size, length = (8192, 2**28) if device.type == "cuda" else (1024, 2**24)
     square = torch.randn(size, size, device=device, dtype=dtype)
@@ -306,7 +174,46 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> tuple[float, fl
     return 2 * size**3 / best(lambda: square @ square), moved / best(lambda: other.copy_(line))
 
 
-# How cost grows
+# The race
+
+
+def race(
+    build: Build,
+    names: Sequence[str],
+    steps: int = 3,
+    rounds: int = 1,
+    memory: bool = True,
+    until: float = math.inf,
+) -> pd.DataFrame:
+    """A row for each contender: medians over all steps, peak memory, and both over GRPO's.
+
+    The contenders take turns within this process, `rounds` times. Device memory is that of the
+    turns, where all but the first contender generate nothing; without a GPU it is the median of
+    `rounds` processes. A row is NaN where device memory did not suffice, or where all turns would
+    have begun after `until` (`time.monotonic`).
+    """
+    timed: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(rounds):
+        rollouts: dict[int, list] = {}
+        for name in names:
+            if time.monotonic() > until:
+                break
+            with contextlib.suppress(torch.OutOfMemoryError):
+                found, peak = train(build, name, steps, rollouts)
+                timed[name] += [{**step, PEAK: peak} for step in found]
+    parts = (GENERATION, REST, TEACHER, PEAK)
+    medians = {name: pd.DataFrame(found, columns=parts).median() for name, found in timed.items()}
+    table = pd.DataFrame(medians).T.astype(float)
+    table[GENERATION] = table[GENERATION].median()  # made by one of them, for all
+    table.insert(0, "step, s", table[GENERATION] + table[REST])
+    if not memory:
+        del table[PEAK]
+    elif not torch.cuda.is_available():
+        table[PEAK] = [median(peak_mib(build, name) for _ in range(rounds)) for name in names]
+    for column in ("step, s", REST, PEAK):
+        if column in table and BASE in table.index:
+            table[f"{column.partition(',')[0]} / {BASE}"] = table[column] / table.loc[BASE, column]
+    return table
 
 
 def sweep(sizes: Sizes, names: Sequence[str], outputs: Path, steps: int) -> pd.DataFrame:
@@ -317,35 +224,152 @@ def sweep(sizes: Sizes, names: Sequence[str], outputs: Path, steps: int) -> pd.D
         for scale in scales:
             changed = replace(sizes, **{factor: max(round(getattr(sizes, factor) * scale), 1)})
             if changed not in raced:
-                raced[changed] = race(changed, names, steps, memory=False)
+                raced[changed] = race(changed.build, names, steps, memory=False)
             row = raced[changed].rename_axis("trainer").reset_index()
             rows.append(row.assign(factor=factor, value=getattr(changed, factor)))
     table = pd.concat(rows, ignore_index=True).round(4)
-    for folder in ("tables", "figures"):
-        (outputs / folder).mkdir(parents=True, exist_ok=True)
-    table.to_csv(outputs / "tables" / "bench.csv", index=False)
-    draw(table).savefig(outputs / "figures" / "bench_scaling.png", dpi=120)
+    grid = sns.relplot(
+        table[table["trainer"] != BASE],
+        x="value",
+        y=f"step / {BASE}",
+        hue="trainer",
+        col="factor",
+        kind="line",
+        marker="o",
+        palette="colorblind",
+        height=3,
+        facet_kws={"sharex": False},
+    )
+    grid.refline(y=1).set_titles("")
+    for factor, axes in grid.axes_dict.items():
+        values = sorted(table.loc[table["factor"] == factor, "value"].unique())
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel=factor, xticks=values, xticklabels=values)
+    _write(outputs, table, "bench", grid, "bench_scaling")
     return table
 
 
-def draw(table: pd.DataFrame) -> Figure:
-    """Step time over GRPO's against each factor, a panel each, from the table of `sweep`."""
-    factors = list(dict.fromkeys(table["factor"]))
-    figure = new_figure((2.6 * len(factors), 3.0))
-    shown = table[table["trainer"] != BASE]
-    panels = figure.subplots(1, len(factors), sharey=True, squeeze=False)[0]
-    for axes, factor in zip(panels, factors, strict=True):
-        rows = shown[shown["factor"] == factor]
-        style = {"hue": "trainer", "marker": "o", "palette": "colorblind"}
-        first = factor == factors[0]
-        sns.lineplot(rows, x="value", y=f"step / {BASE}", legend=first, ax=axes, **style)
-        axes.axhline(1.0, color="0.6", linewidth=1)
-        axes.set_xscale("log", base=2)
-        values = sorted(rows["value"].unique())
-        axes.set(xlabel=factor, xticks=values, xticklabels=values)
-    panels[0].set_ylabel(f"step time / {BASE}'s")
-    # Above the panels, where it hides no line.
-    handles, labels = panels[0].get_legend_handles_labels()
-    panels[0].get_legend().remove()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    return figure
+def _write(outputs: Path, table: pd.DataFrame, name: str, grid: sns.FacetGrid, figure: str) -> None:
+    for folder in ("tables", "figures"):
+        (outputs / folder).mkdir(parents=True, exist_ok=True)
+    table.to_csv(outputs / "tables" / f"{name}.csv", index=False)
+    grid.savefig(outputs / "figures" / f"{figure}.png", dpi=120)
+    plt.close(grid.figure)
+
+
+# Models of real size
+
+
+def plan_for(sizes: Sizes) -> Plan:
+    """The plan of RLSD's step at these sizes on one GPU."""
+    return Plan(
+        shape_of(sizes.config()),
+        gpus=1,
+        prompt_length=sizes.prompt,
+        max_completion_length=sizes.completion,
+        rollouts=sizes.generations,
+        num_generations=sizes.generations,
+        per_device_train_batch_size=min(sizes.rows, sizes.generations),
+        privileged_length=sizes.reference,
+        dtype=str(sizes.dtype).removeprefix("torch."),
+        gradient_checkpointing=bool(sizes.model),
+    )
+
+
+def bench_gpu(outputs: Path) -> pd.DataFrame:
+    """Measure `ON_GPU`; writes `tables/bench_gpu.csv`, which plans read, and a figure beside it.
+
+    Raises:
+        ValueError: without a GPU, or where it holds none of the models.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "--gpu needs an NVIDIA GPU that torch can see, of 40 GB or more for the two smaller "
+            "models. Without one: --against, on synthetic rollouts, or `rlsd plan`, by arithmetic."
+        )
+    table = measure(ON_GPU, torch.cuda.get_device_properties(0).total_memory / 2**30)
+    write_gpu(outputs, table)
+    return table
+
+
+def write_gpu(outputs: Path, table: pd.DataFrame) -> None:
+    """Write the table of `measure`, and its ratios as a figure, planned ones beside measured ones."""
+    plans = [f"plan, {column}" for column in RATIOS]
+    shown = table.melt(["model", "trainer"], [*RATIOS, *plans], var_name="what", value_name="ratio")
+    shown["by"] = shown["what"].str.startswith("plan").map({True: "plan", False: "measurement"})
+    shown["what"] = shown["what"].str.removeprefix("plan, ")
+    points = {"x": "ratio", "y": "model", "hue": "trainer", "style": "by", "col": "what"}
+    grid = sns.relplot(shown, **points, palette="colorblind", height=3, s=60)
+    grid.refline(x=1).set_titles("{col_name}").set_axis_labels("", "")
+    _write(outputs, table, "bench_gpu", grid, "bench_gpu")
+
+
+def measure(models: Sequence[Sizes], memory: float, seconds: float = 200) -> pd.DataFrame:
+    """A row for each model and trainer; NaN where it was not measured, see `race`.
+
+    Models that by their plan do not fit into `memory` GiB are left out, and no trainer begins after
+    `seconds`, so that all ends within four minutes. What a plan takes from the table (`MEASURED` in
+    plan.py) stands in the rows of GRPO.
+    """
+    until = time.monotonic() + seconds
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate, bandwidth = machine_speeds(device, models[0].dtype)
+    tables = []
+    for sizes in models:
+        plan = replace(plan_for(sizes), tflops=rate / 1e12, bandwidth=bandwidth / 1e12)
+        if plan.peak() <= memory:
+            raced = race(sizes.build, TRAINERS, steps=1, until=until)
+            tables.append(_beside_plan(raced, plan).assign(model=sizes.model or "tiny"))
+    if not tables:
+        raise ValueError(f"{memory:.0f} GiB of device memory hold none of the models by their plan")
+    return pd.concat(tables).rename_axis("trainer").reset_index()
+
+
+def _beside_plan(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    plain = replace(plan, teacher_pass="plain")
+    plans = {BASE: plan.grpo, "RLSD": plan, "RLSD, plain pass": plain}
+    work = {name: sum(p.flops().values()) - p.flops()["generation"] for name, p in plans.items()}
+    # What torch allocates is no part of the reserve.
+    peaks = pd.Series({name: (p.peak() - RESERVED) * 1024 for name, p in plans.items()})
+    table[f"plan, {PEAK}"] = peaks
+    for column, planned in zip(RATIOS, (pd.Series(work), peaks), strict=True):
+        table[f"plan, {column}"] = planned / planned[BASE]
+    base, kept = table.loc[BASE], plan.grpo.memory()["update"]["activations"]
+    more = (base[PEAK] - peaks[BASE]) / 1024
+    mfu = work[BASE] / base[REST] / plan.tflops / 1e12
+    found = (plan.tflops, plan.bandwidth, mfu, max(1 + more / kept, 0.1))
+    return table.join(pd.DataFrame([found], [BASE], MEASURED))
+
+
+# Records
+
+
+def machine_name() -> str:
+    """The card, and where there is none the processor."""
+    facts, info = hardware(), Path("/proc/cpuinfo")
+    if facts["gpus"]:
+        return facts["gpus"][0]
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else facts['machine']}, {facts['cpu_cores']} cores"
+
+
+def record(what: str, table: pd.DataFrame, folder: Path) -> Path:
+    """Write what was run on this machine, and every trainer's step time over GRPO's, as JSON.
+
+    `table` is one of `rlsd bench`. Returns the file in `folder`, one for each machine and `what`.
+    """
+    ratios = table.filter(like="step / ").squeeze(axis=1).dropna().round(3)
+    if "trainer" in table:  # several models
+        ratios.index = (table["model"] + ", " + table["trainer"])[ratios.index]
+    machine, versions = machine_name(), package_versions()
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine} {what}".lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    row = {
+        "machine": machine,
+        "what": what,
+        "step / GRPO": ratios.to_dict(),
+        **git_state(),
+        **{name: versions[name] for name in ("python", "torch", "trl", "transformers")},
+    }
+    write_json(folder / f"{slug}.json", row)
+    return folder / f"{slug}.json"

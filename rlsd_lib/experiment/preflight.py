@@ -7,7 +7,7 @@ only on the hub is noted as not checked.
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def _batch_in_words(run: Resolved) -> str:
 def _plan(run: Resolved) -> list[str]:
     """Memory and time by arithmetic, for models whose sizes are known."""
     try:
-        plan = plan_of(asdict(run.preset), gpus=run.processes)
+        plan = plan_of(run.preset, gpus=run.processes)
     except ValueError as error:
         return [f"no `rlsd plan`: {error}"]
     return [describe(plan, f"{run.processes} GPUs of 80 GiB"), ""]

@@ -7,10 +7,11 @@ every step, and differ in what they compute from them.
 
 import os
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -26,11 +27,11 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
+from rlsd_lib.experiment.plan import expect
 from rlsd_lib.experiment.presets import PRESETS, RunParameters
 from rlsd_lib.experiment.shapes import config_named
 from rlsd_lib.names import look_up
-from rlsd_lib.runs import paths
-from rlsd_lib.tasks import load_task
+from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.tasks.models import load_model
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.trainer import RLSDTrainer
@@ -40,44 +41,30 @@ SPECIAL = ("<pad>", "</s>", "<unk>")
 HEAD_DIM = 64
 
 
-class Contender(NamedTuple):
-    """A trainer, its configuration class, and what is set beside the common settings."""
-
-    trainer: type[Trainer]
-    config: type
-    settings: Mapping[str, Any]
-
-
-def contenders() -> dict[str, Contender]:
-    """All by name. TRL's self-distiller sees the same teacher prompt as ours."""
+def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any]]]:
+    """Trainer and configuration by name. TRL's self-distiller sees the same teacher prompt as ours."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-    def ours(**settings: Any) -> Contender:
-        common = {"privileged_template": shown, "lambda_decay_steps": 0}
-        return Contender(RLSDTrainer, RLSDConfig, {**common, **settings})
-
-    shown = "{prompt} {privileged_context}"
-    # Feedback instead of a demonstration, so that the teacher's prompt is as long as RLSD's.
-    feedback = {"include_environment_feedback": True, "success_reward_threshold": 2.0}
-    theirs = {
-        **feedback,
-        "reprompt_template": "{prompt}{solution}{feedback}",
-        "feedback_template": " {feedback_raw}",
-        "max_prompt_length": None,
-    }
-    top = {"distillation_mode": "topk_logits", "distillation_topk": 100}
+    ours = partial(
+        RLSDConfig, privileged_template="{prompt} {privileged_context}", lambda_decay_steps=0
+    )
+    theirs = partial(
+        SDPOConfig,
+        # Feedback instead of a demonstration, so that the teacher's prompt is as long as RLSD's.
+        include_environment_feedback=True,
+        success_reward_threshold=2.0,
+        reprompt_template="{prompt}{solution}{feedback}",
+        feedback_template=" {feedback_raw}",
+        max_prompt_length=None,
+    )
     return {
-        BASE: Contender(GRPOTrainer, GRPOConfig, {}),
-        "GRPO, completion head": ours(method="grpo", completion_head=True),
-        "RLSD": ours(),
-        "RLSD, plain pass": ours(teacher_pass="plain"),
-        "RLSD, live teacher": ours(teacher_model_kind="live"),
-        "RLSD, offloaded teacher": ours(teacher_offload=True),
-        "OPSD": ours(method="opsd"),
-        "SDPO": ours(method="sdpo", **feedback),
-        "TRL SDPO": Contender(SDPOTrainer, SDPOConfig, theirs),
-        "TRL SDPO, top 100": Contender(SDPOTrainer, SDPOConfig, {**theirs, **top}),
+        BASE: (GRPOTrainer, GRPOConfig),
+        "GRPO, completion head": (RLSDTrainer, partial(ours, method="grpo", completion_head=True)),
+        "RLSD": (RLSDTrainer, ours),
+        "RLSD, plain pass": (RLSDTrainer, partial(ours, teacher_pass="plain")),
+        "OPSD": (RLSDTrainer, partial(ours, method="opsd")),
+        "TRL SDPO": (SDPOTrainer, theirs),
     }
 
 
@@ -103,15 +90,11 @@ class Sizes:
     model: str = ""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "model" and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
-        if self.hidden % HEAD_DIM:
-            raise ValueError(f"hidden={self.hidden}: expected a multiple of {HEAD_DIM}")
-        if self.generations < 2:
-            raise ValueError(f"generations={self.generations}: expected 2 or more, a group")
-        if self.generations % min(self.rows, self.generations):
-            raise ValueError(f"rows={self.rows}: expected a divisor of {self.generations}, a group")
+        group, counts = self.generations, [name for name in vars(self) if name != "model"]
+        expect(self, counts, lambda n: isinstance(n, int) and n >= 1, "a whole number >= 1")
+        expect(self, ["hidden"], lambda n: n % HEAD_DIM == 0, f"a multiple of {HEAD_DIM}")
+        expect(self, ["generations"], lambda n: n >= 2, "2 or more, a group")
+        expect(self, ["rows"], lambda n: group % min(n, group) == 0, f"a divisor of {group}")
 
     def build(self, name: str, folder: Path, steps: int) -> Trainer:
         """The trainer of a contender, ready for `steps` steps of one group each.
@@ -120,9 +103,9 @@ class Sizes:
             ValueError: for an unknown name, with the nearest known one.
         """
         table = contenders()
-        chosen = table[look_up(name, table, "contender")]
+        trainer, configure = table[look_up(name, table, "contender")]
         on_gpu, rows = torch.cuda.is_available(), min(self.rows, self.generations)
-        config = chosen.config(
+        config = configure(
             output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=rows,
@@ -140,14 +123,13 @@ class Sizes:
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",
-            **chosen.settings,
         )
         model = self.make_model()
-        if not issubclass(chosen.trainer, GRPOTrainer):
+        if not issubclass(trainer, GRPOTrainer):
             # TRL's self-distiller loads its teacher from where the model came from.
             model.save_pretrained(folder / "model")
             model.config._name_or_path = str(folder / "model")
-        return chosen.trainer(
+        return trainer(
             model=model,
             reward_funcs=_reward,
             args=config,
@@ -223,21 +205,17 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
     return [zlib.crc32(text.encode()) % 7 / 7 for text in completions]
 
 
-@dataclass(frozen=True)
-class PresetTrainers:
-    """GRPO and RLSD on the model and task of a preset; lambda stays, so that every step pays."""
+def preset_trainer(preset: str, name: str, folder: Path, steps: int) -> Trainer:
+    """The trainer of "GRPO" or "RLSD" on the model and task of a preset, at a constant lambda.
 
-    name: str
-
-    def build(self, name: str, folder: Path, steps: int) -> Trainer:
-        """The trainer of "GRPO" or "RLSD"; raises ValueError for an unknown preset."""
-        preset = PRESETS[look_up(self.name, PRESETS, "preset")]
-        cache = paths.outputs_root() / "cache"
-        model, tokenizer = load_model(preset.model, cache, **preset.model_options)
-        sizes = {"train_size": preset.train_size, "test_size": 1, "seed": preset.data_seed}
-        task = load_task(preset.task, **sizes, **preset.task_options)
-        overrides = {"learning_rate": 0.0, "lambda_decay_steps": 0, "save_strategy": "no"}
-        run = RunParameters(name.lower(), self.name, max_steps=steps, overrides=overrides)
-        config = run.resolve(folder, template=task.privileged_template).config
-        rewards = [task.reward, task.leak]
-        return RLSDTrainer(model, rewards, config, task.train, processing_class=tokenizer)
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    row = PRESETS[look_up(preset, PRESETS, "preset")]
+    task = replace(row, test_size=1).load_task(name.lower())
+    overrides = {"learning_rate": 0.0, "lambda_decay_steps": 0, "save_strategy": "no"}
+    run = RunParameters(name.lower(), preset, max_steps=steps, overrides=overrides)
+    config = run.resolve(folder, template=task.privileged_template).config
+    model, tokenizer = load_model(row.model, outputs_root() / "cache", **row.model_options)
+    rewards = [task.reward, task.leak]
+    return RLSDTrainer(model, rewards, config, task.train, processing_class=tokenizer)

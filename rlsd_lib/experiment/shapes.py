@@ -1,9 +1,8 @@
 """Sizes of a model, and what one pass over it costs: parameters, FLOPs, activations, KV cache.
 
-Parameters are counted on the model itself, on the meta device, and the rest is arithmetic, held in
-tests against torch's FLOP counter and the tensors that autograd keeps. A multiplication and an
-addition are one FLOP each, and attention counts every pair of positions, as a kernel does that is
-given a padding mask.
+Parameters are counted on the model itself, on the meta device; the rest is arithmetic. A
+multiplication and an addition are one FLOP each, and attention counts every pair of positions, as a
+kernel does that is given a padding mask.
 """
 
 import json
@@ -24,26 +23,16 @@ SHAPES: dict[str, dict[str, Any]] = json.loads(
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A vision tower: blocks over patches, `merged` of which become one token."""
-
-    hidden: int
-    layers: int
-    merged: int
-    weights: float  # entries of the matrices that a patch passes; of the mergers its share
-
-    def flops(self, tokens: int) -> float:
-        """FLOPs of encoding one image that becomes `tokens` tokens."""
-        patches = tokens * self.merged
-        return 2 * patches * self.weights + self.layers * 4 * patches * patches * self.hidden
-
-
-@dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder with a gated MLP, as Qwen's or Llama's; `vision` is its tower, if any."""
+    """A dense decoder with a gated MLP, as Qwen's or Llama's, and what a vision tower adds to it.
+
+    A tower is a flat cost per image token: attention between patches is not counted.
+    """
 
     parameters: int  # all of them; a tied head counts once
     ends: int  # of these in the embedding and the LM head
+    layer_weights: int  # entries of the matrices of one layer
+    layer_sides: int  # rows and columns of these matrices
     hidden: int
     layers: int
     intermediate: int
@@ -51,18 +40,12 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    vision: Tower | None = None
-
-    @property
-    def layer_weights(self) -> int:
-        """Entries of the matrices of one layer."""
-        attention = 2 * self.head_dim * (self.heads + self.kv_heads)
-        return self.hidden * (attention + 3 * self.intermediate)
+    vision_weights: int = 0  # entries of the tower's matrices that make one image token
+    vision_channels: int = 0  # numbers of the tower's residual stream for it, over all blocks
 
     def lora_parameters(self, rank: int) -> int:
         """Parameters of an adapter of this rank on every matrix of the decoder's layers."""
-        attention = 4 * self.hidden + 2 * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+        return self.layers * rank * self.layer_sides
 
     def layer_flops(self, tokens: float, keys: float) -> float:
         """FLOPs of all layers for `tokens` positions, of which each attends to `keys`."""
@@ -77,28 +60,23 @@ class ModelShape:
         """KV cache of one sequence of `tokens` tokens, `width` bytes per number."""
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * width
 
-    def layer_activations(self, rows: int, length: int, *, residual: int, compute: int) -> float:
+    def layer_activations(self, rows: int, length: int, *, residual: int) -> float:
         """Bytes that the backward of one layer keeps for `rows` sequences of `length` positions.
 
-        `residual` and `compute` are bytes per number of the residual stream and of the matrix
-        products; under autocast they differ. With SDPA: scores are never kept, keys and values are
-        repeated to all heads, and each layer keeps its own padding mask.
+        Matrix products are in bf16; `residual` is bytes per number of the residual stream, 4 under
+        autocast. With SDPA: scores are never kept, keys and values are repeated to all heads, and
+        each layer keeps its own padding mask.
         """
-        casts = 5 if residual != compute else 2
+        casts = 5 if residual != BF16 else 2
         numbers = (
-            self.hidden * (2 * FP32 + 2 * residual + casts * compute)
-            + self.heads * self.head_dim * (FP32 + 5 * compute)
-            + self.kv_heads * self.head_dim * (FP32 + compute)
-            + self.intermediate * 4 * compute
+            self.hidden * (2 * FP32 + 2 * residual + casts * BF16)
+            + self.heads * self.head_dim * (FP32 + 5 * BF16)
+            + self.kv_heads * self.head_dim * (FP32 + BF16)
+            + self.intermediate * 4 * BF16
             + (2 + 2 * self.heads + self.kv_heads) * FP32
-            + length * compute
+            + length * BF16
         )
         return rows * length * numbers
-
-
-def shape_named(model: str) -> ModelShape:
-    """The sizes of a model in `SHAPES`; raises ValueError for any other, listing them."""
-    return shape_of(config_named(model))
 
 
 def config_named(model: str) -> Any:
@@ -119,7 +97,8 @@ def shape_of(config: Any) -> ModelShape:
     with torch.device("meta"):
         model = auto.from_config(config)
     layer = next(iter(getattr(model.get_decoder(), "layers", ())), nn.Identity())
-    if {name.split(".")[-1] for name in _matrices(layer)} != MATRICES or not (
+    matrices = _matrices(layer)
+    if {name.split(".")[-1] for name in matrices} != MATRICES or not (
         vision is None or hasattr(vision, "spatial_merge_size")
     ):
         raise ValueError(
@@ -128,9 +107,20 @@ def shape_of(config: Any) -> ModelShape:
             "those, of a similar size."
         )
     ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    tower = {}
+    if vision is not None:
+        patches = vision.spatial_merge_size**2  # per image token
+        weights = sum(
+            matrix.numel() * (1 if "merger" in name else patches)
+            for name, matrix in _matrices(model.get_encoder(modality="image")).items()
+        )
+        channels = patches * vision.hidden_size * vision.depth
+        tower = {"vision_weights": weights, "vision_channels": channels}
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         ends=sum(p.numel() for p in ends),
+        layer_weights=sum(matrix.numel() for matrix in matrices.values()),
+        layer_sides=sum(sum(matrix.shape) for matrix in matrices.values()),
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         intermediate=text.intermediate_size,
@@ -138,18 +128,10 @@ def shape_of(config: Any) -> ModelShape:
         kv_heads=text.num_key_value_heads,
         head_dim=layer.self_attn.head_dim,
         vocabulary=text.vocab_size,
-        vision=None if vision is None else _tower(model.get_encoder(modality="image"), vision),
+        **tower,
     )
 
 
-def _tower(tower: nn.Module, config: Any) -> Tower:
-    merged, matrices = config.spatial_merge_size**2, _matrices(tower)
-    weights = sum(n / merged if "merger" in name else n for name, n in matrices.items())
-    return Tower(config.hidden_size, config.depth, merged, weights)
-
-
-def _matrices(module: nn.Module) -> dict[str, int]:
-    """Entries of every matrix and convolution, by its name."""
+def _matrices(module: nn.Module) -> dict[str, torch.Tensor]:
     kinds = (nn.Linear, nn.Conv3d)
-    named = module.named_modules()
-    return {name: m.weight.numel() for name, m in named if isinstance(m, kinds)}
+    return {name: m.weight for name, m in module.named_modules() if isinstance(m, kinds)}

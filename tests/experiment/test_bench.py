@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -10,11 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.experiment import bench, gpu, machines, profile, racers
+from rlsd_lib.experiment import bench, passes, racers
 from rlsd_lib.experiment.plan import MEASURED, RESERVED, plan_of
 from rlsd_lib.experiment.presets import PRESETS
-from rlsd_lib.experiment.racers import PresetTrainers, Sizes, contenders
-from rlsd_lib.experiment.shapes import shape_named, shape_of
+from rlsd_lib.experiment.racers import Sizes, contenders, preset_trainer
+from rlsd_lib.experiment.shapes import config_named, shape_of
 
 TINY = Sizes(
     prompt=24, completion=6, generations=4, vocabulary=120, hidden=64, layers=2, reference=8
@@ -45,12 +46,12 @@ def test_all_trainers_train_on_the_rollouts_of_the_first(monkeypatch):
 
     monkeypatch.setattr(racers, "_reward", spied)
     names = list(contenders())
-    table = bench.race(TINY, names, steps=1, memory=False)
+    table = bench.race(TINY.build, names, steps=1, memory=False)
     # A warm-up step and a timed one, each with rollouts of its own and the same for everyone.
     assert list(seen.values()) == [len(names)] * 2
     assert (table["without generation, s"] > 0).all()
     assert table["generation, s"].nunique() == 1
-    ours = [name for name in names if name.split(",")[0] in ("RLSD", "OPSD", "SDPO")]
+    ours = ["RLSD", "RLSD, plain pass", "OPSD"]
     assert list(table.index[table["teacher pass, s"].notna()]) == ours
     assert table.loc["GRPO", "step / GRPO"] == 1
 
@@ -58,20 +59,20 @@ def test_all_trainers_train_on_the_rollouts_of_the_first(monkeypatch):
 def test_a_preset_is_raced_on_its_own_task(monkeypatch):
     # Nothing is pretrained for this.
     monkeypatch.setattr(racers, "load_model", lambda *_, **__: (tiny.model(), tiny.tokenizer()))
-    table = bench.race(PresetTrainers("smoke"), ["GRPO", "RLSD"], steps=1, memory=False)
+    table = bench.race(partial(preset_trainer, "smoke"), ["GRPO", "RLSD"], steps=1, memory=False)
     assert table["teacher pass, s"].isna().tolist() == [True, False]
     assert (table["step, s"] > table["generation, s"]).all()
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_floor_is_what_torch_counts_without_masked_pairs(tmp_path, shared):
-    trainer, score = bench.scoring(TINY, tmp_path)
+    trainer, score = passes.scoring(TINY, tmp_path)
     # Torch counts no other attention on a CPU, and this one with its masked pairs.
     trainer.teacher.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counted:
         score("shared" if shared else "plain")
     shape = shape_of(trainer.teacher.model.config)
-    floor = bench.floor_flops(shape, TINY, shared=shared)
+    floor = passes.floor_flops(shape, TINY, shared=shared)
     prompt, new, count = TINY.prompt + TINY.reference - 1, TINY.completion, TINY.generations
     copies, before = (1, prompt) if shared else (count, prompt)
     # The plain pass runs the last token too, which predicts nothing.
@@ -88,7 +89,7 @@ def test_the_floor_is_what_torch_counts_without_masked_pairs(tmp_path, shared):
 
 
 def test_the_pass_by_itself_agrees_with_the_plain_one():
-    row = bench.passes(TINY, rounds=1)
+    row = passes.compare_passes(TINY, rounds=1)
     assert 0 < row["largest difference of log-probabilities"] < 1e-4
     assert row["plain / shared"] == pytest.approx(row["plain pass, s"] / row["shared pass, s"])
     assert row["shared / floor"] > 1
@@ -109,7 +110,7 @@ def test_the_sweep_leaves_a_table_and_a_small_figure(tmp_path, monkeypatch):
 
 
 def test_the_command_prints_passes_and_race(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "peak_mib", lambda what, name: {"GRPO": 100.0}.get(name, 150.0))
+    monkeypatch.setattr(bench, "peak_mib", lambda build, name: {"GRPO": 100.0}.get(name, 150.0))
     sizes = [word for name, value in INTS.items() for word in ("-p", f"{name}={value}")]
     command = ["bench", "--steps", "1", "--rounds", "1", *sizes]
     assert main([*command, "--against", "GRPO", "RLSD"]) == 0
@@ -136,9 +137,9 @@ def test_bad_sizes_are_refused(capsys):
 @pytest.mark.slow
 def test_peak_memory_is_of_a_process_of_its_own():
     held = torch.ones(2**28)  # 1 GiB of this process, which is no part of the other's peak
-    assert 1 < bench.peak_mib(TINY, "RLSD") < held.numel() * 4 / 2**21
+    assert 1 < bench.peak_mib(TINY.build, "RLSD") < held.numel() * 4 / 2**21
     with pytest.raises(ValueError, match="Did you mean 'RLSD'"):
-        bench.peak_mib(TINY, "RLSB")
+        bench.peak_mib(TINY.build, "RLSB")
 
 
 # Real sizes, a profile, records
@@ -148,52 +149,50 @@ def test_a_gpu_table_holds_plans_beside_measurements_and_plans_read_it(monkeypat
     """The path of `--gpu` at tiny size on a CPU."""
     small = dataclasses.replace(TINY, rows=2)
     peaks = {"GRPO": 9000.0, "RLSD": 12000.0}
-    monkeypatch.setattr(bench, "peak_mib", lambda what, name: peaks.get(name, 10000.0))
-    monkeypatch.setattr(gpu, "SIZES", [small, dataclasses.replace(small, model="Qwen/Qwen3-8B")])
-    table = gpu.measure(gpu.SIZES, memory=80, steps=1)
-    assert list(table["trainer"]) == list(gpu.TRAINERS)  # the second model would not fit
+    monkeypatch.setattr(bench, "peak_mib", lambda build, name: peaks.get(name, 10000.0))
+    models = [small, dataclasses.replace(small, model="Qwen/Qwen3-8B")]
+    table = bench.measure(models, memory=80)
+    assert list(table["trainer"]) == list(bench.TRAINERS)  # the second model would not fit
     assert table["without generation / GRPO"].notna().all()
-    planned = table.set_index("trainer")[["plan, without generation / GRPO", "plan, peak MiB"]]
+    columns = [f"plan, {column}" for column in ("peak MiB", *bench.RATIOS)]
+    planned = table.set_index("trainer")[columns]
     assert planned.notna().all(axis=1).tolist() == [True, True, True, False, False]
-    assert planned.iloc[0, 0] == 1 < planned.iloc[1, 0] < planned.iloc[2, 0]
-    gpu.draw(table).savefig(tmp_path / "gpu.png")
-    assert 0 < (tmp_path / "gpu.png").stat().st_size < 200_000
+    shares = planned["plan, without generation / GRPO"]
+    assert shares.iloc[0] == 1 < shares.iloc[1] < shares.iloc[2]
 
-    tables = tmp_path / "outputs" / "tables"
-    tables.mkdir(parents=True)
-    table.to_csv(tables / "bench_gpu.csv", index=False)
-    preset = dataclasses.asdict(PRESETS["qwen3-text"])
-    plan, base = plan_of(preset, gpus=1), table.iloc[0]
+    bench.write_gpu(tmp_path / "outputs", table)
+    assert 0 < (tmp_path / "outputs" / "figures" / "bench_gpu.png").stat().st_size < 200_000
+    plan, base = plan_of(PRESETS["qwen3-text"], gpus=1), table.iloc[0]
     assert [getattr(plan, name) for name in MEASURED] == pytest.approx(base[[*MEASURED]].tolist())
     # The plan of what was measured, at the measured speeds, says what was measured.
     speeds = {name: base[name] for name in MEASURED}
-    same = dataclasses.replace(gpu.plan_for(small), **speeds)
-    spent = same.step(teacher=False) - same.seconds(teacher=False)["generation"]
+    same = dataclasses.replace(bench.plan_for(small), **speeds).grpo
+    spent = same.step() - same.seconds()["generation"]
     assert spent == pytest.approx(base["without generation, s"])
-    assert (same.peak(teacher=False) - RESERVED) * 1024 == pytest.approx(9000)
-    assert plan.speeds == f"measured, {tables / 'bench_gpu.csv'}"
-    assert plan_of(preset, gpus=1, mfu=0.3).mfu == 0.3
+    assert (same.peak() - RESERVED) * 1024 == pytest.approx(9000)
+    assert plan.speeds == f"measured, {tmp_path / 'outputs' / 'tables' / 'bench_gpu.csv'}"
+    assert plan_of(PRESETS["qwen3-text"], gpus=1, mfu=0.3).mfu == 0.3
 
 
 def test_a_trainer_that_runs_out_of_memory_or_time_leaves_an_empty_row(monkeypatch):
-    def train(what, name, *_):
+    def train(build, name, *_):
         if name == "RLSD":
             raise torch.OutOfMemoryError("no room")
-        return [{"step": 3.0, "generation": 1.0}], 100.0
+        return [{"without generation, s": 2.0, "generation, s": 1.0}], 100.0
 
     monkeypatch.setattr(bench, "train", train)
-    table = bench.race(TINY, ["GRPO", "RLSD", "OPSD"], memory=False)
-    assert table["step, s"].isna().tolist() == [False, True, False]
+    table = bench.race(TINY.build, ["GRPO", "RLSD", "OPSD"], memory=False)
+    assert table["step, s"].fillna(0).tolist() == [3, 0, 3]
     assert table.loc["OPSD", "step / GRPO"] == 1
-    late = bench.race(TINY, ["GRPO"], memory=False, until=0)
+    late = bench.race(TINY.build, ["GRPO"], memory=False, until=0)
     assert late["step, s"].isna().all()
 
 
 def test_real_sizes_are_those_of_the_named_model():
     sizes = dataclasses.replace(TINY, model="Qwen/Qwen3-0.6B", rows=2)
-    assert shape_of(sizes.config()) == shape_named("Qwen/Qwen3-0.6B")
+    assert shape_of(sizes.config()) == shape_of(config_named("Qwen/Qwen3-0.6B"))
     assert sizes.words == 151936 - 3
-    plan = gpu.plan_for(sizes)
+    plan = bench.plan_for(sizes)
     assert (plan.per_device_train_batch_size, plan.gradient_checkpointing) == (2, True)
 
 
@@ -217,41 +216,26 @@ def test_a_profile_names_every_phase_and_leaves_a_trace(tmp_path, capsys):
     assert "cache copy" in trace.read_text()
 
 
-def test_phases_count_what_they_call_of_each_other_once(monkeypatch):
-    ticks = iter(range(100))
-    monkeypatch.setattr(profile, "now", lambda: next(ticks))
-    phases = profile.Phases()
-    inner = phases.timed("inner", lambda: None)
-    phases.timed("outer", lambda: (inner(), inner()))()
-    # Clock readings: outer 0, inner 1 to 2 and 3 to 4, outer 5.
-    assert phases.seconds == {"inner": 2, "outer": 3}
-
-
-def test_records_become_a_table_of_machines(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="has no records"):
-        machines.hardware_table(tmp_path)
-    preset = pd.DataFrame({"step / GRPO": [1.0, 1.2]}, index=["GRPO", "RLSD"])
+def test_a_record_holds_machine_command_result_commit_and_versions(tmp_path, monkeypatch):
+    one = pd.DataFrame({"step / GRPO": [1.0, 1.2]}, index=["GRPO", "RLSD"])
     models = pd.DataFrame(
         {"model": ["small"] * 2, "trainer": ["GRPO", "RLSD"], "step / GRPO": [1.0, 1.0876]}
     )
     state = {"commit": "0123456789", "dirty": True}
-    versions = dict.fromkeys(machines.VERSIONS, "1.0")
-    monkeypatch.setattr(machines, "git_state", lambda: state)
-    monkeypatch.setattr(machines, "package_versions", lambda: versions)
-    for name, what, table in (
-        ("CPU, 2 cores", "bench --preset lab", preset),
-        ("NVIDIA H100", "bench --preset lab", preset),
-        ("NVIDIA H100", "bench --gpu", models),
-    ):
-        monkeypatch.setattr(machines, "machine_name", lambda name=name: name)
-        path = machines.record(what, table, tmp_path)
-    assert sorted(tmp_path.glob("*.json")) == [tmp_path / "cpu-2-cores.json", path]
-    known = json.loads(path.read_text())["runs"]["bench --gpu"]
-    assert known == {"result": {"small, GRPO": 1.0, "small, RLSD": 1.088}, **state, **versions}
-    head, _, first, second = machines.hardware_table(tmp_path).splitlines()
-    assert head == "| what | CPU, 2 cores | NVIDIA H100 |"
-    assert first.count("GRPO 1.00; RLSD 1.20 (0123456 with changes; python 1.0, torch 1.0") == 2
-    assert second.startswith("| bench --gpu | not run | small, GRPO 1.00; small, RLSD 1.09 (")
+    monkeypatch.setattr(bench, "git_state", lambda: state)
+    monkeypatch.setattr(bench, "machine_name", lambda: "CPU, 2 cores")
+    first = bench.record("bench --preset lab", one, tmp_path)
+    second = bench.record("bench --gpu", models, tmp_path)
+    assert sorted(tmp_path.glob("*.json")) == [second, first]
+    assert first.name == "cpu-2-cores-bench-preset-lab.json"
+    assert json.loads(first.read_text())["step / GRPO"] == {"GRPO": 1.0, "RLSD": 1.2}
+    known = json.loads(second.read_text())
+    assert known["step / GRPO"] == {"small, GRPO": 1.0, "small, RLSD": 1.088}
+    assert known.items() >= {"machine": "CPU, 2 cores", "what": "bench --gpu", **state}.items()
+    assert known["torch"] == torch.__version__
+    # A trainer without GRPO beside it has no ratio.
+    path = bench.record("bench --against", one.drop(columns="step / GRPO"), tmp_path)
+    assert json.loads(path.read_text())["step / GRPO"] == {}
 
 
 def test_the_command_records_what_it_measured(tmp_path, monkeypatch, capsys):
