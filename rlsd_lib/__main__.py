@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rlsd_lib.runs.jobs import Job, Outcome
     from rlsd_lib.runs.parameters import Parameter
 
+MACHINES = Path("tables", "machines")  # in the outputs: what was run on which machine
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (a run failed) or 2 (bad input)."""
@@ -159,6 +161,11 @@ def _left(rest: "Sequence[Job]", jobs: "Sequence[Job]", workers: int) -> str:
 
 
 def _table(options: argparse.Namespace) -> int:
+    if options.machines:
+        from rlsd_lib.runs.machines import hardware_table
+
+        print(hardware_table(outputs_root() / MACHINES))
+        return 0
     from rlsd_lib.report.tables import make_table, paired_differences, together
     from rlsd_lib.runs.records import read_runs
 
@@ -184,6 +191,7 @@ def _bench(options: argparse.Namespace) -> int:
     from rlsd_lib.experiment import bench, passes
     from rlsd_lib.experiment.racers import Sizes, contenders, preset_trainer
     from rlsd_lib.names import look_up
+    from rlsd_lib.runs.machines import machine_name, record
 
     outputs, names = outputs_root(), options.against or list(contenders())
     synthetic = options.against is not None or options.sweep or options.profile
@@ -208,7 +216,7 @@ def _bench(options: argparse.Namespace) -> int:
     elif synthetic:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
         clock = "seconds are the processor's where torch has one thread, else the wall clock's"
-        print(f"{sizes}\n{bench.machine_name()}; {clock}\n")
+        print(f"{sizes}\n{machine_name()}; {clock}\n")
         compared = passes.compare_passes(sizes, options.rounds)
         print(compared.map("{:.5g}".format).to_string() + "\n", flush=True)
         table = bench.race(sizes.build, names, options.steps, options.rounds)
@@ -217,7 +225,7 @@ def _bench(options: argparse.Namespace) -> int:
         table = bench.race(build, ("GRPO", "RLSD"), options.steps, options.rounds)
     print(table.to_string(float_format="{:.3f}".format))
     if options.record:
-        print(bench.record(what, table, outputs / "tables" / "machines"))
+        print(record(outputs / MACHINES, {f"`rlsd {what}`": bench.in_words(table)}))
     return 0
 
 
@@ -291,6 +299,7 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
     table.add_argument("--against", metavar="METHOD", help="paired differences from this method")
     table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
+    table.add_argument("--machines", action="store_true", help="instead: what was run on what")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 
     report = _command(commands, _report, "one page with a suite's tables and figures")

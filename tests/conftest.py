@@ -1,6 +1,8 @@
 """Fixtures for every test: no network, run folders in a temporary place, tiny notebooks."""
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,6 +36,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--on-cpu", action="store_true", help="run the tests marked gpu on the CPU, at tiny size"
     )
+    parser.addoption(
+        "--record", action="store_true", help="add what passed to outputs/tables/machines"
+    )
+
+
+# The rows of the README's hardware table; a test counts for the first that its id matches.
+ROWS = {
+    r"trainer/test_sharded\.py.*fsdp2": "FSDP2, two processes as one",
+    r"trainer/test_sharded\.py.*zero3": "ZeRO-3, two processes as one",
+    r"trainer/test_distributed": "two processes as one (DDP), every method",
+    r"test_vllm": "vLLM: rollouts, weights at every step, lost servers",
+    r"(test_vlm|lab/|vision)": "images: Qwen3-VL, Qwen2.5-VL, Gemma 3 at toy size",
+    r"gpu/": "what a card can show (`make test-gpu`)",
+    r"tests/trainer/": "trainer: traps, teachers, LoRA, shared prompts, resume, against TRL",
+    r"tests/theory/|test_theory": "theory, its notebooks too",
+    r"tests/notebooks/": "notebooks, end to end",
+    r"tests/tasks/": "tasks and graders, on fixtures of the paper's data",
+    r"tests/(runs|report|measure|experiment)/": "runs, measures, reports, launch, plan and bench",
+    r"": "credit, divergences, methods, command, set-up",
+}
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """With --record, one sentence for each row that tests of this session belong to."""
+    if not config.getoption("--record"):
+        return
+    from rlsd_lib.runs.machines import record
+
+    counts: dict[str, Counter] = {row: Counter() for row in ROWS.values()}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            row = next(row for mark, row in ROWS.items() if re.search(mark, report.nodeid.lower()))
+            counts[row][outcome] += 1
+    told = {
+        row: ", ".join(f"{number} {outcome}" for outcome, number in found.items())
+        for row, found in counts.items()
+        if set(found) - {"skipped"}
+    }
+    folder = Path(__file__).parents[1] / "outputs" / "tables" / "machines"
+    terminalreporter.write_line(f"recorded in {record(folder, told)}")
 
 
 @pytest.fixture(autouse=True)

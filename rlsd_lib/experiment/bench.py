@@ -34,8 +34,6 @@ from trl import GRPOTrainer
 from rlsd_lib.experiment.plan import MEASURED, RESERVED, Plan
 from rlsd_lib.experiment.racers import BASE, Sizes, contenders
 from rlsd_lib.experiment.shapes import shape_of
-from rlsd_lib.runs.provenance import git_state, hardware, package_versions
-from rlsd_lib.runs.records import write_json
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
 # A contender, a folder, a number of steps -> its trainer.
@@ -344,32 +342,12 @@ def _beside_plan(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
 # Records
 
 
-def machine_name() -> str:
-    """The card, and where there is none the processor."""
-    facts, info = hardware(), Path("/proc/cpuinfo")
-    if facts["gpus"]:
-        return facts["gpus"][0]
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else facts['machine']}, {facts['cpu_cores']} cores"
-
-
-def record(what: str, table: pd.DataFrame, folder: Path) -> Path:
-    """Write what was run on this machine, and every trainer's step time over GRPO's, as JSON.
-
-    `table` is one of `rlsd bench`. Returns the file in `folder`, one for each machine and `what`.
-    """
-    ratios = table.filter(like="step / ").squeeze(axis=1).dropna().round(3)
+def in_words(table: pd.DataFrame) -> str:
+    """Every trainer's step time over GRPO's, from a table of `rlsd bench`."""
+    if f"step / {BASE}" not in table:
+        return f"no {BASE} beside it"
+    ratios = table[f"step / {BASE}"].dropna()
     if "trainer" in table:  # several models
         ratios.index = (table["model"] + ", " + table["trainer"])[ratios.index]
-    machine, versions = machine_name(), package_versions()
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine} {what}".lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    row = {
-        "machine": machine,
-        "what": what,
-        "step / GRPO": ratios.to_dict(),
-        **git_state(),
-        **{name: versions[name] for name in ("python", "torch", "trl", "transformers")},
-    }
-    write_json(folder / f"{slug}.json", row)
-    return folder / f"{slug}.json"
+    told = [f"{name} {ratio:.3f}" for name, ratio in ratios.items() if not name.endswith(BASE)]
+    return f"of {BASE}'s step: {'; '.join(told)}"

@@ -1,7 +1,6 @@
 """The benchmark: equal work for all, honest arithmetic, a table and a figure."""
 
 import dataclasses
-import json
 from functools import partial
 
 import pandas as pd
@@ -216,26 +215,12 @@ def test_a_profile_names_every_phase_and_leaves_a_trace(tmp_path, capsys):
     assert "cache copy" in trace.read_text()
 
 
-def test_a_record_holds_machine_command_result_commit_and_versions(tmp_path, monkeypatch):
+def test_a_bench_in_words():
     one = pd.DataFrame({"step / GRPO": [1.0, 1.2]}, index=["GRPO", "RLSD"])
-    models = pd.DataFrame(
-        {"model": ["small"] * 2, "trainer": ["GRPO", "RLSD"], "step / GRPO": [1.0, 1.0876]}
-    )
-    state = {"commit": "0123456789", "dirty": True}
-    monkeypatch.setattr(bench, "git_state", lambda: state)
-    monkeypatch.setattr(bench, "machine_name", lambda: "CPU, 2 cores")
-    first = bench.record("bench --preset lab", one, tmp_path)
-    second = bench.record("bench --gpu", models, tmp_path)
-    assert sorted(tmp_path.glob("*.json")) == [second, first]
-    assert first.name == "cpu-2-cores-bench-preset-lab.json"
-    assert json.loads(first.read_text())["step / GRPO"] == {"GRPO": 1.0, "RLSD": 1.2}
-    known = json.loads(second.read_text())
-    assert known["step / GRPO"] == {"small, GRPO": 1.0, "small, RLSD": 1.088}
-    assert known.items() >= {"machine": "CPU, 2 cores", "what": "bench --gpu", **state}.items()
-    assert known["torch"] == torch.__version__
-    # A trainer without GRPO beside it has no ratio.
-    path = bench.record("bench --against", one.drop(columns="step / GRPO"), tmp_path)
-    assert json.loads(path.read_text())["step / GRPO"] == {}
+    models = one.reset_index(names="trainer").assign(model="small")
+    assert bench.in_words(one) == "of GRPO's step: RLSD 1.200"
+    assert bench.in_words(models) == "of GRPO's step: small, RLSD 1.200"
+    assert bench.in_words(one.drop(columns="step / GRPO")) == "no GRPO beside it"
 
 
 def test_the_command_records_what_it_measured(tmp_path, monkeypatch, capsys):
