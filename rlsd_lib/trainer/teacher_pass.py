@@ -105,7 +105,10 @@ class TeacherPass(GRPOTrainer):
         if self._buffered_inputs is None or self._step % self._micro_steps_served() == 0:
             # Old and teacher's log-probabilities are computed once for all of these steps.
             self._served = self._steps_served()
-        with self.completion_head.applied(all(map(self.args.cuts_head_at, self._served))):
+        wanted = self.args.completion_head
+        if wanted is None:
+            wanted = all(map(self.args.needs_teacher_at, self._served))
+        with self.completion_head.applied(wanted):
             return super().training_step(*args, **kwargs)
 
     def _generate(self, prompts: list) -> tuple:
