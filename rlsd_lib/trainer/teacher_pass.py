@@ -228,19 +228,21 @@ class TeacherPass(GRPOTrainer):
         TRL's dictionary of them. Returns left-padded ids and mask (N, P).
         Raises ValueError where prompt and completion take more positions than the model has.
         """
-        template = self.args.privileged_template
+        template, limit = self.args.privileged_template, self.args.max_teacher_prompt_length
+        if limit is not None:
+            contexts = self._shortened(prompts, contexts, template, limit)
         seen = [
             prompt if context is None else teacher_prompt(prompt, context, template)
-            for prompt, context in zip(prompts, self._fit(prompts, contexts), strict=True)
+            for prompt, context in zip(prompts, contexts, strict=True)
         ]
         ids, _, fields = self._tokenize_prompts(seen)
         self._check_positions(max(map(len, ids)) + output["completion_ids"].size(1))
-        types = {k: self._type_ids(k, fields[k], output) for k in TYPE_ID_FIELDS if k in fields}
+        types = {k: self._type_ids(fields[k], output, k) for k in TYPE_ID_FIELDS if k in fields}
         mask = [[1] * len(row) for row in ids]
         pad_id = self._tokenizer.pad_token_id
-        return Prompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), types)
+        return Prompts(ids, self._pad_left(ids, pad_id), self._pad_left(mask, 0), types)
 
-    def _type_ids(self, name: str, rows: list[list[int]], output: dict[str, Any]) -> Tensor:
+    def _type_ids(self, rows: list[list[int]], output: dict[str, Any], name: str) -> Tensor:
         """Type ids of the teacher's prompt, and those that TRL gave the completion."""
         prompt, completion = self._pad_left(rows, 0), torch.zeros_like(output["completion_ids"])
         if name in output:
@@ -261,25 +263,26 @@ class TeacherPass(GRPOTrainer):
 
     # The length of it
 
-    def _fit(self, prompts: Sequence[Prompt], contexts: Contexts) -> Contexts:
-        """Shorten contexts to `max_teacher_prompt_length`, and log the share shortened."""
-        if self.args.max_teacher_prompt_length is None:
-            return contexts
+    def _shortened(
+        self, prompts: Sequence[Prompt], contexts: Contexts, template: str, limit: int
+    ) -> Contexts:
+        """Contexts cut so that no teacher's prompt has more tokens; logs the share that is cut."""
         # Rollouts of a group ask the same question; each is measured once.
         known: dict[tuple[str, str | None], str | None] = {}
         for prompt, context in zip(prompts, contexts, strict=True):
-            if (key := (repr(prompt), context)) not in known:
-                known[key] = context if context is None else self._shortened(prompt, context)
+            key = repr(prompt), context
+            if key in known or context is None:
+                known[key] = known.get(key)
+            elif self._count(teacher_prompt(prompt, context, template)) <= limit:
+                known[key] = context
+            else:
+                known[key] = shorten_to_fit(
+                    prompt, context, template, limit, self._tokenizer, self._count
+                )
         fitted = [known[repr(prompt), text] for prompt, text in zip(prompts, contexts, strict=True)]
         cut = sum(new != old for new, old in zip(fitted, contexts, strict=True))
         self.log_means({"context_shortened_frac": (cut, len(fitted))})
         return fitted
-
-    def _shortened(self, prompt: Prompt, context: str) -> str:
-        limit, template = self.args.max_teacher_prompt_length, self.args.privileged_template
-        if self._count(teacher_prompt(prompt, context, template)) <= limit:
-            return context
-        return shorten_to_fit(prompt, context, template, limit, self._tokenizer, self._count)
 
     def _count(self, prompt: Prompt) -> int:
         return len(self._tokenize_prompts([prompt])[0][0])
@@ -336,20 +339,18 @@ class TeacherPass(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None]:
         """Every rollout behind its own copy of the prompt, by TRL's own function."""
         ids, mask = output["completion_ids"], output["completion_mask"]
-        length = ids.size(1)
-        dense = self.args.divergence is not None
-        collect = (lambda states: predicting(states, length)) if dense else None
-        with hidden_states(teacher, collect) as hidden:
+        with hidden_states(teacher, self.args.divergence is not None) as hidden:
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 teacher,
                 torch.cat([seen.ids, ids], dim=1),
                 torch.cat([seen.mask, mask], dim=1),
-                length,
+                ids.size(1),
                 batch_size=self.args.per_device_train_batch_size,
                 **_images(output),
                 **seen.type_ids,
             )
-        return logps, torch.cat(hidden) if hidden else None
+        kept = [predicting(states, ids.size(1)) for states in hidden]
+        return logps, torch.cat(kept) if kept else None
 
     def _shared_pass(
         self, teacher: nn.Module, seen: Prompts, output: dict[str, Any]
@@ -366,7 +367,7 @@ class TeacherPass(GRPOTrainer):
         if reason is not None or (same and torch.equal(seen.mask, output["prompt_mask"])):
             return None
         ids, mask = output["completion_ids"], output["completion_mask"]
-        rollouts = shared_prompts.Rollouts(seen, ids, mask, shared_prompts.pictures(images))
+        rollouts = shared_prompts.Rollouts(seen, ids, mask, shared_prompts.images_by_row(images))
         chunks = shared_prompts.plan(rollouts, args.per_device_train_batch_size)
         if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
             return None

@@ -122,8 +122,7 @@ class RLSDTrainer(TeacherPass):
             return super()._compute_loss(model, inputs)
         # A copy, because TRL hands the same dictionary out again when rollouts are reused.
         self._pending = inputs = dict(inputs)
-        collect = (lambda states: states) if "teacher_hidden" in inputs else None
-        with states.hidden_states(model, collect) as hidden:
+        with states.hidden_states(model, "teacher_hidden" in inputs) as hidden:
             loss = super()._compute_loss(model, inputs)
         if self._pending is not None:
             raise RuntimeError("TRL's loss never asked for log-probabilities: credit not applied.")
