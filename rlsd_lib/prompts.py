@@ -6,7 +6,8 @@ by `privileged_template`; system prompt, earlier turns, tools and images stay as
 
 import bisect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 Prompt = str | list[dict[str, Any]]
@@ -46,11 +47,6 @@ def check_template(template: str) -> None:
                 f"privileged_template has no {placeholder}: {template!r}. "
                 "The teacher's turn must hold both {prompt} and {privileged_context}."
             )
-
-
-def is_plain(template: str) -> bool:
-    """Whether an empty privileged text makes the teacher's turn equal to the student's."""
-    return render(template, "x", "") == "x"
 
 
 def teacher_prompt(prompt: Prompt, context: str, template: str) -> Prompt:
@@ -111,7 +107,8 @@ def check_contexts(contexts: Sequence[object], template: str) -> None:
     Raises:
         ValueError: listing the rows.
     """
-    rows, null = list(enumerate(contexts)), is_plain(template)
+    rows = list(enumerate(contexts))
+    null = render(template, "x", "") == "x"
     wrong = [i for i, text in rows if text is not None and not isinstance(text, str)]
     refuse(wrong, f"have a {COLUMN} that is not a string", "Convert it to str.")
     empty = [i for i, text in rows if text is None or not (text.strip() or null)]
@@ -154,26 +151,22 @@ def has_image_token(text: str) -> bool:
 
 def prompt_text(prompt: Prompt) -> str:
     """All text of a prompt, images left out."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(text for message in prompt for text in _texts(message.get("content")))
+    return "\n".join(part["text"] for part in _parts(prompt) if part["type"] == "text")
 
 
 def count_images(prompt: Prompt, kind: str = "image") -> int:
     """Number of images, or of parts of another `kind`, in a prompt's messages."""
-    contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return sum(part["type"] == kind for part in parts)
+    return sum(part["type"] == kind for part in _parts(prompt))
 
 
 def without_pixels(prompt: Prompt) -> Prompt:
     """Return a prompt whose image parts say only that there is an image: it can be written down."""
-    return _with_parts(prompt, lambda part: {"type": "image"})
+    return _with_images(prompt, [{"type": "image"}])
 
 
 def without_images(prompt: Prompt) -> Prompt:
     """Return a prompt without its image parts."""
-    return _with_parts(prompt, lambda part: None)
+    return _with_images(prompt, [])
 
 
 def text_of(completion: Completion) -> str:
@@ -242,16 +235,16 @@ def _render_content(content: str | list[dict[str, Any]], context: str, template:
     return [*content[:last], {**content[last], "text": text}, *content[last + 1 :]]
 
 
-def _with_parts(prompt: Prompt, change: Callable[[dict], dict | None]) -> Prompt:
-    """Apply `change` to the image parts of a prompt; None removes the part."""
+def _with_images(prompt: Prompt, images: list[dict[str, Any]]) -> Prompt:
+    """A prompt with each of its image parts replaced by `images`."""
     if isinstance(prompt, str):
         return prompt
     changed = []
     for message in prompt:
         content = message["content"]
         if isinstance(content, list):
-            parts = [change(part) if part["type"] == "image" else part for part in content]
-            content = [part for part in parts if part is not None]
+            parts = (images if part["type"] == "image" else [part] for part in content)
+            content = list(chain.from_iterable(parts))
         changed.append({**message, "content": content})
     return changed
 
@@ -261,10 +254,12 @@ def _holds(prompt: Prompt, context: str) -> bool:
     return bool(words) and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
-def _texts(content: str | list[dict[str, Any]] | None) -> Iterable[str]:
-    if isinstance(content, str):
-        return [content]
-    return [part["text"] for part in content or [] if part["type"] == "text"]
+def _parts(prompt: Prompt) -> Iterator[dict[str, Any]]:
+    """The parts of all messages; a text that is not split into parts is one part."""
+    contents = [prompt] if isinstance(prompt, str) else [m.get("content") for m in prompt]
+    for content in contents:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        yield from parts or []
 
 
 def refuse(rows: list[int], what: str, advice: str) -> None:

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -133,21 +134,24 @@ class Teacher:
         the student, so only that fact is written.
         """
         lives = self.model is not None and self.is_refreshed
-        same = lives and self.kind == "snapshot" and self.last_sync_step == step
-        writes = lives and not same
+        same = self.kind == "snapshot" and self.last_sync_step == step
+        source = None if not lives else "student" if same else WEIGHTS_FILE
         weights = {}
-        for name, parameter in self._own_parameters().items() if writes else ():
+        for name, parameter in self._own_parameters().items() if source == WEIGHTS_FILE else ():
             value = sharded.whole(parameter, self.accelerator)
             if self.accelerator.is_main_process:
                 weights[name] = value.contiguous()
         if not self.accelerator.is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if writes:
+        if weights:
             save_file(weights, str(folder / WEIGHTS_FILE))
-        state = {"kind": self.kind, "last_sync_step": self.last_sync_step}
-        state["weights"] = WEIGHTS_FILE if writes else "student" if same else None
-        state["released"] = self.model is None
+        state = {
+            "kind": self.kind,
+            "last_sync_step": self.last_sync_step,
+            "weights": source,
+            "released": self.model is None,
+        }
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     def load(self, folder: Path, student: nn.Module) -> None:
@@ -160,9 +164,9 @@ class Teacher:
         for problem in gather_object([self._problem_with(folder)]):
             if problem is not None:
                 raise ValueError(problem)
-        if not (folder / STATE_FILE).exists():
+        state = _state_in(folder)
+        if state is None:
             return
-        state = json.loads((folder / STATE_FILE).read_text())
         if state["released"]:
             return self.release()
         self.last_sync_step = state["last_sync_step"]
@@ -176,29 +180,26 @@ class Teacher:
 
     def _problem_with(self, folder: Path) -> str | None:
         """Why this rank cannot restore the teacher from a checkpoint folder, None if it can."""
-        if not (folder / STATE_FILE).exists():
-            if not self.is_refreshed:
-                return None
+        state = _state_in(folder)
+        if state is None and self.is_refreshed:
             return (
                 f"{folder} holds no teacher state ({STATE_FILE}), so the {self.kind!r} teacher "
                 "would silently restart from the initial policy. Resume from a checkpoint written "
                 "by RLSDTrainer, or use teacher_model_kind='live' or 'base'."
             )
-        state = json.loads((folder / STATE_FILE).read_text())
-        if state["kind"] != self.kind:
+        if state is not None and state["kind"] != self.kind:
             return (
                 f"{folder} was written with teacher_model_kind={state['kind']!r}, this run has "
                 f"{self.kind!r}. Resume with the same kind."
             )
-        if state["weights"] != WEIGHTS_FILE:
+        if state is None or state["weights"] != WEIGHTS_FILE:
             return None
         if not (folder / WEIGHTS_FILE).exists():
             return f"{folder} holds no {WEIGHTS_FILE} to restore the teacher from."
         with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
             differ = sorted(set(file.keys()) ^ self._own_parameters().keys())
-        if differ:
-            return f"{folder / WEIGHTS_FILE} is of another model: its parameters differ in {differ[:5]}."
-        return None
+        weights = folder / WEIGHTS_FILE
+        return f"{weights} is of another model: it differs in {differ[:5]}." if differ else None
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """What the teacher does not share with the student, by name."""
@@ -213,6 +214,11 @@ class Teacher:
         if self.adapter is not None:
             return adapter_pairs(student)
         return sharded.pairs(self.accelerator.unwrap_model(self.model), student)
+
+
+def _state_in(folder: Path) -> dict[str, Any] | None:
+    path = folder / STATE_FILE
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 # Copies, adapters and other models
