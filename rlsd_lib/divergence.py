@@ -76,10 +76,9 @@ def teacher_top1(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
 def student_top1(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
     """Student's Top-1 (A.3): P_T(v_S*) / P_S(v_S*), v_S* = argmax P_S. `(..., V) x 2 -> (...)`.
 
-    The gradient has the paper's weight: -w grad log P_S(v_S*), w = P_T(v_S*) / P_S(v_S*). No
-    stop-gradient is needed, since grad(P_T / P_S) = -(P_T / P_S) grad log P_S; differentiating
-    -w log P_S would add a term from w. Why w: the forward-KL gradient is
-    -E_{v ~ P_S}[w(v) grad log P_S(v)], here with the student's likeliest token for its sample.
+    The gradient has the paper's weight: -w grad log P_S(v_S*), w = P_T(v_S*) / P_S(v_S*), as the
+    forward KL's is -E_{v ~ P_S}[w(v) grad log P_S(v)], with the likeliest token for the sample. No
+    stop-gradient is needed: grad(P_T / P_S) = -(P_T / P_S) grad log P_S.
 
     The other reading of A.3, w on grad P_S(v_S*), is the v_S* term of the forward KL: the same
     direction, shorter by P_S(v_S*). A loss and not a divergence: 1 at P_S = P_T, and its gradient

@@ -36,11 +36,7 @@ def render(template: str, prompt: str, context: str) -> str:
 
 
 def check_template(template: str) -> None:
-    """Refuse a template without both placeholders.
-
-    Raises:
-        ValueError: naming the one that is missing.
-    """
+    """Refuse a template without both placeholders with a ValueError that names the missing one."""
     for placeholder in ("{prompt}", "{privileged_context}"):
         if placeholder not in template:
             raise ValueError(
@@ -52,18 +48,14 @@ def check_template(template: str) -> None:
 def teacher_prompt(prompt: Prompt, context: str, template: str) -> Prompt:
     """The prompt of the teacher: `prompt` with its last user turn rendered through `template`.
 
-    A multimodal turn keeps its images in place; the template wraps its last text part.
-
-    Raises:
-        ValueError: if the prompt has no user turn, or the turn has no text.
+    A multimodal turn keeps its images in place; the template wraps its last text part. Raises
+    ValueError if the prompt has no user turn, or the turn has no text.
     """
     if isinstance(prompt, str):
         return render(template, prompt, context)
     turns = [i for i, message in enumerate(prompt) if message["role"] == "user"]
     if not turns:
-        raise ValueError(
-            f"The prompt has no user turn to show the teacher a reference in: {prompt}"
-        )
+        raise ValueError(f"The prompt has no user turn to show a reference in: {prompt}")
     last = turns[-1]
     content = _render_content(prompt[last]["content"], context, template)
     return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]
@@ -79,8 +71,7 @@ def shorten_to_fit(
 ) -> str:
     """The longest head of `context` whose teacher prompt has at most `limit` tokens.
 
-    Raises:
-        ValueError: if not one token of the privileged text fits beside the question.
+    Raises ValueError if not one token of the privileged text fits beside the question.
     """
     ids = tokenizer.encode(context, add_special_tokens=False)
 
@@ -102,10 +93,8 @@ def shorten_to_fit(
 def check_contexts(contexts: Sequence[object], template: str) -> None:
     """Refuse rows whose privileged text is missing, empty, not a string, or holds an image token.
 
-    An empty text is accepted only under a plain template (the null control, whose gap is 0).
-
-    Raises:
-        ValueError: listing the rows.
+    Raises ValueError with the rows. An empty text is accepted only under a template that adds no
+    text of its own (the null control, whose gap is 0).
     """
     rows = list(enumerate(contexts))
     null = render(template, "x", "") == "x"
@@ -124,11 +113,8 @@ def check_contexts(contexts: Sequence[object], template: str) -> None:
 def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
     """Count rows whose privileged text stands in the student's prompt; refuse the clear leaks.
 
-    A text shorter than for `leaks` (a number, a choice) can stand in a question by chance, and is
-    only counted.
-
-    Raises:
-        ValueError: listing the rows.
+    Raises ValueError with the rows. A text shorter than for `leaks` (a number, a choice) can stand
+    in a question by chance, and is only counted.
     """
     pairs = list(zip(prompts, contexts, strict=True))
     refuse(
@@ -197,10 +183,8 @@ def demonstrations(
     """Write the privileged text of each rollout in `local`.
 
     All sequences are global, in rank order: a group of `group_size` may lie across two ranks. A
-    rollout is never its own demonstration. NaN rewards (unscorable rollouts) never succeed.
-
-    Raises:
-        ValueError: if the sequences differ in length, or do not hold whole groups.
+    rollout is never its own demonstration. NaN rewards (unscorable rollouts) never succeed. Raises
+    ValueError if the sequences differ in length, or are not whole groups.
     """
     total = len(completions)
     if len(rewards) != total or len(feedback) != total or total % group_size:

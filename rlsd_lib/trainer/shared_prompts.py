@@ -21,22 +21,8 @@ from rlsd_lib.trainer.states import causal_lm, hidden_states
 
 # Shown equal to the plain pass by tests. A family may take its positions from the attention mask
 # (OPT), so membership is by test and not by looks.
-TEXT_FAMILIES = (
-    "gemma",
-    "glm4",
-    "gpt_neox",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
+LLAMA_LIKE = ("gemma", "glm4", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "smollm3")
+TEXT_FAMILIES = ("gpt_neox", *LLAMA_LIKE, "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 IMAGE_FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 ATTENTION = ("eager", "sdpa")
 # Frequencies that depend on the length of the call would differ between prompt and completion.
