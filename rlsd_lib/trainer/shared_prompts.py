@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlsd_lib.trainer import upstream
 from rlsd_lib.trainer.sharded import SHARDS
 from rlsd_lib.trainer.states import causal_lm, hidden_states
 
@@ -189,7 +190,8 @@ def score(
         for batch in chunk.batches:
             inputs = _inputs(rollouts, chunk, batch, positions)
             cached = Cache(layers=[_SharedLayer(layer, batch.prompts) for layer in cache.layers])
-            with autocast(), hidden_states(model, want_hidden) as states:
+            grouped = upstream.grouped_attention(logps.device)
+            with autocast(), grouped, hidden_states(model, want_hidden) as states:
                 output = model(**inputs, past_key_values=cached, fused_lm_head=True, **router)
             logps[batch.rows, : batch.width] = output.log_probs.to(logps)
             for found in states:
