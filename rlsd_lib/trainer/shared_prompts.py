@@ -188,27 +188,41 @@ def score(
         with autocast():
             cache, positions = _read_prompts(model, chunk, rollouts)
         for batch in chunk.batches:
-            inputs = _inputs(rollouts, chunk, batch, positions)
-            cached = Cache(layers=[_SharedLayer(layer, batch.prompts) for layer in cache.layers])
+            # To the device once: lists as indices would go there at every use, in every layer.
+            rows, which = torch.tensor([batch.rows, batch.prompts], device=logps.device)
+            cached = Cache(layers=[_SharedLayer(layer, which) for layer in cache.layers])
             grouped = upstream.grouped_attention(logps.device)
             with autocast(), grouped, hidden_states(model, want_hidden) as states:
+                last = positions[..., which, -1:]
+                inputs = _inputs(rollouts, rows, last, chunk.width, batch.width, model.dtype)
                 output = model(**inputs, past_key_values=cached, fused_lm_head=True, **router)
-            logps[batch.rows, : batch.width] = output.log_probs.to(logps)
+            logps[rows, : batch.width] = output.log_probs.to(logps)
             for found in states:
                 hidden = found.new_zeros(*shape, found.size(-1)) if hidden is None else hidden
-                hidden[batch.rows, : batch.width] = found
+                hidden[rows, : batch.width] = found
     return logps, hidden
 
 
-def _inputs(rollouts: Rollouts, chunk: Chunk, batch: Batch, positions: Tensor) -> dict[str, Tensor]:
-    """A batch of completions, shifted: the prompt's last token opens each, its own last is left."""
-    prompts, rows, width = rollouts.prompts, batch.rows, batch.width
+def _inputs(
+    rollouts: Rollouts, rows: Tensor, last: Tensor, before: int, width: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Completions, shifted: the prompt's last token opens each, its own last is left out.
+
+    `last` are the positions of that opening token (..., N, 1), `before` the prompts' width.
+    """
+    prompts = rollouts.prompts
     ids, mask = rollouts.ids[rows, :width], rollouts.mask[rows, :width]
-    steps = torch.arange(width, device=ids.device)
+    seen = torch.cat([prompts.mask[rows, -before:], mask[:, :-1]], dim=1)
+    # What attention adds, (N, 1, width, K): made here, where each layer would make it anew.
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+    causal = torch.ones(width, seen.size(1), dtype=torch.bool, device=seen.device).tril(before - 1)
+    seen = seen[:, None, None, :].bool() & causal
+    added = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
     return {
         "input_ids": torch.cat([prompts.ids[rows, -1:], ids[:, :-1]], dim=1),
-        "attention_mask": torch.cat([prompts.mask[rows, -chunk.width :], mask[:, :-1]], dim=1),
-        "position_ids": positions[..., batch.prompts, -1:] + steps,
+        "attention_mask": added,
+        "position_ids": last + torch.arange(width, device=ids.device),
         "shift_labels": ids.masked_fill(mask == 0, -100),
     }
 
@@ -220,7 +234,8 @@ def _read_prompts(
     prompts, backbone = rollouts.prompts, causal_lm(model).base_model
     end = prompts.ids.size(1)
     start = end - chunk.width
-    ids, mask = prompts.ids[chunk.rows, start:], prompts.mask[chunk.rows, start:]
+    rows = torch.tensor(chunk.rows, device=prompts.ids.device)
+    ids, mask = prompts.ids[rows, start:], prompts.mask[rows, start:]
     # Counted from the uncut width, as in the plain pass.
     positions = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
     images: dict[str, Tensor] = {}
@@ -229,7 +244,7 @@ def _read_prompts(
         images = {"pixel_values": torch.cat(patches), "image_grid_thw": torch.cat(grids)}
         positions, _ = backbone.get_rope_index(
             ids,
-            mm_token_type_ids=prompts.type_ids["mm_token_type_ids"][chunk.rows, start:end],
+            mm_token_type_ids=prompts.type_ids["mm_token_type_ids"][rows, start:end],
             image_grid_thw=images["image_grid_thw"],
             attention_mask=mask,
         )
@@ -250,7 +265,7 @@ def _read_prompts(
 class _SharedLayer(DynamicLayer):
     """Keys and values (D, heads, P, H) of prompts, read by N rows; what rows add is not kept."""
 
-    def __init__(self, layer: DynamicLayer, prompts: list[int]) -> None:
+    def __init__(self, layer: DynamicLayer, prompts: Tensor) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
         self.prompts = prompts
