@@ -76,10 +76,9 @@ def teacher_top1(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
 def student_top1(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
     """Student's Top-1 (A.3): P_T(v_S*) / P_S(v_S*), v_S* = argmax P_S. `(..., V) x 2 -> (...)`.
 
-    The gradient has the paper's weight: -w grad log P_S(v_S*), w = P_T(v_S*) / P_S(v_S*). No
-    stop-gradient is needed, since grad(P_T / P_S) = -(P_T / P_S) grad log P_S; differentiating
-    -w log P_S would add a term from w. Why w: the forward-KL gradient is
-    -E_{v ~ P_S}[w(v) grad log P_S(v)], here with the student's likeliest token for its sample.
+    The gradient has the paper's weight: -w grad log P_S(v_S*), w = P_T(v_S*) / P_S(v_S*), as the
+    forward KL's is -E_{v ~ P_S}[w(v) grad log P_S(v)], with the likeliest token for the sample. No
+    stop-gradient is needed: grad(P_T / P_S) = -(P_T / P_S) grad log P_S.
 
     The other reading of A.3, w on grad P_S(v_S*), is the v_S* term of the forward KL: the same
     direction, shorter by P_S(v_S*). A loss and not a divergence: 1 at P_S = P_T, and its gradient
@@ -132,23 +131,23 @@ class Divergence:
 
     kind: str = "forward_kl"  # a key of KINDS
     alpha: float | None = None  # jsd only, default 0.5; 0 is the forward KL, 1 the reverse KL
-    top_k: int | None = None  # compare on k tokens only; None is the whole vocabulary
-    support: str = "student"  # whose k likeliest tokens; TRL takes the student's
+    top_k: int | None = None  # compare on the student's k likeliest tokens only; None is all
     add_tail: bool = False  # with top_k: one bucket for the other tokens, instead of rescaling
     token_clip: float | None = None  # a token above it counts as this much and has no gradient
 
     def __post_init__(self) -> None:
         kind, alpha, k, clip = self.kind, self.alpha, self.top_k, self.token_clip
         look_up(kind, KINDS, "kind")
-        jsd, top1, whose = kind == "jsd", kind.endswith("_top1"), self.support
-        plain = whose == "student" and not self.add_tail
+        jsd, top1 = kind == "jsd", kind.endswith("_top1")
         for valid, message in (
             (alpha is None or jsd, f"alpha={alpha} means nothing for {kind!r}: use kind='jsd'."),
             (0 <= (alpha or 0) <= 1, f"alpha={alpha}: expected 0 (forward KL) to 1 (reverse KL)."),
             (k is None or not top1, f"top_k={k} means nothing for {kind!r}: drop it, or use a KL."),
             (k is None or k >= 1, f"top_k={k}: expected at least 1, or None for all tokens."),
-            (k is not None or plain, "support and add_tail mean nothing without top_k: set top_k."),
-            (whose in ("student", "teacher"), f"support={whose!r}: expected student or teacher."),
+            (
+                k is not None or not self.add_tail,
+                "add_tail means nothing without top_k: set top_k.",
+            ),
             (clip is None or clip > 0, f"token_clip={clip}: expected above 0, or None for none."),
         ):
             _require(valid, message)
@@ -157,17 +156,14 @@ class Divergence:
         """D(P_T, P_S) per token, `(..., V), (..., V) -> (...)`; no gradient for the teacher."""
         log_p_t = log_p_t.detach()
         if self.top_k is not None:
-            ids = self._support_ids(log_p_t, log_p_s.detach())
+            k, vocab = self.top_k, log_p_s.shape[-1]
+            _require(k <= vocab, f"top_k={k}: expected at most the vocabulary's {vocab}, or None.")
+            ids = log_p_s.detach().topk(k, -1).indices
             log_p_t = on_support(log_p_t, ids, self.add_tail)
             log_p_s = on_support(log_p_s, ids, self.add_tail)
         options = {} if self.alpha is None else {"alpha": self.alpha}
         value = KINDS[self.kind](log_p_t, log_p_s, **options)
         return value if self.token_clip is None else value.clamp(max=self.token_clip)
-
-    def _support_ids(self, log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
-        k, vocab = self.top_k, log_p_s.shape[-1]
-        _require(k <= vocab, f"top_k={k}: expected at most the vocabulary's {vocab}, or None.")
-        return (log_p_s if self.support == "student" else log_p_t).topk(k, -1).indices
 
 
 # --- from hidden states, in chunks ---------------------------------------------------------------

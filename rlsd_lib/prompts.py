@@ -6,7 +6,8 @@ by `privileged_template`; system prompt, earlier turns, tools and images stay as
 
 import bisect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 Prompt = str | list[dict[str, Any]]
@@ -35,11 +36,7 @@ def render(template: str, prompt: str, context: str) -> str:
 
 
 def check_template(template: str) -> None:
-    """Refuse a template without both placeholders.
-
-    Raises:
-        ValueError: naming the one that is missing.
-    """
+    """Refuse a template without both placeholders with a ValueError that names the missing one."""
     for placeholder in ("{prompt}", "{privileged_context}"):
         if placeholder not in template:
             raise ValueError(
@@ -48,26 +45,17 @@ def check_template(template: str) -> None:
             )
 
 
-def is_plain(template: str) -> bool:
-    """Whether an empty privileged text makes the teacher's turn equal to the student's."""
-    return render(template, "x", "") == "x"
-
-
 def teacher_prompt(prompt: Prompt, context: str, template: str) -> Prompt:
     """The prompt of the teacher: `prompt` with its last user turn rendered through `template`.
 
-    A multimodal turn keeps its images in place; the template wraps its last text part.
-
-    Raises:
-        ValueError: if the prompt has no user turn, or the turn has no text.
+    A multimodal turn keeps its images in place; the template wraps its last text part. Raises
+    ValueError if the prompt has no user turn, or the turn has no text.
     """
     if isinstance(prompt, str):
         return render(template, prompt, context)
     turns = [i for i, message in enumerate(prompt) if message["role"] == "user"]
     if not turns:
-        raise ValueError(
-            f"The prompt has no user turn to show the teacher a reference in: {prompt}"
-        )
+        raise ValueError(f"The prompt has no user turn to show a reference in: {prompt}")
     last = turns[-1]
     content = _render_content(prompt[last]["content"], context, template)
     return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]
@@ -83,8 +71,7 @@ def shorten_to_fit(
 ) -> str:
     """The longest head of `context` whose teacher prompt has at most `limit` tokens.
 
-    Raises:
-        ValueError: if not one token of the privileged text fits beside the question.
+    Raises ValueError if not one token of the privileged text fits beside the question.
     """
     ids = tokenizer.encode(context, add_special_tokens=False)
 
@@ -106,12 +93,11 @@ def shorten_to_fit(
 def check_contexts(contexts: Sequence[object], template: str) -> None:
     """Refuse rows whose privileged text is missing, empty, not a string, or holds an image token.
 
-    An empty text is accepted only under a plain template (the null control, whose gap is 0).
-
-    Raises:
-        ValueError: listing the rows.
+    Raises ValueError with the rows. An empty text is accepted only under a template that adds no
+    text of its own (the null control, whose gap is 0).
     """
-    rows, null = list(enumerate(contexts)), is_plain(template)
+    rows = list(enumerate(contexts))
+    null = render(template, "x", "") == "x"
     wrong = [i for i, text in rows if text is not None and not isinstance(text, str)]
     refuse(wrong, f"have a {COLUMN} that is not a string", "Convert it to str.")
     empty = [i for i, text in rows if text is None or not (text.strip() or null)]
@@ -127,11 +113,8 @@ def check_contexts(contexts: Sequence[object], template: str) -> None:
 def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
     """Count rows whose privileged text stands in the student's prompt; refuse the clear leaks.
 
-    A text shorter than for `leaks` (a number, a choice) can stand in a question by chance, and is
-    only counted.
-
-    Raises:
-        ValueError: listing the rows.
+    Raises ValueError with the rows. A text shorter than for `leaks` (a number, a choice) can stand
+    in a question by chance, and is only counted.
     """
     pairs = list(zip(prompts, contexts, strict=True))
     refuse(
@@ -154,26 +137,22 @@ def has_image_token(text: str) -> bool:
 
 def prompt_text(prompt: Prompt) -> str:
     """All text of a prompt, images left out."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(text for message in prompt for text in _texts(message.get("content")))
+    return "\n".join(part["text"] for part in _parts(prompt) if part["type"] == "text")
 
 
 def count_images(prompt: Prompt, kind: str = "image") -> int:
     """Number of images, or of parts of another `kind`, in a prompt's messages."""
-    contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return sum(part["type"] == kind for part in parts)
+    return sum(part["type"] == kind for part in _parts(prompt))
 
 
 def without_pixels(prompt: Prompt) -> Prompt:
     """Return a prompt whose image parts say only that there is an image: it can be written down."""
-    return _with_parts(prompt, lambda part: {"type": "image"})
+    return _with_images(prompt, [{"type": "image"}])
 
 
 def without_images(prompt: Prompt) -> Prompt:
     """Return a prompt without its image parts."""
-    return _with_parts(prompt, lambda part: None)
+    return _with_images(prompt, [])
 
 
 def text_of(completion: Completion) -> str:
@@ -204,10 +183,8 @@ def demonstrations(
     """Write the privileged text of each rollout in `local`.
 
     All sequences are global, in rank order: a group of `group_size` may lie across two ranks. A
-    rollout is never its own demonstration. NaN rewards (unscorable rollouts) never succeed.
-
-    Raises:
-        ValueError: if the sequences differ in length, or do not hold whole groups.
+    rollout is never its own demonstration. NaN rewards (unscorable rollouts) never succeed. Raises
+    ValueError if the sequences differ in length, or are not whole groups.
     """
     total = len(completions)
     if len(rewards) != total or len(feedback) != total or total % group_size:
@@ -242,16 +219,16 @@ def _render_content(content: str | list[dict[str, Any]], context: str, template:
     return [*content[:last], {**content[last], "text": text}, *content[last + 1 :]]
 
 
-def _with_parts(prompt: Prompt, change: Callable[[dict], dict | None]) -> Prompt:
-    """Apply `change` to the image parts of a prompt; None removes the part."""
+def _with_images(prompt: Prompt, images: list[dict[str, Any]]) -> Prompt:
+    """A prompt with each of its image parts replaced by `images`."""
     if isinstance(prompt, str):
         return prompt
     changed = []
     for message in prompt:
         content = message["content"]
         if isinstance(content, list):
-            parts = [change(part) if part["type"] == "image" else part for part in content]
-            content = [part for part in parts if part is not None]
+            parts = (images if part["type"] == "image" else [part] for part in content)
+            content = list(chain.from_iterable(parts))
         changed.append({**message, "content": content})
     return changed
 
@@ -261,10 +238,12 @@ def _holds(prompt: Prompt, context: str) -> bool:
     return bool(words) and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
-def _texts(content: str | list[dict[str, Any]] | None) -> Iterable[str]:
-    if isinstance(content, str):
-        return [content]
-    return [part["text"] for part in content or [] if part["type"] == "text"]
+def _parts(prompt: Prompt) -> Iterator[dict[str, Any]]:
+    """The parts of all messages; a text that is not split into parts is one part."""
+    contents = [prompt] if isinstance(prompt, str) else [m.get("content") for m in prompt]
+    for content in contents:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        yield from parts or []
 
 
 def refuse(rows: list[int], what: str, advice: str) -> None:

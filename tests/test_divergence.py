@@ -23,9 +23,9 @@ DISTANCES = [
     Divergence("reverse_kl"),
     *(Divergence("jsd", alpha=a) for a in (None, 0.0, 0.1, 0.5, 1.0)),
     *(
-        Divergence(kind, top_k=k, support=support, add_tail=tail)
+        Divergence(kind, top_k=k, add_tail=tail)
         for kind in ("forward_kl", "reverse_kl", "jsd")
-        for k, support, tail in [(4, "student", True), (3, "teacher", False), (V, "teacher", True)]
+        for k, tail in [(4, True), (3, False), (V, True)]
     ),
 ]
 TOP1 = [Divergence("teacher_top1"), Divergence("student_top1")]
@@ -39,7 +39,7 @@ def naive(spec: Divergence, p_t: Tensor, p_s: Tensor) -> Tensor:
     if spec.kind == "student_top1":
         return (p_t * one_hot_max(p_s)).sum(-1) / (p_s * one_hot_max(p_s)).sum(-1)
     if spec.top_k:
-        order = (p_s if spec.support == "student" else p_t).detach().argsort(-1, descending=True)
+        order = p_s.detach().argsort(-1, descending=True)
         p_t, p_s = (cut(x.gather(-1, order), spec) for x in (p_t, p_s))
     a = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(spec.kind, spec.alpha)
     a = 0.5 if a is None else a
@@ -358,16 +358,15 @@ def test_jsd_swaps_its_arguments_with_alpha(seed, scale, alpha):
     seed=seeds,
     scale=scales,
     k=st.integers(1, V),
-    support=st.sampled_from(["student", "teacher"]),
     kind=st.sampled_from(["forward_kl", "reverse_kl", "jsd"]),
 )
-def test_a_tail_bucket_gives_a_lower_bound_that_closes(seed, scale, k, support, kind):
+def test_a_tail_bucket_gives_a_lower_bound_that_closes(seed, scale, k, kind):
     log_p_t, log_p_s = log_probs(seed, scale), log_probs(seed + 1, scale)
-    top = (log_p_s if support == "student" else log_p_t).topk(k, -1).indices
+    top = log_p_s.topk(k, -1).indices
     mass = dv.on_support(log_p_t, top, add_tail=True).exp().sum(-1)
     assert torch.allclose(mass, torch.ones_like(mass))
     full = Divergence(kind)(log_p_t, log_p_s)
-    bound = Divergence(kind, top_k=k, support=support, add_tail=True)(log_p_t, log_p_s)
+    bound = Divergence(kind, top_k=k, add_tail=True)(log_p_t, log_p_s)
     assert (bound <= full + 1e-12).all()
     if k == V:
         assert torch.allclose(bound, full, atol=1e-12)
@@ -422,9 +421,7 @@ def test_a_wrong_specification_says_what_to_do():
         ({"kind": "reverse_kl", "alpha": 0.5}, "use kind='jsd'"),
         ({"kind": "teacher_top1", "top_k": 5}, "means nothing for 'teacher_top1'"),
         ({"top_k": 0}, "top_k=0: expected at least 1"),
-        ({"top_k": 3, "support": "both"}, "support='both'"),
         ({"add_tail": True}, "without top_k"),
-        ({"support": "teacher"}, "without top_k"),
         ({"token_clip": 0.0}, "token_clip=0.0"),
     ]:
         with pytest.raises(ValueError, match=words):

@@ -375,7 +375,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "k of full logits": (
         "sdpo",
         {"distillation_mode": "full_logits", "distillation_topk": 5},
-        "mean nothing with distillation_mode='full_logits'. Use 'topk_logits'",
+        "means nothing with distillation_mode='full_logits'. Use 'topk_logits'",
     ),
     "tail of one token": ("sdpo", {**SAMPLED, "distillation_add_tail": True}, "Use 'topk_logits'"),
     "alpha of one token": ("sdpo", {**SAMPLED, "distillation_alpha": 0.5}, "log P_T - log P_S"),

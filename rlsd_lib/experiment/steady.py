@@ -1,18 +1,14 @@
-"""`WorkbookTrainer`: an `RLSDTrainer` that stops in order when something around it breaks.
-
-What is computed is the parent's, bit by bit. A SIGTERM ends in a checkpoint, a failing reward
-function is named with its row, a silent vLLM server ends the wait, and a checkpoint is resumed from
-only if its last file was written.
-"""
+"""`WorkbookTrainer`: an `RLSDTrainer` that stops in order when something around it breaks."""
 
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -39,13 +35,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
-class Steady:
-    """Mixin for a GRPO trainer: orderly stops, whole checkpoints, errors that name what failed."""
+class WorkbookTrainer(RLSDTrainer):
+    """The trainer of `Experiment`: orderly stops, whole checkpoints, errors that name what failed."""
 
     def __init__(self, model: Any, reward_funcs: Any = None, *args: Any, **kwargs: Any) -> None:
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        wrapped = None if reward_funcs is None else [named(function) for function in functions]
-        super().__init__(model, wrapped, *args, **kwargs)
+        if reward_funcs is not None:
+            given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            reward_funcs = [named(function) for function in given]
+        super().__init__(model, reward_funcs, *args, **kwargs)
         self.sigterm = StopOnSigterm(self.accelerator)
         self.add_callback(self.sigterm)
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
@@ -60,13 +57,14 @@ class Steady:
 
         Raises:
             ValueError: there is no complete checkpoint to resume from.
-            Stopped: after a SIGTERM, when the step is finished and its checkpoint written.
+            Stopped: after a SIGTERM, with a checkpoint of the finished step.
             CheckpointError: a checkpoint could not be written.
         """
         folder = self.args.output_dir
         resume = to_resume(folder, resume_from_checkpoint)
         own = self.args.enable_jit_checkpoint  # transformers' own answer to SIGTERM
-        with nullcontext() if own else self.sigterm.watching():
+        self.sigterm.asked = self.sigterm.stopped = False
+        with nullcontext() if own else on_sigterm(self.sigterm.ask):
             output = super().train(resume, *args, **kwargs)
         if self.sigterm.stopped:
             raise Stopped(
@@ -79,57 +77,66 @@ class Steady:
         output = super()._generate_and_score_completions(inputs)
         logps = output.get("sampling_per_token_logps")
         if logps is not None and self.vllm_importance_sampling_correction:
-            mask, step = policy_mask(output), self.state.global_step
-            share = missing_logps(logps, mask, self.accelerator, step)
-            mode = "train" if self.model.training else "eval"
-            self._metrics[mode]["sampling/missing_logp_frac"].append(share)
+            self._count_missing(logps, policy_mask(output).bool())
         return output
+
+    def _count_missing(self, logps: Tensor, mask: Tensor) -> None:
+        """Log the share of tokens (N, T) that vLLM gave no log-probability (NaN). Collective.
+
+        TRL trains such a token without mismatch correction; where all are missing, training stops.
+        """
+        counts = torch.stack([(logps.isnan() & mask).sum(), mask.sum()]).float()
+        missing, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        if tokens and missing == tokens:
+            raise FloatingPointError(
+                f"vLLM gave no log-probability (NaN) for any of {tokens:.0f} tokens at step "
+                f"{self.state.global_step}. Its weights or its cache are broken; restart it, or "
+                "train without vllm_importance_sampling_correction."
+            )
+        mode = "train" if self.model.training else "eval"
+        share = missing / tokens if tokens else 0.0
+        self._metrics[mode]["sampling/missing_logp_frac"].append(share)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        # The parent would delete older checkpoints before the mark of this one is written.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        limit = self.args.save_total_limit
         try:
             if self.args.should_save:
                 (folder / MARK).unlink(missing_ok=True)
-            super()._save_checkpoint(model, trial)
+            # The parent would delete older checkpoints before the mark of this one is written.
+            with patch.object(self.args, "save_total_limit", None):
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (folder / MARK).write_text(f'{{"step": {self.state.global_step}}}\n')
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise _save_error(folder, error) from error
-        finally:
-            self.args.save_total_limit = limit
+            last, disk = last_checkpoint(folder.parent), shutil.disk_usage(folder.parent)
+            kept = f"{last} is complete and untouched" if last else "there is no earlier checkpoint"
+            raise CheckpointError(
+                f"{folder.name} could not be written to {folder.parent}, which has "
+                f"{disk.free / 2**30:.1f} GiB free: {type(error).__name__}: {error}. What was "
+                f"written of it is removed; {kept}."
+            ) from error
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
 
-class WorkbookTrainer(Steady, RLSDTrainer):
-    """The trainer of `Experiment`."""
-
-
 # Signals
 
 
 class StopOnSigterm(TrainerCallback):
-    """On SIGTERM, which clusters send before they kill: finish the step, save, stop.
-
-    All ranks stop at the same step; by transformers' `enable_jit_checkpoint` each decides alone.
-    """
+    """On SIGTERM, which clusters send before they kill: finish the step, save, stop, on all ranks."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.asked = self.stopped = False
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Answer SIGTERM inside; only a main thread can, elsewhere nothing is changed."""
-        self.asked = self.stopped = False
-        with on_sigterm(lambda: setattr(self, "asked", True)):
-            yield
+    def ask(self) -> None:
+        """What the signal's handler does."""
+        self.asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if any rank got the signal; called on every rank."""
@@ -188,26 +195,6 @@ def _first_failing(function: Callable[..., Any], columns: dict[str, Any], count:
 # vLLM
 
 
-def missing_logps(logps: Tensor, mask: Tensor, accelerator: Accelerator, step: int) -> float:
-    """Share of sampled tokens without a log-probability of vLLM. Collective.
-
-    `logps` (N, T) are the sampler's, NaN where vLLM had none; TRL trains such a token without
-    mismatch correction. `mask` (N, T) is 1 on tokens of the policy.
-
-    Raises:
-        FloatingPointError: all are missing, so that the correction would be off in silence.
-    """
-    counts = torch.stack([(logps.isnan() & mask.bool()).sum(), mask.bool().sum()])
-    missing, tokens = accelerator.reduce(counts.float(), reduction="sum").tolist()
-    if tokens and missing == tokens:
-        raise FloatingPointError(
-            f"vLLM gave no log-probability (NaN) for any of {tokens:.0f} tokens at step {step}. Its "
-            "weights or its cache are broken; restart it, or train without "
-            "vllm_importance_sampling_correction."
-        )
-    return missing / tokens if tokens else 0.0
-
-
 def guard_server(client: Any, step: Callable[[], int], seconds: float) -> None:
     """Give every request of TRL's `VLLMClient` a time limit in seconds; TRL's wait for ever."""
     from requests import RequestException
@@ -253,20 +240,10 @@ def to_resume(output_dir: str | Path, given: str | bool | None) -> str | None:
     if not given:
         return None
     last = last_checkpoint(output_dir)
-    if given is not True and (Path(given) / MARK).is_file():
-        return str(given)
-    if given is not True or last is None:
+    path = last if given is True else Path(given)
+    if path is None or not (path / MARK).is_file():
         raise ValueError(
-            f"{output_dir if given is True else given} holds no complete checkpoint to resume from "
-            f"(no {MARK}). The last complete one in {output_dir} is {last and last.name}."
+            f"{path or output_dir} holds no complete checkpoint to resume from (no {MARK}). The "
+            f"last complete one in {output_dir} is {last and last.name}."
         )
-    return str(last)
-
-
-def _save_error(folder: Path, error: Exception) -> CheckpointError:
-    last, free = last_checkpoint(folder.parent), shutil.disk_usage(folder.parent).free / 2**30
-    kept = f"{last} is complete and untouched" if last else "there is no earlier checkpoint"
-    return CheckpointError(
-        f"{folder.name} could not be written to {folder.parent}, which has {free:.1f} GiB free: "
-        f"{type(error).__name__}: {error}. What was written of it is removed; {kept}."
-    )
+    return str(path)

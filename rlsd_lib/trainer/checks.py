@@ -1,4 +1,7 @@
-"""What `RLSDTrainer` refuses: arguments and rows before the model is loaded, models after."""
+"""What `RLSDTrainer` refuses: arguments and rows before the model is loaded, models after.
+
+Each check raises ValueError, unless it says otherwise, with the value and what works instead.
+"""
 
 import inspect
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ from rlsd_lib.credit import Credit
 from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import RLSDConfig
-from rlsd_lib.trainer.sharded import FSDP1, shape_of, sharding_of
+from rlsd_lib.trainer.sharded import FSDP1, SHARDS, shape_of, sharding_of
 
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
 LOGIT_CHANGES = (
@@ -36,22 +39,15 @@ VIDEO_ADVICE = (
 def check_arguments(
     reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, rollout_func: Any
 ) -> None:
-    """Judge what a trainer is given, before any model is loaded.
-
-    Raises:
-        ValueError: for a missing or misplaced teacher, reward, column or row.
-    """
-    sees = args.row.teacher_sees
+    """Judge what a trainer is given, before any model is loaded."""
+    sees, method = args.row.teacher_sees, f"method={args.method!r}"
     if sees == PROMPT and teacher_model is None:
-        raise ValueError(f"method={args.method!r} needs teacher_model=, the model to distil from.")
+        raise ValueError(f"{method} needs teacher_model=, the model to distil from.")
     if sees != PROMPT and teacher_model is not None:
-        raise ValueError(
-            f"method={args.method!r} teaches itself: teacher_model= is for method='opd' only."
-        )
+        raise ValueError(f"{method} teaches itself: teacher_model= is for method='opd' only.")
     if sees == PEER and not reward_funcs:
         raise ValueError(
-            f"method={args.method!r} needs reward_funcs: they decide which rollouts are shown to "
-            "their peers."
+            f"{method} needs reward_funcs: they decide which rollouts are shown to their peers."
         )
     if args.uses_teacher and rollout_func is not None:
         raise ValueError(
@@ -63,7 +59,7 @@ def check_arguments(
     if args.include_environment_feedback:
         _check_column(dataset, "include_environment_feedback=True")
     if args.uses_teacher and sees == PRIVILEGED:
-        _check_column(dataset, f"method={args.method!r}")
+        _check_column(dataset, method)
         if isinstance(dataset, Dataset):  # a streamed one is checked batch by batch
             contexts = dataset[prompts.COLUMN][:]
             prompts.check_contexts(contexts, args.privileged_template)
@@ -72,13 +68,14 @@ def check_arguments(
 
 def _check_videos(dataset: Dataset) -> None:
     """Refuse rows with a video, in the prompt or in a column of its own, which TRL does not read."""
-    found = set()
-    if "prompt" in dataset.column_names:
-        counts = (prompts.count_images(prompt, "video") for prompt in dataset["prompt"][:])
-        found |= {i for i, count in enumerate(counts) if count}
+    found = {i for i, prompt in enumerate(dataset["prompt"][:]) if _has_video(prompt)}
     for name in {"video", "videos"} & set(dataset.column_names):
         found |= {i for i, video in enumerate(dataset[name][:]) if video}
     prompts.refuse(sorted(found), "hold a video", VIDEO_ADVICE)
+
+
+def _has_video(prompt: prompts.Prompt) -> bool:
+    return prompts.count_images(prompt, "video") > 0
 
 
 def _check_column(dataset: Any, what: str) -> None:
@@ -97,9 +94,6 @@ def check_teacher(
 
     `source` is what the user gave: a path, whose tokenizer is compared, or a model, whose
     tokenizer is unknown.
-
-    Raises:
-        ValueError: naming the config field, the sizes, or the first token that differs.
     """
     if args.divergence is not None:
         _check_logits(teacher)
@@ -113,16 +107,12 @@ def check_teacher(
     if not isinstance(source, str):
         return
     ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(source).get_vocab()
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"The teacher's tokenizer knows {len(theirs)} tokens and the student's {len(ours)}. "
-            "Use a teacher with the student's tokenizer, saved beside its weights."
-        )
     if ours != theirs:
         token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
         raise ValueError(
             f"The teacher's tokenizer gives {token!r} the id {theirs.get(token)}, the student's "
-            f"{ours.get(token)}. Use a teacher with the student's tokenizer."
+            f"{ours.get(token)} (tokens: {len(theirs)} and {len(ours)}). Use a teacher with the "
+            "student's tokenizer, saved beside its weights."
         )
 
 
@@ -140,27 +130,36 @@ def _check_logits(model: nn.Module) -> None:
 
 
 def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator) -> None:
-    """Refuse what has not been shown to work when parameters are sharded over ranks.
-
-    Raises:
-        ValueError: naming the setting and what does work.
-    """
-    kind = args.teacher_model_kind
-    copies = kind != "live" and not isinstance(model, PeftModel)
-    dense = args.divergence is not None or args.row.teacher_sees == PROMPT
-    if sharding_of(accelerator) == FSDP1 and (copies or dense):
+    """Refuse a teacher that cannot be kept where parameters are sharded, adapters or in half."""
+    kind, own = args.teacher_model_kind, args.row.teacher_sees != PROMPT
+    adapter = isinstance(model, PeftModel)
+    if args.teacher_offload and adapter and own:
+        raise ValueError(
+            "teacher_offload=True: the teacher of a PEFT student is an adapter, which costs no "
+            "more than its few weights. Set teacher_offload=False."
+        )
+    if args.teacher_offload and accelerator.distributed_type in SHARDS:
+        raise ValueError(
+            f"teacher_offload=True under {accelerator.distributed_type}: it would bypass the "
+            "sharding. Set it to False and offload with the sharding's own settings."
+        )
+    copies = kind != "live" and not adapter
+    if sharding_of(accelerator) == FSDP1 and (copies or args.divergence is not None or not own):
         raise ValueError(
             f"FSDP1 with method={args.method!r} and teacher_model_kind={kind!r}: a sharded copy of "
             "the teacher and full-vocabulary divergences need FSDP2. Set fsdp_version: 2, or use "
             "rlsd or sampled_token with teacher_model_kind='live' or a PEFT student."
         )
+    half = model.dtype in (torch.float16, torch.bfloat16)
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if deepspeed and copies and kind == "ema" and accelerator.mixed_precision != "no":
+    rounds = half or (deepspeed and accelerator.mixed_precision != "no")
+    if kind == "ema" and not adapter and rounds:
+        mixed = f"under DeepSpeed in {accelerator.mixed_precision}"
         raise ValueError(
-            f"teacher_model_kind='ema' under DeepSpeed in {accelerator.mixed_precision}: DeepSpeed "
-            f"keeps the teacher in half precision, where an average that moves by "
-            f"{args.teacher_update_rate} of a small difference is rounded away. Set bf16=False, use "
-            "FSDP2, whose weights stay in float32, or use 'snapshot' or PEFT."
+            f"teacher_model_kind='ema' {f'with weights in {model.dtype}' if half else mixed}: an "
+            f"average that moves by {args.teacher_update_rate} of a small difference is rounded "
+            "away. Load the model in float32 (bf16=True may compute, but under DeepSpeed set "
+            "bf16=False), or use 'snapshot' or PEFT."
         )
 
 
@@ -168,12 +167,9 @@ def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
     """Refuse final prompts with a video, and mixed batches where parameters are sharded.
 
     A rank whose rows have no image would not enter the vision tower, whose shards the other ranks
-    wait for.
-
-    Raises:
-        ValueError: on every rank, with the number of rows of each kind.
+    wait for. Collective: every rank raises.
     """
-    videos = sum(prompts.count_images(prompt, "video") > 0 for prompt in final)
+    videos = sum(map(_has_video, final))
     bare = sum(prompts.count_images(prompt) == 0 for prompt in final)
     counts = gather_object([(videos, bare, len(final))])
     videos, bare, rows = (sum(column) for column in zip(*counts, strict=True))
@@ -188,11 +184,7 @@ def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
 
 
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:
-    """Refuse dropout, which would put noise into the gap, and processors that pad right.
-
-    Raises:
-        ValueError: naming the modules, the padding side, or what a divergence cannot handle.
-    """
+    """Refuse dropout, which would put noise into the gap, and processors that pad right."""
     if args.divergence is not None:
         _check_logits(model)
     noisy = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
@@ -203,19 +195,10 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
             f"Dropout is active in {noisy[:3]} ({len(noisy)} places) and would put noise into the "
             "gap. Set disable_dropout=True, lora_dropout=0, and attention_dropout=0 in the config."
         )
-    half = model.dtype in (torch.float16, torch.bfloat16)
-    if args.teacher_model_kind == "ema" and half and not isinstance(model, PeftModel):
-        raise ValueError(
-            f"teacher_model_kind='ema' with weights in {model.dtype}: an average that moves by "
-            f"{args.teacher_update_rate} of a small difference is rounded away. Load the model in "
-            "float32 (with bf16=True for the compute), or use 'snapshot'."
-        )
-    processor = isinstance(processing_class, ProcessorMixin)
-    if processor and (side := processing_class.tokenizer.padding_side) != "left":
-        raise ValueError(
-            f"The processor pads {side!r}; prompts must be padded on the left. Load it with "
-            "padding_side='left'."
-        )
+    if isinstance(processing_class, ProcessorMixin):
+        side = processing_class.tokenizer.padding_side
+        if side != "left":
+            raise ValueError(f"The processor pads {side!r}. Load it with padding_side='left'.")
 
 
 # Credit functions from outside the table, and rewards
@@ -224,12 +207,7 @@ CREDIT_KEYWORDS = ("lam", "epsilon_w", "success", "rewards", "entropy")
 
 
 def check_credit(credit: Credit, args: RLSDConfig) -> tuple[str, ...]:
-    """The keywords that a credit function asks for; refuses one that cannot be called.
-
-    Raises:
-        ValueError: for a method whose teacher sees no reference, options of the method's weight, or
-            a function without the three arguments or with an unknown required keyword.
-    """
+    """The keywords that a credit function asks for; refuses one that cannot or will not be called."""
     name = _name_of(credit)
     if METHODS[args.method].teacher_sees != PRIVILEGED or not args.uses_teacher:
         raise ValueError(
@@ -259,14 +237,10 @@ def check_credit(credit: Credit, args: RLSDConfig) -> tuple[str, ...]:
 
 
 def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
-    """Refuse the result of a credit function that is not a finite, detached (N, T). Collective.
-
-    Raises:
-        ValueError: on every rank, naming the function and what is wrong.
-    """
+    """Refuse a credit function's result that is not a finite, detached (N, T) tensor. Collective."""
     problem = None
-    if not isinstance(credited, torch.Tensor) or credited.shape != shape:
-        given = tuple(credited.shape) if isinstance(credited, torch.Tensor) else credited
+    if not isinstance(credited, Tensor) or credited.shape != shape:
+        given = tuple(credited.shape) if isinstance(credited, Tensor) else credited
         problem = f"returned {given}, expected a tensor of shape (N, T) = {tuple(shape)}"
     elif credited.requires_grad:
         problem = "returned a tensor with a gradient: detach what it computes from"

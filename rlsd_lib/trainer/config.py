@@ -3,7 +3,7 @@
 Every value and combination that can be judged without a model is judged here, before any compute.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from trl import GRPOConfig
@@ -15,19 +15,8 @@ from rlsd_lib.names import look_up
 from rlsd_lib.prompts import DEFAULT_TEMPLATE, check_template
 
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
-WEIGHT_CLIPS = ("linear", "log")
 TEACHER_PASSES = AUTO, PLAIN, SHARED = "auto", "plain", "shared"
-DISTILLATION_MODES = ("full_logits", "topk_logits", "sampled_token")
-# Fields that mean something for methods with a distillation term only; None is the method's own.
-DISTILLATION_FIELDS = (
-    "distillation_mode",
-    "distillation_alpha",
-    "distillation_topk",
-    "distillation_add_tail",
-    "distillation_token_clip",
-    "distillation_weight",
-)
-PEER_FIELDS = ("include_failed_rollout", "include_environment_feedback")
+DISTILLATION_MODES = FULL, TOP_K, SAMPLED = "full_logits", "topk_logits", "sampled_token"
 # What a field's value must be, and in words.
 VALUES = {
     "lambda_init": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
@@ -147,8 +136,10 @@ class RLSDConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._check_values()
+        self._check_options()
         super().__post_init__()
-        self._check_combinations()
+        if self.uses_teacher:
+            self._check_against_grpo()
 
     @property
     def row(self) -> Method:
@@ -160,11 +151,11 @@ class RLSDConfig(GRPOConfig):
     def divergence(self) -> Divergence | None:
         """The distillation term that enters the loss as a divergence, None for none."""
         spec = self.row.divergence
-        if spec is None or self.distillation_mode == "sampled_token":
+        if spec is None or self.distillation_mode == SAMPLED:
             return None
         if self.distillation_alpha is not None:
             spec = replace(spec, kind="jsd", alpha=self.distillation_alpha)
-        if self.distillation_mode == "full_logits":
+        if self.distillation_mode == FULL:
             spec = replace(spec, top_k=None, add_tail=False)
         given = {
             "top_k": self.distillation_topk,
@@ -176,7 +167,7 @@ class RLSDConfig(GRPOConfig):
     @property
     def credit(self) -> Credit:
         """The credit function: the method's, or the sampled-token form of its distillation."""
-        if self.distillation_mode == "sampled_token":
+        if self.distillation_mode == SAMPLED:
             return sampled_distillation
         if self.row.evidence is None:
             return self.row.credit
@@ -203,11 +194,6 @@ class RLSDConfig(GRPOConfig):
         sees = self.row.teacher_sees is not None
         return sees and (self.row.divergence is not None or self.lambda_at(step) > 0)
 
-    def cuts_head_at(self, step: int) -> bool:
-        """Whether that update runs the LM head on completions only, where TRL's runs on more."""
-        wanted = self.completion_head
-        return self.needs_teacher_at(step) if wanted is None else wanted
-
     def teacher_is_over(self, step: int) -> bool:
         """Whether no update from `step` on needs the teacher."""
         if self.row.divergence is not None:
@@ -219,25 +205,73 @@ class RLSDConfig(GRPOConfig):
         look_up(self.method, METHODS, "method")
         look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
         look_up(self.teacher_pass, TEACHER_PASSES, "teacher_pass")
-        look_up(self.weight_clip, WEIGHT_CLIPS, "weight_clip")
+        look_up(self.weight_clip, ("linear", "log"), "weight_clip")
         if self.distillation_mode is not None:
             look_up(self.distillation_mode, DISTILLATION_MODES, "distillation_mode")
         for name, (holds, expected) in VALUES.items():
             if not holds(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}.")
-        if self.teacher_offload and self.teacher_model_kind == "live":
-            raise ValueError(
-                f"teacher_model_kind='live': expected one of {TEACHER_KINDS[1:]} with "
-                "teacher_offload=True (a live teacher is the policy itself)."
-            )
-        _check_method_options(self)
-        _check_distillation(self)
         check_template(self.privileged_template)
 
-    def _check_combinations(self) -> None:
-        if not self.uses_teacher:
-            return
-        token_credit = self.row.evidence is not None or self.distillation_mode == "sampled_token"
+    def _check_options(self) -> None:
+        """Refuse options that mean nothing for the method, or too little."""
+        for field in fields(RLSDConfig):
+            value = getattr(self, field.name)
+            if value != field.default and (why := self._why_void(field.name)):
+                raise ValueError(f"{field.name}={value!r} means nothing {why}")
+        if self.row.needs_weight and self.distillation_weight is None:
+            raise ValueError(
+                f"method={self.method!r} needs distillation_weight, the factor of its distillation "
+                "term: the paper does not report one. Try 0.1."
+            )
+        spec = self.divergence  # built here, so that its own checks come now
+        if self.distillation_mode == TOP_K and spec.top_k is None:
+            raise ValueError("distillation_mode='topk_logits' needs distillation_topk, e.g. 100.")
+
+    def _why_void(self, name: str) -> str | None:
+        """Why an option that is set would change nothing, and what to do; None if it does."""
+        row, mode = self.row, self.distillation_mode
+        method = f"for method={self.method!r}"
+        match name:
+            case "peer_context" if METHODS[self.method].teacher_sees != PRIVILEGED:
+                return (
+                    f"{method}, whose teacher sees no privileged_context that a peer could "
+                    "replace. Leave it at False."
+                )
+            case "include_failed_rollout" | "include_environment_feedback" if (
+                row.teacher_sees != PEER
+            ):
+                return (
+                    f"{method} with the row's own reference: it is an option of method='sdpo' and "
+                    "of peer_context=True."
+                )
+            case "weight_clip" | "conserve_credit" if row.evidence is None:
+                return f"{method}, which has no weight. Leave it alone."
+            case "teacher_offload" if self.teacher_model_kind == "live":
+                kinds = ", ".join(map(repr, TEACHER_KINDS[1:]))
+                return f"with teacher_model_kind='live', the policy itself. Use one of {kinds}."
+            case _ if name.startswith("distillation_") and row.divergence is None:
+                return f"{method}, which has no distillation term. Leave it at None."
+            case "distillation_topk" | "distillation_add_tail" if mode in (FULL, SAMPLED):
+                return f"with distillation_mode={mode!r}. Use 'topk_logits'."
+            case "distillation_mode" if mode == SAMPLED and row.needs_weight:
+                return f"{method}, which adds a loss to a divergence. Use full or top-k logits."
+            case "distillation_mode" | "distillation_alpha" if row.divergence.kind.endswith(
+                "_top1"
+            ) and (name, mode) != ("distillation_mode", FULL):
+                return f"{method}, which looks at one token. Use method='opsd' with it."
+            case "distillation_alpha" | "distillation_token_clip" | "distillation_weight" if (
+                mode == SAMPLED
+            ):
+                return (
+                    "with distillation_mode='sampled_token', whose token advantage is "
+                    "log P_T - log P_S. Leave it at None."
+                )
+        return None
+
+    def _check_against_grpo(self) -> None:
+        """Refuse options of the parent that would void the method."""
+        token_credit = self.row.evidence is not None or self.distillation_mode == SAMPLED
         keeps = self.importance_sampling_level == "token" or self.loss_type in ("cispo", "vespo")
         if token_credit and not keeps:
             raise ValueError(
@@ -255,64 +289,3 @@ class RLSDConfig(GRPOConfig):
                 "use_liger_kernel=True is not supported: student and teacher would run different "
                 "kernels and the gap would measure their difference. Set it to False."
             )
-
-
-def _check_method_options(args: RLSDConfig) -> None:
-    """Refuse options that mean nothing for the method."""
-    method = f"method={args.method!r}"
-    if args.peer_context and METHODS[args.method].teacher_sees != PRIVILEGED:
-        raise ValueError(
-            f"peer_context=True means nothing for {method}, whose teacher sees no "
-            "privileged_context that a peer could replace. Leave it at False."
-        )
-    if args.row.evidence is None and (args.weight_clip != "linear" or args.conserve_credit):
-        raise ValueError(
-            f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} mean "
-            f"nothing for {method}, which has no weight. Leave them alone."
-        )
-    foreign = [name for name in PEER_FIELDS if getattr(args, name)]
-    if foreign and args.row.teacher_sees != PEER:
-        raise ValueError(
-            f"{foreign[0]}=True is an option of method='sdpo' and of peer_context=True, not of "
-            f"{method} with the row's own reference."
-        )
-
-
-def _check_distillation(args: RLSDConfig) -> None:
-    """Refuse options of the distillation term that mean nothing for the method, or too little."""
-    method, mode = f"method={args.method!r}", args.distillation_mode
-    values = {name: getattr(args, name) for name in DISTILLATION_FIELDS}
-    given = [name for name, value in values.items() if value is not None]
-    if given and args.row.divergence is None:
-        raise ValueError(
-            f"{given[0]}={values[given[0]]!r} means nothing for {method}, which has no "
-            "distillation term. Leave it at None."
-        )
-    if args.row.needs_weight and args.distillation_weight is None:
-        raise ValueError(
-            f"{method} needs distillation_weight, the factor of its distillation term: the paper "
-            "does not report one. Try 0.1."
-        )
-    if mode == "sampled_token" and args.row.needs_weight:
-        raise ValueError("grpo_opsd mixes a loss with a divergence: use full or top-k logits.")
-    topk = args.distillation_topk is not None or args.distillation_add_tail is not None
-    if topk and mode in ("full_logits", "sampled_token"):
-        raise ValueError(
-            f"distillation_topk and distillation_add_tail mean nothing with "
-            f"distillation_mode={mode!r}. Use 'topk_logits'."
-        )
-    if mode == "sampled_token" and given != ["distillation_mode"]:
-        raise ValueError(
-            f"{given[-1]}={values[given[-1]]!r} means nothing with distillation_mode="
-            "'sampled_token', whose token advantage is log P_T - log P_S. Leave it at None."
-        )
-    if args.row.divergence is not None and args.row.divergence.kind.endswith("_top1"):
-        for name in ("distillation_mode", "distillation_alpha"):
-            if values[name] not in (None, "full_logits"):
-                raise ValueError(
-                    f"{name}={values[name]!r} means nothing for {method}, which looks at one "
-                    "token. Use method='opsd' with it."
-                )
-    spec = args.divergence  # built here, so that its own checks come now
-    if mode == "topk_logits" and spec.top_k is None:
-        raise ValueError("distillation_mode='topk_logits' needs distillation_topk, e.g. 100.")

@@ -1,8 +1,7 @@
 """Models whose parameters are sharded over ranks: FSDP2's DTensors, DeepSpeed ZeRO-3's partitions.
 
-The teacher's copy is sharded as the policy is, so a refresh moves each rank's own shards without
-communication; saving and restoring gather one parameter at a time. Functions marked *collective*
-must be called by every rank, in the same order.
+The teacher's copy is sharded as the policy is, so a refresh needs no communication. *Collective*
+functions must be called by every rank, in the same order.
 """
 
 import copy
@@ -100,11 +99,7 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def pairs(target: nn.Module, source: nn.Module) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
-    """(target, source) parameters, matched by name.
-
-    Raises:
-        RuntimeError: if the names are not the same, naming some that differ.
-    """
+    """(target, source) parameters, matched by name; RuntimeError with names that differ."""
     targets, sources = named(target), named(source)
     if sources.keys() != targets.keys():
         differ = sorted(sources.keys() ^ targets.keys())[:5]
@@ -119,8 +114,7 @@ def pairs(target: nn.Module, source: nn.Module) -> Iterable[tuple[nn.Parameter, 
 def move(target: nn.Parameter, source: nn.Parameter, rate: float = 1.0) -> None:
     """target <- (1 - rate) target + rate source, by each rank on its own shards.
 
-    Raises:
-        RuntimeError: if the two are not sharded alike, so that shards hold different entries.
+    Raises RuntimeError if the two are not sharded alike, so that shards have different entries.
     """
     if _layout(target) != _layout(source):
         raise RuntimeError(
@@ -130,7 +124,7 @@ def move(target: nn.Parameter, source: nn.Parameter, rate: float = 1.0) -> None:
     if _is_partitioned(target):
         # ZeRO-3 keeps small parameters whole as well; the next forward gathers them anew.
         target.partition([target])
-    ours, theirs = _local(target), _local(source)
+    ours, theirs = local(target), local(source)
     if rate == 1.0:
         ours.copy_(theirs)
     else:
@@ -201,7 +195,8 @@ def _gathered(parameters: list[Tensor], modifier_rank: int | None = None):
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
-def _local(parameter: nn.Parameter) -> Tensor:
+def local(parameter: Tensor) -> Tensor:
+    """This rank's shard of a parameter, without its graph; the parameter itself if it is whole."""
     if _is_partitioned(parameter):
         return parameter.ds_tensor
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
@@ -209,4 +204,4 @@ def _local(parameter: nn.Parameter) -> Tensor:
 
 def _layout(parameter: nn.Parameter) -> tuple:
     spread = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else ()
-    return (*shape_of(parameter), tuple(_local(parameter).shape), *spread)
+    return (*shape_of(parameter), tuple(local(parameter).shape), *spread)

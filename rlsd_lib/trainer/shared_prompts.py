@@ -1,12 +1,8 @@
 """The teacher pass with each distinct prompt computed once, however many rollouts it has.
 
-A group asks the teacher one question G times. Plain scoring computes N (P + T) token positions;
-here D distinct prompts and N completions make D (P - 1) + N T. The keys and values of a prompt are
-computed without its last token, which then opens every completion: its state predicts the first
-sampled token, so that one call of TRL's fused head scores all T of them.
-
-Positions are those of the plain pass, so log-probabilities agree up to rounding. Micro-batches are
-cut to their own longest prompt and completion.
+Plain scoring computes N (P + T) token positions; D distinct prompts and N completions make
+D (P - 1) + N T. A prompt's KV cache leaves out its last token, which then opens every completion:
+its state predicts the first sampled token, so that one call of TRL's fused head scores all T.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,46 +16,30 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlsd_lib.trainer import upstream
 from rlsd_lib.trainer.sharded import SHARDS
 from rlsd_lib.trainer.states import causal_lm, hidden_states
 
-# Shown equal to the plain pass in tests/trainer/test_shared_prompts.py. A family may take its positions from the
-# attention mask (OPT), so membership is by test and not by looks.
-TEXT_FAMILIES = (
-    "gemma",
-    "glm4",
-    "gpt_neox",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
+# Shown equal to the plain pass by tests. A family may take its positions from the attention mask
+# (OPT), so membership is by test and not by looks.
+LLAMA_LIKE = ("gemma", "glm4", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "smollm3")
+TEXT_FAMILIES = ("gpt_neox", *LLAMA_LIKE, "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 IMAGE_FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 ATTENTION = ("eager", "sdpa")
 # Frequencies that depend on the length of the call would differ between prompt and completion.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-class Prompts(NamedTuple):
-    """Left-padded prompts (N, P) of the teacher, and type ids over prompt + completion."""
+Images = tuple[Tensor, Tensor]  # of one row: patches (n, C) and grids (images, 3)
 
+
+class Prompts(NamedTuple):
+    """The teacher's N prompts as token ids, left-padded (N, P), and type ids (N, P + T)."""
+
+    texts: list[list[int]]
     ids: Tensor
     mask: Tensor
     type_ids: dict[str, Tensor]
-
-
-class Picture(NamedTuple):
-    """All images of one row: patches (n, C) and grids (images, 3)."""
-
-    patches: Tensor
-    grids: Tensor
 
 
 class Rollouts(NamedTuple):
@@ -68,7 +48,7 @@ class Rollouts(NamedTuple):
     prompts: Prompts
     ids: Tensor
     mask: Tensor
-    shown: list[Picture] | None
+    images: list[Images] | None
 
 
 class Batch(NamedTuple):
@@ -80,7 +60,7 @@ class Batch(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Prompts computed in one call, each by a row that holds it, and the batches that need them."""
+    """Prompts computed in one call, each by a row that has it, and the batches that need them."""
 
     rows: list[int]
     width: int
@@ -112,7 +92,7 @@ def why_not(model: nn.Module, accelerator: Accelerator) -> str | None:
 
 def why_not_batch(prompts: Prompts, images: dict[str, Any]) -> str | None:
     """Why the prompts of this batch cannot be shared, None if they can."""
-    if int(prompts.mask.sum(dim=1).min()) < 2:
+    if min(map(len, prompts.texts)) < 2:
         return "a prompt of one token leaves nothing to share"
     last = prompts.ids.size(1) - 1
     if any(types[:, last:].any() for types in prompts.type_ids.values()):
@@ -122,23 +102,22 @@ def why_not_batch(prompts: Prompts, images: dict[str, Any]) -> str | None:
     return None
 
 
-def pictures(images: dict[str, Any]) -> list[Picture] | None:
+def images_by_row(images: dict[str, Any]) -> list[Images] | None:
     """The images of each row, from TRL's flat tensors; None for a batch without any."""
     if "pixel_values" not in images:
         return None
     grids = images["image_grid_thw"].split(images["num_images"])
-    patches = images["pixel_values"].split([int(grid.prod(dim=-1).sum()) for grid in grids])
-    return [Picture(*pair) for pair in zip(patches, grids, strict=True)]
+    sizes = torch.stack([grid.prod(dim=-1).sum() for grid in grids]).tolist()
+    return list(zip(images["pixel_values"].split(sizes), grids, strict=True))
 
 
-def find_groups(prompts: Prompts, shown: Sequence[Picture] | None) -> list[list[int]]:
+def find_groups(prompts: Prompts, images: Sequence[Images] | None) -> list[list[int]]:
     """Rows with the same prompt, and the same images where there are any: N rows in D lists."""
-    texts = torch.cat([prompts.ids * prompts.mask, prompts.mask], dim=1)
-    groups: dict[int, list[list[int]]] = {}
-    for row, text in enumerate(texts.unique(dim=0, return_inverse=True)[1].tolist()):
+    groups: dict[tuple[int, ...], list[list[int]]] = {}
+    for row, text in enumerate(map(tuple, prompts.texts)):
         same_text = groups.setdefault(text, [])
         for rows in same_text:
-            if shown is None or all(map(torch.equal, shown[row], shown[rows[0]])):
+            if images is None or all(map(torch.equal, images[row], images[rows[0]])):
                 rows.append(row)
                 break
         else:
@@ -149,14 +128,14 @@ def find_groups(prompts: Prompts, shown: Sequence[Picture] | None) -> list[list[
 def plan(rollouts: Rollouts, batch_size: int) -> list[Chunk]:
     """Chunks of about `batch_size` rows.
 
-    A chunk holds whole groups of similar prompt length, at least one, so that the keys and values
+    A chunk has whole groups of similar prompt length, at least one, so that the keys and values
     alive at a time are those of few prompts. Rows without a completion are left out.
     """
-    prompts = rollouts.prompts.mask.sum(dim=1).tolist()
+    prompts = [len(text) for text in rollouts.prompts.texts]
     ends = torch.arange(1, rollouts.mask.size(1) + 1, device=rollouts.mask.device)
-    completions = (rollouts.mask * ends).amax(dim=1).tolist()
+    completions = (rollouts.mask * ends).amax(dim=1).tolist()  # the pass waits for the device here
     chunks: list[list[list[int]]] = []
-    groups = find_groups(rollouts.prompts, rollouts.shown)
+    groups = find_groups(rollouts.prompts, rollouts.images)
     for group in sorted(groups, key=lambda rows: prompts[rows[0]]):
         rows = sorted((row for row in group if completions[row]), key=completions.__getitem__)
         if not rows:
@@ -173,9 +152,8 @@ def _chunk(
     pairs = [(row, prompt) for prompt, rows in enumerate(groups) for row in rows]
     batches = []
     for start in range(0, len(pairs), batch_size):
-        rows, which = zip(*pairs[start : start + batch_size], strict=True)
-        width = max(completions[row] for row in rows)
-        batches.append(Batch(list(rows), list(which), width))
+        rows, which = map(list, zip(*pairs[start : start + batch_size], strict=True))
+        batches.append(Batch(rows, which, max(completions[row] for row in rows)))
     firsts = [rows[0] for rows in groups]
     return Chunk(firsts, max(prompts[row] for row in firsts), batches)
 
@@ -210,27 +188,41 @@ def score(
         with autocast():
             cache, positions = _read_prompts(model, chunk, rollouts)
         for batch in chunk.batches:
-            inputs = _inputs(rollouts, chunk, batch, positions)
-            cached = Cache(layers=[_SharedLayer(layer, batch.prompts) for layer in cache.layers])
-            collect = (lambda states: states) if want_hidden else None
-            with autocast(), hidden_states(model, collect) as states:
+            # To the device once: lists as indices would go there at every use, in every layer.
+            rows, which = torch.tensor([batch.rows, batch.prompts], device=logps.device)
+            cached = Cache(layers=[_SharedLayer(layer, which) for layer in cache.layers])
+            grouped = upstream.grouped_attention(logps.device)
+            with autocast(), grouped, hidden_states(model, want_hidden) as states:
+                last = positions[..., which, -1:]
+                inputs = _inputs(rollouts, rows, last, chunk.width, batch.width, model.dtype)
                 output = model(**inputs, past_key_values=cached, fused_lm_head=True, **router)
-            logps[batch.rows, : batch.width] = output.log_probs.to(logps)
+            logps[rows, : batch.width] = output.log_probs.to(logps)
             for found in states:
                 hidden = found.new_zeros(*shape, found.size(-1)) if hidden is None else hidden
-                hidden[batch.rows, : batch.width] = found
+                hidden[rows, : batch.width] = found
     return logps, hidden
 
 
-def _inputs(rollouts: Rollouts, chunk: Chunk, batch: Batch, positions: Tensor) -> dict[str, Tensor]:
-    """A batch of completions, shifted: the prompt's last token opens each, its own last is left."""
-    prompts, rows, width = rollouts.prompts, batch.rows, batch.width
+def _inputs(
+    rollouts: Rollouts, rows: Tensor, last: Tensor, before: int, width: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Completions, shifted: the prompt's last token opens each, its own last is left out.
+
+    `last` are the positions of that opening token (..., N, 1), `before` the prompts' width.
+    """
+    prompts = rollouts.prompts
     ids, mask = rollouts.ids[rows, :width], rollouts.mask[rows, :width]
-    steps = torch.arange(width, device=ids.device)
+    seen = torch.cat([prompts.mask[rows, -before:], mask[:, :-1]], dim=1)
+    # What attention adds, (N, 1, width, K): made here, where each layer would make it anew.
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+    causal = torch.ones(width, seen.size(1), dtype=torch.bool, device=seen.device).tril(before - 1)
+    seen = seen[:, None, None, :].bool() & causal
+    added = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
     return {
         "input_ids": torch.cat([prompts.ids[rows, -1:], ids[:, :-1]], dim=1),
-        "attention_mask": torch.cat([prompts.mask[rows, -chunk.width :], mask[:, :-1]], dim=1),
-        "position_ids": positions[..., batch.prompts, -1:] + steps,
+        "attention_mask": added,
+        "position_ids": last + torch.arange(width, device=ids.device),
         "shift_labels": ids.masked_fill(mask == 0, -100),
     }
 
@@ -241,18 +233,18 @@ def _read_prompts(
     """Keys and values of a chunk's prompts but for their last token, and all positions (..., D, P)."""
     prompts, backbone = rollouts.prompts, causal_lm(model).base_model
     end = prompts.ids.size(1)
-    cut = slice(end - chunk.width, end)
-    ids, mask = prompts.ids[chunk.rows, cut], prompts.mask[chunk.rows, cut]
+    start = end - chunk.width
+    rows = torch.tensor(chunk.rows, device=prompts.ids.device)
+    ids, mask = prompts.ids[rows, start:], prompts.mask[rows, start:]
     # Counted from the uncut width, as in the plain pass.
-    positions = torch.arange(cut.start, end, device=ids.device).expand(len(ids), -1)
+    positions = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
     images: dict[str, Tensor] = {}
-    if rollouts.shown is not None:
-        shown = [rollouts.shown[row] for row in chunk.rows]
-        images["pixel_values"] = torch.cat([picture.patches for picture in shown])
-        images["image_grid_thw"] = torch.cat([picture.grids for picture in shown])
+    if rollouts.images is not None:
+        patches, grids = zip(*(rollouts.images[row] for row in chunk.rows), strict=True)
+        images = {"pixel_values": torch.cat(patches), "image_grid_thw": torch.cat(grids)}
         positions, _ = backbone.get_rope_index(
             ids,
-            mm_token_type_ids=prompts.type_ids["mm_token_type_ids"][chunk.rows, cut],
+            mm_token_type_ids=prompts.type_ids["mm_token_type_ids"][rows, start:end],
             image_grid_thw=images["image_grid_thw"],
             attention_mask=mask,
         )
@@ -273,7 +265,7 @@ def _read_prompts(
 class _SharedLayer(DynamicLayer):
     """Keys and values (D, heads, P, H) of prompts, read by N rows; what rows add is not kept."""
 
-    def __init__(self, layer: DynamicLayer, prompts: list[int]) -> None:
+    def __init__(self, layer: DynamicLayer, prompts: Tensor) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
         self.prompts = prompts

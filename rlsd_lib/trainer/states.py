@@ -1,6 +1,6 @@
 """The distillation term inside the loss: hidden states, heads, masks, and the mean over tokens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,21 +32,19 @@ def predicting(states: Tensor, length: int) -> Tensor:
 
 
 @contextmanager
-def hidden_states(
-    model: nn.Module, collect: Callable[[Tensor], Tensor] | None
-) -> Iterator[list[Tensor]]:
+def hidden_states(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
     """Collect what the backbone hands to the LM head, (N, P + T, H), with its graph.
 
-    Yields a list to which every forward inside the block adds `collect(states)`. TRL's fused head
-    returns log-probabilities only, so this saves a second forward. None collects nothing.
+    Yields a list to which every forward inside the block adds its states, if they are `wanted`.
+    TRL's fused head returns log-probabilities only, so this saves a second forward.
     """
     collected: list[Tensor] = []
-    if collect is None:
+    if not wanted:
         yield collected
         return
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        collected.append(collect(output.last_hidden_state))
+        collected.append(output.last_hidden_state)
 
     handle = causal_lm(model).base_model.register_forward_hook(keep)
     try:
@@ -82,7 +80,8 @@ def token_mean(
     The same normaliser as the policy loss, so that two terms of one loss stay comparable and
     gradient accumulation and ranks add up to the global batch.
     """
-    total = (per_token * mask).sum()
+    per_token = per_token * mask
+    total = per_token.sum()
     if args.loss_type in ("cispo", "dapo", "vespo"):
         items = num_items.clamp(min=1.0) / num_processes
         return total / (items * accumulation / args.steps_per_generation)
@@ -91,9 +90,9 @@ def token_mean(
     elif args.loss_type == "dr_grpo":
         mean = total / (per_token.size(0) * args.max_completion_length)
     elif args.loss_type == "luspo":
-        mean = (per_token * mask).sum(-1).mean()
+        mean = per_token.sum(-1).mean()
     else:
-        mean = ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+        mean = (per_token.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
     return mean / accumulation
 
 

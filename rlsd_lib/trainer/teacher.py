@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -44,9 +45,6 @@ class Teacher:
         args: the run's configuration.
         accelerator: of the trainer; prepares a full copy as TRL prepares a reference model.
         external: another model to learn from, or its path; `args.teacher_model_kind` is ignored.
-
-    Raises:
-        ValueError: for a model that cannot be copied, or `teacher_offload` without a full copy.
     """
 
     def __init__(
@@ -65,15 +63,16 @@ class Teacher:
         copies = self.kind not in ("live", EXTERNAL)
         self.adapter = ADAPTER if copies and isinstance(student, PeftModel) else None
         self.model: nn.Module | None = student
-        if external is not None:
-            self.model = prepare(external_for_scoring(external, args, student), accelerator)
-        elif self.adapter is not None:
+        if self.adapter is not None:
             add_teacher_adapter(student)
-        elif copies:
-            self.model = prepare(copy_for_scoring(student, args), accelerator)
+        elif self.kind != "live":
+            source = student if external is None else external
+            self.model = prepare(copy_for_scoring(source, args, student.dtype), accelerator)
         if self.offloaded:
-            check_offload(accelerator, self.adapter)
-            to_host(self.model, accelerator.device)
+            for parameter in self.model.parameters():
+                pinned = accelerator.device.type == "cuda"
+                host = torch.empty_like(parameter, device="cpu", pin_memory=pinned)
+                parameter.data = host.copy_(parameter.data)
 
     @property
     def is_refreshed(self) -> bool:
@@ -133,36 +132,34 @@ class Teacher:
         the student, so only that fact is written.
         """
         lives = self.model is not None and self.is_refreshed
-        same = lives and self.kind == "snapshot" and self.last_sync_step == step
-        writes = lives and not same
+        same = self.kind == "snapshot" and self.last_sync_step == step
         weights = {}
-        for name, parameter in self._own_parameters().items() if writes else ():
+        for name, parameter in self._own_parameters().items() if lives and not same else ():
             value = sharded.whole(parameter, self.accelerator)
             if self.accelerator.is_main_process:
                 weights[name] = value.contiguous()
         if not self.accelerator.is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if writes:
+        if weights:
             save_file(weights, str(folder / WEIGHTS_FILE))
         state = {"kind": self.kind, "last_sync_step": self.last_sync_step}
-        state["weights"] = WEIGHTS_FILE if writes else "student" if same else None
+        state["weights"] = WEIGHTS_FILE if weights else "student" if lives else None
         state["released"] = self.model is None
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     def load(self, folder: Path, student: nn.Module) -> None:
         """Restore what `save` wrote. The student must have the checkpoint's weights. Collective.
 
-        Raises:
-            ValueError: on every rank, if one finds no teacher state, or that of another teacher.
+        Raises ValueError on every rank, if one finds no teacher state, or that of another teacher.
         """
         # Gathered before anyone raises: a rank that stopped alone would leave the others waiting.
         for problem in gather_object([self._problem_with(folder)]):
             if problem is not None:
                 raise ValueError(problem)
-        if not (folder / STATE_FILE).exists():
+        state = _state_in(folder)
+        if state is None:
             return
-        state = json.loads((folder / STATE_FILE).read_text())
         if state["released"]:
             return self.release()
         self.last_sync_step = state["last_sync_step"]
@@ -176,29 +173,26 @@ class Teacher:
 
     def _problem_with(self, folder: Path) -> str | None:
         """Why this rank cannot restore the teacher from a checkpoint folder, None if it can."""
-        if not (folder / STATE_FILE).exists():
-            if not self.is_refreshed:
-                return None
+        state = _state_in(folder)
+        if state is None and self.is_refreshed:
             return (
                 f"{folder} holds no teacher state ({STATE_FILE}), so the {self.kind!r} teacher "
                 "would silently restart from the initial policy. Resume from a checkpoint written "
                 "by RLSDTrainer, or use teacher_model_kind='live' or 'base'."
             )
-        state = json.loads((folder / STATE_FILE).read_text())
-        if state["kind"] != self.kind:
+        if state is not None and state["kind"] != self.kind:
             return (
                 f"{folder} was written with teacher_model_kind={state['kind']!r}, this run has "
                 f"{self.kind!r}. Resume with the same kind."
             )
-        if state["weights"] != WEIGHTS_FILE:
+        if state is None or state["weights"] != WEIGHTS_FILE:
             return None
         if not (folder / WEIGHTS_FILE).exists():
             return f"{folder} holds no {WEIGHTS_FILE} to restore the teacher from."
         with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
             differ = sorted(set(file.keys()) ^ self._own_parameters().keys())
-        if differ:
-            return f"{folder / WEIGHTS_FILE} is of another model: its parameters differ in {differ[:5]}."
-        return None
+        weights = folder / WEIGHTS_FILE
+        return f"{weights} is of another model: it differs in {differ[:5]}." if differ else None
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """What the teacher does not share with the student, by name."""
@@ -215,38 +209,30 @@ class Teacher:
         return sharded.pairs(self.accelerator.unwrap_model(self.model), student)
 
 
-# Copies, adapters and other models
+def _state_in(folder: Path) -> dict[str, Any] | None:
+    path = folder / STATE_FILE
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def copy_for_scoring(student: PreTrainedModel, args: RLSDConfig) -> PreTrainedModel:
-    """A frozen copy of the student that scores tokens through TRL's fused LM head.
+def copy_for_scoring(
+    source: PreTrainedModel | str, args: RLSDConfig, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A frozen copy of a model, or the model at a path, with TRL's fused LM head.
 
-    Raises:
-        ValueError: if the student is spread over several devices.
+    The caller's model keeps its forward, its mode and its gradients. `dtype` is of a path's model.
+    Raises ValueError if a model is spread over several devices.
     """
-    if len(set(getattr(student, "hf_device_map", {}).values())) > 1:
+    if isinstance(source, str):
+        settings = {"dtype": dtype, **(args.model_init_kwargs or {}), "device_map": None}
+        teacher = create_model_from_path(source, **settings)
+    elif len(set(getattr(source, "hf_device_map", {}).values())) > 1:
         raise ValueError(
-            f"A model split by device_map ({student.hf_device_map}) cannot be copied for a teacher. "
+            f"A model split by device_map ({source.hf_device_map}) cannot be copied for a teacher. "
             "Use teacher_model_kind='live', PEFT, or a single device per process."
         )
-    with upstream.without_fused_head(student):
-        teacher = sharded.copy_of(student)
-    return _for_scoring(teacher, args)
-
-
-def external_for_scoring(
-    external: PreTrainedModel | str, args: RLSDConfig, student: PreTrainedModel | PeftModel
-) -> PreTrainedModel:
-    """A frozen copy of another model, or the model at a path in the student's precision."""
-    if not isinstance(external, str):
-        # A copy: the caller's model keeps its forward, its mode and its gradients.
-        return _for_scoring(sharded.copy_of(external), args)
-    settings = {"dtype": student.dtype, **(args.model_init_kwargs or {}), "device_map": None}
-    return _for_scoring(create_model_from_path(external, **settings), args)
-
-
-def _for_scoring(teacher: PreTrainedModel, args: RLSDConfig) -> PreTrainedModel:
-    """Freeze a model and give it the fused head, at the student's temperature."""
+    else:
+        with upstream.without_fused_head(source):
+            teacher = sharded.copy_of(source)
     add_fused_lm_head(
         teacher, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32
     )
@@ -265,8 +251,7 @@ def prepare(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
 def add_teacher_adapter(student: PeftModel) -> None:
     """Add a frozen adapter that starts as a copy of the active one.
 
-    Raises:
-        ValueError: if the active adapter is not called "default", the name TRL trains.
+    Raises ValueError if the active adapter is not called "default", the name TRL trains.
     """
     if student.active_adapter != "default":
         raise ValueError(
@@ -290,44 +275,16 @@ def adapter_pairs(student: PeftModel) -> Pairs:
             yield parameters[name.replace(".default.", f".{ADAPTER}.")], source
 
 
-# A full copy in CPU memory
-
-
-def check_offload(accelerator: Accelerator, adapter: str | None) -> None:
-    """Refuse `teacher_offload=True` without a full copy, or with a sharded one.
-
-    Raises:
-        ValueError: saying what already saves memory there.
-    """
-    if adapter is not None:
-        raise ValueError(
-            "teacher_offload=True: the teacher of a PEFT student is an adapter, which costs no "
-            "more than its few weights. Set teacher_offload=False."
-        )
-    if accelerator.distributed_type in sharded.SHARDS:
-        raise ValueError(
-            f"teacher_offload=True under {accelerator.distributed_type}: it would bypass the "
-            "sharding. Set it to False and offload with the sharding's own settings."
-        )
-
-
-def to_host(model: nn.Module, device: torch.device) -> None:
-    """Move parameters to CPU memory, pinned where `device` is a GPU."""
-    for parameter in model.parameters():
-        host = torch.empty_like(parameter, device="cpu", pin_memory=device.type == "cuda")
-        parameter.data = host.copy_(parameter.data)
-
-
 @contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """Yield the model with its parameters on `device`; a pass changes none, so none come back."""
-    homes = [(parameter, parameter.data) for parameter in model.parameters()]
+    homes = [parameter.data for parameter in model.parameters()]
     try:
-        for parameter, home in homes:
-            parameter.data = _sent(home, device)
+        for parameter in model.parameters():
+            parameter.data = _sent(parameter.data, device)
         yield model
     finally:
-        for parameter, home in homes:
+        for parameter, home in zip(model.parameters(), homes, strict=True):
             parameter.data = home
 
 

@@ -1,11 +1,11 @@
 """`TeacherPass`: rollouts are scored by a teacher that may see more than the student.
 
 The teacher's own prompt is followed by the completion ids as they were sampled: nothing is decoded
-and encoded again. Prompts that several rollouts share are computed once where that is exact and
-saves enough, see `shared_prompts`.
+and encoded again.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -23,21 +23,14 @@ from rlsd_lib.prompts import (
     check_contexts,
     count_in_prompts,
     demonstrations,
+    refuse,
     shorten_to_fit,
     teacher_prompt,
     without_images,
 )
-from rlsd_lib.trainer import checks, shared_prompts, upstream
+from rlsd_lib.trainer import checks, shared_prompts, states, upstream
 from rlsd_lib.trainer.config import AUTO, PLAIN, SHARED, RLSDConfig
 from rlsd_lib.trainer.shared_prompts import Prompts
-from rlsd_lib.trainer.states import (
-    IMAGE_FIELDS,
-    TYPE_ID_FIELDS,
-    causal_lm,
-    head_of,
-    hidden_states,
-    predicting,
-)
 from rlsd_lib.trainer.teacher import Teacher
 
 # Token positions of the shared pass over those of the plain one, up to which "auto" shares.
@@ -105,7 +98,10 @@ class TeacherPass(GRPOTrainer):
         if self._buffered_inputs is None or self._step % self._micro_steps_served() == 0:
             # Old and teacher's log-probabilities are computed once for all of these steps.
             self._served = self._steps_served()
-        with self.completion_head.applied(all(map(self.args.cuts_head_at, self._served))):
+        wanted = self.args.completion_head
+        if wanted is None:
+            wanted = all(map(self.args.needs_teacher_at, self._served))
+        with self.completion_head.applied(wanted):
             return super().training_step(*args, **kwargs)
 
     def _generate(self, prompts: list) -> tuple:
@@ -151,7 +147,6 @@ class TeacherPass(GRPOTrainer):
             return output
         contexts = self._contexts(inputs)
         scores = self.teacher_scores(self._final_prompts, contexts, output)
-        self._check_finite(scores.logps, output["prompt_ids"], "teacher")
         output["teacher_per_token_logps"] = scores.logps
         output["rewards"] = self._rewards[self._own_rows(len(inputs))]
         if scores.hidden is not None:
@@ -225,19 +220,36 @@ class TeacherPass(GRPOTrainer):
         TRL's dictionary of them. Returns left-padded ids and mask (N, P).
         Raises ValueError where prompt and completion take more positions than the model has.
         """
-        template = self.args.privileged_template
-        seen = [
-            prompt if context is None else teacher_prompt(prompt, context, template)
-            for prompt, context in zip(prompts, self._fit(prompts, contexts), strict=True)
-        ]
-        ids, _, fields = self._tokenize_prompts(seen)
-        self._check_positions(max(map(len, ids)) + output["completion_ids"].size(1))
-        types = {k: self._type_ids(k, fields[k], output) for k in TYPE_ID_FIELDS if k in fields}
-        mask = [[1] * len(row) for row in ids]
+        # A group's question is rendered and tokenised once. Images and tools are of one row.
+        alone = self._is_vlm or self.environment_factories is not None
+        pairs = list(zip(prompts, contexts, strict=True))
+        keys = [(repr(pair), row if alone else None) for row, pair in enumerate(pairs)]
+        distinct = dict(zip(keys, pairs, strict=True))
+        fitted = {key: self._fitted(*pair) for key, pair in distinct.items()}
+        ids, _, fields = self._tokenize_prompts(
+            [self._seen(prompt, fitted[key]) for key, (prompt, _) in distinct.items()]
+        )
+        number = {key: i for i, key in enumerate(distinct)}
+        which = [number[key] for key in keys]
+        if self.args.max_teacher_prompt_length is not None:
+            cut = sum(fitted[key] != text for key, text in zip(keys, contexts, strict=True))
+            self.log_means({"context_shortened_frac": (cut, len(keys))})
+        texts = [ids[i] for i in which]
+        self._check_positions(max(map(len, texts)) + output["completion_ids"].size(1))
+        types = {
+            name: self._type_ids([fields[name][i] for i in which], output, name)
+            for name in states.TYPE_ID_FIELDS
+            if name in fields
+        }
+        mask = [[1] * len(text) for text in texts]
         pad_id = self._tokenizer.pad_token_id
-        return Prompts(self._pad_left(ids, pad_id), self._pad_left(mask, 0), types)
+        return Prompts(texts, self._pad_left(texts, pad_id), self._pad_left(mask, 0), types)
 
-    def _type_ids(self, name: str, rows: list[list[int]], output: dict[str, Any]) -> Tensor:
+    def _seen(self, prompt: Prompt, context: str | None) -> Prompt:
+        template = self.args.privileged_template
+        return prompt if context is None else teacher_prompt(prompt, context, template)
+
+    def _type_ids(self, rows: list[list[int]], output: dict[str, Any], name: str) -> Tensor:
         """Type ids of the teacher's prompt, and those that TRL gave the completion."""
         prompt, completion = self._pad_left(rows, 0), torch.zeros_like(output["completion_ids"])
         if name in output:
@@ -258,23 +270,10 @@ class TeacherPass(GRPOTrainer):
 
     # The length of it
 
-    def _fit(self, prompts: Sequence[Prompt], contexts: Contexts) -> Contexts:
-        """Shorten contexts to `max_teacher_prompt_length`, and log the share shortened."""
-        if self.args.max_teacher_prompt_length is None:
-            return contexts
-        # Rollouts of a group ask the same question; each is measured once.
-        known: dict[tuple[str, str | None], str | None] = {}
-        for prompt, context in zip(prompts, contexts, strict=True):
-            if (key := (repr(prompt), context)) not in known:
-                known[key] = context if context is None else self._shortened(prompt, context)
-        fitted = [known[repr(prompt), text] for prompt, text in zip(prompts, contexts, strict=True)]
-        cut = sum(new != old for new, old in zip(fitted, contexts, strict=True))
-        self.log_means({"context_shortened_frac": (cut, len(fitted))})
-        return fitted
-
-    def _shortened(self, prompt: Prompt, context: str) -> str:
+    def _fitted(self, prompt: Prompt, context: str | None) -> str | None:
+        """The context, shortened to `max_teacher_prompt_length`."""
         limit, template = self.args.max_teacher_prompt_length, self.args.privileged_template
-        if self._count(teacher_prompt(prompt, context, template)) <= limit:
+        if limit is None or context is None or self._count(self._seen(prompt, context)) <= limit:
             return context
         return shorten_to_fit(prompt, context, template, limit, self._tokenizer, self._count)
 
@@ -283,20 +282,24 @@ class TeacherPass(GRPOTrainer):
 
     def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
         """Refuse questions that leave `max_teacher_prompt_length` no room; images count later."""
-        limit, template = self.args.max_teacher_prompt_length, self.args.privileged_template
+        limit = self.args.max_teacher_prompt_length
         if limit is None or self.args.row.teacher_sees == PROMPT:
             return
-        bare = [teacher_prompt(prompt, "", template) for prompt in map(without_images, prompts)]
-        rows = [i for i, prompt in enumerate(bare) if self._count(prompt) >= limit]
-        if rows:
-            raise ValueError(
-                f"max_teacher_prompt_length={limit} leaves no room for the privileged text in "
-                f"{len(rows)} dataset rows (rows {rows[:10]}): question and template alone fill "
-                "it. Raise the limit or drop the rows."
-            )
+        rows = [
+            row
+            for row, prompt in enumerate(map(without_images, prompts))
+            if self._count(self._seen(prompt, "")) >= limit
+        ]
+        refuse(
+            rows,
+            f"leave no room for the privileged text in max_teacher_prompt_length={limit}",
+            "Question and template alone fill it. Raise the limit or drop the rows.",
+        )
 
     def _check_positions(self, length: int) -> None:
-        config = causal_lm(self.accelerator.unwrap_model(self.model)).config.get_text_config()
+        config = states.causal_lm(
+            self.accelerator.unwrap_model(self.model)
+        ).config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         if most is not None and length > most:
             raise ValueError(
@@ -323,7 +326,7 @@ class TeacherPass(GRPOTrainer):
                 teacher, seen, output
             )
             # Inside the block, where an adapter's own layers and head are the active ones.
-            head = None if wanted is None else head_of(teacher)
+            head = None if wanted is None else states.head_of(teacher)
         if head is not None:
             head = tuple(None if part is None else part.detach() for part in head)
         return Scores(logps, hidden, head)
@@ -333,20 +336,18 @@ class TeacherPass(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None]:
         """Every rollout behind its own copy of the prompt, by TRL's own function."""
         ids, mask = output["completion_ids"], output["completion_mask"]
-        length = ids.size(1)
-        dense = self.args.divergence is not None
-        collect = (lambda states: predicting(states, length)) if dense else None
-        with hidden_states(teacher, collect) as hidden:
+        with states.hidden_states(teacher, self.args.divergence is not None) as hidden:
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 teacher,
                 torch.cat([seen.ids, ids], dim=1),
                 torch.cat([seen.mask, mask], dim=1),
-                length,
+                ids.size(1),
                 batch_size=self.args.per_device_train_batch_size,
                 **_images(output),
                 **seen.type_ids,
             )
-        return logps, torch.cat(hidden) if hidden else None
+        kept = [states.predicting(found, ids.size(1)) for found in hidden]
+        return logps, torch.cat(kept) if kept else None
 
     def _shared_pass(
         self, teacher: nn.Module, seen: Prompts, output: dict[str, Any]
@@ -363,7 +364,7 @@ class TeacherPass(GRPOTrainer):
         if reason is not None or (same and torch.equal(seen.mask, output["prompt_mask"])):
             return None
         ids, mask = output["completion_ids"], output["completion_mask"]
-        rollouts = shared_prompts.Rollouts(seen, ids, mask, shared_prompts.pictures(images))
+        rollouts = shared_prompts.Rollouts(seen, ids, mask, shared_prompts.images_by_row(images))
         chunks = shared_prompts.plan(rollouts, args.per_device_train_batch_size)
         if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
             return None
@@ -391,14 +392,20 @@ class TeacherPass(GRPOTrainer):
 
     # Numbers of all ranks
 
-    def log_means(self, sums: dict[str, tuple[Any, Any]]) -> None:
-        """Log numerator / denominator under rlsd/, each summed over ranks. Collective."""
+    def log_means(self, sums: dict[str, tuple[Any, Any]], count: Any = 0) -> float:
+        """Log numerator / denominator under rlsd/, each summed over ranks. Collective.
+
+        Returns the sum of `count` over ranks, which costs no transfer of its own.
+        """
+        flat = [count, *chain.from_iterable(sums.values())]
         device = self.accelerator.device
-        flat = [torch.as_tensor(v, device=device).float() for pair in sums.values() for v in pair]
-        totals = self.accelerator.reduce(torch.stack(flat).view(-1, 2), reduction="sum")
-        for name, (total, count) in zip(sums, totals.tolist(), strict=True):
+        values = torch.stack([torch.as_tensor(value, device=device).float() for value in flat])
+        counted, *totals = self.accelerator.reduce(values, reduction="sum").tolist()
+        for name, total, number in zip(sums, totals[::2], totals[1::2], strict=True):
             # NaN where there was nothing to average: the column stays, and TRL's means skip it.
-            self._metrics["train"][f"rlsd/{name}"].append(total / count if count else float("nan"))
+            mean = total / number if number else float("nan")
+            self._metrics["train"][f"rlsd/{name}"].append(mean)
+        return counted
 
     def _check_finite(self, logps: Tensor, prompt_ids: Tensor, whose: str) -> None:
         """Stop on every rank when any rank has a log-probability that is NaN or infinite."""
@@ -416,4 +423,4 @@ class TeacherPass(GRPOTrainer):
 
 
 def _images(output: dict[str, Any]) -> dict[str, Any]:
-    return {name: output[name] for name in IMAGE_FIELDS if name in output}
+    return {name: output[name] for name in states.IMAGE_FIELDS if name in output}

@@ -122,8 +122,7 @@ class RLSDTrainer(TeacherPass):
             return super()._compute_loss(model, inputs)
         # A copy, because TRL hands the same dictionary out again when rollouts are reused.
         self._pending = inputs = dict(inputs)
-        collect = (lambda states: states) if "teacher_hidden" in inputs else None
-        with states.hidden_states(model, collect) as hidden:
+        with states.hidden_states(model, "teacher_hidden" in inputs) as hidden:
             loss = super()._compute_loss(model, inputs)
         if self._pending is not None:
             raise RuntimeError("TRL's loss never asked for log-probabilities: credit not applied.")
@@ -135,7 +134,6 @@ class RLSDTrainer(TeacherPass):
         # log-probabilities cost nothing extra.
         if self._pending is not None:
             inputs, self._pending = self._pending, None
-            self._check_finite(logps, inputs["prompt_ids"], "student")
             inputs["entropy"] = entropies.detach()
             inputs["advantages"] = self._token_advantages(inputs, logps.detach())
         return logps, entropies, aux_loss
@@ -145,11 +143,15 @@ class RLSDTrainer(TeacherPass):
         advantages, mask = inputs["advantages"], states.loss_mask(inputs)
         if advantages.dim() != 1:
             raise RuntimeError(f"Advantages were reweighted already: {tuple(advantages.shape)}.")
+        teacher = inputs["teacher_per_token_logps"]
         # P_S is the policy that wrote the rollout: credit belongs to the rollout, as A does.
-        gap = inputs["teacher_per_token_logps"] - inputs.get("old_per_token_logps", logps)
+        gap = teacher - inputs.get("old_per_token_logps", logps)
         assign = self._own_credit if self.credit is not None else self._table_credit
         credited, sums = assign(advantages, gap, mask, inputs)
-        self.log_means(gap_sums(gap, mask) | sums)
+        broken = (~(teacher + logps).isfinite()).sum()
+        if self.log_means(gap_sums(gap, mask) | sums, broken):
+            self._check_finite(teacher, inputs["prompt_ids"], "teacher")
+            self._check_finite(logps, inputs["prompt_ids"], "student")
         if (age := self.teacher.age(self.state.global_step)) is not None:
             self._metrics["train"]["rlsd/teacher_age"].append(age)
         return credited
@@ -170,6 +172,8 @@ class RLSDTrainer(TeacherPass):
     def _own_credit(
         self, advantages: Tensor, gap: Tensor, mask: Tensor, inputs: dict[str, Any]
     ) -> tuple[Tensor, Sums]:
+        # Before the function sees them, so that it is not blamed for them.
+        self._check_finite(gap, inputs["prompt_ids"], "teacher or student")
         known = {
             "lam": self.args.lambda_at(self.state.global_step),
             "epsilon_w": self.args.epsilon_w,
@@ -226,8 +230,7 @@ class RLSDTrainer(TeacherPass):
     ) -> TrainOutput:
         """As the parent's; on a resume the teacher is restored as well.
 
-        Raises:
-            ValueError: on every rank, if the checkpoint holds no teacher state, or another's.
+        Raises ValueError on every rank, if the checkpoint has no teacher state, or another's.
         """
         last = resume_from_checkpoint is True
         self._checkpoint = (

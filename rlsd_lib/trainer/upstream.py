@@ -1,13 +1,14 @@
-"""Workarounds for other libraries: all of them, each with what it mends, where, and for which version.
+"""Workarounds for other libraries, each with what it mends, where, and for which version.
 
-`@mends` enters a workaround into `NOTES`. A test fails when the installed library is newer than a
-note: then read the place that it names, and delete the workaround or renew the note.
+A test fails when a library is newer than a note in `NOTES`: then read the place that it names, and
+delete the workaround or renew the note.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -15,11 +16,12 @@ from accelerate.utils import is_compiled_module
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import sdpa_attention
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.kernels import chunked_logprob
 
+from rlsd_lib.trainer import sharded
 from rlsd_lib.trainer.states import IMAGE_FIELDS, causal_lm
 
 
@@ -54,10 +56,9 @@ TILE = 128  # tokens per logits tile: the fastest and smallest of those measured
 class CompletionHead:
     """Runs the fused LM head on completion tokens only, on a CPU. Active inside `applied()`.
 
-    With Triton, TRL's head scores labelled positions alone, one logits tile at a time. Without it,
-    it scores prompts too and keeps several copies of a tile of 4,096 tokens. This cuts hidden
-    states and labels to the completion and the tile to a CPU's cache: the same numbers up to
-    rounding, in two thirds of a step's time.
+    Without Triton, TRL's head scores prompts too and keeps several copies of a tile of 4,096 tokens.
+    This cuts hidden states and labels to the completion and the tile to a CPU's cache: the same
+    numbers up to rounding, in two thirds of a step's time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -72,7 +73,7 @@ class CompletionHead:
         """
         self.applies = wanted and self.saves
         try:
-            with tiles_of(TILE if self.applies else chunked_logprob.TOKEN_CHUNK_SIZE):
+            with tiles_of(TILE) if self.applies else nullcontext():
                 yield
         finally:
             self.applies = False
@@ -82,15 +83,9 @@ class CompletionHead:
         return completions_only(model, length) if self.applies and can_cut(model) else model
 
 
-@contextmanager
-def tiles_of(tokens: int) -> Iterator[None]:
+def tiles_of(tokens: int) -> AbstractContextManager:
     """Set the tile of every fused head to `tokens` rows inside."""
-    before = chunked_logprob.TOKEN_CHUNK_SIZE
-    chunked_logprob.TOKEN_CHUNK_SIZE = tokens
-    try:
-        yield
-    finally:
-        chunked_logprob.TOKEN_CHUNK_SIZE = before
+    return patch.object(chunked_logprob, "TOKEN_CHUNK_SIZE", tokens)
 
 
 def can_cut(model: nn.Module) -> bool:
@@ -142,11 +137,12 @@ def without_fused_head(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     The patch keeps the original bound method in a closure: a copy of it runs the original model.
     """
-    patched = model.__dict__.pop("forward")
+    patched = model.__dict__.pop("forward", None)
     try:
         yield model
     finally:
-        model.forward = patched
+        if patched is not None:
+            model.forward = patched
 
 
 # --- TRL: images ---------------------------------------------------------------------------------
@@ -196,7 +192,7 @@ def keep_base_exact(model: nn.Module, backend: VLLMGeneration) -> None:
         exact.update({} if exact else _frozen_halves(model))
         sync()
         for name, value in exact.items():
-            _local(model.get_parameter(name)).copy_(value)
+            sharded.local(model.get_parameter(name)).copy_(value)
 
     backend.sync_weights = exact_sync
 
@@ -204,18 +200,25 @@ def keep_base_exact(model: nn.Module, backend: VLLMGeneration) -> None:
 def _frozen_halves(model: PeftModel) -> dict[str, Tensor]:
     half = (torch.bfloat16, torch.float16)
     return {
-        name: _local(parameter).cpu().clone()
+        name: sharded.local(parameter).cpu().clone()
         for name, parameter in model.named_parameters()
         if ".base_layer." in name and parameter.dtype in half and not parameter.requires_grad
     }
 
 
-def _local(parameter: Tensor) -> Tensor:
-    part = parameter.detach()
-    return part.to_local() if isinstance(part, DTensor) else part
-
-
 # --- transformers and accelerate -----------------------------------------------------------------
+
+
+@mends("transformers", "5.17.0", "transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa")
+def grouped_attention(device: torch.device) -> AbstractContextManager:
+    """Let attention read the keys and values of grouped heads in place, on a CPU, inside.
+
+    With a mask, transformers repeats them for every query head first, as its GPU kernels need.
+    """
+    if device.type != "cpu":
+        return nullcontext()
+    allows = sdpa_attention.use_gqa_in_sdpa
+    return patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda _, k, v: allows(None, k, v))
 
 
 @mends("transformers", "5.17.0", "transformers/trainer.py, Trainer._load_from_checkpoint")

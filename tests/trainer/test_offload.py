@@ -9,6 +9,7 @@ from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 
 from rlsd_lib.trainer import teacher as offload
+from rlsd_lib.trainer.checks import check_sharding
 
 
 @pytest.fixture
@@ -91,13 +92,12 @@ def test_a_failed_pass_brings_the_teacher_home(device):
 
 
 def test_offloading_is_refused_where_there_is_no_full_copy(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"teacher_model_kind='live': expected one of .*teacher_offload"
-    ):
+    said = r"teacher_offload=True means nothing with .*'live'.* one of 'base', 'ema', 'snapshot'"
+    with pytest.raises(ValueError, match=said):
         tiny.config(tmp_path, teacher_offload=True, teacher_model_kind="live")
     adapted = get_peft_model(tiny.model(), LoraConfig(r=4))
     with pytest.raises(ValueError, match="teacher_offload=True: the teacher of a PEFT student"):
         tiny.trainer(tmp_path, adapted, teacher_offload=True)
-    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
     with pytest.raises(ValueError, match=r"teacher_offload=True under .*FSDP"):
-        offload.check_offload(sharded, None)
+        check_sharding(tiny.model(), tiny.config(tmp_path, teacher_offload=True), sharded)

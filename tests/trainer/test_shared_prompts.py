@@ -37,7 +37,8 @@ def rollouts(groups: list[int], prompts: list[int], completions: list[int], extr
         mask[row, width - prompts[group] :] = 1
     sampled = torch.randint(3, TOKENS, (len(groups), longest), generator=random)
     kept = (torch.arange(longest) < torch.tensor(completions)[:, None]).long()
-    return Rollouts(Prompts(ids, mask, {}), sampled, kept, None)
+    rows = [texts[group].tolist() for group in groups]
+    return Rollouts(Prompts(rows, ids, mask, {}), sampled, kept, None)
 
 
 def plain(model, work: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +166,7 @@ def test_every_image_family_that_is_let_in_is_exact(name):
     logps, _ = shared(model, work, 8)
     torch.testing.assert_close(logps, wanted, rtol=1e-4, atol=1e-4)
     # Rows 0 and 2 share text and pictures; row 1 has other pictures, row 3 other text.
-    assert sum(seen) == len(images["pixel_values"]) - len(work.shown[2].patches)
+    assert sum(seen) == len(images["pixel_values"]) - len(work.images[2][0])
 
 
 VISION = {
@@ -219,8 +220,9 @@ def with_images(name: str):
         "image_grid_thw": torch.tensor([[1, 2, 4], [1, 2, 2]] * 4),
         "num_images": [2] * 4,
     }
-    prompts = Prompts(ids, mask, {"mm_token_type_ids": types})
-    return model, Rollouts(prompts, work.ids, work.mask, prefix.pictures(images)), images
+    texts = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+    prompts = Prompts(texts, ids, mask, {"mm_token_type_ids": types})
+    return model, Rollouts(prompts, work.ids, work.mask, prefix.images_by_row(images)), images
 
 
 # What is refused

@@ -241,7 +241,7 @@ def test_trap_15_more_positions_than_the_model_has_are_refused(tmp_path):
 def test_trap_15_a_limit_without_room_is_refused_before_any_compute(tmp_path):
     long = [[{"role": "user", "content": "x" * 40}]]
     prompts = tiny.dataset()["prompt"][:31] + long
-    with pytest.raises(ValueError, match=r"no room .* 1 dataset rows \(rows \[31\]\)"):
+    with pytest.raises(ValueError, match=r"1 dataset rows leave no room .*=30 \(rows 31\)"):
         tiny.trainer(tmp_path, data=tiny.dataset(prompt=prompts), max_teacher_prompt_length=30)
 
 
