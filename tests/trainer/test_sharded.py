@@ -191,7 +191,7 @@ def refreshed_alone(trainer: RLSDTrainer) -> bool:
             teacher.sync(trainer.model, 100)
         torch.distributed.barrier()
     pairs = teacher._parameter_pairs(trainer.model)
-    return all(torch.equal(*map(sharded._local, pair)) for pair in pairs)
+    return all(torch.equal(*map(sharded.local, pair)) for pair in pairs)
 
 
 def is_freed_by_release(trainer: RLSDTrainer) -> bool:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from test_trainer import run_and_capture
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.integrations import sdpa_attention
 from trl.trainer.utils import add_fused_lm_head
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.trainer import shared_prompts as prefix
+from rlsd_lib.trainer import upstream
 from rlsd_lib.trainer.shared_prompts import Prompts, Rollouts
 
 ALONE = SimpleNamespace(distributed_type=DistributedType.NO)
@@ -128,6 +130,22 @@ def test_any_batch_scores_as_the_plain_pass(rows, prompts, batch_size, extra):
     # Each prompt that has a completion is computed exactly once.
     firsts = [groups[row] for chunk in chunks for row in chunk.rows]
     assert sorted(firsts) == sorted({groups[row] for row in scored})
+
+
+def test_grouped_keys_are_read_in_place_on_a_cpu(monkeypatch):
+    wanted, _ = shared(QWEN3, RAGGED, 3)
+    repeats = []
+    repeat = sdpa_attention.repeat_kv
+    monkeypatch.setattr(
+        sdpa_attention, "repeat_kv", lambda *args: repeats.append(args) or repeat(*args)
+    )
+    shared(QWEN3, RAGGED, 3)
+    assert not repeats
+    plain(QWEN3, RAGGED)
+    assert repeats
+    monkeypatch.undo()
+    monkeypatch.setattr(upstream, "grouped_attention", lambda _: nullcontext())
+    assert torch.equal(shared(QWEN3, RAGGED, 3)[0], wanted)
 
 
 def test_eager_attention_and_half_precision():
@@ -395,6 +413,15 @@ def test_a_prompt_is_computed_once_and_the_head_sees_completions_only(tmp_path):
     assert sum(rows * width for rows, width in positions) == prefix.positions_of(chunks)
     completions = [batch.width for chunk in chunks for batch in chunk.batches]
     assert positions[1::2] == [(4, width) for width in completions]
+
+
+def test_a_question_of_a_group_is_tokenised_once(tmp_path):
+    trainer = tiny.trainer(tmp_path, max_steps=1, teacher_pass="shared")
+    tokenise, asked = trainer._tokenize_prompts, []
+    trainer._tokenize_prompts = lambda prompts: asked.append(len(prompts)) or tokenise(prompts)
+    (chunks,) = plan_of(trainer)
+    assert asked == [8, 2]  # TRL's own call, then the teacher's: eight rollouts of two questions
+    assert sum(len(chunk.rows) for chunk in chunks) == 2
 
 
 def test_auto_shares_only_where_it_saves_a_quarter(tmp_path):
