@@ -188,8 +188,8 @@ def _report(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from functools import partial
 
-    from rlsd_lib.experiment import bench, passes
-    from rlsd_lib.experiment.racers import Sizes, contenders, preset_trainer
+    from rlsd_lib.experiment import bench, bench_teacher_pass
+    from rlsd_lib.experiment.bench_trainers import Sizes, contenders, preset_trainer
     from rlsd_lib.names import look_up
     from rlsd_lib.runs.machines import machine_name, record
 
@@ -205,7 +205,7 @@ def _bench(options: argparse.Namespace) -> int:
     sizes = Sizes(**{look_up(name, known, "size"): value for name, value in given.items()})
     if options.profile:
         trace = outputs / "profiles" / "teacher_pass.json"
-        for part in passes.profile_shared_pass(sizes, trace):
+        for part in bench_teacher_pass.profile_shared_pass(sizes, trace):
             print(part, flush=True)
         return 0
     if options.sweep:
@@ -217,7 +217,7 @@ def _bench(options: argparse.Namespace) -> int:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
         clock = "seconds are the processor's where torch has one thread, else the wall clock's"
         print(f"{sizes}\n{machine_name()}; {clock}\n")
-        compared = passes.compare_passes(sizes, options.rounds)
+        compared = bench_teacher_pass.compare_passes(sizes, options.rounds)
         print(compared.map("{:.5g}".format).to_string() + "\n", flush=True)
         table = bench.race(sizes.build, names, options.steps, options.rounds)
     else:

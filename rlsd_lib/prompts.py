@@ -113,19 +113,19 @@ def check_contexts(contexts: Sequence[object], template: str) -> None:
 def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
     """Count rows whose privileged text stands in the student's prompt; refuse the clear leaks.
 
-    Raises ValueError with the rows. A text shorter than for `leaks` (a number, a choice) can stand
+    Raises ValueError with the rows. A text shorter than for `holds_reference` (a number, a choice) can stand
     in a question by chance, and is only counted.
     """
     pairs = list(zip(prompts, contexts, strict=True))
     refuse(
-        [i for i, (prompt, context) in enumerate(pairs) if leaks(prompt, context)],
+        [i for i, (prompt, context) in enumerate(pairs) if holds_reference(prompt, context)],
         f"hold their {COLUMN} in the student's own prompt",
         "The student would see the reference. Remove it from the prompt.",
     )
     return sum(_holds(prompt, context) for prompt, context in pairs)
 
 
-def leaks(prompt: Prompt, context: str) -> bool:
+def holds_reference(prompt: Prompt, context: str) -> bool:
     """Whether a privileged text of several words stands in the student's own prompt."""
     return len(context.split()) >= SEVERAL_WORDS and _holds(prompt, context)
 

@@ -40,6 +40,9 @@ def test_every_method_and_room_is_in_the_readme():
     top = [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
     for name in (*rooms, *top):
         assert f"  {name}" in tree, f"{name} is not in the tree"
+    for path in package.glob("*/*.py"):
+        if path.stem != "__init__" and path.parent.name != "theory":  # a file a statement there
+            assert re.search(rf"\b{path.stem}\b", tree), f"{path.relative_to(package)}"
 
 
 def test_every_link_leads_to_a_file_and_nothing_is_left_open():

@@ -31,8 +31,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOTrainer
 
+from rlsd_lib.experiment.bench_trainers import BASE, Sizes, contenders
 from rlsd_lib.experiment.plan import MEASURED, RESERVED, Plan
-from rlsd_lib.experiment.racers import BASE, Sizes, contenders
 from rlsd_lib.experiment.shapes import shape_of
 from rlsd_lib.trainer.trainer import RLSDTrainer
 

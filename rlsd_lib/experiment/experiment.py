@@ -16,7 +16,7 @@ from rlsd_lib.experiment.controls import apply_control
 from rlsd_lib.experiment.launch import accelerate_config, run_workers
 from rlsd_lib.experiment.presets import RunParameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
-from rlsd_lib.experiment.steady import WorkbookTrainer, last_checkpoint
+from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer, last_checkpoint
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.intervals import Interval, share_interval
 from rlsd_lib.measure.rollouts import Rollout, look

@@ -24,7 +24,7 @@ import psutil
 import torch
 import yaml
 
-from rlsd_lib.experiment.steady import Stopped
+from rlsd_lib.experiment.workbook_trainer import Stopped
 from rlsd_lib.names import nearest
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.processes import kill_tree, on_sigterm

@@ -19,7 +19,7 @@ import pandas as pd
 from datasets import Dataset, Features, Image, LargeList, List, Value, load_dataset
 
 from rlsd_lib.names import look_up
-from rlsd_lib.prompts import has_image_token, leaks
+from rlsd_lib.prompts import has_image_token, holds_reference
 from rlsd_lib.runs.paths import digest
 from rlsd_lib.runs.provenance import fingerprint
 from rlsd_lib.runs.records import replace_text, write_json
@@ -213,7 +213,7 @@ def inspect_row(row: Row, folder: str, privileged: str) -> dict[str, Any]:
         "empty_problem": not problem.replace("<image>", "").strip(),
         "empty_answer": not clean(answer),
         "image_in_answer": has_image_token(answer),  # which the teacher's prompt may not add
-        "answer_in_problem": any(leaks(prompt, text) for text in shown),
+        "answer_in_problem": any(holds_reference(prompt, text) for text in shown),
         "unknown_type": not known,
         "video": has_video,  # this task has images only
         "missing_image": None in images or (needs_image and not images and not has_video),

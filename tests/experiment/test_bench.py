@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.experiment import bench, passes, racers
+from rlsd_lib.experiment import bench, bench_teacher_pass, bench_trainers
+from rlsd_lib.experiment.bench_trainers import Sizes, contenders, preset_trainer
 from rlsd_lib.experiment.plan import MEASURED, RESERVED, plan_of
 from rlsd_lib.experiment.presets import PRESETS
-from rlsd_lib.experiment.racers import Sizes, contenders, preset_trainer
 from rlsd_lib.experiment.shapes import config_named, shape_of
 
 TINY = Sizes(
@@ -36,14 +36,14 @@ def test_lengths_are_exact(tmp_path):
 
 def test_all_trainers_train_on_the_rollouts_of_the_first(monkeypatch):
     """Also TRL's own, each with its own code for generation."""
-    seen, reward = {}, racers._reward
+    seen, reward = {}, bench_trainers._reward
 
     def spied(completions, **columns):
         seen.setdefault(tuple(completions), 0)
         seen[tuple(completions)] += 1
         return reward(completions, **columns)
 
-    monkeypatch.setattr(racers, "_reward", spied)
+    monkeypatch.setattr(bench_trainers, "_reward", spied)
     names = list(contenders())
     table = bench.race(TINY.build, names, steps=1, memory=False)
     # A warm-up step and a timed one, each with rollouts of its own and the same for everyone.
@@ -57,7 +57,9 @@ def test_all_trainers_train_on_the_rollouts_of_the_first(monkeypatch):
 
 def test_a_preset_is_raced_on_its_own_task(monkeypatch):
     # Nothing is pretrained for this.
-    monkeypatch.setattr(racers, "load_model", lambda *_, **__: (tiny.model(), tiny.tokenizer()))
+    monkeypatch.setattr(
+        bench_trainers, "load_model", lambda *_, **__: (tiny.model(), tiny.tokenizer())
+    )
     table = bench.race(partial(preset_trainer, "smoke"), ["GRPO", "RLSD"], steps=1, memory=False)
     assert table["teacher pass, s"].isna().tolist() == [True, False]
     assert (table["step, s"] > table["generation, s"]).all()
@@ -65,13 +67,13 @@ def test_a_preset_is_raced_on_its_own_task(monkeypatch):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_floor_is_what_torch_counts_without_masked_pairs(tmp_path, shared):
-    trainer, score = passes.scoring(TINY, tmp_path)
+    trainer, score = bench_teacher_pass.scoring(TINY, tmp_path)
     # Torch counts no other attention on a CPU, and this one with its masked pairs.
     trainer.teacher.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counted:
         score("shared" if shared else "plain")
     shape = shape_of(trainer.teacher.model.config)
-    floor = passes.floor_flops(shape, TINY, shared=shared)
+    floor = bench_teacher_pass.floor_flops(shape, TINY, shared=shared)
     prompt, new, count = TINY.prompt + TINY.reference - 1, TINY.completion, TINY.generations
     copies, before = (1, prompt) if shared else (count, prompt)
     # The plain pass runs the last token too, which predicts nothing.
@@ -88,7 +90,7 @@ def test_the_floor_is_what_torch_counts_without_masked_pairs(tmp_path, shared):
 
 
 def test_the_pass_by_itself_agrees_with_the_plain_one():
-    row = passes.compare_passes(TINY, rounds=1)
+    row = bench_teacher_pass.compare_passes(TINY, rounds=1)
     assert 0 < row["largest difference of log-probabilities"] < 1e-4
     assert row["plain / shared"] == pytest.approx(row["plain pass, s"] / row["shared pass, s"])
     assert row["shared / floor"] > 1

@@ -21,7 +21,7 @@ from rlsd_lib.experiment import launch as launcher
 from rlsd_lib.experiment.experiment import take_weights
 from rlsd_lib.experiment.launch import LaunchError, accelerate_config, failure, launch_command
 from rlsd_lib.experiment.presets import PRESETS
-from rlsd_lib.experiment.steady import Stopped
+from rlsd_lib.experiment.workbook_trainer import Stopped
 from rlsd_lib.runs.records import append_lines, read_lines, state_of
 
 

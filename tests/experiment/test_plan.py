@@ -15,9 +15,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlsd_lib.__main__ import main
 from rlsd_lib.experiment.bench import plan_for, race
+from rlsd_lib.experiment.bench_trainers import Sizes
 from rlsd_lib.experiment.plan import ALWAYS, GIB, Plan, advice, describe, plan_of
 from rlsd_lib.experiment.presets import Preset
-from rlsd_lib.experiment.racers import Sizes
 from rlsd_lib.experiment.shapes import SHAPES, ModelShape, config_named, shape_of
 from rlsd_lib.trainer.upstream import completions_only
 

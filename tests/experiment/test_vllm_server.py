@@ -21,7 +21,7 @@ pytest.importorskip("requests")
 from trl.generation import vllm_client, vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
-from rlsd_lib.experiment.steady import WorkbookTrainer
+from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer
 
 CONFIG = {
     "weight_transfer_config": {"backend": "nccl"},

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.experiment.presets import shared_batch
-from rlsd_lib.experiment.steady import Stopped, WorkbookTrainer
+from rlsd_lib.experiment.workbook_trainer import Stopped, WorkbookTrainer
 from rlsd_lib.methods import METHODS
 
 TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for gloo's half hour

@@ -11,8 +11,8 @@ import tiny
 import torch
 from transformers import TrainerCallback
 
-from rlsd_lib.experiment import steady
-from rlsd_lib.experiment.steady import MARK, CheckpointError, Stopped, WorkbookTrainer
+from rlsd_lib.experiment import workbook_trainer
+from rlsd_lib.experiment.workbook_trainer import MARK, CheckpointError, Stopped, WorkbookTrainer
 
 EVERY_STEP = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
@@ -45,20 +45,20 @@ def folders(path: Path) -> list[str]:
 
 
 def test_incomplete_checkpoints_are_ignored_and_named(tmp_path: Path, caplog: Any) -> None:
-    assert steady.last_checkpoint(tmp_path) is None
+    assert workbook_trainer.last_checkpoint(tmp_path) is None
     with pytest.raises(ValueError, match="no complete checkpoint to resume"):
-        steady.to_resume(tmp_path, True)
+        workbook_trainer.to_resume(tmp_path, True)
     whole = tmp_path / "checkpoint-9"
     for folder in (whole, tmp_path / "checkpoint-10", tmp_path / "checkpoint-best"):
         folder.mkdir()
         (folder / "trainer_state.json").touch()
     (whole / MARK).touch()
-    assert steady.last_checkpoint(tmp_path) == whole
+    assert workbook_trainer.last_checkpoint(tmp_path) == whole
     assert f"checkpoint-10 has no {MARK}: incomplete, ignored" in caplog.text
-    assert steady.to_resume(tmp_path, True) == str(whole)
-    assert steady.to_resume(tmp_path, None) is None
+    assert workbook_trainer.to_resume(tmp_path, True) == str(whole)
+    assert workbook_trainer.to_resume(tmp_path, None) is None
     with pytest.raises(ValueError, match=r"last complete one .* is checkpoint-9"):
-        steady.to_resume(tmp_path, str(tmp_path / "checkpoint-10"))
+        workbook_trainer.to_resume(tmp_path, str(tmp_path / "checkpoint-10"))
 
 
 def test_a_full_disk_costs_the_new_checkpoint_and_no_old_one(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_one(tmp_path: Path)
     with pytest.raises(SystemExit):
         trainer.train()
     assert folders(tmp_path) == ["checkpoint-1", "checkpoint-2"]
-    assert steady.last_checkpoint(tmp_path).name == "checkpoint-1"
+    assert workbook_trainer.last_checkpoint(tmp_path).name == "checkpoint-1"
     again = made(tmp_path, **EVERY_STEP, save_total_limit=2)
     begun: list[int] = []
     again.add_callback(At(1, lambda: begun.append(again.state.global_step)))
@@ -110,12 +110,12 @@ def test_a_checkpoint_written_again_is_incomplete_until_it_is_whole(tmp_path: Pa
     save = again.save_model
 
     def watched(*args: Any, **kwargs: Any) -> None:
-        assert steady.last_checkpoint(tmp_path) is None
+        assert workbook_trainer.last_checkpoint(tmp_path) is None
         save(*args, **kwargs)
 
     again.save_model = watched
     again.train()
-    assert steady.last_checkpoint(tmp_path).name == "checkpoint-1"
+    assert workbook_trainer.last_checkpoint(tmp_path).name == "checkpoint-1"
 
 
 # ---- signals ----------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ async def slow_judge(completions: list, **_: Any) -> list[float]:
 def test_coroutines_and_models_are_left_as_they_are(tmp_path: Path) -> None:
     model = torch.nn.Linear(1, 1)
     for untouched in (slow_judge, model, "path/of/a/model"):
-        assert steady.named(untouched) is untouched
+        assert workbook_trainer.named(untouched) is untouched
     with pytest.raises(TimeoutError, match="the judge is away"):
         made(tmp_path, tiny.reward, slow_judge, max_steps=1).train()
 
@@ -194,5 +194,5 @@ def test_a_reward_that_is_no_number_is_named_with_its_row(tmp_path: Path, value:
 
 
 def test_the_search_for_a_row_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steady, "DIAGNOSIS_SECONDS", -1.0)
-    assert steady._first_failing(lambda **_: 1 / 0, {"prompts": [1, 2, 3]}, 3) is None
+    monkeypatch.setattr(workbook_trainer, "DIAGNOSIS_SECONDS", -1.0)
+    assert workbook_trainer._first_failing(lambda **_: 1 / 0, {"prompts": [1, 2, 3]}, 3) is None

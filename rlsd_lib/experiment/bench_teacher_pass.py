@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from trl.kernels import ChunkedLogProbFunction
 
 from rlsd_lib.experiment.bench import machine_speeds, now
-from rlsd_lib.experiment.racers import SPECIAL, Sizes
+from rlsd_lib.experiment.bench_trainers import SPECIAL, Sizes
 from rlsd_lib.experiment.shapes import ModelShape, shape_of
 from rlsd_lib.trainer import shared_prompts
 
