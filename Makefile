@@ -66,7 +66,7 @@ $(VLLM_STAMP): pyproject.toml
 test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm: export TRANSFORMERS_OFFLINE = 1
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_BIN)/python -m pytest -m vllm tests/test_vllm.py tests/test_vllm_http.py
+	$(VLLM_BIN)/python -m pytest -m vllm tests
 
 $(LATEST_STAMP): pyproject.toml
 	test -x $(LATEST_BIN)/python || $(PYTHON) -m venv $(LATEST_VENV)

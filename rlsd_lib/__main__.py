@@ -128,13 +128,13 @@ def _suite(options: argparse.Namespace) -> int:
 
 
 def _check_that_they_resolve(jobs: "Sequence[Job]") -> None:
-    from rlsd_lib.experiment.preflight import resolve
+    from rlsd_lib.experiment.presets import RunParameters
     from rlsd_lib.runs.parameters import complete
 
     for job in jobs:
         full = complete(find_notebook(job.notebook), job.parameters)
         if "method" in full and "preset" in full:
-            resolve(full)
+            RunParameters.of(full).resolve()
 
 
 def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":

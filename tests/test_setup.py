@@ -74,3 +74,8 @@ def test_every_public_name_exists_and_an_unknown_one_says_what_there_is() -> Non
         assert name in dir(rlsd_lib)
     with pytest.raises(AttributeError, match=r"'RLSDTrainr'.*RLSDTrainer"):
         _ = rlsd_lib.RLSDTrainr
+
+
+def test_every_test_file_that_make_names_exists() -> None:
+    for path in re.findall(r"\btests/[\w/.]+", (ROOT / "Makefile").read_text()):
+        assert (ROOT / path).exists(), path

@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedCon
 
 from rlsd_lib.experiment.controls import apply_control
 from rlsd_lib.experiment.launch import accelerate_config, launch_command
-from rlsd_lib.experiment.plan import describe, plan_of
+from rlsd_lib.experiment.plan import FIELDS, describe, plan_of
 from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
 from rlsd_lib.methods import PRIVILEGED, PROMPT
 from rlsd_lib.report.benchmarks import check_benchmarks
-from rlsd_lib.runs.parameters import as_text
+from rlsd_lib.runs.parameters import as_text, complete
+from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import DATA, Task
 from rlsd_lib.tasks.encode import Processing
 from rlsd_lib.tasks.lab import model as lab
@@ -101,9 +102,9 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
 
 
 def resolve(parameters: Mapping[str, Any], template: str | None = None) -> Resolved:
-    """Resolve a notebook's parameters as its `Experiment` does, with the same errors.
+    """Resolve a notebook's parameters, with the errors of its `Experiment`.
 
-    Where they leave `num_processes` at 1, the number that the preset is meant for counts.
+    Unlike there, `num_processes=1` stands for the number of processes that the preset is meant for.
     """
     run = RunParameters.of(parameters)
     preset, _ = resolve_preset(run.preset, run.overrides)
@@ -128,9 +129,7 @@ def _settings(run: Resolved) -> Iterator[str]:
 
 
 def _batch_in_words(run: Resolved) -> str:
-    config = run.config
-    each = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    rollouts = each * run.processes
+    config, rollouts = run.config, _rollouts(run)
     return (
         f"{rollouts} rollouts per step = {rollouts // config.num_generations} prompts x "
         f"{config.num_generations} = {run.processes} processes x "
@@ -139,10 +138,17 @@ def _batch_in_words(run: Resolved) -> str:
     )
 
 
+def _rollouts(run: Resolved) -> int:
+    """Rollouts of one optimiser step, over all processes."""
+    each = run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps
+    return each * run.processes
+
+
 def _plan(run: Resolved) -> list[str]:
     """Memory and time by arithmetic, for models whose sizes are known."""
+    planned = {name: getattr(run.config, name) for name in FIELDS if hasattr(run.config, name)}
     try:
-        plan = plan_of(run.preset, gpus=run.processes)
+        plan = plan_of(run.preset, gpus=run.processes, **planned, rollouts=_rollouts(run))
     except ValueError as error:
         return [f"no `rlsd plan`: {error}"]
     return [describe(plan, f"{run.processes} GPUs of 80 GiB"), ""]
@@ -150,8 +156,13 @@ def _plan(run: Resolved) -> list[str]:
 
 def _start(notebook: str, parameters: Mapping[str, Any], run: Resolved) -> list[str]:
     """The command that starts the run, and what it starts where there are several processes."""
-    shown = ("method", "preset", "seed", "max_steps", "overrides", "control")
-    given = {k: parameters[k] for k in shown if parameters.get(k) not in (None, {}, -1, "none")}
+    declared = complete(find_notebook(notebook), {})
+    always = ("method", "preset", "seed")
+    given = {
+        name: value
+        for name, value in parameters.items()
+        if name in always or (value != declared.get(name) and name != "num_processes")
+    }
     command = ["rlsd", "run", notebook]
     command += [word for k, v in given.items() for word in ("-p", f"{k}={as_text(v)}")]
     if run.processes > 1:

@@ -99,19 +99,19 @@ class WorkbookTrainer(RLSDTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        limit = self.args.save_total_limit
         try:
             if self.args.should_save:
                 (folder / MARK).unlink(missing_ok=True)
             # The parent would delete older checkpoints before the mark of this one is written.
-            with patch.object(self.args, "save_total_limit", None):
+            with patch("transformers.trainer.rotate_checkpoints"):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (folder / MARK).write_text(f'{{"step": {self.state.global_step}}}\n')
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            last, disk = last_checkpoint(folder.parent), shutil.disk_usage(folder.parent)
+            disk = shutil.disk_usage(next(place for place in folder.parents if place.exists()))
+            last = last_checkpoint(folder.parent)
             kept = f"{last} is complete and untouched" if last else "there is no earlier checkpoint"
             raise CheckpointError(
                 f"{folder.name} could not be written to {folder.parent}, which has "
@@ -119,7 +119,7 @@ class WorkbookTrainer(RLSDTrainer):
                 f"written of it is removed; {kept}."
             ) from error
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
@@ -170,6 +170,8 @@ def named(function: Any) -> Any:
                 f"{type(error).__name__}: {error}"
             ) from error
 
+    # An object that can be called has no name of its own.
+    scored.__name__ = getattr(function, "__name__", type(function).__name__)
     return scored
 
 

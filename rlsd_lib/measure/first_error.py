@@ -116,7 +116,8 @@ def _tokens(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
 def _kinds(task: Task, rollout: Rollout) -> list[str]:
     """Of each token "first error", "after it", "filler" or "other", as the end token is."""
     error = None
-    if task.first_error is not None and not rollout.reward:
+    failed = not task.verify(rollout.completion, rollout.problem)
+    if task.first_error is not None and failed:
         error = task.first_error(rollout.completion, rollout.problem)
     fillers = task.nuisance_mask(rollout.completion) if task.nuisance_mask else []
     kinds = ["filler" if is_filler else "other" for is_filler in fillers]

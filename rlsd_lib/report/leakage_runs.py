@@ -11,10 +11,11 @@ from rlsd_lib.measure import leakage
 from rlsd_lib.runs.paths import digest, outputs_root
 from rlsd_lib.runs.records import read_manifest, write_json
 from rlsd_lib.tasks import load_task
+from rlsd_lib.tasks.lengths import within
 from rlsd_lib.tasks.models import load_model
 
 # Runs whose presets agree on these fields began with one model, which is judged once.
-ORIGIN = ("model", "model_options", "task", "task_options", "train_size", "test_size", "data_seed")
+ORIGIN = ("model", "model_options", "task", "train_size", "test_size", "data_seed")
 IDENTITY = ("path", "group", "name", "method", "preset", "seed", "control", "arm")
 
 
@@ -70,13 +71,17 @@ def _measure(path: Path, bases: dict[str, Any], num_problems: int | None) -> pd.
     sampling = {"max_new_tokens": config["max_completion_length"], "num_problems": num_problems}
     # A model that was trained under, say, enable_thinking=False is measured under it as well.
     sampling |= {"chat_template_kwargs": config["chat_template_kwargs"]}
-    key = digest([[preset[name] for name in ORIGIN], sampling])
+    method, limit = manifest["parameters"]["method"], preset["max_prompt_length"]
+    options = {**preset["task_options"], **preset["task_by_method"].get(method, {})}
+    key = digest([[preset[name] for name in ORIGIN], options, limit, sampling])
     if key not in bases:
         base, tokenizer = load_model(preset["model"], cache, **preset["model_options"])
         base.to("cuda" if torch.cuda.is_available() else "cpu")
         settings = {name: preset[name] for name in ("train_size", "test_size")}
-        settings |= {"seed": preset["data_seed"], **preset["task_options"]}
-        task = load_task(preset["task"], **settings)
+        task = load_task(preset["task"], seed=preset["data_seed"], **settings, **options)
+        if limit:
+            how = {"chat_template_kwargs": config["chat_template_kwargs"]}
+            task, _ = within(task, tokenizer, limit, **how)
         judged = leakage.measure(base, tokenizer, task, base_model=base, **sampling)
         bases[key] = base, tokenizer, task, judged
     base, tokenizer, task, judged_base = bases[key]

@@ -213,3 +213,15 @@ def test_the_words_of_the_command_can_be_given_again(capsys):
     main(["run", "15_rlsd", *words, "--dry-run"])
     printed = capsys.readouterr().out
     assert """-p 'overrides={"max_prompt_length": 400}'""" in printed
+
+
+def test_the_plan_and_the_command_are_those_of_the_run_and_not_of_the_preset():
+    run = {"preset": "qwen3-vl-8b", "method": "rlsd", "seed": 0, "control": "none"}
+    changes = {"max_completion_length": 256, "gradient_checkpointing": False}
+    asked = {"max_steps": -1, "num_processes": 1, "benchmarks": ["MMMU"], "runs_dir": ""}
+    found = dry_run("40_qwen3_vl", {**run, **asked, "overrides": changes})
+    planned = " ".join(found.text().split())
+    assert "max_completion_length=256" in planned
+    assert "gradient_checkpointing=False" in planned
+    assert """-p 'benchmarks=["MMMU"]'""" in planned
+    assert "runs_dir" not in planned.partition("start it with")[2]

@@ -114,8 +114,12 @@ def test_a_checkpoint_written_again_is_incomplete_until_it_is_whole(tmp_path: Pa
         save(*args, **kwargs)
 
     again.save_model = watched
+    again.args.save_total_limit = 1
     again.train()
-    assert workbook_trainer.last_checkpoint(tmp_path).name == "checkpoint-1"
+    last = workbook_trainer.last_checkpoint(tmp_path)
+    assert last.name == "checkpoint-1"
+    saved = torch.load(last / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 1, "a checkpoint holds the settings of its run"
 
 
 # ---- signals ----------------------------------------------------------------------------------
@@ -181,7 +185,12 @@ def test_coroutines_and_models_are_left_as_they_are(tmp_path: Path) -> None:
 
 
 def test_names_that_trl_logs_are_the_functions(tmp_path: Path) -> None:
-    assert made(tmp_path, tiny.reward, picky).reward_func_names == ["reward", "picky"]
+    class Grader:
+        def __call__(self, completions: list, **_: Any) -> list[float]:
+            return [0.0] * len(completions)
+
+    names = made(tmp_path, tiny.reward, picky, Grader()).reward_func_names
+    assert names == ["reward", "picky", "Grader"]
 
 
 @pytest.mark.parametrize("value", ["good", [1.0]])

@@ -98,7 +98,7 @@ def test_the_papers_recipe_ends_in_table_2(
     monkeypatch.chdir(elsewhere)
     monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
     monkeypatch.delenv("RLSD_EVAL_PYTHON", raising=False)
-    parameters = {"preset": "smoke", "overrides": overrides}
+    parameters = {"preset": preset, "overrides": overrides}
     folder = execute_notebook(name, parameters, run_dir=tmp_path / "runs" / "rlsd")
     metrics = json.loads((folder / "metrics.json").read_text())
     names = read_manifest(folder)["parameters"]["benchmarks"]
