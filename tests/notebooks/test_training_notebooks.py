@@ -180,6 +180,7 @@ def test_there_is_no_report_without_a_finished_run(tmp_path, capsys):
     assert "no finished run to report on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_ratios(monkeypatch, shared_outputs, capsys):
     monkeypatch.setenv("RLSD_OUTPUTS", str(shared_outputs))
     assert main(["bench", "--preset", "smoke", "--steps", "2", "--rounds", "1"]) == 0
