@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # The rows of the README's hardware table; a test counts for the first that its id matches.
 ROWS = {
     r"trainer/test_sharded\.py.*fsdp2": "FSDP2, two processes as one",
-    r"trainer/test_sharded\.py.*zero3": "ZeRO-3, two processes as one",
+    r"trainer/test_sharded\.py.*zero-3": "ZeRO-3, two processes as one",
     r"trainer/test_distributed": "two processes as one (DDP), every method",
     r"test_vllm": "vLLM: rollouts, weights at every step, lost servers",
     r"(test_vlm|lab/|vision)": "images: Qwen3-VL, Qwen2.5-VL, Gemma 3 at toy size",
