@@ -29,6 +29,9 @@ every = pytest.mark.parametrize("method", METHODS)
 def make(folder: Path, method: str, student: Any = None, **overrides: Any) -> RLSDTrainer:
     """A trainer of `method` on the tiny model; opd learns from the tiny model of seed 1."""
     teacher = {"teacher_model": tiny.model(1)} if method == "opd" else {}
+    for name in ("teacher_model_kind", "teacher_sync_steps", "teacher_update_rate"):
+        if method == "opd":  # its teacher is another model
+            overrides.pop(name, None)
     return RLSDTrainer(
         tiny.model() if student is None else student,
         overrides.pop("reward", tiny.reward),

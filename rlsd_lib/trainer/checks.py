@@ -4,7 +4,8 @@ Each check raises ValueError, unless it says otherwise, with the value and what 
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,14 +69,10 @@ def check_arguments(
 
 def _check_videos(dataset: Dataset) -> None:
     """Refuse rows with a video, in the prompt or in a column of its own, which TRL does not read."""
-    found = {i for i, prompt in enumerate(dataset["prompt"][:]) if _has_video(prompt)}
+    found = {i for i, p in enumerate(dataset["prompt"][:]) if prompts.count_images(p, "video")}
     for name in {"video", "videos"} & set(dataset.column_names):
         found |= {i for i, video in enumerate(dataset[name][:]) if video}
     prompts.refuse(sorted(found), "hold a video", VIDEO_ADVICE)
-
-
-def _has_video(prompt: prompts.Prompt) -> bool:
-    return prompts.count_images(prompt, "video") > 0
 
 
 def _check_column(dataset: Any, what: str) -> None:
@@ -163,13 +160,26 @@ def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator)
         )
 
 
+@contextmanager
+def on_every_rank() -> Iterator[None]:
+    """Raise on all ranks what a check inside raises on one, so that none waits. Collective."""
+    problem = None
+    try:
+        yield
+    except ValueError as error:
+        problem = str(error)
+    for found in gather_object([problem]):
+        if found is not None:
+            raise ValueError(found)
+
+
 def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
     """Refuse final prompts with a video, and mixed batches where parameters are sharded.
 
     A rank whose rows have no image would not enter the vision tower, whose shards the other ranks
     wait for. Collective: every rank raises.
     """
-    videos = sum(map(_has_video, final))
+    videos = sum(prompts.count_images(prompt, "video") > 0 for prompt in final)
     bare = sum(prompts.count_images(prompt) == 0 for prompt in final)
     counts = gather_object([(videos, bare, len(final))])
     videos, bare, rows = (sum(column) for column in zip(*counts, strict=True))
@@ -220,36 +230,36 @@ def check_credit(credit: Credit, args: RLSDConfig) -> tuple[str, ...]:
             f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} are of the "
             f"method's own weight, which credit={name} replaces. Leave them alone."
         )
-    parameters = list(inspect.signature(credit).parameters.values())
-    first, rest = parameters[:3], parameters[3:]
-    options = [p for p in rest if p.kind is not p.VAR_KEYWORD]
-    wrong = [p.name for p in options if p.default is p.empty and p.name not in CREDIT_KEYWORDS]
-    if wrong or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in first):
-        raise ValueError(
-            f"credit={name}{inspect.signature(credit)} cannot be called"
-            f"{f': there is no {wrong[0]!r}' if wrong else ''}. Expected {name}(advantages (N,), "
-            f"gap (N, T), mask (N, T), *, ...) -> (N, T), with any of {', '.join(CREDIT_KEYWORDS)}."
-        )
+    args.check_keeps_token_credit(f"credit={name}")
+    signature = inspect.signature(credit)
+    options = list(signature.parameters.values())[3:]
     asked = [p.name for p in options if p.name in CREDIT_KEYWORDS]
-    if len(options) < len(rest):  # **kwargs
+    if any(p.kind is p.VAR_KEYWORD for p in options):
         asked += [key for key in ("lam", "epsilon_w") if key not in asked]
+    try:
+        signature.bind("advantages", "gap", "mask", **dict.fromkeys(asked))
+    except TypeError as problem:
+        raise ValueError(
+            f"credit={name}{signature} cannot be called: {problem}. Expected {name}(advantages "
+            "(N,), gap (N, T), mask (N, T), *, ...) -> (N, T), with any of "
+            f"{', '.join(CREDIT_KEYWORDS)}."
+        ) from None
     return tuple(asked)
 
 
 def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
     """Refuse a credit function's result that is not a finite, detached (N, T) tensor. Collective."""
-    problem = None
-    if not isinstance(credited, Tensor) or credited.shape != shape:
-        given = tuple(credited.shape) if isinstance(credited, Tensor) else credited
-        problem = f"returned {given}, expected a tensor of shape (N, T) = {tuple(shape)}"
-    elif credited.requires_grad:
-        problem = "returned a tensor with a gradient: detach what it computes from"
-    elif not credited.isfinite().all():
-        rows = (~credited.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        problem = f"returned NaN or infinity in rows {rows[:10]}"
-    for found in gather_object([problem]):
-        if found is not None:
-            raise ValueError(f"credit={_name_of(credit)} {found}.")
+    returned = f"credit={_name_of(credit)} returned"
+    with on_every_rank():
+        if not isinstance(credited, Tensor) or credited.shape != shape:
+            given = tuple(credited.shape) if isinstance(credited, Tensor) else credited
+            expected = f"expected a tensor of shape (N, T) = {tuple(shape)}"
+            raise ValueError(f"{returned} {given}, {expected}.")
+        if credited.requires_grad:
+            raise ValueError(f"{returned} a tensor with a gradient: detach what it computes from.")
+        if not credited.isfinite().all():
+            rows = (~credited.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            raise ValueError(f"{returned} NaN or infinity in rows {rows[:10]}.")
 
 
 def _name_of(function: Any) -> str:

@@ -171,12 +171,8 @@ class RLSDConfig(GRPOConfig):
             return sampled_distillation
         if self.row.evidence is None:
             return self.row.credit
-        return partial(self.row.credit, log_clip=self.log_clip, conserve=self.conserve_credit)
-
-    @property
-    def log_clip(self) -> bool:
-        """Whether the clip of the weight is symmetric in the logarithm."""
-        return self.weight_clip == "log"
+        log_clip = self.weight_clip == "log"
+        return partial(self.row.credit, log_clip=log_clip, conserve=self.conserve_credit)
 
     @property
     def uses_teacher(self) -> bool:
@@ -200,6 +196,15 @@ class RLSDConfig(GRPOConfig):
             return False
         end = self.lambda_warmup_steps + self.lambda_decay_steps
         return self.lambda_init == 0 or (self.lambda_decay_steps > 0 and step >= end)
+
+    def check_keeps_token_credit(self, whose: str) -> None:
+        """Raise ValueError if TRL's loss averages the token credit of `whose` over a sequence."""
+        if self.importance_sampling_level != "token" and self.loss_type not in ("cispo", "vespo"):
+            raise ValueError(
+                f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} averages "
+                f"the token credit of {whose} away: only the mean weight of a sequence would reach "
+                "the gradient. Use 'token', or the cispo or vespo loss."
+            )
 
     def _check_values(self) -> None:
         look_up(self.method, METHODS, "method")
@@ -247,6 +252,10 @@ class RLSDConfig(GRPOConfig):
                 )
             case "weight_clip" | "conserve_credit" if row.evidence is None:
                 return f"{method}, which has no weight. Leave it alone."
+            case "teacher_model_kind" | "teacher_sync_steps" | "teacher_update_rate" if (
+                row.teacher_sees == PROMPT
+            ):
+                return f"{method}, whose teacher_model never changes. Leave it at its default."
             case "teacher_offload" if self.teacher_model_kind == "live":
                 kinds = ", ".join(map(repr, TEACHER_KINDS[1:]))
                 return f"with teacher_model_kind='live', the policy itself. Use one of {kinds}."
@@ -271,14 +280,8 @@ class RLSDConfig(GRPOConfig):
 
     def _check_against_grpo(self) -> None:
         """Refuse options of the parent that would void the method."""
-        token_credit = self.row.evidence is not None or self.distillation_mode == SAMPLED
-        keeps = self.importance_sampling_level == "token" or self.loss_type in ("cispo", "vespo")
-        if token_credit and not keeps:
-            raise ValueError(
-                f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} averages "
-                f"the token credit of method={self.method!r} away: only the mean weight of a "
-                "sequence would reach the gradient. Use 'token', or the cispo or vespo loss."
-            )
+        if self.row.evidence is not None or self.distillation_mode == SAMPLED:
+            self.check_keeps_token_credit(f"method={self.method!r}")
         if self.remove_unused_columns and self.row.teacher_sees != PROMPT:
             raise ValueError(
                 "remove_unused_columns=True would drop the privileged_context column before the "

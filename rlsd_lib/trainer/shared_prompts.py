@@ -40,6 +40,7 @@ class Prompts(NamedTuple):
     ids: Tensor
     mask: Tensor
     type_ids: dict[str, Tensor]
+    shortened: int = 0  # those whose context was cut to fit
 
 
 class Rollouts(NamedTuple):

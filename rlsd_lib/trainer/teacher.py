@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,10 +27,12 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
 from rlsd_lib.trainer import sharded, upstream
+from rlsd_lib.trainer.checks import on_every_rank
 from rlsd_lib.trainer.config import RLSDConfig
 
 ADAPTER = "teacher"
 EXTERNAL = "external"
+COPIED = ("base", "ema", "snapshot")
 STATE_FILE = "rlsd_teacher.json"
 WEIGHTS_FILE = "rlsd_teacher.safetensors"
 Pairs = Iterable[tuple[nn.Parameter, nn.Parameter]]
@@ -60,8 +61,7 @@ class Teacher:
         self.last_sync_step = 0
         self.accelerator = accelerator
         self.offloaded = args.teacher_offload
-        copies = self.kind not in ("live", EXTERNAL)
-        self.adapter = ADAPTER if copies and isinstance(student, PeftModel) else None
+        self.adapter = ADAPTER if self.kind in COPIED and isinstance(student, PeftModel) else None
         self.model: nn.Module | None = student
         if self.adapter is not None:
             add_teacher_adapter(student)
@@ -109,10 +109,14 @@ class Teacher:
 
     def sync(self, student: nn.Module, step: int) -> None:
         """Refresh after optimiser step `step`, if kind and interval say so."""
-        if self.model is None or not self.is_refreshed or step % self.sync_steps:
-            return
-        for target, source in self._parameter_pairs(student):
-            sharded.move(target, source, self.rate)
+        if self.model is not None and self.is_refreshed and step % self.sync_steps == 0:
+            self.take(student, step, self.rate)
+
+    def take(self, student: nn.Module, step: int, rate: float = 1.0) -> None:
+        """Move a copy by `rate` towards the student of `step`, from which its age counts."""
+        if self.kind in COPIED:
+            for target, source in self._parameter_pairs(student):
+                sharded.move(target, source, rate)
         self.last_sync_step = step
 
     def release(self) -> None:
@@ -153,10 +157,8 @@ class Teacher:
 
         Raises ValueError on every rank, if one finds no teacher state, or that of another teacher.
         """
-        # Gathered before anyone raises: a rank that stopped alone would leave the others waiting.
-        for problem in gather_object([self._problem_with(folder)]):
-            if problem is not None:
-                raise ValueError(problem)
+        with on_every_rank():
+            self._check_state(folder)
         state = _state_in(folder)
         if state is None:
             return
@@ -164,35 +166,34 @@ class Teacher:
             return self.release()
         self.last_sync_step = state["last_sync_step"]
         if state["weights"] == "student":
-            for target, source in self._parameter_pairs(student):
-                sharded.move(target, source)
+            self.take(student, self.last_sync_step)
         elif state["weights"] is not None:
             with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
                 for name, parameter in self._own_parameters().items():
                     sharded.write(parameter, file.get_tensor(name), self.accelerator)
 
-    def _problem_with(self, folder: Path) -> str | None:
-        """Why this rank cannot restore the teacher from a checkpoint folder, None if it can."""
+    def _check_state(self, folder: Path) -> None:
         state = _state_in(folder)
         if state is None and self.is_refreshed:
-            return (
+            raise ValueError(
                 f"{folder} holds no teacher state ({STATE_FILE}), so the {self.kind!r} teacher "
                 "would silently restart from the initial policy. Resume from a checkpoint written "
                 "by RLSDTrainer, or use teacher_model_kind='live' or 'base'."
             )
         if state is not None and state["kind"] != self.kind:
-            return (
+            raise ValueError(
                 f"{folder} was written with teacher_model_kind={state['kind']!r}, this run has "
                 f"{self.kind!r}. Resume with the same kind."
             )
         if state is None or state["weights"] != WEIGHTS_FILE:
-            return None
-        if not (folder / WEIGHTS_FILE).exists():
-            return f"{folder} holds no {WEIGHTS_FILE} to restore the teacher from."
-        with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
-            differ = sorted(set(file.keys()) ^ self._own_parameters().keys())
+            return
         weights = folder / WEIGHTS_FILE
-        return f"{weights} is of another model: it differs in {differ[:5]}." if differ else None
+        if not weights.exists():
+            raise ValueError(f"{folder} holds no {WEIGHTS_FILE} to restore the teacher from.")
+        with safe_open(str(weights), "pt") as file:
+            differ = sorted(set(file.keys()) ^ self._own_parameters().keys())
+        if differ:
+            raise ValueError(f"{weights} is of another model: it differs in {differ[:5]}.")
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """What the teacher does not share with the student, by name."""

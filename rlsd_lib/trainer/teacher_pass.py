@@ -44,6 +44,7 @@ class Scores(NamedTuple):
     logps: Tensor
     hidden: Tensor | None
     head: tuple[Tensor, Tensor | None] | None
+    shortened: int  # contexts that were cut to max_teacher_prompt_length
 
 
 class TeacherPass(GRPOTrainer):
@@ -147,6 +148,8 @@ class TeacherPass(GRPOTrainer):
             return output
         contexts = self._contexts(inputs)
         scores = self.teacher_scores(self._final_prompts, contexts, output)
+        if self.args.max_teacher_prompt_length is not None:
+            self.log_means({"context_shortened_frac": (scores.shortened, len(contexts))})
         output["teacher_per_token_logps"] = scores.logps
         output["rewards"] = self._rewards[self._own_rows(len(inputs))]
         if scores.hidden is not None:
@@ -190,8 +193,9 @@ class TeacherPass(GRPOTrainer):
         if sees == PEER:
             return self._peer_contexts(inputs)
         contexts = [row.get(COLUMN) for row in inputs]
-        check_contexts(contexts, self.args.privileged_template)
-        found = count_in_prompts(self._final_prompts, contexts)
+        with checks.on_every_rank():
+            check_contexts(contexts, self.args.privileged_template)
+            found = count_in_prompts(self._final_prompts, contexts)
         self.log_means({"reference_in_prompt_frac": (found, len(contexts))})
         return contexts
 
@@ -217,7 +221,7 @@ class TeacherPass(GRPOTrainer):
         """What the teacher reads before each completion, tokenised as TRL does the student's.
 
         Args: final prompts and contexts of the N rollouts (None leaves a prompt as it is), and
-        TRL's dictionary of them. Returns left-padded ids and mask (N, P).
+        TRL's dictionary of them. Returns left-padded ids and mask (N, P). Not collective.
         Raises ValueError where prompt and completion take more positions than the model has.
         """
         # A group's question is rendered and tokenised once. Images and tools are of one row.
@@ -231,9 +235,7 @@ class TeacherPass(GRPOTrainer):
         )
         number = {key: i for i, key in enumerate(distinct)}
         which = [number[key] for key in keys]
-        if self.args.max_teacher_prompt_length is not None:
-            cut = sum(fitted[key] != text for key, text in zip(keys, contexts, strict=True))
-            self.log_means({"context_shortened_frac": (cut, len(keys))})
+        cut = sum(fitted[key] != text for key, text in zip(keys, contexts, strict=True))
         texts = [ids[i] for i in which]
         self._check_positions(max(map(len, texts)) + output["completion_ids"].size(1))
         types = {
@@ -243,7 +245,7 @@ class TeacherPass(GRPOTrainer):
         }
         mask = [[1] * len(text) for text in texts]
         pad_id = self._tokenizer.pad_token_id
-        return Prompts(texts, self._pad_left(texts, pad_id), self._pad_left(mask, 0), types)
+        return Prompts(texts, self._pad_left(texts, pad_id), self._pad_left(mask, 0), types, cut)
 
     def _seen(self, prompt: Prompt, context: str | None) -> Prompt:
         template = self.args.privileged_template
@@ -315,9 +317,11 @@ class TeacherPass(GRPOTrainer):
     ) -> Scores:
         """Score the completions of TRL's dictionary by the teacher; arguments as `teacher_prompts`.
 
-        Hidden states and head are None for methods without a divergence.
+        Hidden states and head are None for methods without a divergence. Collective: every rank
+        calls it, and raises ValueError where one of them raises. Nothing is logged.
         """
-        seen, wanted = self.teacher_prompts(prompts, contexts, output), self.args.divergence
+        with checks.on_every_rank():
+            seen = self.teacher_prompts(prompts, contexts, output)
         with (
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self.teacher.active(self.model) as teacher,
@@ -326,10 +330,10 @@ class TeacherPass(GRPOTrainer):
                 teacher, seen, output
             )
             # Inside the block, where an adapter's own layers and head are the active ones.
-            head = None if wanted is None else states.head_of(teacher)
+            head = None if self.args.divergence is None else states.head_of(teacher)
         if head is not None:
             head = tuple(None if part is None else part.detach() for part in head)
-        return Scores(logps, hidden, head)
+        return Scores(logps, hidden, head, seen.shortened)
 
     def _plain_pass(
         self, teacher: nn.Module, seen: Prompts, output: dict[str, Any]
@@ -383,12 +387,12 @@ class TeacherPass(GRPOTrainer):
         """Raise on every rank if `teacher_pass="shared"` and one of them has a reason against it."""
         if self.args.teacher_pass != SHARED:
             return
-        reasons = [text for text in gather_object([reason]) if text is not None]
-        if reasons:
-            raise ValueError(
-                f"teacher_pass='shared' cannot be used here: {reasons[0]}. Use 'plain', or 'auto', "
-                "which shares prompts where it can."
-            )
+        with checks.on_every_rank():
+            if reason is not None:
+                raise ValueError(
+                    f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain', or 'auto', "
+                    "which shares prompts where it can."
+                )
 
     # Numbers of all ranks
 

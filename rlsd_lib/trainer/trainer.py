@@ -6,6 +6,7 @@ advantage (N, T) by the method's credit function, and some methods add a diverge
 and student.
 """
 
+import copy
 import shutil
 from functools import partial
 from pathlib import Path
@@ -86,9 +87,11 @@ class RLSDTrainer(TeacherPass):
         self._asked = () if credit is None else checks.check_credit(credit, args)
         self._has_lambda = args.row.evidence is not None if credit is None else "lam" in self._asked
         if credit is not None and not self._has_lambda:
+            args = copy.copy(args)  # the caller's stay as they are
             args.lambda_warmup_steps = args.lambda_decay_steps = 0
         self._pending: dict[str, Any] | None = None
         self._checkpoint: str | None = None
+        self._saved: Path | None = None
         super().__init__(
             model,
             reward_funcs,
@@ -165,7 +168,7 @@ class RLSDTrainer(TeacherPass):
         if args.row.evidence is None:
             return credited, {}
         log_weight = args.row.evidence(advantages, gap)
-        sums = weight_sums(log_weight, mask, args.epsilon_w, log_clip=args.log_clip)
+        sums = weight_sums(log_weight, mask, args.epsilon_w, log_clip=args.weight_clip == "log")
         sums |= intervention_sums(credited, advantages, mask)
         return credited, sums | drift_sums(credited, assign(-advantages), advantages, gap, mask)
 
@@ -213,9 +216,10 @@ class RLSDTrainer(TeacherPass):
         )
         loss = (self.args.distillation_weight or 1.0) * loss
         self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
-        # Costs two backward passes of the head, so only where the step is logged; and DeepSpeed
-        # would take them for the backward pass of the step.
-        logged = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
+        # Costs two backward passes of the head, so only where TRL logs it, or a mean of them;
+        # and DeepSpeed would take them for the backward pass of the step.
+        every = self.state.logging_steps if self.args.logging_strategy == "steps" else 1
+        logged = (self.state.global_step + 1) % max(int(every or 1), 1) == 0
         if self.args.row.needs_weight and logged and not self.is_deepspeed_enabled:
             terms = {"policy": policy_loss, "distillation": loss}
             norms = states.gradient_norms(model, terms, hidden)
@@ -230,27 +234,27 @@ class RLSDTrainer(TeacherPass):
     ) -> TrainOutput:
         """As the parent's; on a resume the teacher is restored as well.
 
-        Raises ValueError on every rank, if the checkpoint has no teacher state, or another's.
+        Another call without a checkpoint copies the student anew: steps and teacher age start at 0.
+        Raises ValueError on every rank, if the checkpoint has no teacher state, or another's, or if
+        an earlier call released a teacher that this one needs.
         """
-        last = resume_from_checkpoint is True
-        self._checkpoint = (
-            get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint or None
-        )
+        self._checkpoint = resume_from_checkpoint or None
+        if resume_from_checkpoint is True:
+            self._checkpoint = get_last_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Before the parent, which deletes older checkpoints at its end.
         if self.teacher is not None:
             step = self.state.global_step
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            self.teacher.save(folder, step)
+            self._saved = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            self.teacher.save(self._saved, step)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        if self.teacher is not None and self.teacher.adapter is not None and not is_checkpoint:
+        if self.teacher is not None and self.teacher.adapter is not None and folder != self._saved:
             # PEFT writes every adapter; the trained model is the student alone.
             shutil.rmtree(folder / self.teacher.adapter, ignore_errors=True)
 
@@ -266,11 +270,21 @@ class TeacherCallback(TrainerCallback):
 
     def __init__(self, trainer: RLSDTrainer) -> None:
         self.trainer = trainer
+        self.has_begun = False
 
     def on_train_begin(self, args: RLSDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         """Called on every rank, once the student has the checkpoint's weights."""
+        teacher = self.trainer.teacher
+        if teacher.model is None and not args.teacher_is_over(state.global_step):
+            raise ValueError(
+                f"train() at step {state.global_step} needs the teacher, which an earlier train() "
+                f"released after lambda_decay_steps={args.lambda_decay_steps}. Make a new trainer."
+            )
         if self.trainer._checkpoint is not None:
-            self.trainer.teacher.load(Path(self.trainer._checkpoint), self.trainer.model)
+            teacher.load(Path(self.trainer._checkpoint), self.trainer.model)
+        elif self.has_begun:
+            teacher.take(self.trainer.model, state.global_step)
+        self.has_begun = True
 
     def on_step_end(self, args: RLSDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         """Called on every rank, before a checkpoint of the same step is written."""

@@ -73,10 +73,10 @@ def train(folder: Path, world: int, settings: dict[str, Any]) -> dict[str, Any]:
         # Adam would turn a rounding error of a vanishing gradient into a step of full size.
         "optim": "sgd",
         "learning_rate": 0.5,
-        "teacher_sync_steps": 2,
     }
-    config |= settings
-    teacher = {"teacher_model": tiny.model(1)} if config.get("method") == "opd" else {}
+    external = settings.get("method") == "opd"
+    config |= settings if external else {"teacher_sync_steps": 2, **settings}
+    teacher = {"teacher_model": tiny.model(1)} if external else {}
     trainer = RLSDTrainer(
         tiny.model(),
         reward,
@@ -112,6 +112,7 @@ def train_all(folder: Path, world: int) -> None:
     for name, settings in RUNS.items():
         torch.save(train(folder / "scratch", world, settings), folder / f"{name}-{rank}.pt")
     torch.save(stop_one(folder / "stopped", rank), folder / f"stopped-{rank}.pt")
+    torch.save(refuse_one(folder / "refused", rank), folder / f"refused-{rank}.pt")
 
 
 class Sigterm(TrainerCallback):
@@ -135,6 +136,19 @@ def stop_one(folder: Path, rank: int) -> dict[str, Any]:
         again.train(resume_from_checkpoint=True)
         return {"said": said, "step": step, "end": again.state.global_step}
     return {"said": "", "step": trainer.state.global_step}
+
+
+def refuse_one(folder: Path, rank: int) -> list[str]:
+    """What this rank says of contexts that rank 1 alone cannot show to its teacher."""
+    said = []
+    for context in ("", "x" * 600):
+        trainer = tiny.trainer(folder, max_steps=1)
+        find, mine = trainer._contexts, {"privileged_context": context if rank == 1 else "1"}
+        trainer._contexts = lambda rows, find=find, mine=mine: find([row | mine for row in rows])
+        with pytest.raises(ValueError) as error:
+            trainer.train()
+        said.append(str(error.value))
+    return said
 
 
 # What `accelerate launch` sets for use_cpu: true, so that the ranks talk by gloo.
@@ -239,6 +253,13 @@ def test_a_sigterm_to_one_rank_stops_both_after_the_same_step_and_both_resume(tw
         assert rank["end"] == 4, "not resumed on two processes"
     saved = {path.name for path in (two / "stopped" / "checkpoint-2").iterdir()}
     assert {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= saved
+
+
+def test_a_row_that_one_rank_refuses_stops_both(two):
+    ours, theirs = of_ranks(two, "refused")
+    assert ours == theirs
+    assert "have no privileged_context" in ours[0]
+    assert "positions, the model has 512" in ours[1]
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("sdpo")])

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from rlsd_lib import RLSDTrainer
 from rlsd_lib.credit import rlsd
 
 
@@ -83,6 +84,13 @@ def test_a_function_without_lam_has_no_schedule(tmp_path):
     assert calls[-1] == {"lam", "epsilon_w"}
 
 
+def test_the_callers_arguments_stay_as_they_are(tmp_path):
+    args = tiny.config(tmp_path, lambda_warmup_steps=3, lambda_decay_steps=7)
+    rows, tokens = tiny.dataset(), tiny.tokenizer()
+    RLSDTrainer(tiny.model(), tiny.reward, args, rows, processing_class=tokens, credit=good)
+    assert (args.lambda_warmup_steps, args.lambda_decay_steps) == (3, 7)
+
+
 def misspelt(advantages, gap, mask, *, sucess):
     return gap
 
@@ -91,8 +99,19 @@ def by_name(*, advantages, gap, mask):
     return gap
 
 
+def too_few(advantages, gap):
+    return gap
+
+
+def by_place(advantages, gap, mask, lam, /):
+    return gap
+
+
 def good(advantages, gap, mask):
     return gap
+
+
+SEQUENCE = {"importance_sampling_level": "sequence"}
 
 
 def test_what_cannot_be_called_is_refused_before_any_compute(tmp_path):
@@ -100,9 +119,12 @@ def test_what_cannot_be_called_is_refused_before_any_compute(tmp_path):
         (
             misspelt,
             {},
-            r"misspelt\(.*no 'sucess'.*any of lam, epsilon_w, success, rewards, entropy",
+            r"misspelt\(.*missing a required.*'sucess'.*any of lam, epsilon_w, success, rewards, entropy",
         ),
         (by_name, {}, r"by_name\(.*Expected by_name\(advantages \(N,\), gap \(N, T\), mask"),
+        (too_few, {}, r"too_few\(advantages, gap\) cannot be called: too many positional"),
+        (by_place, {}, r"by_place\(.* cannot be called: .*'lam'"),
+        (good, {"method": "opsd", **SEQUENCE}, "averages the token credit of credit=good away"),
         (good, {"method": "grpo"}, "good would never be called with method='grpo'"),
         (good, {"method": "sdpo"}, "good would never be called with method='sdpo'"),
         (good, {"lambda_init": 0.0}, "lambda_init=0.0"),

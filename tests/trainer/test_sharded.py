@@ -106,7 +106,7 @@ def build(folder: Path, name: str, world: int, **overrides: Any) -> RLSDTrainer:
         "optim": "adamw_torch",
         "adam_epsilon": 1.0,
         "learning_rate": 0.5,
-        "teacher_sync_steps": 2,
+        **({} if name.startswith("opd ") else {"teacher_sync_steps": 2}),
         "use_cpu": not zero3,
         "deepspeed": ZERO3_CONFIG if zero3 else None,
     }

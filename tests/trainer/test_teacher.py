@@ -218,6 +218,30 @@ def test_a_released_teacher_stays_released_on_resume(tmp_path):
     assert resumed.teacher.model is None
 
 
+def test_another_train_starts_the_teacher_anew(tmp_path):
+    """Its steps are counted from 0, and so is the teacher's age; a copy is of the student of now."""
+    for kind, variant in [("snapshot", "full"), ("snapshot", "lora"), ("base", "full")]:
+        settings = {"max_steps": 3, "teacher_sync_steps": 2, "teacher_model_kind": kind}
+        trainer = tiny.trainer(tmp_path, student_for(variant), **settings)
+        trainer.train()
+        middle, begun = student_weights(trainer), []
+        assert not same(teacher_weights(trainer), middle), (kind, variant)
+        trainer.callback_handler.callbacks[-1].on_step_begin = (
+            lambda *_, trainer=trainer, begun=begun, **__: begun.append(teacher_weights(trainer))
+        )
+        trainer.train()
+        assert same(begun[0], middle), (kind, variant)
+        ages = [row["rlsd/teacher_age"] for row in trainer.state.log_history if "loss" in row]
+        assert ages == [0, 1, 0 if kind == "snapshot" else 2], (kind, variant)
+
+
+def test_another_train_that_needs_a_released_teacher_is_refused(tmp_path):
+    trainer = tiny.trainer(tmp_path, max_steps=2, lambda_decay_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"step 0 needs .* lambda_decay_steps=1\. Make a new tr"):
+        trainer.train()
+
+
 def test_a_grpo_checkpoint_can_be_continued_with_a_live_teacher(tmp_path):
     args = tiny.config(tmp_path, method="grpo", max_steps=2, save_strategy="steps", save_steps=1)
     GRPOTrainer(
@@ -230,13 +254,15 @@ def test_a_grpo_checkpoint_can_be_continued_with_a_live_teacher(tmp_path):
 
 def test_a_saved_adapter_model_holds_no_teacher_and_a_checkpoint_does(tmp_path):
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = tiny.trainer(tmp_path / "run", lora_student(), **settings)
+    run = tmp_path / "checkpoints"  # a name like those of its checkpoints
+    trainer = tiny.trainer(run, lora_student(), **settings)
     trainer.train()
-    assert (tmp_path / "run" / "checkpoint-1" / "teacher").is_dir()
-    trainer.save_model(str(tmp_path / "model"))
-    files = {path.name for path in (tmp_path / "model").iterdir()}
-    assert "adapter_model.safetensors" in files
-    assert "teacher" not in files
+    assert (run / "checkpoint-1" / "teacher").is_dir()
+    for folder in (tmp_path / "model", run):
+        trainer.save_model(str(folder))
+        files = {path.name for path in folder.iterdir()}
+        assert "adapter_model.safetensors" in files
+        assert "teacher" not in files
     assert set(trainer.model.peft_config) == {"default", "teacher"}
 
 

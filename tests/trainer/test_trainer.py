@@ -88,6 +88,19 @@ def test_options_of_the_weight_are_judged(tmp_path):
             tiny.config(tmp_path, **changes)
 
 
+def test_options_of_an_own_teacher_mean_nothing_for_an_external_one(tmp_path):
+    for changes in (
+        {"teacher_model_kind": "ema"},
+        {"teacher_sync_steps": 5},
+        {"teacher_update_rate": 0.5},
+    ):
+        with pytest.raises(
+            ValueError, match=r"means nothing for method='opd', whose teacher_model"
+        ):
+            tiny.config(tmp_path, method="opd", **changes)
+    tiny.config(tmp_path, method="opd", teacher_model_kind="snapshot", teacher_sync_steps=10)
+
+
 def test_wide_epsilon_w_is_allowed(tmp_path):
     assert tiny.config(tmp_path, epsilon_w=9.0).epsilon_w == 9.0
 
@@ -295,14 +308,20 @@ def test_trap_15_a_long_reference_is_shortened_and_counted(tmp_path):
     data = tiny.dataset(privileged_context=["x" * 60] * 16 + ["y"] * 16)
     trainer = tiny.trainer(tmp_path, data=data, max_steps=4, max_teacher_prompt_length=30)
     widths = []
-    prompts_of = trainer.teacher_prompts
+    prompts_of, score = trainer.teacher_prompts, trainer.teacher_scores
 
     def spy(*args):
         seen = prompts_of(*args)
         widths.append(seen.ids.shape[1])
         return seen
 
-    trainer.teacher_prompts = spy
+    def quiet(*args):
+        before = {name: list(values) for name, values in trainer._metrics["train"].items()}
+        scores = score(*args)
+        assert trainer._metrics["train"] == before, "scoring logs nothing"
+        return scores
+
+    trainer.teacher_prompts, trainer.teacher_scores = spy, quiet
     trainer.train()
     assert max(widths) == 30
     shares = [row["rlsd/context_shortened_frac"] for row in trainer.state.log_history[:-1]]
@@ -315,6 +334,15 @@ def test_trap_21_metrics_are_those_of_the_contract(tmp_path):
     names = {"lambda", "gap_mean", "gap_abs_mean", "weight_mean", "clip_low_frac"}
     names |= {"clip_high_frac", "intervention", "teacher_age"}
     assert {f"rlsd/{name}" for name in names} <= set(trainer.state.log_history[0])
+
+
+def test_the_gradient_share_is_there_wherever_a_row_is_logged(tmp_path):
+    """Once an epoch of two steps, where `logging_steps` is 500 and means nothing."""
+    method = {"method": "grpo_opsd", "distillation_weight": 0.3}
+    logging = {"logging_strategy": "epoch", "logging_steps": 500, "max_steps": 2}
+    trainer = tiny.trainer(tmp_path, data=tiny.dataset(4), **method, **logging)
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["rlsd/distillation_gradient_frac"] < 1
 
 
 def test_a_row_without_a_reward_teaches_nothing_and_is_counted(tmp_path):
