@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/rlsd suite demo --jobs 2
-	$(BIN)/rlsd table outputs/demo --paths
+	$(BIN)/rlsd table "$${RLSD_OUTPUTS:-outputs}/demo" --paths
 
 test: export HF_HUB_OFFLINE = 1
 test: export TRANSFORMERS_OFFLINE = 1

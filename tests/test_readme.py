@@ -52,3 +52,10 @@ def test_every_link_leads_to_a_file_and_nothing_is_left_open():
         assert "@@" not in text
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("http") or (folder / target).exists(), target
+
+
+def test_the_hardware_table_is_made_from_recorded_runs():
+    from rlsd_lib.runs.machines import hardware_table
+
+    table = hardware_table(Path(__file__).parent.parent / "outputs" / "tables" / "machines")
+    assert f"<!-- rlsd table --machines -->\n{table}\n<!-- end of the table -->" in README
