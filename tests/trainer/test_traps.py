@@ -354,3 +354,19 @@ def test_the_teacher_reads_what_an_environment_observed(tmp_path, monkeypatch):
         f"<user>{text}|{answers[text.partition('[')[0]]}</s><assistant>" for text in students
     ]
     assert sorted(turns) == sorted(expected)
+
+
+def test_credit_is_that_of_the_policy_that_wrote_the_rollout(tmp_path):
+    """Reused rollouts keep their gap, though the policy has moved since."""
+    gaps = []
+
+    def credit(advantages, gap, mask):
+        gaps.append(gap * mask)
+        return advantages[:, None].expand_as(gap)
+
+    settings = {"num_iterations": 2, "gradient_accumulation_steps": 1, "max_steps": 2}
+    trainer = tiny.trainer(tmp_path, more={"credit": credit}, teacher_model_kind="base", **settings)
+    before = trainer.model.lm_head.weight.clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.lm_head.weight, before)
+    assert torch.equal(*gaps)
