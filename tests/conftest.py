@@ -46,7 +46,7 @@ ROWS = {
     r"trainer/test_sharded\.py.*fsdp2": "FSDP2, two processes as one",
     r"trainer/test_sharded\.py.*zero-3": "ZeRO-3, two processes as one",
     r"trainer/test_distributed": "two processes as one (DDP), every method",
-    r"test_vllm": "vLLM: rollouts, weights at every step, lost servers",
+    r"test_vllm(_http)?\.py": "vLLM: rollouts and weights at every step (`make test-vllm`)",
     r"(test_vlm|lab/|vision)": "images: Qwen3-VL, Qwen2.5-VL, Gemma 3 at toy size",
     r"gpu/": "what a card can show (`make test-gpu`)",
     r"tests/trainer/": "trainer: traps, teachers, LoRA, shared prompts, resume, against TRL",
