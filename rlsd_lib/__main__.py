@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.accelerate:
         os.environ["RLSD_ACCELERATE"] = options.accelerate  # read by `launch`, in the kernel
     if options.dry_run:
-        return _dry_run(source, full)
+        return _dry_run(options.notebook, source, full)
     folder = Path(options.run_dir or default_run_dir(source.stem, full)).resolve()
     mode = options.if_exists
     if mode == "skip":
@@ -70,13 +70,13 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(source: Path, parameters: dict[str, Any]) -> int:
+def _dry_run(notebook: str, source: Path, parameters: dict[str, Any]) -> int:
     # Before the import: the libraries read these when they are imported.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     from rlsd_lib.experiment.preflight import dry_run
     from rlsd_lib.runs.parameters import unmet
 
-    found = dry_run(source.stem, parameters)
+    found = dry_run(notebook, parameters)
     found.wrong += unmet(source, parameters)
     print(found.text())
     return 2 if found.wrong else 0

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from rlsd_lib.__main__ import main
 from rlsd_lib.experiment.preflight import Findings, check_rows, dry_run, resolve
+from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import Task, load_task
 from rlsd_lib.tasks.encode import encode, messages_of
 from rlsd_lib.tasks.lengths import prompt_lengths
@@ -225,3 +226,10 @@ def test_the_plan_and_the_command_are_those_of_the_run_and_not_of_the_preset():
     assert "gradient_checkpointing=False" in planned
     assert """-p 'benchmarks=["MMMU"]'""" in planned
     assert "runs_dir" not in planned.partition("start it with")[2]
+
+
+def test_a_notebook_of_ones_own_is_checked_and_started_by_its_path(tmp_path, capsys):
+    own = tmp_path / "mine.ipynb"
+    own.write_bytes(find_notebook("15_rlsd").read_bytes())
+    assert main(["run", str(own), "-p", "preset=smoke", "--dry-run"]) == 0
+    assert f"rlsd run {own} -p method=rlsd" in capsys.readouterr().out
