@@ -1,10 +1,16 @@
-"""Means with their intervals: bootstrap over problems, Student over seeds, Wilson for shares."""
+"""Means with their intervals, and what they decide.
+
+Bootstrap over problems, Student over seeds or labs, Wilson for shares, Dunnett for many arms against
+one. `decide` is the one rule from an interval to a verdict.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 from scipy.optimize import brentq
 
@@ -111,3 +117,61 @@ def smallest_detectable(differences: Values) -> float:
     # The lower tail adds less than 0.001 at any usual power.
     shift = brentq(lambda d: stats.nct.sf(critical, count - 1, d) - POWER, 0.0, 100.0 * critical)
     return float(shift * spread / np.sqrt(count))
+
+
+def dunnett_intervals(values: pd.DataFrame, control: str) -> dict[str, Interval]:
+    """Return each arm's mean minus the control's, with simultaneous 95 % intervals.
+
+    `values` has a row per block (a lab, or a seed) and a column per arm, with no gaps. In a share
+    `LEVEL` of repetitions all intervals hold their true differences together. What a block adds to
+    all its arms cancels; the spread is that of the residuals of all arms, (arms - 1)(blocks - 1)
+    degrees of freedom, which takes their noise as equal. NaN ends for one block.
+
+    Raises:
+        ValueError: there is no such arm, no other arm, or an arm lacks a block.
+    """
+    if control not in values or values.shape[1] < 2:
+        raise ValueError(f"arms are {list(values)}; give {control!r} and at least one other")
+    if values.isna().any(axis=None):
+        gaps = values.columns[values.isna().any()].tolist()
+        raise ValueError(f"not every block has a value of {gaps}; leave out those arms, or blocks")
+    blocks, arms = values.shape
+    residuals = values.sub(values.mean(axis=1), axis=0) - values.mean() + values.mean(axis=None)
+    free = (blocks - 1) * (arms - 1)
+    means = (values.mean() - values[control].mean()).drop(control)
+    if not free:
+        return {arm: Interval(float(mean)) for arm, mean in means.items()}
+    spread = math.sqrt(float((residuals**2).to_numpy().sum()) / free * 2 / blocks)
+    half = _dunnett_critical(arms - 1, free) * spread
+    return {arm: Interval(float(mean), mean - half, mean + half) for arm, mean in means.items()}
+
+
+@lru_cache
+def _dunnett_critical(comparisons: int, free: int) -> float:
+    """The c with P(max_i |T_i| < c) = LEVEL for Student's T_i with correlation 1/2."""
+    shape = np.full((comparisons, comparisons), 0.5) + np.eye(comparisons) / 2
+    joint = stats.multivariate_t(shape=shape, df=free, seed=0)
+
+    def missing(c: float) -> float:
+        ends = np.full(comparisons, c)
+        return joint.cdf(ends, lower_limit=-ends, maxpts=20_000, random_state=0) - LEVEL
+
+    one = stats.t.ppf((1 + LEVEL) / 2, free)
+    all_ = stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, free)  # Bonferroni's, never below it
+    return one if comparisons == 1 else float(brentq(missing, 0.99 * one, 1.01 * all_, xtol=1e-3))
+
+
+def decide(difference: Interval, margin: float) -> str:
+    """Return what an interval of a difference decides, with a margin of equivalence.
+
+    "above" or "below" where it excludes 0, "no difference larger than `margin`" where it lies
+    within +-`margin` and does not, "not settled" otherwise. Raises ValueError for a margin of 0 or
+    less, within which nothing could ever lie.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin is {margin}; give the largest difference that does not matter")
+    if difference.low > 0 or difference.high < 0:
+        return "above" if difference.low > 0 else "below"
+    if -margin < difference.low and difference.high < margin:
+        return f"no difference larger than {margin:g}"
+    return "not settled"

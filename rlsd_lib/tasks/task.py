@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Dataset
 
@@ -27,13 +27,27 @@ REFERENCE_PATTERN = (
 Row = dict[str, Any]
 
 
+class RightChain(Protocol):
+    """Reads one completion of a row, a token's text at a time."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether only the end token may follow."""
+
+    def allowed(self) -> frozenset[str]:
+        """Return the tokens after which a right completion can still follow."""
+
+    def read(self, token: str) -> bool:
+        """Take the next token. False where it is the first wrong one."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A data set with the functions that judge it.
 
     `train` and `test` have the columns `prompt` (chat messages), `privileged_context` (what only
-    the teacher may read), `answer`, and whatever the verifier needs. The last three functions are
-    None where a task cannot know.
+    the teacher may read), `answer`, and whatever the verifier needs. The functions after
+    `report` are None where a task cannot know.
     """
 
     name: str
@@ -45,6 +59,8 @@ class Task:
     score: Callable[[str, Row], float] | None = None  # the reward where it is not the verdict
     report: Any = None  # of the rows that were read and dropped; None where rows are generated
     first_error: Callable[[str, Row], int | None] | None = None  # index of the first wrong token
+    decisions: Callable[[str], list[bool]] | None = None  # tokens that the answer follows from
+    right_chain: Callable[[Row], RightChain] | None = None  # reads a completion while it is right
     nuisance_mask: Callable[[str], list[bool]] | None = None  # tokens that mean nothing
     underived: Callable[[str, Row], str] | None = None  # the text before the answer is derivable
 

@@ -1,11 +1,15 @@
 """Intervals that cover as often as they say, and what they could have seen."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp
 
 from rlsd_lib.measure.intervals import (
+    Interval,
     bootstrap_interval,
+    decide,
+    dunnett_intervals,
     share_difference,
     share_interval,
     smallest_detectable,
@@ -92,3 +96,59 @@ def test_bad_input_raises():
         bootstrap_interval([])
     with pytest.raises(ValueError, match="one finite number per problem"):
         bootstrap_interval([1.0, float("nan")])
+
+
+def blocks(random: np.random.Generator, means: list[float], labs: int = 5) -> pd.DataFrame:
+    """Arms named by number, with noise of their own and a far larger one that a lab shares."""
+    noise = random.normal(size=(labs, len(means))) + random.normal(scale=5.0, size=(labs, 1))
+    return pd.DataFrame(noise + np.array(means))
+
+
+def test_dunnetts_level_holds_and_a_planted_difference_is_found():
+    random, false, found = np.random.default_rng(0), 0, 0
+    for _ in range(1000):
+        null = dunnett_intervals(blocks(random, [0.0] * 6), 0).values()
+        false += any(interval.low > 0 or interval.high < 0 for interval in null)
+        planted = dunnett_intervals(blocks(random, [0.0, 3.0, 0.0, 0.0, 0.0, 0.0]), 0)
+        found += decide(planted[1], margin=0.1) == "above"
+    assert 0.03 <= false / 1000 <= 0.07
+    assert found / 1000 > 0.95
+
+
+def test_dunnetts_critical_values_are_those_of_his_table():
+    """Dunnett (1964), two-sided, 5 %; with one comparison Student's paired t."""
+    random = np.random.default_rng(1)
+    for arms, labs, critical in [(3, 5, 2.67), (6, 5, 2.73)]:  # 2 and 5 arms; 8 and 20 degrees
+        values = blocks(random, [0.0] * arms, labs)
+        mean, low, high = dunnett_intervals(values, 0)[1]
+        residuals = values.sub(values.mean(axis=1), axis=0)
+        residuals = residuals - residuals.mean()
+        free = (labs - 1) * (arms - 1)
+        spread = np.sqrt((residuals**2).to_numpy().sum() / free * 2 / labs)
+        assert (high - low) / 2 / spread == pytest.approx(critical, abs=0.02)
+        assert mean == pytest.approx(values[1].mean() - values[0].mean())
+    pair = blocks(random, [0.0, 1.0])
+    assert dunnett_intervals(pair, 0)[1] == pytest.approx(student_interval(pair[1] - pair[0]))
+
+
+def test_a_planted_null_is_called_equivalent_and_little_data_settles_nothing():
+    random = np.random.default_rng(2)
+    verdicts = []
+    for _ in range(100):
+        values = 0.004 * blocks(random, [0.0, 0.0], labs=8)
+        verdicts.append(decide(dunnett_intervals(values, 0)[1], margin=0.02))
+    assert verdicts.count("no difference larger than 0.02") > 90
+    assert decide(Interval(0.01), margin=0.02) == "not settled"
+    assert decide(Interval(-0.1, -0.15, -0.05), margin=0.02) == "below"
+    assert decide(Interval(0.01, -0.01, 0.03), margin=0.02) == "not settled"
+
+
+def test_dunnett_and_verdicts_refuse_what_they_cannot_judge():
+    values = pd.DataFrame({"grpo": [0.1, 0.2], "rlsd": [0.1, np.nan]})
+    with pytest.raises(ValueError, match=r"value of \['rlsd'\]"):
+        dunnett_intervals(values, "grpo")
+    with pytest.raises(ValueError, match="'opsd' and at least one other"):
+        dunnett_intervals(values, "opsd")
+    assert np.isnan(dunnett_intervals(values[:1].fillna(0.0), "grpo")["rlsd"].low)
+    with pytest.raises(ValueError, match="margin is 0"):
+        decide(Interval(0.0, -1.0, 1.0), margin=0)

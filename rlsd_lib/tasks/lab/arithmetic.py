@@ -16,7 +16,8 @@ from random import Random
 from rlsd_lib.names import look_up
 from rlsd_lib.tasks.task import Row, Task, draw_sides
 
-COLUMNS = ("ones", "tens", "hundreds", "thousands")  # as many digits as a number may have
+# As many columns as a number may have digits; the vocabulary holds at least the first four.
+COLUMNS = ("ones", "tens", "hundreds", "thousands", "myriads", "lakhs", "millions", "crores")
 # The corpus leans towards the second half where a recipe asks for a difference in style.
 _WORDS = (
     "well so now okay then next right good here look see take "
@@ -25,10 +26,16 @@ _WORDS = (
 FILLERS = tuple(_WORDS.split())
 ANSWER = "answer"
 QUOTE = ("reference", "says")
-VOCABULARY = (*"0123456789", *"+=;", *COLUMNS, ANSWER, *QUOTE, *FILLERS)
+VOCABULARY = (*"0123456789", *"+=;", *COLUMNS[:4], ANSWER, *QUOTE, *FILLERS)
 TOKEN = r"\d|[^\W\d_]+|[^\w\s]|_"  # every digit, word and sign
 PRIVILEGED_TEMPLATE = "{prompt} ; reference {privileged_context}"
+ANYWHERE = frozenset((*FILLERS, *QUOTE))  # neither right nor wrong
 _FINAL = re.compile(r"\banswer((?:\s*[0-9])+)\s*$")
+
+
+def vocabulary_of(digits: int) -> tuple[str, ...]:
+    """Return every token of additions of so many digits, the special ones aside."""
+    return (*VOCABULARY, *COLUMNS[4:digits])
 
 
 def tokens_of(text: str) -> list[str]:
@@ -81,27 +88,62 @@ def nuisance_mask(completion: str) -> list[bool]:
     return [token in FILLERS for token in tokens_of(completion)]
 
 
+class RightChain:
+    """Reads a completion of a row token by token, and knows how a right one may go on.
+
+    Filler words and a quoted reference are neither right nor wrong, and may stand anywhere before
+    the end. The operands of a column may change places.
+    """
+
+    def __init__(self, row: Row) -> None:
+        self._expected = [{token} for token in bare_chain(row).split()]
+        for place in range(1, 9 * len(str(row["first"])), 9):
+            operands = self._expected[place] | self._expected[place + 2]
+            self._expected[place] = self._expected[place + 2] = operands
+        self._position, self._quoting = 0, False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer's last digit was read."""
+        return self._position == len(self._expected)
+
+    def allowed(self) -> frozenset[str]:
+        """Return the tokens after which a right chain can still follow; none where it is complete."""
+        if self.is_complete:
+            return frozenset()
+        quoted = "0123456789" if self._quoting else ""
+        return ANYWHERE.union(quoted, self._expected[self._position])
+
+    def read(self, token: str) -> bool:
+        """Take the next token. False where it is the first wrong one."""
+        self._quoting = token in QUOTE or (self._quoting and token.isdigit())
+        if token in FILLERS or self._quoting:
+            return True
+        if self.is_complete or token not in self._expected[self._position]:
+            return False
+        if len(self._expected[self._position]) == 2:  # the other operand follows two tokens later
+            self._expected[self._position + 2] = self._expected[self._position] - {token}
+        self._position += 1
+        return True
+
+
 def first_error(completion: str, row: Row) -> int | None:
     """Return the index of the first wrong token of a chain, or None when every token is right.
 
-    The index counts the lab's tokens. Filler words and a quoted reference are neither right nor
-    wrong. A chain that stops too early is wrong at the index one past its last token.
+    The index counts the lab's tokens. A chain that stops too early is wrong at the index one past
+    its last token.
     """
-    tokens = tokens_of(completion)
-    expected = [{token} for token in bare_chain(row).split()]
-    for place in range(1, 9 * len(str(row["first"])), 9):  # operands may change places
-        expected[place] = expected[place + 2] = expected[place] | expected[place + 2]
-    position, quoting = 0, False
+    chain, tokens = RightChain(row), tokens_of(completion)
     for index, token in enumerate(tokens):
-        quoting = token in QUOTE or (quoting and token.isdigit())
-        if token in FILLERS or quoting:
-            continue
-        if position == len(expected) or token not in expected[position]:
+        if not chain.read(token):
             return index
-        if len(expected[position]) == 2:  # the other operand must follow two tokens later
-            expected[position + 2] = expected[position] - {token}
-        position += 1
-    return None if position == len(expected) else len(tokens)
+    return None if chain.is_complete else len(tokens)
+
+
+def decisions(completion: str) -> list[bool]:
+    """Mark the tokens of a completion that state what a column adds up to: its two digits."""
+    tokens = tokens_of(completion)
+    return [any(before == "=" for before in tokens[max(0, i - 2) : i]) for i in range(len(tokens))]
 
 
 def underived(completion: str, row: Row) -> str:
@@ -146,6 +188,8 @@ def load(*, digits: int = 3, reference: str = "answer", **sizes: int) -> Task:
         reference_pattern=rf"\b{QUOTE[0]}\b",
         privileged_template=PRIVILEGED_TEMPLATE,
         first_error=first_error,
+        decisions=decisions,
+        right_chain=RightChain,
         nuisance_mask=nuisance_mask,
         underived=underived,
         **draw_sides(problems, question_of, **sizes),

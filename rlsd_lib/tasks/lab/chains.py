@@ -5,6 +5,7 @@ comes in. A random part of the 110 facts is hard, each with an error rate and on
 own. So a policy has many separate things to learn from rewards, not one temperature to turn.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -12,9 +13,20 @@ from typing import NamedTuple
 from rlsd_lib.tasks.lab.arithmetic import ANSWER, FILLERS, QUOTE, columns_of
 from rlsd_lib.tasks.task import Row
 
-Fact = tuple[int, int, int]  # smaller digit, larger digit, carry in
-FACTS = [(a, b, carry) for a in range(10) for b in range(a, 10) for carry in (0, 1)]
+ANY_COLUMN = -1
+Fact = tuple[int, int, int, int]  # column or `ANY_COLUMN`, smaller digit, larger digit, carry in
 SLIPS = (-10, -2, -1, 1, 2, 10)  # a wrong sum differs by one of these: in the digit, carry or both
+
+
+def facts_of(columns: Iterable[int]) -> list[Fact]:
+    """Return the facts of these columns, 110 for each."""
+    return [
+        (c, a, b, carry)
+        for c in columns
+        for a in range(10)
+        for b in range(a, 10)
+        for carry in (0, 1)
+    ]
 
 
 class Belief(NamedTuple):
@@ -74,9 +86,10 @@ def write_chain(
     parts = [*QUOTE, *quote] if quote else []
     carry, result = 0, ""
     columns = columns_of(row)
-    for name, a, b in columns:
+    for place, (name, a, b) in enumerate(columns):
         total = a + b + carry
-        belief = beliefs.get((min(a, b), max(a, b), carry))
+        digits = (min(a, b), max(a, b), carry)
+        belief = beliefs.get((ANY_COLUMN, *digits)) or beliefs.get((place, *digits))
         if belief and random.random() < belief.rate:
             total = belief.wrong
         first, second = (a, b) if style.nuisance == 0 or random.random() < 0.5 else (b, a)

@@ -22,11 +22,11 @@ from rlsd_lib.tasks.cache import write_once
 from rlsd_lib.tasks.lab.arithmetic import (
     PRIVILEGED_TEMPLATE,
     TOKEN,
-    VOCABULARY,
     draw_problem,
     question_of,
+    vocabulary_of,
 )
-from rlsd_lib.tasks.lab.chains import FACTS, SLIPS, Belief, Fact, Style, write_chain
+from rlsd_lib.tasks.lab.chains import ANY_COLUMN, SLIPS, Belief, Fact, Style, facts_of, write_chain
 from rlsd_lib.tasks.task import is_held_out
 
 SPECIALS = ("<pad>", "<eos>", "<system>", "<user>", "<assistant>")
@@ -46,7 +46,8 @@ class LabRecipe:
 
     digits: int = 3  # digits per number; a chain has as many columns
     nuisance: float = 0.35  # the dial: expected share of filler words among a chain's tokens
-    hard_share: float = 0.33  # share of the 110 facts that the corpus is unreliable about
+    column_facts: bool = False  # 110 facts for each column, not 110 that all columns share
+    hard_share: float = 0.33  # share of the facts that the corpus is unreliable about
     hard_low: float = 0.2  # error rates of those facts are uniform between this ...
     hard_high: float = 0.85  # ... and this; above 0.5 the wrong sum is the likelier one
     easy_rate: float = 0.01  # error rate of the other facts
@@ -78,9 +79,11 @@ class LabRecipe:
     def beliefs(self) -> dict[Fact, Belief]:
         """What the corpus believes about each fact: some are hard, the others nearly certain."""
         random, beliefs = Random(self.seed), {}
-        hard = set(random.sample(FACTS, round(self.hard_share * len(FACTS))))
-        for fact in FACTS:
-            wrong = random.choice([sum(fact) + s for s in SLIPS if 0 <= sum(fact) + s <= 19])
+        facts = facts_of(range(self.digits) if self.column_facts else (ANY_COLUMN,))
+        hard = set(random.sample(facts, round(self.hard_share * len(facts))))
+        for fact in facts:
+            total = sum(fact[1:])
+            wrong = random.choice([total + s for s in SLIPS if 0 <= total + s <= 19])
             rate = self.easy_rate
             if fact in hard:
                 rate = random.uniform(self.hard_low, self.hard_high)
@@ -89,7 +92,9 @@ class LabRecipe:
 
     def digest(self) -> str:
         """Return ten characters that change when any field, or the language, changes."""
-        text = json.dumps([asdict(self), VOCABULARY, CHAT_TEMPLATE, PRIVILEGED_TEMPLATE, CORPUS])
+        text = json.dumps(
+            [asdict(self), vocabulary_of(self.digits), CHAT_TEMPLATE, PRIVILEGED_TEMPLATE, CORPUS]
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -111,13 +116,13 @@ def load_lab(
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(digits: int = 3) -> PreTrainedTokenizerFast:
     """Return the lab's tokenizer: one token per word, digit and sign, padded on the left.
 
     There is no token for an unknown word: encoding one raises, so that a prompt which the lab
     cannot read is noticed.
     """
-    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *VOCABULARY))}
+    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *vocabulary_of(digits)))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown word>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(TOKEN), "isolated")]
@@ -181,7 +186,7 @@ def conversation(
 
 def pretrain(recipe: LabRecipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Train the lab's model from scratch; deterministic, torch's global seed is left alone."""
-    tokenizer, random = build_tokenizer(), Random(recipe.seed)
+    tokenizer, random = build_tokenizer(recipe.digits), Random(recipe.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = build_model(recipe, len(tokenizer)).train()
