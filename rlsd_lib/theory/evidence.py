@@ -28,13 +28,8 @@ def predictive(world: SequenceWorld) -> tuple[Tensor, ...]:
     return tuple((post.unsqueeze(-1) * step).sum(0) for post, step in pairs)
 
 
-def joint_world(world: SequenceWorld) -> SequenceWorld:
-    """The same teacher with the student that shares a joint with it."""
-    return world._replace(student=predictive(world))
-
-
 def leave_joint(world: SequenceWorld, alpha: float) -> SequenceWorld:
-    """Student logits moved from the consistent student (alpha 0) to the given one (alpha 1)."""
+    """Move the student's logits from those of `predictive` (alpha 0) to the given ones (alpha 1)."""
     pairs = zip(predictive(world), world.student, strict=True)
     mixed = [torch.softmax((1 - alpha) * p.log() + alpha * q.log(), -1) for p, q in pairs]
     return world._replace(student=tuple(mixed))

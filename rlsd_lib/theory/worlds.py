@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.special import xlogy  # p * log q with 0 log 0 = 0
 
 
 class World(NamedTuple):
@@ -60,11 +61,6 @@ def random_sequence_world(
     teacher = [random_simplex(generator, m, n, vocab, sharpness=sharpness) for n in sizes]
     student = [random_simplex(generator, n, vocab, sharpness=sharpness) for n in sizes]
     return SequenceWorld(prior, tuple(teacher), tuple(student))
-
-
-def xlogy(p: Tensor, q: Tensor) -> Tensor:
-    """p * log q with 0 log 0 = 0."""
-    return torch.special.xlogy(p, q)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
