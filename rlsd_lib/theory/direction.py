@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from rlsd_lib.credit import clipped_weight, lambda_schedule
+from rlsd_lib.credit import clipped_weight
 
 
 def added_credit(advantages: Tensor, gap: Tensor, *, lam: float, epsilon_w: float) -> Tensor:
@@ -32,7 +32,7 @@ def expected_credit(
 
     a = E[A | v] is GRPO's own expected credit and c = E[|A| | v] / 2. Independence is not needed.
     m = (up + down) / 2 is even and h = up - down is odd, at most 2 eps: without the clip they are
-    cosh(Delta) and 2 sinh(Delta).
+    cosh(Delta) and 2 sinh(Delta). A saturated gap flips the sign where |a| < lam eps E[|A| | v].
     """
     up, down = clipped_weight(gap, epsilon_w), clipped_weight(-gap, epsilon_w)
     kept = (1 - lam) + lam * (up + down) / 2
@@ -46,11 +46,6 @@ def expected_neutral_credit(gap: Tensor, mean: Tensor, *, lam: float, epsilon_w:
     prefixes, not at each of them.
     """
     return mean * ((1 - lam) + lam * clipped_weight(gap.abs(), epsilon_w))
-
-
-def overruled_below(mean_abs: float, *, lam: float, epsilon_w: float) -> float:
-    """|E[A | v]| below which a saturated gap flips the sign of the expected credit: lam eps E|A|."""
-    return lam * epsilon_w * mean_abs
 
 
 def policy_step(student: Tensor, credit: Tensor) -> Tensor:
@@ -105,11 +100,3 @@ def angle_bound(kappa: float, *, lam: float, epsilon_w: float) -> float:
     """
     reach = lam * epsilon_w * kappa
     return math.asin(reach) if reach < 1 else math.pi
-
-
-def intervention_budget(
-    steps: int, *, lam: float, decay_steps: int, epsilon_w: float
-) -> tuple[list[float], float]:
-    """Half-width lam_k eps of the multiplier at each step, and its mean over the run."""
-    widths = [epsilon_w * lambda_schedule(k, lam, 0, decay_steps) for k in range(steps)]
-    return widths, sum(widths) / steps

@@ -5,8 +5,6 @@ P_T(. | r), `student` (V,) = P_S. Sequences: the table of position t has one row
 lexicographic order, so prefix p followed by token v is prefix p * V + v of position t + 1.
 """
 
-from collections.abc import Iterator
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -89,11 +87,6 @@ def reach(student: tuple[Tensor, ...]) -> list[Tensor]:
     for step in student:
         probs.append((probs[-1].unsqueeze(-1) * step).reshape(-1))
     return probs
-
-
-def sequences(vocab: int, length: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Every completion with its index in lexicographic order."""
-    return enumerate(product(range(vocab), repeat=length))
 
 
 def prefix_indices(tokens: tuple[int, ...], vocab: int) -> list[int]:
