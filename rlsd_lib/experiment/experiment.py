@@ -25,7 +25,7 @@ from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
-from rlsd_lib.tasks.lengths import within
+from rlsd_lib.tasks.encode import within
 from rlsd_lib.tasks.models import Loaded, load_model
 
 # Of these, metrics.json keeps the mean over the last ten steps; of everything under rlsd/, the mean

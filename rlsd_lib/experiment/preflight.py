@@ -22,9 +22,8 @@ from rlsd_lib.report.benchmarks import check_benchmarks
 from rlsd_lib.runs.parameters import as_text, complete
 from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import DATA, Task
-from rlsd_lib.tasks.encode import Processing
+from rlsd_lib.tasks.encode import Processing, prompt_lengths, within
 from rlsd_lib.tasks.lab import model as lab
-from rlsd_lib.tasks.lengths import prompt_lengths, within
 from rlsd_lib.trainer.checks import check_arguments
 from rlsd_lib.trainer.config import RLSDConfig
 

@@ -11,7 +11,7 @@ from rlsd_lib.measure import leakage
 from rlsd_lib.runs.paths import digest, outputs_root
 from rlsd_lib.runs.records import read_manifest, write_json
 from rlsd_lib.tasks import load_task
-from rlsd_lib.tasks.lengths import within
+from rlsd_lib.tasks.encode import within
 from rlsd_lib.tasks.models import load_model
 
 # Runs whose presets agree on these fields began with one model, which is judged once.

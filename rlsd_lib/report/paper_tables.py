@@ -22,7 +22,7 @@ from rlsd_lib.report.tables import (
     settings_of,
     source_notes,
 )
-from rlsd_lib.runs.records import Runs, is_number
+from rlsd_lib.runs.records import Runs, is_number, write_json
 from rlsd_lib.tasks.task import Task
 
 OTHER_MODEL = (
@@ -124,17 +124,14 @@ def _ours(found: pd.DataFrame, name: str, names: Sequence[str]) -> str:
 
 
 def dropped(task: Task, folder: Path) -> pd.DataFrame:
-    """Return what became of the rows that a task read; counts and rows are written to `folder` too.
+    """Return what became of the rows that a task read, written to data_report.json in `folder` too.
 
-    Files: data_report.json (counts) and dropped.jsonl (row by row). A task that makes its rows has
-    nothing to drop.
+    A task that makes its rows has nothing to drop.
     """
     sides = {"train": len(task.train), "test": len(task.test)}
-    counts = {"generated": sum(sides.values())}
+    counts = task.report or {"generated": sum(sides.values())}
     if task.report is not None:
-        task.report.write(folder)
-        faults = {f"dropped: {fault}": count for fault, count in task.report.counts.items()}
-        counts = {"read": task.report.rows, **faults, "kept": task.report.kept}
+        write_json(folder / "data_report.json", counts)
     return pd.Series({**counts, **sides}, name="rows").to_frame()
 
 

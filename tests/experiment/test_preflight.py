@@ -14,8 +14,7 @@ from rlsd_lib.__main__ import main
 from rlsd_lib.experiment.preflight import Findings, check_rows, dry_run, resolve
 from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import Task, load_task
-from rlsd_lib.tasks.encode import encode, messages_of
-from rlsd_lib.tasks.lengths import prompt_lengths
+from rlsd_lib.tasks.encode import encode, messages_of, prompt_lengths
 
 
 @pytest.fixture(autouse=True)
