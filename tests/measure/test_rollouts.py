@@ -74,7 +74,6 @@ CASES = {
         "weight_clip": "log",
         "conserve_credit": True,
         "scale_rewards": "none",
-        "max_teacher_prompt_length": 20,
         "chat_template_kwargs": {"add": "x"},
     },
     "rlsd, a peer": {"peer_context": True, "success_reward_threshold": 0.5},
