@@ -160,7 +160,7 @@ def grade(completion: str, answer: str, problem_type: str) -> bool:
     if kind is None or not gold:
         raise ValueError(
             f"problem_type={problem_type!r}, answer={answer!r}: expected one of {sorted(TYPES)} and "
-            "an answer that is not empty; drop such rows (rlsd_lib.tasks.mmfinereason lists them)"
+            "an answer that is not empty; drop such rows (rlsd_lib.tasks.mmfinereason counts them)"
         )
     if (given := final_answer(completion)) is None:
         return False
