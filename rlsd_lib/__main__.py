@@ -170,8 +170,13 @@ def _table(options: argparse.Namespace) -> int:
     from rlsd_lib.runs.records import read_runs
 
     runs = together(*map(read_runs, options.folder or [outputs_root()]))
-    table = paired_differences(runs, options.against) if options.against else make_table(runs)
-    print(table.csv() if options.format == "csv" else table.markdown())
+    if options.paper:
+        from rlsd_lib.report.paper_tables import compare
+
+        table = compare(runs, options.paper)
+    else:
+        table = paired_differences(runs, options.against) if options.against else make_table(runs)
+    print(table.markdown())
     for path in runs.runs["path"] if options.paths and not runs.runs.empty else ():
         files = [*Path(path).glob("*.ipynb"), *sorted(Path(path).glob("figures/*"))]
         print("\n" + "\n".join(str(file) for file in files))
@@ -298,7 +303,7 @@ def parser() -> argparse.ArgumentParser:
     table = _command(commands, _table, "a table with intervals over run directories")
     table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
     table.add_argument("--against", metavar="METHOD", help="paired differences from this method")
-    table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
+    table.add_argument("--paper", metavar="PRESET", help="instead: the paper's Table 2 with ours")
     table.add_argument("--machines", action="store_true", help="instead: what was run on what")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 
