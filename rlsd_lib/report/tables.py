@@ -245,7 +245,7 @@ def with_arms(frame: pd.DataFrame) -> pd.DataFrame:
     apart = {n for n in names if len({repr(found.get(n)) for found in given}) > 1}
     labels = []
     for method, found in zip(known["method"], given, strict=True):
-        parts = [found["preset"]] if "preset" in apart else []
+        parts = [found["preset"]] if "preset" in apart and found["preset"] else []
         parts += [f"{name}={found[name]}" for name in sorted(apart - {"preset"}) if name in found]
         labels.append(f"{method} ({', '.join(parts)})" if parts else method)
     return frame.assign(arm=pd.Series(labels, index=known.index, dtype=object))

@@ -12,6 +12,7 @@ from rlsd_lib.report.claims import claims_table
 from rlsd_lib.report.paper_tables import compare
 from rlsd_lib.report.tables import make_table, paired_differences, with_arms
 from rlsd_lib.runs.records import Runs, read_runs
+from rlsd_lib.runs.run import Run
 
 
 @pytest.fixture
@@ -105,6 +106,12 @@ def test_the_command_shows_differences_over_several_folders(tmp_path: Path, caps
     assert "a, b: 6 of 6 runs" in said
     assert main(["table", folders[1], "--against", "grpo"]) == 2
     assert "no finished run of 'grpo'" in capsys.readouterr().err
+
+
+def test_a_run_without_method_and_preset_is_no_arm_and_stops_no_table(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["grpo", "rlsd"])
+    Run.start(tmp_path / "tour", parameters={"seed": 0}).finish({})
+    assert paired_differences(read_runs(tmp_path)).rows["method"].tolist() == ["rlsd (lab)"]
 
 
 def test_other_problems_are_no_pair(tmp_path: Path) -> None:
