@@ -6,6 +6,7 @@ that a typing mistake costs no second.
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -14,14 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rlsd_lib.runs import NotebookError
 from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
-    from rlsd_lib.runs.jobs import Job, Outcome
     from rlsd_lib.runs.parameters import Parameter
+    from rlsd_lib.runs.suites import Job, Outcome
 
 MACHINES = Path("tables", "machines")  # in the outputs: what was run on which machine
 
@@ -55,7 +57,13 @@ def _run(options: argparse.Namespace) -> int:
     if options.accelerate:
         os.environ["RLSD_ACCELERATE"] = options.accelerate  # read by `launch`, in the kernel
     if options.dry_run:
-        return _dry_run(options.notebook, source, full)
+        # Before the import: the libraries read these when they are imported.
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        from rlsd_lib.experiment.preflight import dry_run
+
+        found = dry_run(options.notebook, full)
+        print(found.text())
+        return 2 if found.wrong else 0
     folder = Path(options.run_dir or default_run_dir(source.stem, full)).resolve()
     mode = options.if_exists
     if mode == "skip":
@@ -66,26 +74,13 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{source.name} -> {folder}", flush=True)
     begun = time.monotonic()
     execute_notebook(source, given, run_dir=folder, if_exists=mode)
-    print(f"finished in {timedelta(seconds=round(time.monotonic() - begun))}")
+    print(f"finished in {_clock(time.monotonic() - begun)}")
     return 0
 
 
-def _dry_run(notebook: str, source: Path, parameters: dict[str, Any]) -> int:
-    # Before the import: the libraries read these when they are imported.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    from rlsd_lib.experiment.preflight import dry_run
-    from rlsd_lib.runs.parameters import unmet
-
-    found = dry_run(notebook, parameters)
-    found.wrong += unmet(source, parameters)
-    print(found.text())
-    return 2 if found.wrong else 0
-
-
 def _suite(options: argparse.Namespace) -> int:
-    from rlsd_lib.runs.jobs import settle
     from rlsd_lib.runs.processes import on_sigterm, terminate_children
-    from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan
+    from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan, settle
 
     changes = _parse_pairs(options.pairs)
     jobs = jobs_of(options.name, changes)
@@ -99,13 +94,14 @@ def _suite(options: argparse.Namespace) -> int:
     settled, rest = settle(jobs, options.retry_failed)
     states = {job.run_dir: job.state() for job in jobs}
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
-    print(f"{len(jobs)} runs: {counts}{_left(rest, jobs, options.jobs)}", flush=True)
+    print(f"{len(jobs)} runs: {counts}", flush=True)
     if options.list:
         print("\n".join(f"{state:9} {run_dir}" for run_dir, state in states.items()))
         return 0
     outcomes = _outcomes(options, rest)  # judges the options before anything is written
     record_plan(options.name, changes, jobs)
     missing: list[Outcome] = []
+    took: list[float] = []
 
     def leave() -> None:  # start nothing more; what runs may still save and stop
         terminate_children()
@@ -114,10 +110,11 @@ def _suite(options: argparse.Namespace) -> int:
     with on_sigterm(leave):
         for count, outcome in enumerate(chain(settled, outcomes), 1):
             line = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}: {outcome.status}"
-            rest = [job for job in rest if job != outcome.job]
             if outcome.seconds:
-                took = timedelta(seconds=round(outcome.seconds))
-                line += f" in {took}{_left(rest, jobs, options.jobs)}"
+                took.append(outcome.seconds)
+                rounds = math.ceil((len(jobs) - count) / options.jobs)
+                line += f" in {_clock(outcome.seconds)}"
+                line += f", about {_clock(rounds * fmean(took))} left" if rounds else ""
             print(line, flush=True)
             missing += [outcome] if outcome.status not in ("done", "kept") else []
     for outcome in missing:
@@ -147,17 +144,13 @@ def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[O
         from rlsd_lib.experiment.cluster import run_submitted
 
         return run_submitted(jobs, options.jobs, options.submitit, given, mode)
-    from rlsd_lib.runs.jobs import run_jobs
+    from rlsd_lib.runs.suites import run_jobs
 
     return run_jobs(jobs, options.jobs, mode)
 
 
-def _left(rest: "Sequence[Job]", jobs: "Sequence[Job]", workers: int) -> str:
-    """How long `rest` will take, if the finished runs of `jobs` are a guide."""
-    from rlsd_lib.runs.jobs import seconds_taken, time_left
-
-    left = time_left(rest, *seconds_taken(jobs), workers)
-    return f", about {timedelta(seconds=round(left))} left" if left else ""
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -170,8 +163,13 @@ def _table(options: argparse.Namespace) -> int:
     from rlsd_lib.runs.records import read_runs
 
     runs = together(*map(read_runs, options.folder or [outputs_root()]))
-    table = paired_differences(runs, options.against) if options.against else make_table(runs)
-    print(table.csv() if options.format == "csv" else table.markdown())
+    if options.paper:
+        from rlsd_lib.report.paper_tables import compare
+
+        table = compare(runs, options.paper)
+    else:
+        table = paired_differences(runs, options.against) if options.against else make_table(runs)
+    print(table.markdown())
     for path in runs.runs["path"] if options.paths and not runs.runs.empty else ():
         files = [*Path(path).glob("*.ipynb"), *sorted(Path(path).glob("figures/*"))]
         print("\n" + "\n".join(str(file) for file in files))
@@ -298,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
     table = _command(commands, _table, "a table with intervals over run directories")
     table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
     table.add_argument("--against", metavar="METHOD", help="paired differences from this method")
-    table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
+    table.add_argument("--paper", metavar="PRESET", help="instead: the paper's Table 2 with ours")
     table.add_argument("--machines", action="store_true", help="instead: what was run on what")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 

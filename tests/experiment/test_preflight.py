@@ -157,16 +157,6 @@ def test_rows_that_show_the_student_the_reference_are_found():
         check_rows(resolve(run), blank)
 
 
-def test_a_notebook_of_another_method_is_told(capsys):
-    words = ["run", "15_rlsd", "-p", "preset=smoke-vl", "--dry-run", "-p"]
-    assert main([*words, "method=opsd"]) == 2
-    printed = capsys.readouterr().out
-    assert "WRONG        15_rlsd.ipynb is not for these parameters: method.startswith" in printed
-    assert "use the one of your method" in printed
-    assert main([*words, 'overrides={"lambda_init": 0.0}']) == 2
-    assert "use 10_grpo" in capsys.readouterr().out
-
-
 def test_a_preset_without_a_prompt_limit_has_no_plan():
     assert "no `rlsd plan`: The preset does not say how long a prompt is" in check("smollm2").text()
 
