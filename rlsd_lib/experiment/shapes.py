@@ -24,24 +24,22 @@ SHAPES: dict[str, dict[str, Any]] = json.loads(
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder with a gated MLP, as Qwen's or Llama's, and what a vision tower adds to it.
+    """A dense decoder with a gated MLP, as Qwen's or Llama's.
 
-    A tower is a flat cost per image token: attention between patches is not counted.
+    Of a vision tower only the parameters count: what it computes is a few percent of a step.
     """
 
     parameters: int  # all of them; a tied head counts once
     ends: int  # of these in the embedding and the LM head
     layer_weights: int  # entries of the matrices of one layer
     layer_sides: int  # rows and columns of these matrices
+    head_weights: int  # entries of the LM head
     hidden: int
     layers: int
     intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
-    vocabulary: int
-    vision_weights: int = 0  # entries of the tower's matrices that make one image token
-    vision_channels: int = 0  # numbers of the tower's residual stream for it, over all blocks
 
     def lora_parameters(self, rank: int) -> int:
         """Parameters of an adapter of this rank on every matrix of the decoder's layers."""
@@ -54,7 +52,7 @@ class ModelShape:
 
     def head_flops(self, tokens: float) -> float:
         """FLOPs of the LM head for `tokens` positions."""
-        return 2 * tokens * self.hidden * self.vocabulary
+        return 2 * tokens * self.head_weights
 
     def cache_bytes(self, tokens: float, width: int = BF16) -> float:
         """KV cache of one sequence of `tokens` tokens, `width` bytes per number."""
@@ -90,48 +88,30 @@ def shape_of(config: Any) -> ModelShape:
     """The sizes in a transformers config, counted on the model itself on the meta device.
 
     Raises:
-        ValueError: for layers or a vision tower that this arithmetic does not describe.
+        ValueError: for layers that this arithmetic does not describe.
     """
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    auto = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
+    text, sees_images = config.get_text_config(), hasattr(config, "vision_config")
+    auto = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config)
     layer = next(iter(getattr(model.get_decoder(), "layers", ())), nn.Identity())
-    matrices = _matrices(layer)
-    if {name.split(".")[-1] for name in matrices} != MATRICES or not (
-        vision is None or hasattr(vision, "spatial_merge_size")
-    ):
+    linear = {n: m.weight for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    if {name.split(".")[-1] for name in linear} != MATRICES:
         raise ValueError(
             f"model_type={config.model_type!r}: the planner knows decoders whose layers hold "
-            f"{', '.join(sorted(MATRICES))}, and vision towers as Qwen's. Plan with a model of "
-            "those, of a similar size."
+            f"{', '.join(sorted(MATRICES))}. Plan with a model of those, of a similar size."
         )
-    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    tower = {}
-    if vision is not None:
-        patches = vision.spatial_merge_size**2  # per image token
-        weights = sum(
-            matrix.numel() * (1 if "merger" in name else patches)
-            for name, matrix in _matrices(model.get_encoder(modality="image")).items()
-        )
-        channels = patches * vision.hidden_size * vision.depth
-        tower = {"vision_weights": weights, "vision_channels": channels}
+    head = model.get_output_embeddings().weight
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
-        ends=sum(p.numel() for p in ends),
-        layer_weights=sum(matrix.numel() for matrix in matrices.values()),
-        layer_sides=sum(sum(matrix.shape) for matrix in matrices.values()),
+        ends=sum(p.numel() for p in {model.get_input_embeddings().weight, head}),
+        layer_weights=sum(matrix.numel() for matrix in linear.values()),
+        layer_sides=sum(sum(matrix.shape) for matrix in linear.values()),
+        head_weights=head.numel(),
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         intermediate=text.intermediate_size,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
         head_dim=layer.self_attn.head_dim,
-        vocabulary=text.vocab_size,
-        **tower,
     )
-
-
-def _matrices(module: nn.Module) -> dict[str, torch.Tensor]:
-    kinds = (nn.Linear, nn.Conv3d)
-    return {name: m.weight for name, m in module.named_modules() if isinstance(m, kinds)}
