@@ -268,7 +268,6 @@ class Experiment:
         for model in models:
             model.to("cpu")  # the memory of the accelerator is the workers'
         curve = LiveCurve(self.config.method, self.config.max_steps)
-        curve.begin()
         trained = run_workers(self.run, self.parameters.num_processes, curve.show)
         curve.draw()
         take_weights(self.model, folder)

@@ -96,7 +96,7 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
                 check_rows(run, task)
                 found.checked.append("the trainer takes every row")
             if processing is not None:
-                found.checked += _check_lengths(run, task, processing, positions)
+                found.checked += _check_lengths(run, task, processing)
     found.lines += ["", *_plan(run), *_start(notebook, parameters, run)]
     return found
 
@@ -216,11 +216,6 @@ def _check_limits(run: Resolved, positions: int | None) -> str:
             f"vllm_max_model_length={limit} is less than max_prompt_length={prompt} + "
             f"max_completion_length={completion}: raise it or lower these"
         )
-    if settings.use_vllm and run.processes % settings.vllm_tensor_parallel_size:
-        raise ValueError(
-            f"vllm_tensor_parallel_size={settings.vllm_tensor_parallel_size} does not divide "
-            f"{run.processes} processes"
-        )
     teacher = settings.max_teacher_prompt_length or 0 if settings.uses_teacher else 0
     needed = max(teacher, prompt) + completion
     if positions is not None and needed > positions:
@@ -230,24 +225,17 @@ def _check_limits(run: Resolved, positions: int | None) -> str:
     return f"at most {needed} positions" + (f" of the model's {positions}" if positions else "")
 
 
-def _check_lengths(
-    run: Resolved, task: Task, processing: Processing, positions: int | None
-) -> Iterator[str]:
+def _check_lengths(run: Resolved, task: Task, processing: Processing) -> Iterator[str]:
     """Refuse rows that the run would refuse for their length; say what it leaves out or shortens."""
     config, limit = run.config, run.preset.max_prompt_length
     how = {"chat_template_kwargs": config.chat_template_kwargs}
     if limit:
         task, long = within(task, processing, limit, **how)
         yield f"prompts: {long} over {limit} will be left out"
-    else:
-        yield _longest("prompt", prompt_lengths(task.train, processing, **how), run, positions)
-    if config.row.teacher_sees != PRIVILEGED or not config.uses_teacher:
-        return
     limit, how["privileged_template"] = config.max_teacher_prompt_length, config.privileged_template
-    lengths = prompt_lengths(task.train, processing, **how)
-    if limit is None:
-        yield _longest("teacher prompt", lengths, run, positions)
+    if limit is None or config.row.teacher_sees != PRIVILEGED or not config.uses_teacher:
         return
+    lengths = prompt_lengths(task.train, processing, **how)
     bare = apply_control(task.train, "empty", config.seed)
     full = [i for i, n in enumerate(prompt_lengths(bare, processing, **how)) if n >= limit]
     if full:
@@ -257,15 +245,3 @@ def _check_lengths(
         )
     long = sum(length > limit for length in lengths)
     yield f"teacher prompts have up to {max(lengths)} tokens; {long} will be shortened to {limit}"
-
-
-def _longest(what: str, lengths: list[int], run: Resolved, positions: int | None) -> str:
-    """Refuse prompts without a limit of which the longest and a completion exceed the model."""
-    longest, completion = max(lengths), run.config.max_completion_length
-    if positions is not None and longest + completion > positions:
-        raise ValueError(
-            f"row {lengths.index(longest)} has a {what} of {longest} tokens: with "
-            f"max_completion_length={completion} it exceeds the model's {positions} positions. Set "
-            f"max_{what.replace(' ', '_')}_length, or lower max_completion_length"
-        )
-    return f"{what}s have up to {longest} tokens"
