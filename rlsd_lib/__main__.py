@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -83,7 +83,7 @@ def _dry_run(notebook: str, source: Path, parameters: dict[str, Any]) -> int:
 
 
 def _suite(options: argparse.Namespace) -> int:
-    from rlsd_lib.runs.jobs import settle
+    from rlsd_lib.runs.jobs import run_jobs, settle
     from rlsd_lib.runs.processes import on_sigterm, terminate_children
     from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan
 
@@ -92,8 +92,6 @@ def _suite(options: argparse.Namespace) -> int:
     print(f"{options.name}: {SUITES[options.name].purpose}")
     if changes:  # a suite as it stands is known to resolve
         _check_that_they_resolve(jobs)
-    if options.jobs is None:
-        options.jobs = len(jobs) if options.submitit == "slurm" else 1
     if options.jobs < 1:
         raise ValueError(f"--jobs {options.jobs}: expected 1 or more")
     settled, rest = settle(jobs, options.retry_failed)
@@ -103,8 +101,8 @@ def _suite(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(f"{state:9} {run_dir}" for run_dir, state in states.items()))
         return 0
-    outcomes = _outcomes(options, rest)  # judges the options before anything is written
     record_plan(options.name, changes, jobs)
+    outcomes = run_jobs(rest, options.jobs, "resume" if options.resume else "skip")
     missing: list[Outcome] = []
 
     def leave() -> None:  # start nothing more; what runs may still save and stop
@@ -135,21 +133,6 @@ def _check_that_they_resolve(jobs: "Sequence[Job]") -> None:
         full = complete(find_notebook(job.notebook), job.parameters)
         if "method" in full and "preset" in full:
             RunParameters.of(full).resolve()
-
-
-def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":
-    """The runs as they end, made here or on a cluster."""
-    given = _parse_pairs(options.submitit_options)
-    if given and not options.submitit:
-        raise ValueError("--submitit-options: only with --submitit")
-    mode = "resume" if options.resume else "skip"
-    if options.submitit:
-        from rlsd_lib.experiment.cluster import run_submitted
-
-        return run_submitted(jobs, options.jobs, options.submitit, given, mode)
-    from rlsd_lib.runs.jobs import run_jobs
-
-    return run_jobs(jobs, options.jobs, mode)
 
 
 def _left(rest: "Sequence[Job]", jobs: "Sequence[Job]", workers: int) -> str:
@@ -279,13 +262,10 @@ def parser() -> argparse.ArgumentParser:
     suite = _command(commands, _suite, "run a named set of runs; finished ones are kept")
     suite.add_argument("name")
     _add_pairs(suite, "a parameter of every notebook")
-    suite.add_argument("--jobs", type=int, metavar="N", help="at a time (default: 1, on slurm all)")
+    suite.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     suite.add_argument("--list", action="store_true", help="show how each run stands; run nothing")
     suite.add_argument("--retry-failed", action="store_true", help="make failed runs again")
     suite.add_argument("--resume", action="store_true", help="go on from checkpoints")
-    suite.add_argument("--submitit", choices=("slurm", "local"), help="run them as cluster jobs")
-    asked = "what submitit asks the cluster for, such as timeout_min or gpus_per_node"
-    _add_pairs(suite, asked, "--submitit-options")
 
     table = _command(commands, _table, "a table with intervals over run directories")
     table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
@@ -321,10 +301,9 @@ def _command(commands: Any, function: Callable, purpose: str) -> argparse.Argume
     return parser
 
 
-def _add_pairs(parser: argparse.ArgumentParser, what: str, flag: str = "-p") -> None:
+def _add_pairs(parser: argparse.ArgumentParser, what: str) -> None:
     how = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
-    dest = "pairs" if flag == "-p" else None
-    parser.add_argument(flag, dest=dest, help=f"{what}; again for more", **how)
+    parser.add_argument("-p", dest="pairs", help=f"{what}; again for more", **how)
 
 
 if __name__ == "__main__":
