@@ -26,7 +26,6 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pandas as pd
 import psutil
@@ -35,7 +34,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -45,15 +44,12 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
-from trl.kernels import ChunkedLogProbFunction
 
-from rlsd_lib.experiment.plan import Plan, expect
+from rlsd_lib.experiment.plan import Plan, config_named, expect, shape_of
 from rlsd_lib.experiment.presets import PRESETS, RunParameters
-from rlsd_lib.experiment.shapes import config_named, shape_of
 from rlsd_lib.names import look_up
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.tasks.models import load_model
-from rlsd_lib.trainer import shared_prompts
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
@@ -111,7 +107,7 @@ def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any]]]:
 class Sizes:
     """A random Qwen3 on prompts and completions of exact length, in tokens; a group is a step.
 
-    It is `SYNTHETIC`, or what `SHAPES` knows for `model`, in bf16 and with gradient checkpointing. At most `rows` rollouts share a forward.
+    It is `SYNTHETIC`, or what `SHAPES` knows for `model`, in bf16 and with gradient checkpointing.
 
     Raises:
         ValueError: for a size that cannot be, naming it and what was expected.
@@ -122,7 +118,6 @@ class Sizes:
     generations: int = 8
     vocabulary: int = 4096
     reference: int = 64
-    rows: int = 64
     model: str = ""
 
     def __post_init__(self) -> None:
@@ -130,9 +125,7 @@ class Sizes:
             if name != "model":
                 whole = isinstance(size, int) and size >= 1
                 expect(whole, name, size, "a whole number >= 1")
-        group, rows = self.generations, self.rows
-        expect(group >= 2, "generations", group, "2 or more, a group")
-        expect(group % min(rows, group) == 0, "rows", rows, f"a divisor of {group}")
+        expect(self.generations >= 2, "generations", self.generations, "2 or more, a group")
 
     def build(self, name: str, folder: Path, steps: int) -> Trainer:
         """The trainer of a contender, ready for `steps` steps of one group each.
@@ -142,12 +135,12 @@ class Sizes:
         """
         table = contenders()
         trainer, configure = table[look_up(name, table, "contender")]
-        on_gpu, rows = torch.cuda.is_available(), min(self.rows, self.generations)
+        on_gpu = torch.cuda.is_available()
         config = configure(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=self.generations // rows,
+            per_device_train_batch_size=self.rows,
+            gradient_accumulation_steps=self.generations // self.rows,
             num_generations=self.generations,
             max_completion_length=self.completion,
             # No end of sequence before the last token: completions of one length are equal work.
@@ -162,10 +155,11 @@ class Sizes:
             disable_tqdm=True,
             save_strategy="no",
         )
+        dtype = torch.bfloat16 if self.model else torch.float32
         # Always the same weights.
         with torch.random.fork_rng(), torch.device("cuda" if on_gpu else "cpu"):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(self.config(), dtype=self.dtype)
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
         if not issubclass(trainer, GRPOTrainer):
             # TRL's self-distiller loads its teacher from where the model came from.
             model.save_pretrained(folder / "model")
@@ -185,30 +179,15 @@ class Sizes:
         config.pad_token_id, config.eos_token_id = 0, 1
         return config
 
-    def plan(self) -> Plan:
-        """The plan of RLSD's step on one GPU."""
-        return Plan(
-            shape_of(self.config()),
-            gpus=1,
-            prompt_length=self.prompt,
-            max_completion_length=self.completion,
-            rollouts=self.generations,
-            num_generations=self.generations,
-            per_device_train_batch_size=min(self.rows, self.generations),
-            privileged_length=self.reference,
-            dtype=self.dtype,
-            gradient_checkpointing=bool(self.model),
-        )
-
     @property
     def words(self) -> int:
         """Words that prompts are drawn from: the vocabulary but for special tokens."""
         return self.config().vocab_size - len(SPECIAL)
 
     @property
-    def dtype(self) -> str:
-        """What the weights are stored in."""
-        return "bfloat16" if self.model else "float32"
+    def rows(self) -> int:
+        """Rollouts that share a forward."""
+        return 2 if self.model else self.generations
 
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per word: a text of n words is n tokens."""
@@ -393,7 +372,7 @@ def bench_gpu(outputs: Path) -> pd.DataFrame:
             "--gpu needs an NVIDIA GPU that torch can see, of 40 GB or more for the two smaller "
             "models. Without one: --against, on synthetic rollouts, or `rlsd plan`, by arithmetic."
         )
-    models = [Sizes(prompt=1024, completion=1024, rows=2, model=name) for name in MODELS]
+    models = [Sizes(prompt=1024, completion=1024, model=name) for name in MODELS]
     table = pd.concat(map(measure, models))
     (outputs / "tables").mkdir(parents=True, exist_ok=True)
     table.to_csv(outputs / "tables" / "bench_gpu.csv", index_label="trainer")
@@ -403,7 +382,9 @@ def bench_gpu(outputs: Path) -> pd.DataFrame:
 def measure(sizes: Sizes) -> pd.DataFrame:
     """The race of all contenders; GRPO's row has the `mfu` it reached, relative to `Plan.tflops`."""
     table = race(sizes.build, list(contenders())[1:], steps=1)
-    plan = sizes.plan().grpo
+    lengths = {"prompt_length": sizes.prompt, "max_completion_length": sizes.completion}
+    step = {"rollouts": sizes.generations, "gradient_checkpointing": bool(sizes.model)}
+    plan = Plan(shape_of(sizes.config()), gpus=1, **lengths, **step).grpo
     trained = sum(plan.flops().values()) - plan.flops()["generation"]
     table.loc[BASE, "mfu"] = trained / table.loc[BASE, REST] / plan.tflops / 1e12
     return table.rename(index=lambda name: f"{sizes.model}, {name}")
@@ -413,38 +394,29 @@ def measure(sizes: Sizes) -> pd.DataFrame:
 
 
 def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
-    """One shared pass under the profiler: its phases and its operators by their total time.
+    """The operators of one shared pass by their time, under the profiler.
 
-    The cache copy and the head are parts of the completion pass. `trace` receives the pass for
-    chrome://tracing or ui.perfetto.dev.
+    `trace` receives the pass with every function that it calls, for chrome://tracing or
+    ui.perfetto.dev.
     """
     on_gpu, profiles = torch.cuda.is_available(), []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patched:
+    with tempfile.TemporaryDirectory() as folder:
         trainer: Any = sizes.build("RLSD", Path(folder), 2)
         trainer.args.teacher_pass = "shared"
         score = trainer.teacher_scores
 
-        def scored(*args: Any, **kwargs: Any) -> Any:
-            with profile(activities=activities) as found, record_function("teacher pass"):
+        def profiled(*args: Any, **kwargs: Any) -> Any:
+            with profile(activities=activities, with_stack=True) as found:
                 scores = score(*args, **kwargs)
             profiles.append(found)
             return scores
 
-        for owner, name, phase in (
-            (trainer, "teacher_prompts", "tokenise"),
-            (shared_prompts, "_read_prompts", "prompt pass"),
-            (trainer.teacher.model, "forward", "completion pass"),
-            (shared_prompts._SharedLayer, "update", "cache copy"),
-            (ChunkedLogProbFunction, "forward", "head"),
-        ):
-            named = record_function(phase)(getattr(owner, name))
-            patched.enter_context(patch.object(owner, name, named))
-        trainer.teacher_scores = scored
+        trainer.teacher_scores = profiled
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiles[-1].export_chrome_trace(str(trace))  # the first was to warm up
-    by = f"{'device' if on_gpu else 'cpu'}_time_total"
-    table = profiles[-1].key_averages().table(sort_by=by, row_limit=24, max_name_column_width=40)
+    by = f"self_{'device' if on_gpu else 'cpu'}_time_total"
+    table = profiles[-1].key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)
     return f"{sizes}\n{table}\ntrace: {trace}"

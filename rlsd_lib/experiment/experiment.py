@@ -207,7 +207,7 @@ class Experiment:
         One process trains here. Several are launched, and the trained weights are loaded back.
 
         Raises:
-            LaunchError: a launched process failed.
+            RuntimeError: a launched process failed.
             Stopped: after a SIGTERM; a checkpoint is written, and the run can be resumed.
         """
         if self.parameters.num_processes == 1:

@@ -18,7 +18,6 @@ from rlsd_lib.experiment.launch import accelerate_config, launch_command
 from rlsd_lib.experiment.plan import FIELDS, describe, plan_of
 from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
 from rlsd_lib.methods import PRIVILEGED, PROMPT
-from rlsd_lib.report.benchmarks import check_benchmarks
 from rlsd_lib.runs.parameters import as_text, complete
 from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import DATA, Task
@@ -59,8 +58,8 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
     """Resolve and check a run of `notebook` with all its parameters.
 
     Raises:
-        ValueError: for a notebook that trains nothing, an unknown method, preset, override, control
-            or benchmark, or a batch that the processes cannot share.
+        ValueError: for a notebook that trains nothing, an unknown method, preset, override or
+            control, or a batch that the processes cannot share.
         TypeError: for an override of another type than its field's.
         FileNotFoundError: for an unknown accelerate config.
     """
@@ -70,11 +69,6 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
     preset = run.preset
     found = Findings([f"{notebook}: {preset.summary}", *_settings(run)])
     found.checked += ["method, preset, overrides and control exist", _batch_in_words(run)]
-    if "benchmarks" in parameters:
-        names = parameters["benchmarks"]
-        if names:
-            check_benchmarks(names)
-        found.checked.append(f"benchmarks: {', '.join(names) or 'none'}")
     config, processing = _local_model(preset)
     if config is None:
         found.unseen.append(f"{preset.model} is not on this machine: positions, prompt lengths")

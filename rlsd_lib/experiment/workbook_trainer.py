@@ -2,19 +2,17 @@
 
 import logging
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from rlsd_lib.runs.processes import on_sigterm
-from rlsd_lib.trainer.states import policy_mask
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
 MARK = "complete.json"  # the last file of a checkpoint
@@ -24,10 +22,6 @@ logger = logging.getLogger(__name__)
 
 class Stopped(RuntimeError):
     """Training was stopped by a signal, after a checkpoint of its last step was written."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; earlier ones are untouched."""
 
 
 class WorkbookTrainer(RLSDTrainer):
@@ -43,11 +37,10 @@ class WorkbookTrainer(RLSDTrainer):
 
         Raises:
             Stopped: after a SIGTERM, with a checkpoint of the finished step.
-            CheckpointError: a checkpoint could not be written.
+            RuntimeError: a checkpoint could not be written; earlier ones are untouched.
         """
-        own = self.args.enable_jit_checkpoint  # transformers' own answer to SIGTERM
         self.sigterm.asked = self.sigterm.stopped = False
-        with nullcontext() if own else on_sigterm(self.sigterm.ask):
+        with on_sigterm(self.sigterm.ask):
             output = super().train(*args, **kwargs)
         if self.sigterm.stopped:
             raise Stopped(
@@ -55,30 +48,6 @@ class WorkbookTrainer(RLSDTrainer):
                 f"{self.state.max_steps}, resumable: {last_checkpoint(self.args.output_dir)}"
             )
         return output
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        logps = output.get("sampling_per_token_logps")
-        if logps is not None and self.vllm_importance_sampling_correction:
-            self._count_missing(logps, policy_mask(output).bool())
-        return output
-
-    def _count_missing(self, logps: Tensor, mask: Tensor) -> None:
-        """Log the share of tokens (N, T) that vLLM gave no log-probability (NaN). Collective.
-
-        TRL trains such a token without mismatch correction; where all are missing, training stops.
-        """
-        counts = torch.stack([(logps.isnan() & mask).sum(), mask.sum()]).float()
-        missing, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        if tokens and missing == tokens:
-            raise FloatingPointError(
-                f"vLLM gave no log-probability (NaN) for any of {tokens:.0f} tokens at step "
-                f"{self.state.global_step}. Its weights or its cache are broken; restart it, or "
-                "train without vllm_importance_sampling_correction."
-            )
-        mode = "train" if self.model.training else "eval"
-        share = missing / tokens if tokens else 0.0
-        self._metrics[mode]["sampling/missing_logp_frac"].append(share)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -96,7 +65,7 @@ class WorkbookTrainer(RLSDTrainer):
             disk = shutil.disk_usage(next(place for place in folder.parents if place.exists()))
             last = last_checkpoint(folder.parent)
             kept = f"{last} is complete and untouched" if last else "there is no earlier checkpoint"
-            raise CheckpointError(
+            raise RuntimeError(
                 f"{folder.name} could not be written to {folder.parent}, which has "
                 f"{disk.free / 2**30:.1f} GiB free: {type(error).__name__}: {error}. What was "
                 f"written of it is removed; {kept}."

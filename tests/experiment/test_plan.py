@@ -15,9 +15,18 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlsd_lib.__main__ import main
 from rlsd_lib.experiment.bench import Sizes, race
-from rlsd_lib.experiment.plan import ALWAYS, GIB, Plan, describe, plan_of
+from rlsd_lib.experiment.plan import (
+    ALWAYS,
+    GIB,
+    SHAPES,
+    ModelShape,
+    Plan,
+    config_named,
+    describe,
+    plan_of,
+    shape_of,
+)
 from rlsd_lib.experiment.presets import Preset
-from rlsd_lib.experiment.shapes import SHAPES, ModelShape, config_named, shape_of
 from rlsd_lib.trainer.upstream import completions_only
 
 SMALL = {
@@ -306,7 +315,10 @@ def test_the_cost_ratio_is_that_of_measured_steps() -> None:
     """FLOPs predict RLSD's step over GRPO's, generation aside, which one core decodes slowly."""
     sizes = Sizes(prompt=128, completion=32, reference=41, vocabulary=1024)
     table = race(sizes.build, ["GRPO, completion head", "RLSD"], steps=3, rounds=3)
-    plan = sizes.plan()
+    plan = Plan(
+        shape_of(sizes.config()), 1, sizes.prompt, sizes.completion, sizes.generations,
+        privileged_length=sizes.reference, gradient_checkpointing=False,
+    )  # fmt: skip
     grpo, rlsd = (
         sum(count for part, count in p.flops().items() if part != "generation")
         for p in (plan.grpo, plan)
