@@ -186,44 +186,39 @@ def _report(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from functools import partial
 
-    from rlsd_lib.experiment import bench, bench_teacher_pass
-    from rlsd_lib.experiment.bench_trainers import Sizes, contenders, preset_trainer
+    from rlsd_lib.experiment import bench
+    from rlsd_lib.experiment.bench import BASE, Sizes, contenders, preset_trainer
     from rlsd_lib.names import look_up
     from rlsd_lib.runs.machines import machine_name, record
 
-    outputs, names = outputs_root(), options.against or list(contenders())
-    synthetic = options.against is not None or options.sweep or options.profile
-    if options.pairs and not synthetic:
+    synthetic = options.against is not None
+    if options.pairs and not (synthetic or options.profile):
         raise ValueError(
             f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing here; add "
-            "--against, --sweep or --profile"
+            "--against or --profile"
         )
     given = _parse_pairs(options.pairs)
     known = [field.name for field in dataclasses.fields(Sizes)]
     sizes = Sizes(**{look_up(name, known, "size"): value for name, value in given.items()})
     if options.profile:
-        trace = outputs / "profiles" / "teacher_pass.json"
-        for part in bench_teacher_pass.profile_shared_pass(sizes, trace):
-            print(part, flush=True)
-        return 0
-    if options.sweep:
-        print(bench.sweep(sizes, names, outputs, options.steps).to_csv(index=False))
+        trace = outputs_root() / "profiles" / "teacher_pass.json"
+        print(bench.profile_teacher_pass(sizes, trace))
         return 0
     if options.gpu:
-        what, table = "bench --gpu", bench.bench_gpu(outputs)
+        what, table = "bench --gpu", bench.bench_gpu(outputs_root())
     elif synthetic:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
         clock = "seconds are the processor's where torch has one thread, else the wall clock's"
-        print(f"{sizes}\n{machine_name()}; {clock}\n")
-        compared = bench_teacher_pass.compare_passes(sizes, options.rounds)
-        print(compared.map("{:.5g}".format).to_string() + "\n", flush=True)
-        table = bench.race(sizes.build, names, options.steps, options.rounds)
+        print(f"{sizes}\n{machine_name()}; {clock}\n", flush=True)
+        names = [look_up(name, contenders(), "contender") for name in options.against]
+        others = [name for name in names or contenders() if name != BASE]
+        table = bench.race(sizes.build, others, options.steps, options.rounds)
     else:
         what, build = f"bench --preset {options.preset}", partial(preset_trainer, options.preset)
-        table = bench.race(build, ("GRPO", "RLSD"), options.steps, options.rounds)
+        table = bench.race(build, ["RLSD"], options.steps, options.rounds)
     print(table.to_string(float_format="{:.3f}".format))
     if options.record:
-        print(record(outputs / MACHINES, {f"`rlsd {what}`": bench.in_words(table)}))
+        print(record(outputs_root() / MACHINES, {f"`rlsd {what}`": bench.in_words(table)}))
     return 0
 
 
@@ -235,11 +230,8 @@ def _plan(options: argparse.Namespace) -> int:
     given = _parse_pairs(options.pairs)
     for name in given:
         look_up(name, FIELDS, "setting")
-    gpus = options.gpus * options.nodes
     preset = PRESETS[look_up(options.preset, PRESETS, "preset")]
-    sharding = {"sharding": options.sharding if gpus > 1 else "ddp"} if options.sharding else {}
-    changes = {"gpu_memory": options.gpu_memory, **sharding, **given}
-    plan = plan_of(preset, gpus=gpus, measured=options.measured, **changes)
+    plan = plan_of(preset, gpus=options.gpus, **given)
     print(describe(plan, f"{options.preset}: {preset.model}"))
     return 0
 
@@ -305,13 +297,8 @@ def parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, _plan, "memory and cost of a preset on GPUs, by arithmetic")
     plan.add_argument("--preset", required=True)
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node")
-    plan.add_argument("--nodes", type=int, default=1, metavar="N")
-    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU")
-    measured = "speeds of `rlsd bench --gpu` (default: outputs/tables/bench_gpu.csv if there)"
-    plan.add_argument("--measured", type=Path, metavar="CSV", help=measured)
-    plan.add_argument("--sharding", default="", help="ddp, fsdp2 or zero3 (default: the preset's)")
-    _add_pairs(plan, "a setting or speed, such as max_completion_length or mfu")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="of all nodes")
+    _add_pairs(plan, "a setting or speed, such as max_completion_length, gpu_memory or mfu")
 
     bench = _command(commands, _bench, "step time and memory of RLSD beside GRPO, as ratios")
     bench.add_argument("--preset", default="lab")
@@ -319,7 +306,6 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
     others = "instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)"
     bench.add_argument("--against", nargs="*", metavar="TRAINER", help=others)
-    bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
     bench.add_argument("--gpu", action="store_true", help="models of real size, beside their plans")
     bench.add_argument("--profile", action="store_true", help="where the teacher pass takes time")
     bench.add_argument("--record", action="store_true", help="add it to outputs/tables/machines")

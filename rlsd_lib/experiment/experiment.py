@@ -207,7 +207,7 @@ class Experiment:
         One process trains here. Several are launched, and the trained weights are loaded back.
 
         Raises:
-            LaunchError: a launched process failed.
+            RuntimeError: a launched process failed.
             Stopped: after a SIGTERM; a checkpoint is written, and the run can be resumed.
         """
         if self.parameters.num_processes == 1:
@@ -268,7 +268,6 @@ class Experiment:
         for model in models:
             model.to("cpu")  # the memory of the accelerator is the workers'
         curve = LiveCurve(self.config.method, self.config.max_steps)
-        curve.begin()
         trained = run_workers(self.run, self.parameters.num_processes, curve.show)
         curve.draw()
         take_weights(self.model, folder)

@@ -99,15 +99,6 @@ def test_lengths_and_sizes_that_do_not_fit():
         ({"max_prompt_length": 50}, "max_prompt_length=50: every train prompt is longer, the"),
         ({"max_teacher_prompt_length": 300}, "no room in "),
         ({"max_completion_length": 1000}, "may take 1768 positions, the model has 1024"),
-        ({"max_prompt_length": 0, "max_completion_length": 900}, "has a prompt of "),
-        (
-            {
-                "max_prompt_length": 200,
-                "max_teacher_prompt_length": None,
-                "max_completion_length": 700,
-            },
-            "has a teacher prompt of ",
-        ),
         ({"train_size": 1000}, "train_size=1000: expected 1 to 135 rows"),
         ({"task_options": {"reward": "half"}}, "reward 'half'"),
     ):
@@ -118,8 +109,6 @@ def test_lengths_and_sizes_that_do_not_fit():
 def test_vllm_needs_room_for_prompt_and_completion():
     (wrong,) = check("qwen3-vl-8b", overrides={"vllm_max_model_length": 4096}).wrong
     assert "vllm_max_model_length=4096 is less than max_prompt_length=4096 + " in wrong
-    (wrong,) = check("qwen3-vl-8b", overrides={"vllm_tensor_parallel_size": 3}).wrong
-    assert "does not divide 8 processes" in wrong
 
 
 def test_a_folder_of_rows_is_checked(tmp_path, capsys):
@@ -159,13 +148,6 @@ def test_rows_that_show_the_student_the_reference_are_found():
 
 def test_a_preset_without_a_prompt_limit_has_no_plan():
     assert "no `rlsd plan`: The preset does not say how long a prompt is" in check("smollm2").text()
-
-
-def test_an_unknown_benchmark_is_an_error():
-    run = {"preset": "smoke-vl", "method": "rlsd"}
-    with pytest.raises(ValueError, match="MMMUU"):
-        dry_run("40_qwen3_vl", {**run, "benchmarks": ["MMMUU"]})
-    assert "benchmarks: MMMU" in dry_run("40_qwen3_vl", {**run, "benchmarks": ["MMMU"]}).text()
 
 
 def test_a_control_sets_the_same_fields_as_in_the_run_itself():
