@@ -91,7 +91,12 @@ class TeacherPass(GRPOTrainer):
             if self._is_vlm:  # a copy of the student has the student's hook
                 upstream.drop_empty_images(external)
             checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
-        self._refuse_if_asked(shared_prompts.why_not(self.teacher.model, self.accelerator))
+        reason = shared_prompts.why_not(self.teacher.model, self.accelerator)
+        if args.teacher_pass == SHARED and reason is not None:
+            raise ValueError(
+                f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain', or 'auto', "
+                "which shares prompts where it can."
+            )
 
     # Rollouts, and what TRL knows of them
 
@@ -347,7 +352,7 @@ class TeacherPass(GRPOTrainer):
                 torch.cat([seen.mask, mask], dim=1),
                 ids.size(1),
                 batch_size=self.args.per_device_train_batch_size,
-                **_images(output),
+                **{name: output[name] for name in states.IMAGE_FIELDS if name in output},
                 **seen.type_ids,
             )
         kept = [states.predicting(found, ids.size(1)) for found in hidden]
@@ -357,18 +362,18 @@ class TeacherPass(GRPOTrainer):
         self, teacher: nn.Module, seen: Prompts, output: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None] | None:
         """Each distinct prompt once; None where the plain pass is to be taken."""
-        args, images = self.args, _images(output)
-        if args.teacher_pass == PLAIN:
+        args = self.args
+        if args.teacher_pass == PLAIN or shared_prompts.why_not(teacher, self.accelerator):
             return None
-        reason = shared_prompts.why_not(teacher, self.accelerator)
-        reason = reason or shared_prompts.why_not_batch(seen, images)
-        self._refuse_if_asked(reason)
-        same = torch.equal(seen.ids, output["prompt_ids"])
         # The same prompts as the student's: only the same computation gives a gap of exactly 0.
-        if reason is not None or (same and torch.equal(seen.mask, output["prompt_mask"])):
+        same = torch.equal(seen.ids, output["prompt_ids"])
+        if same and torch.equal(seen.mask, output["prompt_mask"]):
+            return None
+        # A prompt of one token leaves nothing to share.
+        if min(map(len, seen.texts)) < 2:
             return None
         ids, mask = output["completion_ids"], output["completion_mask"]
-        rollouts = shared_prompts.Rollouts(seen, ids, mask, shared_prompts.images_by_row(images))
+        rollouts = shared_prompts.Rollouts(seen, ids, mask)
         chunks = shared_prompts.plan(rollouts, args.per_device_train_batch_size)
         if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
             return None
@@ -382,17 +387,6 @@ class TeacherPass(GRPOTrainer):
             autocast=self.accelerator.autocast,
             want_hidden=args.divergence is not None,
         )
-
-    def _refuse_if_asked(self, reason: str | None) -> None:
-        """Raise on every rank if `teacher_pass="shared"` and one of them has a reason against it."""
-        if self.args.teacher_pass != SHARED:
-            return
-        with checks.on_every_rank():
-            if reason is not None:
-                raise ValueError(
-                    f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain', or 'auto', "
-                    "which shares prompts where it can."
-                )
 
     # Numbers of all ranks
 
@@ -424,7 +418,3 @@ class TeacherPass(GRPOTrainer):
                 f"(rank, prompt) {found}. Training stops here; checkpoints under "
                 f"{self.args.output_dir} are intact."
             )
-
-
-def _images(output: dict[str, Any]) -> dict[str, Any]:
-    return {name: output[name] for name in states.IMAGE_FIELDS if name in output}
