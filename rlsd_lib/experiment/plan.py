@@ -24,7 +24,6 @@ GIB = 2**30
 TILE = (4096, 32768)
 RESERVED = 2.0  # GiB per GPU: CUDA context, communication buffers, fragmentation
 VLLM_WORK = 1.5  # GiB that vLLM needs beside weights and cache
-HOST_LINK = 50e9  # bytes per second between a GPU and the host, PCIe 5
 ALWAYS = "always"  # the phase of what stays for the whole run
 NO_TEACHER = "none"  # the `teacher_model_kind` of GRPO
 
@@ -72,7 +71,6 @@ class Plan:
     lora_rank: int = 0  # 0 trains all weights
     teacher_model_kind: str = "snapshot"
     teacher_pass: str = "auto"
-    teacher_offload: bool = False
     beta: float = 0.0
     use_vllm: bool = False
     vllm_mode: str = "colocate"
@@ -127,11 +125,6 @@ class Plan:
         return self.teacher_model_kind not in (NO_TEACHER, "live")
 
     @property
-    def _moves_teacher(self) -> bool:
-        # An adapter stays where it is.
-        return self.teacher_offload and self._copies_teacher and not self.lora_rank
-
-    @property
     def _shares_gpu(self) -> bool:
         return self.use_vllm and self.vllm_mode == "colocate"
 
@@ -143,7 +136,8 @@ class Plan:
         prompt = self.prompt_length + self.privileged_length
         shared = prompt / self.num_generations + self.max_completion_length
         plain = prompt + self.max_completion_length
-        return self.sharding == "ddp" and shared <= WORTH_IT * plain
+        can_share = self.sharding == "ddp" and not self.image_tokens
+        return can_share and shared <= WORTH_IT * plain
 
     @property
     def _width(self) -> int:
@@ -208,7 +202,7 @@ class Plan:
                 "weights": weights + adapter,
                 "optimiser": 2 * trained,
                 "reference model": weights if self.beta and not self.lora_rank else 0,
-                "teacher": trained if self._copies_teacher and not self._moves_teacher else 0,
+                "teacher": trained if self._copies_teacher else 0,
                 "vLLM": vllm - asleep,
             },
             "generation": {
@@ -255,7 +249,6 @@ class Plan:
             "activations": self.activations * self._layer_activations(length),
             "LM head, in tiles": self._tile,
             "KV cache": cache if self.shares_prompts else 0,
-            "teacher": self._weight_bytes if self._moves_teacher else 0,
         }
 
     def _layer_activations(self, length: int) -> float:
@@ -313,8 +306,6 @@ class Plan:
         cache = self.shape.cache_bytes(self.prompt_length + new / 2)
         reads = new * (waves * weights + share * cache)
         parts["generation"] = max(parts["generation"], reads / (self.bandwidth * 1e12 * self.mbu))
-        if self._moves_teacher:
-            parts["teacher to the GPU and back"] = 2 * self._weight_bytes / HOST_LINK
         return parts
 
     def step(self) -> float:
@@ -365,7 +356,6 @@ CHANGES: tuple[Mapping[str, Any], ...] = (
     {"vllm_enable_sleep_mode": True},
     {"gradient_checkpointing": True},
     {"sharding": "fsdp2", "teacher_pass": "auto"},
-    {"teacher_offload": True},
     {"per_device_train_batch_size": 1},
     {"dtype": "bfloat16"},
     {"lora_rank": 64},

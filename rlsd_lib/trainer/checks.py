@@ -21,7 +21,7 @@ from rlsd_lib.credit import Credit
 from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import RLSDConfig
-from rlsd_lib.trainer.sharded import FSDP1, SHARDS, shape_of, sharding_of
+from rlsd_lib.trainer.sharded import FSDP1, shape_of, sharding_of
 
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
 LOGIT_CHANGES = (
@@ -130,16 +130,6 @@ def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator)
     """Refuse a teacher that cannot be kept where parameters are sharded, adapters or in half."""
     kind, own = args.teacher_model_kind, args.row.teacher_sees != PROMPT
     adapter = isinstance(model, PeftModel)
-    if args.teacher_offload and adapter and own:
-        raise ValueError(
-            "teacher_offload=True: the teacher of a PEFT student is an adapter, which costs no "
-            "more than its few weights. Set teacher_offload=False."
-        )
-    if args.teacher_offload and accelerator.distributed_type in SHARDS:
-        raise ValueError(
-            f"teacher_offload=True under {accelerator.distributed_type}: it would bypass the "
-            "sharding. Set it to False and offload with the sharding's own settings."
-        )
     copies = kind != "live" and not adapter
     if sharding_of(accelerator) == FSDP1 and (copies or args.divergence is not None or not own):
         raise ValueError(

@@ -75,8 +75,6 @@ class RLSDConfig(GRPOConfig):
             steps ask the teacher, so that other steps stay TRL's to the bit; `True` in every
             training step, GRPO's too; `False` never. Set it where the cost of two methods is
             compared. No effect elsewhere, on compiled models, or with prompt tuning.
-        teacher_offload (`bool`, *optional*, defaults to `False`):
-            Keeps a full-copy teacher in CPU memory, and on the device only while it scores.
         privileged_template (`str`, *optional*):
             The teacher's user turn. Must contain `{prompt}` and `{privileged_context}`; other
             braces are left alone.
@@ -120,7 +118,6 @@ class RLSDConfig(GRPOConfig):
     teacher_update_rate: float = 0.05
     teacher_pass: str = AUTO
     completion_head: bool | None = None
-    teacher_offload: bool = False
     privileged_template: str = DEFAULT_TEMPLATE
     peer_context: bool = False
     max_teacher_prompt_length: int | None = None
@@ -256,9 +253,6 @@ class RLSDConfig(GRPOConfig):
                 row.teacher_sees == PROMPT
             ):
                 return f"{method}, whose teacher_model never changes. Leave it at its default."
-            case "teacher_offload" if self.teacher_model_kind == "live":
-                kinds = ", ".join(map(repr, TEACHER_KINDS[1:]))
-                return f"with teacher_model_kind='live', the policy itself. Use one of {kinds}."
             case _ if name.startswith("distillation_") and row.divergence is None:
                 return f"{method}, which has no distillation term. Leave it at None."
             case "distillation_topk" | "distillation_add_tail" if mode in (FULL, SAMPLED):

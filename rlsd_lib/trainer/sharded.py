@@ -5,8 +5,8 @@ functions must be called by every rank, in the same order.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -72,24 +72,6 @@ def free(model: nn.Module) -> None:
         if _is_partitioned(parameter):
             parameter.partition([parameter])
             parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
-
-
-@contextmanager
-def before_backward(model: nn.Module) -> Iterator[None]:
-    """Inside, `autograd.grad` may run on a loss whose backward pass is still to come.
-
-    FSDP2 would take it for that pass, and free the head that the real one needs.
-    """
-    if not isinstance(model, FSDPModule):
-        yield
-        return
-    model.set_is_last_backward(False)
-    model.set_reshard_after_backward(False)
-    try:
-        yield
-    finally:
-        model.set_is_last_backward(True)
-        model.set_reshard_after_backward(True)
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -60,7 +60,6 @@ class Teacher:
         self.rate = args.teacher_update_rate if self.kind == "ema" else 1.0
         self.last_sync_step = 0
         self.accelerator = accelerator
-        self.offloaded = args.teacher_offload
         self.adapter = ADAPTER if self.kind in COPIED and isinstance(student, PeftModel) else None
         self.model: nn.Module | None = student
         if self.adapter is not None:
@@ -68,11 +67,6 @@ class Teacher:
         elif self.kind != "live":
             source = student if external is None else external
             self.model = prepare(copy_for_scoring(source, args, student.dtype), accelerator)
-        if self.offloaded:
-            for parameter in self.model.parameters():
-                pinned = accelerator.device.type == "cuda"
-                host = torch.empty_like(parameter, device="cpu", pin_memory=pinned)
-                parameter.data = host.copy_(parameter.data)
 
     @property
     def is_refreshed(self) -> bool:
@@ -94,9 +88,6 @@ class Teacher:
                 sharded.reshard(student)
         elif self.kind == "live":
             yield student
-        elif self.offloaded:
-            with on_device(self.model, self.accelerator.device):
-                yield self.model
         else:
             yield self.model
             sharded.reshard(self.model)
@@ -274,20 +265,3 @@ def adapter_pairs(student: PeftModel) -> Pairs:
     for name, source in parameters.items():
         if ".default." in name:
             yield parameters[name.replace(".default.", f".{ADAPTER}.")], source
-
-
-@contextmanager
-def on_device(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """Yield the model with its parameters on `device`; a pass changes none, so none come back."""
-    homes = [parameter.data for parameter in model.parameters()]
-    try:
-        for parameter in model.parameters():
-            parameter.data = _sent(parameter.data, device)
-        yield model
-    finally:
-        for parameter, home in zip(model.parameters(), homes, strict=True):
-            parameter.data = home
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.to(device, non_blocking=True)

@@ -129,7 +129,7 @@ class RLSDTrainer(TeacherPass):
             loss = super()._compute_loss(model, inputs)
         if self._pending is not None:
             raise RuntimeError("TRL's loss never asked for log-probabilities: credit not applied.")
-        return loss + self._distillation_loss(model, hidden[0], loss, inputs) if hidden else loss
+        return loss + self._distillation_loss(model, hidden[0], inputs) if hidden else loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -190,7 +190,7 @@ class RLSDTrainer(TeacherPass):
         return credited, intervention_sums(credited, advantages, mask)
 
     def _distillation_loss(
-        self, model: nn.Module, hidden: Tensor, policy_loss: Tensor, inputs: dict[str, Any]
+        self, model: nn.Module, hidden: Tensor, inputs: dict[str, Any]
     ) -> Tensor:
         """The weighted mean over tokens of D(P_T, P_S), with the gradient through P_S only."""
         mask = states.loss_mask(inputs)
@@ -214,18 +214,8 @@ class RLSDTrainer(TeacherPass):
             num_processes=self.accelerator.num_processes,
             accumulation=self.current_gradient_accumulation_steps,
         )
-        loss = (self.args.distillation_weight or 1.0) * loss
         self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
-        # Costs two backward passes of the head, so only where TRL logs it, or a mean of them;
-        # and DeepSpeed would take them for the backward pass of the step.
-        every = self.state.logging_steps if self.args.logging_strategy == "steps" else 1
-        logged = (self.state.global_step + 1) % max(int(every or 1), 1) == 0
-        if self.args.row.needs_weight and logged and not self.is_deepspeed_enabled:
-            terms = {"policy": policy_loss, "distillation": loss}
-            norms = states.gradient_norms(model, terms, hidden)
-            share = (norms["distillation"], norms["policy"] + norms["distillation"])
-            self.log_means({"distillation_gradient_frac": share})
-        return loss
+        return (self.args.distillation_weight or 1.0) * loss
 
     # Checkpoints
 

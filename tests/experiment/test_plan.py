@@ -251,7 +251,6 @@ def test_a_shared_pass_computes_each_prompt_once() -> None:
 def test_what_is_put_away_does_not_stay() -> None:
     before = dataclasses.replace(PAPER, vllm_enable_sleep_mode=False)
     for change, frees in (
-        ({"teacher_offload": True}, "teacher"),
         ({"vllm_enable_sleep_mode": True}, "vLLM"),
         ({"teacher_model_kind": "live"}, "teacher"),
     ):
