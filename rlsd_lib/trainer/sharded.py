@@ -17,17 +17,14 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-FSDP1, FSDP2, ZERO3 = "FSDP1", "FSDP2", "ZeRO-3"
 SHARDS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def sharding_of(accelerator: Accelerator) -> str | None:
-    """How parameters are sharded over ranks; None if every rank has them whole."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return FSDP2 if accelerator.is_fsdp2 else FSDP1
-    plugin = accelerator.state.deepspeed_plugin
-    zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and plugin.zero_stage == 3
-    return ZERO3 if zero3 else None
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no rank has the policy's parameters whole: under FSDP and under ZeRO-3."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 # Models

@@ -85,14 +85,6 @@ def why_not(model: nn.Module, accelerator: Accelerator) -> str | None:
     return None
 
 
-def find_groups(texts: Sequence[list[int]]) -> list[list[int]]:
-    """Rows with the same prompt: N rows in D lists."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, text in enumerate(texts):
-        groups.setdefault(tuple(text), []).append(row)
-    return list(groups.values())
-
-
 def plan(rollouts: Rollouts, batch_size: int) -> list[Chunk]:
     """Chunks of about `batch_size` rows.
 
@@ -103,8 +95,10 @@ def plan(rollouts: Rollouts, batch_size: int) -> list[Chunk]:
     ends = torch.arange(1, rollouts.mask.size(1) + 1, device=rollouts.mask.device)
     completions = (rollouts.mask * ends).amax(dim=1).tolist()  # the pass waits for the device here
     chunks: list[list[list[int]]] = []
-    groups = find_groups(rollouts.prompts.texts)
-    for group in sorted(groups, key=lambda rows: prompts[rows[0]]):
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, text in enumerate(rollouts.prompts.texts):
+        groups.setdefault(tuple(text), []).append(row)
+    for group in sorted(groups.values(), key=lambda rows: prompts[rows[0]]):
         rows = sorted((row for row in group if completions[row]), key=completions.__getitem__)
         if not rows:
             continue
@@ -213,9 +207,5 @@ class _SharedLayer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """The prompt's keys and values for each row, followed by the row's own."""
-        return self._followed_by(self.keys, keys), self._followed_by(self.values, values)
-
-    def _followed_by(self, shared: Tensor, own: Tensor) -> Tensor:
-        one = len(shared) == 1
-        rows = shared.expand(len(own), -1, -1, -1) if one else shared[self.prompts]
-        return torch.cat([rows, own], dim=-2)
+        keys = torch.cat([self.keys[self.prompts], keys], dim=-2)
+        return keys, torch.cat([self.values[self.prompts], values], dim=-2)

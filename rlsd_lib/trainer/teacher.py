@@ -149,8 +149,7 @@ class Teacher:
         Raises ValueError on every rank, if one finds no teacher state, or that of another teacher.
         """
         with on_every_rank():
-            self._check_state(folder)
-        state = _state_in(folder)
+            state = self._checked_state(folder)
         if state is None:
             return
         if state["released"]:
@@ -163,8 +162,9 @@ class Teacher:
                 for name, parameter in self._own_parameters().items():
                     sharded.write(parameter, file.get_tensor(name), self.accelerator)
 
-    def _check_state(self, folder: Path) -> None:
-        state = _state_in(folder)
+    def _checked_state(self, folder: Path) -> dict[str, Any] | None:
+        path = folder / STATE_FILE
+        state = json.loads(path.read_text()) if path.exists() else None
         if state is None and self.is_refreshed:
             raise ValueError(
                 f"{folder} holds no teacher state ({STATE_FILE}), so the {self.kind!r} teacher "
@@ -177,7 +177,7 @@ class Teacher:
                 f"{self.kind!r}. Resume with the same kind."
             )
         if state is None or state["weights"] != WEIGHTS_FILE:
-            return
+            return state
         weights = folder / WEIGHTS_FILE
         if not weights.exists():
             raise ValueError(f"{folder} holds no {WEIGHTS_FILE} to restore the teacher from.")
@@ -185,6 +185,7 @@ class Teacher:
             differ = sorted(set(file.keys()) ^ self._own_parameters().keys())
         if differ:
             raise ValueError(f"{weights} is of another model: it differs in {differ[:5]}.")
+        return state
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """What the teacher does not share with the student, by name."""
@@ -199,11 +200,6 @@ class Teacher:
         if self.adapter is not None:
             return adapter_pairs(student)
         return sharded.pairs(self.accelerator.unwrap_model(self.model), student)
-
-
-def _state_in(folder: Path) -> dict[str, Any] | None:
-    path = folder / STATE_FILE
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def copy_for_scoring(

@@ -65,24 +65,15 @@ class RLSDTrainer(TeacherPass):
         reward_funcs: Any = None,
         args: RLSDConfig | None = None,
         train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        reward_processing_classes: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        tools: list | None = None,
-        rollout_func: Any = None,
-        environment_factory: Any = None,
-        *,
+        *others: Any,
         teacher_model: PreTrainedModel | str | None = None,
         credit: Credit | None = None,
+        **grpo: Any,
     ) -> None:
         args = RLSDConfig() if args is None else args
         if not isinstance(args, RLSDConfig):
             raise TypeError(f"args must be an RLSDConfig, got {type(args).__name__}.")
-        checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, rollout_func)
+        checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, grpo)
         self.credit = credit
         self._asked = () if credit is None else checks.check_credit(credit, args)
         self._has_lambda = args.row.evidence is not None if credit is None else "lam" in self._asked
@@ -93,21 +84,7 @@ class RLSDTrainer(TeacherPass):
         self._checkpoint: str | None = None
         self._saved: Path | None = None
         super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            reward_processing_classes,
-            callbacks,
-            optimizers,
-            quantization_config,
-            peft_config,
-            tools,
-            rollout_func,
-            environment_factory,
-            teacher_model=teacher_model,
+            model, reward_funcs, args, train_dataset, *others, teacher_model=teacher_model, **grpo
         )
         if self.teacher is not None:
             self.add_callback(TeacherCallback(self))
@@ -250,7 +227,7 @@ class RLSDTrainer(TeacherPass):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        whole = sharded.sharding_of(self.accelerator) is None
+        whole = not sharded.is_sharded(self.accelerator)
         if self.teacher is not None and self.teacher.adapter is not None and whole:
             load_trained_adapter(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 

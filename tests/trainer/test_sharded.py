@@ -255,12 +255,10 @@ def train_all(folder: Path, world: int) -> None:
 # --- and what comes out --------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    scope="module", params=[sharded.FSDP2, pytest.param(sharded.ZERO3, marks=needs_deepspeed)]
-)
+@pytest.fixture(scope="module", params=["FSDP2", pytest.param("ZeRO-3", marks=needs_deepspeed)])
 def two(request, tmp_path_factory) -> Path:
     """Folder with the results of two processes."""
-    env = FSDP2_ENV if request.param == sharded.FSDP2 else ZERO3_ENV
+    env = FSDP2_ENV if request.param == "FSDP2" else ZERO3_ENV
     return ranks.run_once(tmp_path_factory, request.param, "test_sharded", env)
 
 

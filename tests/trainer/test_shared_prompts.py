@@ -306,15 +306,6 @@ def test_a_prompt_is_computed_once_and_the_head_sees_completions_only(tmp_path):
     assert positions[1::2] == [(4, width) for width in completions]
 
 
-def test_a_question_of_a_group_is_tokenised_once(tmp_path):
-    trainer = tiny.trainer(tmp_path, max_steps=1, teacher_pass="shared")
-    tokenise, asked = trainer._tokenize_prompts, []
-    trainer._tokenize_prompts = lambda prompts: asked.append(len(prompts)) or tokenise(prompts)
-    (chunks,) = plan_of(trainer)
-    assert asked == [8, 2]  # TRL's own call, then the teacher's: eight rollouts of two questions
-    assert sum(len(chunk.rows) for chunk in chunks) == 2
-
-
 def test_auto_shares_only_where_it_saves_a_quarter(tmp_path):
     short = {"max_completion_length": 64, "num_generations": 2, "max_steps": 1}
     assert plan_of(tiny.trainer(tmp_path, **short, generation_kwargs={"min_new_tokens": 64})) == []
