@@ -232,7 +232,7 @@ class RLSDConfig(GRPOConfig):
 
     def _why_void(self, name: str) -> str | None:
         """Why an option that is set would change nothing, and what to do; None if it does."""
-        row, mode = self.row, self.distillation_mode
+        row, sees, mode = self.row, self.row.teacher_sees, self.distillation_mode
         method = f"for method={self.method!r}"
         match name:
             case "peer_context" if METHODS[self.method].teacher_sees != PRIVILEGED:
@@ -240,9 +240,7 @@ class RLSDConfig(GRPOConfig):
                     f"{method}, whose teacher sees no privileged_context that a peer could "
                     "replace. Leave it at False."
                 )
-            case "include_failed_rollout" | "include_environment_feedback" if (
-                row.teacher_sees != PEER
-            ):
+            case "include_failed_rollout" | "include_environment_feedback" if sees != PEER:
                 return (
                     f"{method} with the row's own reference: it is an option of method='sdpo' and "
                     "of peer_context=True."
@@ -250,7 +248,7 @@ class RLSDConfig(GRPOConfig):
             case "weight_clip" | "conserve_credit" if row.evidence is None:
                 return f"{method}, which has no weight. Leave it alone."
             case "teacher_model_kind" | "teacher_sync_steps" | "teacher_update_rate" if (
-                row.teacher_sees == PROMPT
+                sees == PROMPT
             ):
                 return f"{method}, whose teacher_model never changes. Leave it at its default."
             case _ if name.startswith("distillation_") and row.divergence is None:
@@ -263,12 +261,11 @@ class RLSDConfig(GRPOConfig):
                 "_top1"
             ) and (name, mode) != ("distillation_mode", FULL):
                 return f"{method}, which looks at one token. Use method='opsd' with it."
-            case "distillation_alpha" | "distillation_token_clip" | "distillation_weight" if (
-                mode == SAMPLED
-            ):
+            case "distillation_mode":
+                return None
+            case _ if name.startswith("distillation_") and mode == SAMPLED:
                 return (
-                    "with distillation_mode='sampled_token', whose token advantage is "
-                    "log P_T - log P_S. Leave it at None."
+                    f"with {mode!r}, whose token advantage is log P_T - log P_S. Leave it at None."
                 )
         return None
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+Pairs = Iterable[tuple[nn.Parameter, nn.Parameter]]
 SHARDS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -25,9 +26,6 @@ def is_sharded(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
-
-
-# Models
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -77,16 +75,13 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
     return fsdp2_canonicalize_names(dict(model.named_parameters()))
 
 
-def pairs(target: nn.Module, source: nn.Module) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+def pairs(target: nn.Module, source: nn.Module) -> Pairs:
     """(target, source) parameters, matched by name; RuntimeError with names that differ."""
     targets, sources = named(target), named(source)
     if sources.keys() != targets.keys():
         differ = sorted(sources.keys() ^ targets.keys())[:5]
         raise RuntimeError(f"Teacher and student differ in their parameters, e.g. {differ}.")
     return [(targets[name], sources[name]) for name in targets]
-
-
-# Parameters
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@
 
 import gc
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_ada
 from rlsd_lib.trainer import sharded, upstream
 from rlsd_lib.trainer.checks import on_every_rank
 from rlsd_lib.trainer.config import RLSDConfig
+from rlsd_lib.trainer.sharded import Pairs
 
 ADAPTER = "teacher"
 EXTERNAL = "external"
 COPIED = ("base", "ema", "snapshot")
 STATE_FILE = "rlsd_teacher.json"
 WEIGHTS_FILE = "rlsd_teacher.safetensors"
-Pairs = Iterable[tuple[nn.Parameter, nn.Parameter]]
 
 
 class Teacher:

@@ -239,8 +239,7 @@ class TeacherPass(GRPOTrainer):
         if self._positions is not None and length > self._positions:
             raise ValueError(
                 f"The teacher's prompt and completion take {length} positions, the model has "
-                f"{self._positions}. Set max_teacher_prompt_length (and max_completion_length) to "
-                "fit."
+                f"{self._positions}. Lower max_teacher_prompt_length or max_completion_length."
             )
         types = {
             name: self._type_ids(fields[name], output, name)
@@ -355,17 +354,16 @@ class TeacherPass(GRPOTrainer):
         same = torch.equal(seen.ids, output["prompt_ids"])
         same = same and torch.equal(seen.mask, output["prompt_mask"])
         one_token = min(map(len, seen.texts)) == 1  # which leaves nothing to share
-        if same or one_token or args.teacher_pass == PLAIN:
-            return None
-        if shared_prompts.why_not(teacher, self.accelerator) is not None:
+        plain = args.teacher_pass == PLAIN or shared_prompts.why_not(teacher, self.accelerator)
+        if plain or same or one_token:
             return None
         ids, mask = output["completion_ids"], output["completion_mask"]
         rollouts = shared_prompts.Rollouts(seen, ids, mask)
         chunks = shared_prompts.plan(rollouts, args.per_device_train_batch_size)
         if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
             return None
-        plain = len(ids) * (seen.ids.size(1) + ids.size(1))
-        if args.teacher_pass == AUTO and shared_prompts.positions_of(chunks) > WORTH_IT * plain:
+        most = WORTH_IT * len(ids) * (seen.ids.size(1) + ids.size(1))
+        if args.teacher_pass == AUTO and shared_prompts.positions_of(chunks) > most:
             return None
         return shared_prompts.score(
             self.accelerator.unwrap_model(teacher),

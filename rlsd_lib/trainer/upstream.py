@@ -239,3 +239,10 @@ def prepare_fsdp2(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
         return fsdp2_prepare_model(accelerator, teacher).eval()
     finally:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = unset
+
+
+# --- torch and DeepSpeed: these workarounds stand in sharded.py, which is imported here ----------
+
+fsdp, zero = "torch/distributed/fsdp/_fully_shard/_fsdp_state.py", "deepspeed/runtime/zero/"
+mends("torch", "2.13.0", f"{fsdp}, _lazy_init: the root")(sharded.reshard)
+mends("deepspeed", "0.19.8", f"{zero}parameter_offload.py, FWD_MODULE_STACK")(sharded.free)

@@ -3,6 +3,7 @@
 import inspect
 import re
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 import tiny
@@ -156,13 +157,19 @@ def test_the_constructor_is_grpos_with_two_keywords_more(tmp_path, monkeypatch) 
 
 def outdated(installed: dict[str, str]) -> list[upstream.Note]:
     """Workarounds whose library is newer than their note."""
-    return [n for n in upstream.NOTES if Version(installed[n.library]) > Version(n.version)]
+    return [
+        note
+        for note in upstream.NOTES
+        if note.library in installed
+        and Version(installed[note.library]).release > Version(note.version).release
+    ]
 
 
 def test_every_workaround_was_looked_at_for_the_installed_version() -> None:
     libraries = {note.library for note in upstream.NOTES}
-    assert libraries == {"trl", "transformers", "accelerate"}
-    installed = {name: version(name) for name in libraries}
+    assert libraries == {"trl", "transformers", "accelerate", "torch", "deepspeed"}
+    here = libraries if find_spec("deepspeed") else libraries - {"deepspeed"}
+    installed = {name: version(name) for name in here}
     assert outdated(installed) == [], "read the place that the note names, then renew or delete it"
     assert len(outdated({**installed, "trl": "1.17.0"})) >= 5
 
@@ -170,7 +177,8 @@ def test_every_workaround_was_looked_at_for_the_installed_version() -> None:
 def test_a_workaround_says_what_it_mends() -> None:
     for note in upstream.NOTES:
         assert re.match(r"https://github.com/.+/\d+$|[\w/]+\.py, \w+", note.where), note
-        assert getattr(upstream, note.workaround).__doc__, note
+        home = upstream if hasattr(upstream, note.workaround) else upstream.sharded
+        assert getattr(home, note.workaround).__doc__, note
 
 
 @pytest.mark.parametrize("name", ["_generate", "_tokenize_prompts"])
