@@ -6,6 +6,7 @@ that a typing mistake costs no second.
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -14,14 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rlsd_lib.runs import NotebookError
 from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
-    from rlsd_lib.runs.jobs import Job, Outcome
     from rlsd_lib.runs.parameters import Parameter
+    from rlsd_lib.runs.suites import Job, Outcome
 
 MACHINES = Path("tables", "machines")  # in the outputs: what was run on which machine
 
@@ -55,7 +57,13 @@ def _run(options: argparse.Namespace) -> int:
     if options.accelerate:
         os.environ["RLSD_ACCELERATE"] = options.accelerate  # read by `launch`, in the kernel
     if options.dry_run:
-        return _dry_run(options.notebook, source, full)
+        # Before the import: the libraries read these when they are imported.
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        from rlsd_lib.experiment.preflight import dry_run
+
+        found = dry_run(options.notebook, full)
+        print(found.text())
+        return 2 if found.wrong else 0
     folder = Path(options.run_dir or default_run_dir(source.stem, full)).resolve()
     mode = options.if_exists
     if mode == "skip":
@@ -66,26 +74,13 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{source.name} -> {folder}", flush=True)
     begun = time.monotonic()
     execute_notebook(source, given, run_dir=folder, if_exists=mode)
-    print(f"finished in {timedelta(seconds=round(time.monotonic() - begun))}")
+    print(f"finished in {_clock(time.monotonic() - begun)}")
     return 0
 
 
-def _dry_run(notebook: str, source: Path, parameters: dict[str, Any]) -> int:
-    # Before the import: the libraries read these when they are imported.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    from rlsd_lib.experiment.preflight import dry_run
-    from rlsd_lib.runs.parameters import unmet
-
-    found = dry_run(notebook, parameters)
-    found.wrong += unmet(source, parameters)
-    print(found.text())
-    return 2 if found.wrong else 0
-
-
 def _suite(options: argparse.Namespace) -> int:
-    from rlsd_lib.runs.jobs import settle
     from rlsd_lib.runs.processes import on_sigterm, terminate_children
-    from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan
+    from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan, settle
 
     changes = _parse_pairs(options.pairs)
     jobs = jobs_of(options.name, changes)
@@ -99,13 +94,14 @@ def _suite(options: argparse.Namespace) -> int:
     settled, rest = settle(jobs, options.retry_failed)
     states = {job.run_dir: job.state() for job in jobs}
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
-    print(f"{len(jobs)} runs: {counts}{_left(rest, jobs, options.jobs)}", flush=True)
+    print(f"{len(jobs)} runs: {counts}", flush=True)
     if options.list:
         print("\n".join(f"{state:9} {run_dir}" for run_dir, state in states.items()))
         return 0
     outcomes = _outcomes(options, rest)  # judges the options before anything is written
     record_plan(options.name, changes, jobs)
     missing: list[Outcome] = []
+    took: list[float] = []
 
     def leave() -> None:  # start nothing more; what runs may still save and stop
         terminate_children()
@@ -114,10 +110,11 @@ def _suite(options: argparse.Namespace) -> int:
     with on_sigterm(leave):
         for count, outcome in enumerate(chain(settled, outcomes), 1):
             line = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}: {outcome.status}"
-            rest = [job for job in rest if job != outcome.job]
             if outcome.seconds:
-                took = timedelta(seconds=round(outcome.seconds))
-                line += f" in {took}{_left(rest, jobs, options.jobs)}"
+                took.append(outcome.seconds)
+                rounds = math.ceil((len(jobs) - count) / options.jobs)
+                line += f" in {_clock(outcome.seconds)}"
+                line += f", about {_clock(rounds * fmean(took))} left" if rounds else ""
             print(line, flush=True)
             missing += [outcome] if outcome.status not in ("done", "kept") else []
     for outcome in missing:
@@ -147,17 +144,13 @@ def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[O
         from rlsd_lib.experiment.cluster import run_submitted
 
         return run_submitted(jobs, options.jobs, options.submitit, given, mode)
-    from rlsd_lib.runs.jobs import run_jobs
+    from rlsd_lib.runs.suites import run_jobs
 
     return run_jobs(jobs, options.jobs, mode)
 
 
-def _left(rest: "Sequence[Job]", jobs: "Sequence[Job]", workers: int) -> str:
-    """How long `rest` will take, if the finished runs of `jobs` are a guide."""
-    from rlsd_lib.runs.jobs import seconds_taken, time_left
-
-    left = time_left(rest, *seconds_taken(jobs), workers)
-    return f", about {timedelta(seconds=round(left))} left" if left else ""
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -170,8 +163,13 @@ def _table(options: argparse.Namespace) -> int:
     from rlsd_lib.runs.records import read_runs
 
     runs = together(*map(read_runs, options.folder or [outputs_root()]))
-    table = paired_differences(runs, options.against) if options.against else make_table(runs)
-    print(table.csv() if options.format == "csv" else table.markdown())
+    if options.paper:
+        from rlsd_lib.report.paper_tables import compare
+
+        table = compare(runs, options.paper)
+    else:
+        table = paired_differences(runs, options.against) if options.against else make_table(runs)
+    print(table.markdown())
     for path in runs.runs["path"] if options.paths and not runs.runs.empty else ():
         files = [*Path(path).glob("*.ipynb"), *sorted(Path(path).glob("figures/*"))]
         print("\n" + "\n".join(str(file) for file in files))
@@ -188,44 +186,39 @@ def _report(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from functools import partial
 
-    from rlsd_lib.experiment import bench, bench_teacher_pass
-    from rlsd_lib.experiment.bench_trainers import Sizes, contenders, preset_trainer
+    from rlsd_lib.experiment import bench
+    from rlsd_lib.experiment.bench import BASE, Sizes, contenders, preset_trainer
     from rlsd_lib.names import look_up
     from rlsd_lib.runs.machines import machine_name, record
 
-    outputs, names = outputs_root(), options.against or list(contenders())
-    synthetic = options.against is not None or options.sweep or options.profile
-    if options.pairs and not synthetic:
+    synthetic = options.against is not None
+    if options.pairs and not (synthetic or options.profile):
         raise ValueError(
             f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing here; add "
-            "--against, --sweep or --profile"
+            "--against or --profile"
         )
     given = _parse_pairs(options.pairs)
     known = [field.name for field in dataclasses.fields(Sizes)]
     sizes = Sizes(**{look_up(name, known, "size"): value for name, value in given.items()})
     if options.profile:
-        trace = outputs / "profiles" / "teacher_pass.json"
-        for part in bench_teacher_pass.profile_shared_pass(sizes, trace):
-            print(part, flush=True)
-        return 0
-    if options.sweep:
-        print(bench.sweep(sizes, names, outputs, options.steps).to_csv(index=False))
+        trace = outputs_root() / "profiles" / "teacher_pass.json"
+        print(bench.profile_teacher_pass(sizes, trace))
         return 0
     if options.gpu:
-        what, table = "bench --gpu", bench.bench_gpu(outputs)
+        what, table = "bench --gpu", bench.bench_gpu(outputs_root())
     elif synthetic:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
         clock = "seconds are the processor's where torch has one thread, else the wall clock's"
-        print(f"{sizes}\n{machine_name()}; {clock}\n")
-        compared = bench_teacher_pass.compare_passes(sizes, options.rounds)
-        print(compared.map("{:.5g}".format).to_string() + "\n", flush=True)
-        table = bench.race(sizes.build, names, options.steps, options.rounds)
+        print(f"{sizes}\n{machine_name()}; {clock}\n", flush=True)
+        names = [look_up(name, contenders(), "contender") for name in options.against]
+        others = [name for name in names or contenders() if name != BASE]
+        table = bench.race(sizes.build, others, options.steps, options.rounds)
     else:
         what, build = f"bench --preset {options.preset}", partial(preset_trainer, options.preset)
-        table = bench.race(build, ("GRPO", "RLSD"), options.steps, options.rounds)
+        table = bench.race(build, ["RLSD"], options.steps, options.rounds)
     print(table.to_string(float_format="{:.3f}".format))
     if options.record:
-        print(record(outputs / MACHINES, {f"`rlsd {what}`": bench.in_words(table)}))
+        print(record(outputs_root() / MACHINES, {f"`rlsd {what}`": bench.in_words(table)}))
     return 0
 
 
@@ -237,11 +230,8 @@ def _plan(options: argparse.Namespace) -> int:
     given = _parse_pairs(options.pairs)
     for name in given:
         look_up(name, FIELDS, "setting")
-    gpus = options.gpus * options.nodes
     preset = PRESETS[look_up(options.preset, PRESETS, "preset")]
-    sharding = {"sharding": options.sharding if gpus > 1 else "ddp"} if options.sharding else {}
-    changes = {"gpu_memory": options.gpu_memory, **sharding, **given}
-    plan = plan_of(preset, gpus=gpus, measured=options.measured, **changes)
+    plan = plan_of(preset, gpus=options.gpus, **given)
     print(describe(plan, f"{options.preset}: {preset.model}"))
     return 0
 
@@ -298,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
     table = _command(commands, _table, "a table with intervals over run directories")
     table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
     table.add_argument("--against", metavar="METHOD", help="paired differences from this method")
-    table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
+    table.add_argument("--paper", metavar="PRESET", help="instead: the paper's Table 2 with ours")
     table.add_argument("--machines", action="store_true", help="instead: what was run on what")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 
@@ -307,13 +297,8 @@ def parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, _plan, "memory and cost of a preset on GPUs, by arithmetic")
     plan.add_argument("--preset", required=True)
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node")
-    plan.add_argument("--nodes", type=int, default=1, metavar="N")
-    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU")
-    measured = "speeds of `rlsd bench --gpu` (default: outputs/tables/bench_gpu.csv if there)"
-    plan.add_argument("--measured", type=Path, metavar="CSV", help=measured)
-    plan.add_argument("--sharding", default="", help="ddp, fsdp2 or zero3 (default: the preset's)")
-    _add_pairs(plan, "a setting or speed, such as max_completion_length or mfu")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="of all nodes")
+    _add_pairs(plan, "a setting or speed, such as max_completion_length, gpu_memory or mfu")
 
     bench = _command(commands, _bench, "step time and memory of RLSD beside GRPO, as ratios")
     bench.add_argument("--preset", default="lab")
@@ -321,7 +306,6 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
     others = "instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)"
     bench.add_argument("--against", nargs="*", metavar="TRAINER", help=others)
-    bench.add_argument("--sweep", action="store_true", help="--against, one size at a time")
     bench.add_argument("--gpu", action="store_true", help="models of real size, beside their plans")
     bench.add_argument("--profile", action="store_true", help="where the teacher pass takes time")
     bench.add_argument("--record", action="store_true", help="add it to outputs/tables/machines")

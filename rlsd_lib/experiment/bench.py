@@ -1,56 +1,238 @@
 """`rlsd bench`: what a step of each trainer costs beside GRPO's, measured.
 
-Trainers take turns within one process, so that a machine that speeds up or slows down does so for
-all, and train on the very same rollouts: those of each step are generated once, with a fixed seed.
-Generation is timed by itself and counts the same for every trainer.
+Trainers take turns, each turn in a fresh process, and train on the very same rollouts: those of each
+step are generated once, with a fixed seed. Generation is timed by itself and counts the same for
+every trainer.
+
+The trainers, TRL's own among them, run on a preset's task, or on a random Qwen3 that reads prompts of
+exact length and writes completions of exact length; nothing is downloaded. The learning rate is 0,
+so that all can be given the same rollouts at every step, and differ in what they compute from them.
 """
 
 import contextlib
 import copy
-import gc
 import itertools
-import math
+import os
 import re
 import resource
 import tempfile
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
-import seaborn as sns
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
-from trl import GRPOTrainer
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen3Config,
+    Trainer,
+    TrainerCallback,
+)
+from trl import GRPOConfig, GRPOTrainer
 
-from rlsd_lib.experiment.bench_trainers import BASE, Sizes, contenders
-from rlsd_lib.experiment.plan import MEASURED, RESERVED, Plan
-from rlsd_lib.experiment.shapes import shape_of
+from rlsd_lib.experiment.plan import Plan, config_named, expect, shape_of
+from rlsd_lib.experiment.presets import PRESETS, RunParameters
+from rlsd_lib.names import look_up
+from rlsd_lib.runs.paths import outputs_root
+from rlsd_lib.tasks.models import load_model
+from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
+BASE = "GRPO"
+SYNTHETIC = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+SPECIAL = ("<pad>", "</s>", "<unk>")
 # A contender, a folder, a number of steps -> its trainer.
 Build = Callable[[str, Path, int], Trainer]
-GENERATION, REST, TEACHER = "generation, s", "without generation, s", "teacher pass, s"
-PEAK = "peak MiB"
-# What each factor of a sweep becomes while the others stay as they are.
-FACTORS = {
-    "prompt": (0.5, 1, 2, 4),
-    "completion": (0.5, 1, 2),
-    "generations": (0.5, 1, 2),
-    "vocabulary": (0.25, 1, 4),
-}
-TRAINERS = (BASE, "RLSD", "RLSD, plain pass", "OPSD", "TRL SDPO")
-MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B")
-ON_GPU = [Sizes(prompt=1024, completion=1024, rows=2, model=model) for model in MODELS]
-RATIOS = (f"without generation / {BASE}", f"{PEAK} / {BASE}")  # measured, and planned
+# Seconds by part of each timed step, rollouts by call, peak MiB.
+Turn = tuple[list[dict[str, float]], dict[int, list], float]
+STEP, GENERATION, REST = "step, s", "generation, s", "without generation, s"
+TEACHER, PEAK = "teacher pass, s", "peak MiB"
+MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B")  # of `--gpu`
+
+
+# What is raced
+
+
+def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any]]]:
+    """Trainer and configuration by name. TRL's self-distiller sees the same teacher prompt as ours."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+    ours = partial(
+        RLSDConfig, privileged_template="{prompt} {privileged_context}", lambda_decay_steps=0
+    )
+    theirs = partial(
+        SDPOConfig,
+        # Feedback instead of a demonstration, so that the teacher's prompt is as long as RLSD's.
+        include_environment_feedback=True,
+        success_reward_threshold=2.0,
+        reprompt_template="{prompt}{solution}{feedback}",
+        feedback_template=" {feedback_raw}",
+        max_prompt_length=None,
+    )
+    return {
+        BASE: (GRPOTrainer, GRPOConfig),
+        "GRPO, completion head": (RLSDTrainer, partial(ours, method="grpo", completion_head=True)),
+        "RLSD": (RLSDTrainer, ours),
+        "RLSD, plain pass": (RLSDTrainer, partial(ours, teacher_pass="plain")),
+        "OPSD": (RLSDTrainer, partial(ours, method="opsd")),
+        "TRL SDPO": (SDPOTrainer, theirs),
+    }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A random Qwen3 on prompts and completions of exact length, in tokens; a group is a step.
+
+    It is `SYNTHETIC`, or what `SHAPES` knows for `model`, in bf16 and with gradient checkpointing.
+
+    Raises:
+        ValueError: for a size that cannot be, naming it and what was expected.
+    """
+
+    prompt: int = 1024
+    completion: int = 256
+    generations: int = 8
+    vocabulary: int = 4096
+    reference: int = 64
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if name != "model":
+                whole = isinstance(size, int) and size >= 1
+                expect(whole, name, size, "a whole number >= 1")
+        expect(self.generations >= 2, "generations", self.generations, "2 or more, a group")
+
+    def build(self, name: str, folder: Path, steps: int) -> Trainer:
+        """The trainer of a contender, ready for `steps` steps of one group each.
+
+        Raises:
+            ValueError: for an unknown name, with the nearest known one.
+        """
+        table = contenders()
+        trainer, configure = table[look_up(name, table, "contender")]
+        on_gpu = torch.cuda.is_available()
+        config = configure(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=self.rows,
+            gradient_accumulation_steps=self.generations // self.rows,
+            num_generations=self.generations,
+            max_completion_length=self.completion,
+            # No end of sequence before the last token: completions of one length are equal work.
+            generation_kwargs={"min_new_tokens": self.completion},
+            temperature=1.0,
+            learning_rate=0.0,
+            shuffle_dataset=False,
+            gradient_checkpointing=bool(self.model),
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        dtype = torch.bfloat16 if self.model else torch.float32
+        # Always the same weights.
+        with torch.random.fork_rng(), torch.device("cuda" if on_gpu else "cpu"):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
+        if not issubclass(trainer, GRPOTrainer):
+            # TRL's self-distiller loads its teacher from where the model came from.
+            model.save_pretrained(folder / "model")
+            model.config._name_or_path = str(folder / "model")
+        return trainer(
+            model=model,
+            reward_funcs=_reward,
+            args=config,
+            train_dataset=self.make_rows(steps),
+            processing_class=self.make_tokenizer(),
+        )
+
+    def config(self) -> Any:
+        """The transformers config of the model."""
+        words = {"vocab_size": self.vocabulary + len(SPECIAL)}
+        config = config_named(self.model) if self.model else Qwen3Config(**SYNTHETIC, **words)
+        config.pad_token_id, config.eos_token_id = 0, 1
+        return config
+
+    @property
+    def words(self) -> int:
+        """Words that prompts are drawn from: the vocabulary but for special tokens."""
+        return self.config().vocab_size - len(SPECIAL)
+
+    @property
+    def rows(self) -> int:
+        """Rollouts that share a forward."""
+        return 2 if self.model else self.generations
+
+    def make_tokenizer(self) -> PreTrainedTokenizerFast:
+        """One token per word: a text of n words is n tokens."""
+        words = [*SPECIAL, *(f"w{i}" for i in range(self.words))]
+        backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        backend.pre_tokenizer = WhitespaceSplit()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token="<pad>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            padding_side="left",
+        )
+
+    def make_rows(self, count: int) -> Dataset:
+        """`count` prompts and references of exact length."""
+        random = torch.Generator().manual_seed(0)
+
+        def text(length: int) -> str:
+            ids = torch.randint(self.words, (length,), generator=random)
+            return " ".join(f"w{i}" for i in ids.tolist())
+
+        columns = {"prompt": self.prompt, "privileged_context": self.reference}
+        return Dataset.from_dict({k: [text(n) for _ in range(count)] for k, n in columns.items()})
+
+
+def _reward(completions: list[str], **_: Any) -> list[float]:
+    """Differs within a group, and depends on nothing but the text."""
+    return [zlib.crc32(text.encode()) % 7 / 7 for text in completions]
+
+
+def preset_trainer(preset: str, name: str, folder: Path, steps: int) -> Trainer:
+    """The trainer of "GRPO" or "RLSD" on the model and task of a preset, at a constant lambda.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    row = PRESETS[look_up(preset, PRESETS, "preset")]
+    task = replace(row, test_size=1).load_task(name.lower())
+    overrides = {"learning_rate": 0.0, "lambda_decay_steps": 0, "save_strategy": "no"}
+    run = RunParameters(name.lower(), preset, max_steps=steps, overrides=overrides)
+    config = run.resolve(folder, template=task.privileged_template).config
+    model, tokenizer = load_model(row.model, outputs_root() / "cache", **row.model_options)
+    rewards = [task.reward, task.leak]
+    return RLSDTrainer(model, rewards, config, task.train, processing_class=tokenizer)
 
 
 # Time and memory
@@ -99,24 +281,28 @@ class Clock(TrainerCallback):
         return completions
 
 
-def train(
-    build: Build, name: str, steps: int, rollouts: dict[int, list]
-) -> tuple[list[dict[str, float]], float]:
-    """Train one step to warm up and `steps` more: their seconds by part, see `Clock`; peak MiB.
+def train(build: Build, name: str, steps: int, rollouts: dict[int, list]) -> Turn:
+    """Train one step to warm up and `steps` more, on `rollouts` where they are given, see `Clock`.
 
-    The peak is the device's, or without a GPU the most that this process was ever resident.
+    The peak in MiB is the device's; without a GPU it is this process's, beyond the imports.
     """
-    if torch.cuda.is_available():
-        gc.collect()  # a trainer and its model refer to each other
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    contenders()  # the imports
+    before = psutil.Process().memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(name, Path(folder), steps + 1)
         clock = Clock(trainer, rollouts)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
-    return clock.steps[1:], _peak_bytes() / 2**20
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident() - before
+    return clock.steps[1:], clock.rollouts, peak / 2**20
+
+
+def train_apart(*turn: Any) -> Turn:
+    """`train` in a process of its own, so that no trainer inherits another one's memory."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(train, *turn).result()
 
 
 def now() -> float:
@@ -131,223 +317,106 @@ def now() -> float:
     return time.perf_counter()
 
 
-def peak_mib(build: Build, name: str) -> float:
-    """Resident MiB, beyond the imports, at the peak of two steps in a process of their own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_peak_mib, build, name).result()
-
-
-def _peak_mib(build: Build, name: str) -> float:
-    contenders()  # the imports
-    before = psutil.Process().memory_info().rss / 2**20
-    return train(build, name, 1, {})[1] - before
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peak_resident() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # Not getrusage, whose peak includes that of the process that started this one.
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    # Bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def machine_speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOPs and bytes per second: the best of a few square matrix products, and of a few copies."""
-    size, length = (8192, 2**28) if device.type == "cuda" else (1024, 2**24)
-    square = torch.randn(size, size, device=device, dtype=dtype)
-    line = torch.zeros(length, device=device, dtype=dtype)
-    other = torch.empty_like(line)
-
-    def best(call: Callable) -> float:
-        begun = [now()]
-        for _ in range(4):
-            call()
-            begun.append(now())
-        return min(after - before for before, after in itertools.pairwise(begun))
-
-    moved = 2 * line.numel() * line.element_size()
-    return 2 * size**3 / best(lambda: square @ square), moved / best(lambda: other.copy_(line))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 # The race
 
 
-def race(
-    build: Build,
-    names: Sequence[str],
-    steps: int = 3,
-    rounds: int = 1,
-    memory: bool = True,
-    until: float = math.inf,
-) -> pd.DataFrame:
-    """A row for each contender: medians over all steps, peak memory, and both over GRPO's.
+def race(build: Build, names: Sequence[str], steps: int = 3, rounds: int = 1) -> pd.DataFrame:
+    """A row for each trainer, GRPO first: medians over all steps, peak memory, both over GRPO's.
 
-    The contenders take turns within this process, `rounds` times. Device memory is that of the
-    turns, where all but the first contender generate nothing; without a GPU it is the median of
-    `rounds` processes. A row is NaN where device memory did not suffice, or where all turns would
-    have begun after `until` (`time.monotonic`).
+    The trainers take turns, `rounds` times; in a round all train on the rollouts of the first. A row
+    is NaN where device memory did not suffice.
     """
-    timed: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    timed: dict[str, list[dict[str, float]]] = {name: [] for name in (BASE, *names)}
     for _ in range(rounds):
         rollouts: dict[int, list] = {}
-        for name in names:
-            if time.monotonic() > until:
-                break
+        for name, found in timed.items():
             with contextlib.suppress(torch.OutOfMemoryError):
-                found, peak = train(build, name, steps, rollouts)
-                timed[name] += [{**step, PEAK: peak} for step in found]
+                timings, rollouts, peak = train_apart(build, name, steps, rollouts)
+                found += [{**step, PEAK: peak} for step in timings]
     parts = (GENERATION, REST, TEACHER, PEAK)
     medians = {name: pd.DataFrame(found, columns=parts).median() for name, found in timed.items()}
     table = pd.DataFrame(medians).T.astype(float)
     table[GENERATION] = table[GENERATION].median()  # made by one of them, for all
-    table.insert(0, "step, s", table[GENERATION] + table[REST])
-    if not memory:
-        del table[PEAK]
-    elif not torch.cuda.is_available():
-        table[PEAK] = [median(peak_mib(build, name) for _ in range(rounds)) for name in names]
-    for column in ("step, s", REST, PEAK):
-        if column in table and BASE in table.index:
-            table[f"{column.partition(',')[0]} / {BASE}"] = table[column] / table.loc[BASE, column]
+    table.insert(0, STEP, table[GENERATION] + table[REST])
+    for column in (STEP, REST, PEAK):
+        table[f"{column.partition(',')[0]} / {BASE}"] = table[column] / table.loc[BASE, column]
     return table
 
 
-def sweep(sizes: Sizes, names: Sequence[str], outputs: Path, steps: int) -> pd.DataFrame:
-    """One factor at a time, around `sizes`: `tables/bench.csv` and `figures/bench_scaling.png`."""
-    raced: dict[Sizes, pd.DataFrame] = {}
-    rows = []
-    for factor, scales in FACTORS.items():
-        for scale in scales:
-            changed = replace(sizes, **{factor: max(round(getattr(sizes, factor) * scale), 1)})
-            if changed not in raced:
-                raced[changed] = race(changed.build, names, steps, memory=False)
-            row = raced[changed].rename_axis("trainer").reset_index()
-            rows.append(row.assign(factor=factor, value=getattr(changed, factor)))
-    table = pd.concat(rows, ignore_index=True).round(4)
-    grid = sns.relplot(
-        table[table["trainer"] != BASE],
-        x="value",
-        y=f"step / {BASE}",
-        hue="trainer",
-        col="factor",
-        kind="line",
-        marker="o",
-        palette="colorblind",
-        height=3,
-        facet_kws={"sharex": False},
-    )
-    grid.refline(y=1).set_titles("")
-    for factor, axes in grid.axes_dict.items():
-        values = sorted(table.loc[table["factor"] == factor, "value"].unique())
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel=factor, xticks=values, xticklabels=values)
-    _write(outputs, table, "bench", grid, "bench_scaling")
-    return table
-
-
-def _write(outputs: Path, table: pd.DataFrame, name: str, grid: sns.FacetGrid, figure: str) -> None:
-    for folder in ("tables", "figures"):
-        (outputs / folder).mkdir(parents=True, exist_ok=True)
-    table.to_csv(outputs / "tables" / f"{name}.csv", index=False)
-    grid.savefig(outputs / "figures" / f"{figure}.png", dpi=120)
-    plt.close(grid.figure)
+def in_words(table: pd.DataFrame) -> str:
+    """Every trainer's step time over GRPO's, from a table of `race` or `measure`."""
+    ratios = table[f"step / {BASE}"].dropna()
+    told = [f"{name} {ratio:.3f}" for name, ratio in ratios.items() if not name.endswith(BASE)]
+    return f"of {BASE}'s step: {'; '.join(told)}"
 
 
 # Models of real size
 
 
-def plan_for(sizes: Sizes) -> Plan:
-    """The plan of RLSD's step at these sizes on one GPU."""
-    return Plan(
-        shape_of(sizes.config()),
-        gpus=1,
-        prompt_length=sizes.prompt,
-        max_completion_length=sizes.completion,
-        rollouts=sizes.generations,
-        num_generations=sizes.generations,
-        per_device_train_batch_size=min(sizes.rows, sizes.generations),
-        privileged_length=sizes.reference,
-        dtype=str(sizes.dtype).removeprefix("torch."),
-        gradient_checkpointing=bool(sizes.model),
-    )
-
-
 def bench_gpu(outputs: Path) -> pd.DataFrame:
-    """Measure `ON_GPU`; writes `tables/bench_gpu.csv`, which plans read, and a figure beside it.
+    """Race the trainers on `MODELS` and write `tables/bench_gpu.csv`, whose mfu plans read.
 
     Raises:
-        ValueError: without a GPU, or where it holds none of the models.
+        ValueError: without a GPU.
     """
     if not torch.cuda.is_available():
         raise ValueError(
             "--gpu needs an NVIDIA GPU that torch can see, of 40 GB or more for the two smaller "
             "models. Without one: --against, on synthetic rollouts, or `rlsd plan`, by arithmetic."
         )
-    table = measure(ON_GPU, torch.cuda.get_device_properties(0).total_memory / 2**30)
-    write_gpu(outputs, table)
+    models = [Sizes(prompt=1024, completion=1024, model=name) for name in MODELS]
+    table = pd.concat(map(measure, models))
+    (outputs / "tables").mkdir(parents=True, exist_ok=True)
+    table.to_csv(outputs / "tables" / "bench_gpu.csv", index_label="trainer")
     return table
 
 
-def write_gpu(outputs: Path, table: pd.DataFrame) -> None:
-    """Write the table of `measure`, and its ratios as a figure, planned ones beside measured ones."""
-    plans = [f"plan, {column}" for column in RATIOS]
-    shown = table.melt(["model", "trainer"], [*RATIOS, *plans], var_name="what", value_name="ratio")
-    shown["by"] = shown["what"].str.startswith("plan").map({True: "plan", False: "measurement"})
-    shown["what"] = shown["what"].str.removeprefix("plan, ")
-    points = {"x": "ratio", "y": "model", "hue": "trainer", "style": "by", "col": "what"}
-    grid = sns.relplot(shown, **points, palette="colorblind", height=3, s=60)
-    grid.refline(x=1).set_titles("{col_name}").set_axis_labels("", "")
-    _write(outputs, table, "bench_gpu", grid, "bench_gpu")
+def measure(sizes: Sizes) -> pd.DataFrame:
+    """The race of all contenders; GRPO's row has the `mfu` it reached, relative to `Plan.tflops`."""
+    table = race(sizes.build, list(contenders())[1:], steps=1)
+    lengths = {"prompt_length": sizes.prompt, "max_completion_length": sizes.completion}
+    step = {"rollouts": sizes.generations, "gradient_checkpointing": bool(sizes.model)}
+    plan = Plan(shape_of(sizes.config()), gpus=1, **lengths, **step).grpo
+    trained = sum(plan.flops().values()) - plan.flops()["generation"]
+    table.loc[BASE, "mfu"] = trained / table.loc[BASE, REST] / plan.tflops / 1e12
+    return table.rename(index=lambda name: f"{sizes.model}, {name}")
 
 
-def measure(models: Sequence[Sizes], memory: float, seconds: float = 200) -> pd.DataFrame:
-    """A row for each model and trainer; NaN where it was not measured, see `race`.
+# Where the teacher pass takes its time
 
-    Models that by their plan do not fit into `memory` GiB are left out, and no trainer begins after
-    `seconds`, so that all ends within four minutes. What a plan takes from the table (`MEASURED` in
-    plan.py) stands in the rows of GRPO.
+
+def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
+    """The operators of one shared pass by their time, under the profiler.
+
+    `trace` receives the pass with every function that it calls, for chrome://tracing or
+    ui.perfetto.dev.
     """
-    until = time.monotonic() + seconds
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate, bandwidth = machine_speeds(device, models[0].dtype)
-    tables = []
-    for sizes in models:
-        plan = replace(plan_for(sizes), tflops=rate / 1e12, bandwidth=bandwidth / 1e12)
-        if plan.peak() <= memory:
-            raced = race(sizes.build, TRAINERS, steps=1, until=until)
-            tables.append(_beside_plan(raced, plan).assign(model=sizes.model or "tiny"))
-    if not tables:
-        raise ValueError(f"{memory:.0f} GiB of device memory hold none of the models by their plan")
-    return pd.concat(tables).rename_axis("trainer").reset_index()
+    on_gpu, profiles = torch.cuda.is_available(), []
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer: Any = sizes.build("RLSD", Path(folder), 2)
+        trainer.args.teacher_pass = "shared"
+        score = trainer.teacher_scores
 
+        def profiled(*args: Any, **kwargs: Any) -> Any:
+            with profile(activities=activities, with_stack=True) as found:
+                scores = score(*args, **kwargs)
+            profiles.append(found)
+            return scores
 
-def _beside_plan(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    plain = replace(plan, teacher_pass="plain")
-    plans = {BASE: plan.grpo, "RLSD": plan, "RLSD, plain pass": plain}
-    work = {name: sum(p.flops().values()) - p.flops()["generation"] for name, p in plans.items()}
-    # What torch allocates is no part of the reserve.
-    peaks = pd.Series({name: (p.peak() - RESERVED) * 1024 for name, p in plans.items()})
-    table[f"plan, {PEAK}"] = peaks
-    for column, planned in zip(RATIOS, (pd.Series(work), peaks), strict=True):
-        table[f"plan, {column}"] = planned / planned[BASE]
-    base, kept = table.loc[BASE], plan.grpo.memory()["update"]["activations"]
-    more = (base[PEAK] - peaks[BASE]) / 1024
-    mfu = work[BASE] / base[REST] / plan.tflops / 1e12
-    found = (plan.tflops, plan.bandwidth, mfu, max(1 + more / kept, 0.1))
-    return table.join(pd.DataFrame([found], [BASE], MEASURED))
-
-
-# Records
-
-
-def in_words(table: pd.DataFrame) -> str:
-    """Every trainer's step time over GRPO's, from a table of `rlsd bench`."""
-    if f"step / {BASE}" not in table:
-        return f"no {BASE} beside it"
-    ratios = table[f"step / {BASE}"].dropna()
-    if "trainer" in table:  # several models
-        ratios.index = (table["model"] + ", " + table["trainer"])[ratios.index]
-    told = [f"{name} {ratio:.3f}" for name, ratio in ratios.items() if not name.endswith(BASE)]
-    return f"of {BASE}'s step: {'; '.join(told)}"
+        trainer.teacher_scores = profiled
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profiles[-1].export_chrome_trace(str(trace))  # the first was to warm up
+    by = f"self_{'device' if on_gpu else 'cpu'}_time_total"
+    table = profiles[-1].key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)
+    return f"{sizes}\n{table}\ntrace: {trace}"

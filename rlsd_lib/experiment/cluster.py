@@ -14,11 +14,11 @@ from typing import Any
 
 import submitit
 
-from rlsd_lib.runs.jobs import Job, Outcome
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.processes import kill_tree
 from rlsd_lib.runs.records import manifest_or_none, state_of
 from rlsd_lib.runs.run import Run
+from rlsd_lib.runs.suites import Job, Outcome
 
 TIMEOUT_MIN = 24 * 60  # of a job that names none; submitit's own is five minutes
 TICK_SECONDS = 0.5

@@ -25,7 +25,7 @@ from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
-from rlsd_lib.tasks.lengths import within
+from rlsd_lib.tasks.encode import within
 from rlsd_lib.tasks.models import Loaded, load_model
 
 # Of these, metrics.json keeps the mean over the last ten steps; of everything under rlsd/, the mean
@@ -207,7 +207,7 @@ class Experiment:
         One process trains here. Several are launched, and the trained weights are loaded back.
 
         Raises:
-            LaunchError: a launched process failed.
+            RuntimeError: a launched process failed.
             Stopped: after a SIGTERM; a checkpoint is written, and the run can be resumed.
         """
         if self.parameters.num_processes == 1:
@@ -268,7 +268,6 @@ class Experiment:
         for model in models:
             model.to("cpu")  # the memory of the accelerator is the workers'
         curve = LiveCurve(self.config.method, self.config.max_steps)
-        curve.begin()
         trained = run_workers(self.run, self.parameters.num_processes, curve.show)
         curve.draw()
         take_weights(self.model, folder)

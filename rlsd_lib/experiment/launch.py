@@ -41,10 +41,6 @@ TICK_SECONDS = 0.5
 ROOT_CAUSE = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)\s*\(pid:\s*(\d+)\)", re.DOTALL)
 
 
-class LaunchError(RuntimeError):
-    """A launched process failed; the message holds its reason or the end of the log."""
-
-
 def accelerate_config(preset: str = "") -> Path:
     """The accelerate config that RLSD_ACCELERATE names, else `preset`, else one by the hardware.
 
@@ -83,7 +79,7 @@ def run_workers(
         on_step: called with every new line of metrics.jsonl.
 
     Raises:
-        LaunchError: a process failed.
+        RuntimeError: a process failed; the message holds its reason or the end of the log.
         Stopped: they were stopped by SIGTERM and have written a checkpoint.
     """
     config = accelerate_config(run.manifest["preset"]["accelerate"])
@@ -150,7 +146,7 @@ def failure(folder: Path, code: int) -> RuntimeError:
         said = f"rank {first['rank']} failed: {first['kind']}: {first['message']}"
     else:
         said = f"accelerate ended with code {code}: ...{log[-1500:]}"
-    return LaunchError(f"{said}. See {folder / LOG}")
+    return RuntimeError(f"{said}. See {folder / LOG}")
 
 
 def main(run_dir: str) -> None:

@@ -1,13 +1,11 @@
 """The presets of real size as rows of `Preset`: the paper's experiment and its text sibling.
 
 Two presets replicate the paper: `qwen3-vl-8b` as its text (arXiv 2604.03128 v2) prints it, and
-`qwen3-vl-8b-script` as the launch script of its released code sets it. `differences` tabulates
-what is not the same. Nothing here was run at this size.
+`qwen3-vl-8b-script` as the launch script of its released code sets it. Nothing here was run at this
+size.
 """
 
 from typing import Any
-
-import pandas as pd
 
 # The paper's settings that carry over to every size (PAPER: AdamW, weight decay 0.01, clip 1.0).
 PAPER = {
@@ -134,11 +132,3 @@ REAL_PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-text": QWEN3_TEXT,
     "qwen3-text-full": QWEN3_TEXT_FULL,
 }
-
-
-def differences() -> pd.DataFrame:
-    """The settings that the paper's text and its script do not share; a row each, "" for unset."""
-    names = ["qwen3-vl-8b", "qwen3-vl-8b-script"]
-    rows = pd.json_normalize([REAL_PRESETS[name] for name in names]).drop(columns="summary")
-    table = rows.astype(object).fillna("").T.set_axis(names, axis=1)
-    return table[table[names[0]] != table[names[1]]]

@@ -18,13 +18,11 @@ from rlsd_lib.experiment.launch import accelerate_config, launch_command
 from rlsd_lib.experiment.plan import FIELDS, describe, plan_of
 from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
 from rlsd_lib.methods import PRIVILEGED, PROMPT
-from rlsd_lib.report.benchmarks import check_benchmarks
 from rlsd_lib.runs.parameters import as_text, complete
 from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import DATA, Task
-from rlsd_lib.tasks.encode import Processing
+from rlsd_lib.tasks.encode import Processing, prompt_lengths, within
 from rlsd_lib.tasks.lab import model as lab
-from rlsd_lib.tasks.lengths import prompt_lengths, within
 from rlsd_lib.trainer.checks import check_arguments
 from rlsd_lib.trainer.config import RLSDConfig
 
@@ -59,8 +57,8 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
     """Resolve and check a run of `notebook` with all its parameters.
 
     Raises:
-        ValueError: for a notebook that trains nothing, an unknown method, preset, override, control
-            or benchmark, or a batch that the processes cannot share.
+        ValueError: for a notebook that trains nothing, an unknown method, preset, override or
+            control, or a batch that the processes cannot share.
         TypeError: for an override of another type than its field's.
         FileNotFoundError: for an unknown accelerate config.
     """
@@ -70,11 +68,6 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
     preset = run.preset
     found = Findings([f"{notebook}: {preset.summary}", *_settings(run)])
     found.checked += ["method, preset, overrides and control exist", _batch_in_words(run)]
-    if "benchmarks" in parameters:
-        names = parameters["benchmarks"]
-        if names:
-            check_benchmarks(names)
-        found.checked.append(f"benchmarks: {', '.join(names) or 'none'}")
     config, processing = _local_model(preset)
     if config is None:
         found.unseen.append(f"{preset.model} is not on this machine: positions, prompt lengths")
@@ -96,7 +89,7 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
                 check_rows(run, task)
                 found.checked.append("the trainer takes every row")
             if processing is not None:
-                found.checked += _check_lengths(run, task, processing, positions)
+                found.checked += _check_lengths(run, task, processing)
     found.lines += ["", *_plan(run), *_start(notebook, parameters, run)]
     return found
 
@@ -204,7 +197,7 @@ def check_rows(run: Resolved, task: Task) -> None:
     """
     rows = apply_control(task.train, run.control, run.config.seed)
     teacher = run.preset.teacher_model if run.config.row.teacher_sees == PROMPT else None
-    check_arguments([task.reward], run.config, rows, teacher, None)
+    check_arguments([task.reward], run.config, rows, teacher, {})
 
 
 def _check_limits(run: Resolved, positions: int | None) -> str:
@@ -216,11 +209,6 @@ def _check_limits(run: Resolved, positions: int | None) -> str:
             f"vllm_max_model_length={limit} is less than max_prompt_length={prompt} + "
             f"max_completion_length={completion}: raise it or lower these"
         )
-    if settings.use_vllm and run.processes % settings.vllm_tensor_parallel_size:
-        raise ValueError(
-            f"vllm_tensor_parallel_size={settings.vllm_tensor_parallel_size} does not divide "
-            f"{run.processes} processes"
-        )
     teacher = settings.max_teacher_prompt_length or 0 if settings.uses_teacher else 0
     needed = max(teacher, prompt) + completion
     if positions is not None and needed > positions:
@@ -230,24 +218,17 @@ def _check_limits(run: Resolved, positions: int | None) -> str:
     return f"at most {needed} positions" + (f" of the model's {positions}" if positions else "")
 
 
-def _check_lengths(
-    run: Resolved, task: Task, processing: Processing, positions: int | None
-) -> Iterator[str]:
+def _check_lengths(run: Resolved, task: Task, processing: Processing) -> Iterator[str]:
     """Refuse rows that the run would refuse for their length; say what it leaves out or shortens."""
     config, limit = run.config, run.preset.max_prompt_length
     how = {"chat_template_kwargs": config.chat_template_kwargs}
     if limit:
         task, long = within(task, processing, limit, **how)
         yield f"prompts: {long} over {limit} will be left out"
-    else:
-        yield _longest("prompt", prompt_lengths(task.train, processing, **how), run, positions)
-    if config.row.teacher_sees != PRIVILEGED or not config.uses_teacher:
-        return
     limit, how["privileged_template"] = config.max_teacher_prompt_length, config.privileged_template
-    lengths = prompt_lengths(task.train, processing, **how)
-    if limit is None:
-        yield _longest("teacher prompt", lengths, run, positions)
+    if limit is None or config.row.teacher_sees != PRIVILEGED or not config.uses_teacher:
         return
+    lengths = prompt_lengths(task.train, processing, **how)
     bare = apply_control(task.train, "empty", config.seed)
     full = [i for i, n in enumerate(prompt_lengths(bare, processing, **how)) if n >= limit]
     if full:
@@ -257,15 +238,3 @@ def _check_lengths(
         )
     long = sum(length > limit for length in lengths)
     yield f"teacher prompts have up to {max(lengths)} tokens; {long} will be shortened to {limit}"
-
-
-def _longest(what: str, lengths: list[int], run: Resolved, positions: int | None) -> str:
-    """Refuse prompts without a limit of which the longest and a completion exceed the model."""
-    longest, completion = max(lengths), run.config.max_completion_length
-    if positions is not None and longest + completion > positions:
-        raise ValueError(
-            f"row {lengths.index(longest)} has a {what} of {longest} tokens: with "
-            f"max_completion_length={completion} it exceeds the model's {positions} positions. Set "
-            f"max_{what.replace(' ', '_')}_length, or lower max_completion_length"
-        )
-    return f"{what}s have up to {longest} tokens"

@@ -17,41 +17,35 @@ REFRESH_SECONDS = 3.0
 
 
 class LiveCurve:
-    """A line of text and the curve of the training reward; nothing outside an IPython kernel.
+    """The curve of the training reward, drawn in place; nothing outside an IPython kernel.
 
-    Both displays are updated in place, which keeps a run under papermill to a single output. The
-    rows come from a `Recorder` in this process or from the metrics.jsonl of launched ones.
+    A single display keeps a run under papermill to a single output. The rows come from a `Recorder`
+    in this process or from the metrics.jsonl of launched ones.
     """
 
     def __init__(self, method: str, max_steps: int) -> None:
         self.method, self.max_steps = method, max_steps
         self.rows: list[Mapping[str, Any]] = []
-        self.handles: list[Any] = []
-
-    def begin(self, step: int = 0) -> None:
-        """Open the two displays, after optimiser step `step`."""
-        self.first, self.begun, self.drawn = step, time.monotonic(), 0.0
-        if get_ipython() is not None:
-            texts = [{"text/plain": text} for text in ("starting", "")]
-            self.handles = [display(text, raw=True, display_id=True) for text in texts]
+        self.handle, self.drawn = None, 0.0
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """Add a logged step; the displays are refreshed at most every `REFRESH_SECONDS`."""
+        """Add a logged step; the display is refreshed at most every `REFRESH_SECONDS`."""
         self.rows.append({**row, "path": "this run", "method": self.method})
         if time.monotonic() - self.drawn > REFRESH_SECONDS:
             self.draw()
 
     def draw(self) -> None:
-        """Draw text and curve as they stand."""
+        """Draw the curve as it stands."""
         self.drawn = time.monotonic()
-        if not (self.handles and self.rows):
+        if get_ipython() is None or not self.rows:
             return
-        step = self.rows[-1]["step"]
-        pace = (self.drawn - self.begun) / max(step - self.first, 1)
-        left = pace * (self.max_steps - step)
-        line = f"step {step}/{self.max_steps}  {pace:.2f} s/step  {left:.0f} s left"
-        self.handles[0].update({"text/plain": line}, raw=True)
-        self.handles[1].update(plots.training_curve(pd.DataFrame(self.rows), "reward", window=5))
+        title = f"reward, step {self.rows[-1]['step']} of {self.max_steps}"
+        frame = pd.DataFrame(self.rows)
+        figure = plots.training_curve(frame, "reward", window=5, title=title)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
 
 
 class Recorder(TrainerCallback):
@@ -64,7 +58,6 @@ class Recorder(TrainerCallback):
         """Drop lines that the resumed steps will write again."""
         if state.is_world_process_zero:
             self.run.rewind(state.global_step)
-            self.curve.begin(state.global_step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any

@@ -2,27 +2,20 @@
 
 import logging
 import shutil
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
-from trl.trainer.utils import is_async_callable
 
 from rlsd_lib.runs.processes import on_sigterm
-from rlsd_lib.trainer.states import policy_mask
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
 MARK = "complete.json"  # the last file of a checkpoint
-DIAGNOSIS_SECONDS = 10.0  # for trying rows one by one after a reward function has raised
 
 logger = logging.getLogger(__name__)
 
@@ -31,71 +24,30 @@ class Stopped(RuntimeError):
     """Training was stopped by a signal, after a checkpoint of its last step was written."""
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; earlier ones are untouched."""
-
-
 class WorkbookTrainer(RLSDTrainer):
-    """The trainer of `Experiment`: orderly stops, whole checkpoints, errors that name what failed."""
+    """The trainer of `Experiment`: orderly stops, whole checkpoints."""
 
-    def __init__(self, model: Any, reward_funcs: Any = None, *args: Any, **kwargs: Any) -> None:
-        if reward_funcs is not None:
-            given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = [named(function) for function in given]
-        super().__init__(model, reward_funcs, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.sigterm = StopOnSigterm(self.accelerator)
         self.add_callback(self.sigterm)
-        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
-            # A little less than the other ranks wait for this one, so that this error comes first.
-            seconds = 0.9 * self.args.ddp_timeout
-            guard_server(self.vllm_generation.vllm_client, lambda: self.state.global_step, seconds)
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
-        """As the parent's; `True` means the last complete checkpoint.
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the parent's.
 
         Raises:
-            ValueError: there is no complete checkpoint to resume from.
             Stopped: after a SIGTERM, with a checkpoint of the finished step.
-            CheckpointError: a checkpoint could not be written.
+            RuntimeError: a checkpoint could not be written; earlier ones are untouched.
         """
-        folder = self.args.output_dir
-        resume = to_resume(folder, resume_from_checkpoint)
-        own = self.args.enable_jit_checkpoint  # transformers' own answer to SIGTERM
         self.sigterm.asked = self.sigterm.stopped = False
-        with nullcontext() if own else on_sigterm(self.sigterm.ask):
-            output = super().train(resume, *args, **kwargs)
+        with on_sigterm(self.sigterm.ask):
+            output = super().train(*args, **kwargs)
         if self.sigterm.stopped:
             raise Stopped(
                 f"stopped by SIGTERM after step {self.state.global_step} of "
-                f"{self.state.max_steps}, resumable: {last_checkpoint(folder)}"
+                f"{self.state.max_steps}, resumable: {last_checkpoint(self.args.output_dir)}"
             )
         return output
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        logps = output.get("sampling_per_token_logps")
-        if logps is not None and self.vllm_importance_sampling_correction:
-            self._count_missing(logps, policy_mask(output).bool())
-        return output
-
-    def _count_missing(self, logps: Tensor, mask: Tensor) -> None:
-        """Log the share of tokens (N, T) that vLLM gave no log-probability (NaN). Collective.
-
-        TRL trains such a token without mismatch correction; where all are missing, training stops.
-        """
-        counts = torch.stack([(logps.isnan() & mask).sum(), mask.sum()]).float()
-        missing, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        if tokens and missing == tokens:
-            raise FloatingPointError(
-                f"vLLM gave no log-probability (NaN) for any of {tokens:.0f} tokens at step "
-                f"{self.state.global_step}. Its weights or its cache are broken; restart it, or "
-                "train without vllm_importance_sampling_correction."
-            )
-        mode = "train" if self.model.training else "eval"
-        share = missing / tokens if tokens else 0.0
-        self._metrics[mode]["sampling/missing_logp_frac"].append(share)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -113,7 +65,7 @@ class WorkbookTrainer(RLSDTrainer):
             disk = shutil.disk_usage(next(place for place in folder.parents if place.exists()))
             last = last_checkpoint(folder.parent)
             kept = f"{last} is complete and untouched" if last else "there is no earlier checkpoint"
-            raise CheckpointError(
+            raise RuntimeError(
                 f"{folder.name} could not be written to {folder.parent}, which has "
                 f"{disk.free / 2**30:.1f} GiB free: {type(error).__name__}: {error}. What was "
                 f"written of it is removed; {kept}."
@@ -146,80 +98,6 @@ class StopOnSigterm(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
-# Rewards
-
-
-def named(function: Any) -> Any:
-    """A reward function whose errors say which function failed, on which row, step and rank.
-
-    Coroutine functions and reward models, by object or by path, are returned as they are.
-    """
-    if isinstance(function, str | nn.Module) or is_async_callable(function):
-        return function
-
-    @wraps(function)
-    def scored(**columns: Any) -> list[float | None]:
-        try:
-            return _numbers(function(**columns))
-        except Exception as error:
-            count, step = len(columns["prompts"]), columns["trainer_state"].global_step
-            row, rank = _first_failing(function, columns, count), PartialState().process_index
-            at = f"its batch of {count} rows" if row is None else f"row {row}"
-            raise RuntimeError(
-                f"Reward function {scored.__name__!r} failed on {at} at step {step}, rank {rank}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-
-    # An object that can be called has no name of its own.
-    scored.__name__ = getattr(function, "__name__", type(function).__name__)
-    return scored
-
-
-def _numbers(rewards: Any) -> list[float | None]:
-    return [None if reward is None else float(reward) for reward in rewards]
-
-
-def _first_failing(function: Callable[..., Any], columns: dict[str, Any], count: int) -> int | None:
-    """The first row on which `function` raises by itself, as far as time allows."""
-    silent = {"log_extra": lambda *_: None, "log_metric": lambda *_: None}
-    end = time.monotonic() + DIAGNOSIS_SECONDS
-    for row in range(count):
-        if time.monotonic() > end:
-            return None
-        one = {k: v[row : row + 1] if isinstance(v, list) else v for k, v in columns.items()}
-        try:
-            _numbers(function(**one | silent))
-        except Exception:
-            return row
-    return None
-
-
-# vLLM
-
-
-def guard_server(client: Any, step: Callable[[], int], seconds: float) -> None:
-    """Give every request of TRL's `VLLMClient` a time limit in seconds; TRL's wait for ever."""
-    from requests import RequestException
-
-    send = client.session.request
-    adapter = client.session.get_adapter(client.base_url)
-    # A read is not tried again: the server may still be at work on the first request.
-    adapter.max_retries = adapter.max_retries.new(read=0)
-
-    def request(method: str, url: str, **kwargs: Any) -> Any:
-        try:
-            return send(method, url, **{"timeout": (10.0, seconds), **kwargs})
-        except RequestException as error:
-            raise ConnectionError(
-                f"The vLLM server did not answer {method} {url} at step {step()} (longest wait "
-                f"{seconds:.0f} s, 0.9 ddp_timeout): {type(error).__name__}: {error}. Restart the "
-                "server, then resume from the last checkpoint: a restarted server has the initial "
-                "weights until the next sync."
-            ) from error
-
-    client.session.request = request
-
-
 # Checkpoints
 
 
@@ -231,21 +109,3 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
             return path
         logger.warning("%s has no %s: incomplete, ignored", path, MARK)
     return None
-
-
-def to_resume(output_dir: str | Path, given: str | bool | None) -> str | None:
-    """The checkpoint that `train(resume_from_checkpoint=given)` means; None for a fresh start.
-
-    Raises:
-        ValueError: there is no complete checkpoint, or the one that was named is incomplete.
-    """
-    if not given:
-        return None
-    last = last_checkpoint(output_dir)
-    path = last if given is True else Path(given)
-    if path is None or not (path / MARK).is_file():
-        raise ValueError(
-            f"{path or output_dir} holds no complete checkpoint to resume from (no {MARK}). The "
-            f"last complete one in {output_dir} is {last and last.name}."
-        )
-    return str(path)

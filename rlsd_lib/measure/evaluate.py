@@ -10,34 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import comb
 from transformers import GenerationConfig, PreTrainedModel
 
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval
 from rlsd_lib.prompts import Prompt
 from rlsd_lib.tasks import Task
 from rlsd_lib.tasks.encode import Processing, encode, messages_of, tokenizer_of
-
-
-def generate(
-    model: PreTrainedModel,
-    processing: Processing,
-    prompts: Sequence[Prompt],
-    *,
-    num_samples: int = 1,
-    **sampling: Any,
-) -> list[list[str]]:
-    """Sample `num_samples` completions per prompt; `sampling` are arguments of `sample`.
-
-    Returns one list of texts per prompt, without special tokens. Raises ValueError for several
-    greedy samples.
-    """
-    if num_samples > 1 and sampling.get("temperature") == 0:
-        raise ValueError(f"got {num_samples=}; ask for 1 where it is greedy")
-    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-    ids = sample(model, processing, repeated, **sampling)
-    texts = processing.batch_decode(ids, skip_special_tokens=True)
-    return [texts[start : start + num_samples] for start in range(0, len(texts), num_samples)]
 
 
 @torch.no_grad()
@@ -89,50 +67,40 @@ def sample(
         finally:
             model.generation_config = own
             model.train(was_training)
-    return [_until_end(row, ends) for row in rows]
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    end = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: end + 1]
+    stops = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in rows]
+    return [row[: stop + 1] for row, stop in zip(rows, stops, strict=True)]
 
 
 def evaluate(
-    model: PreTrainedModel, processing: Processing, task: Task, **sampling: Any
+    model: PreTrainedModel,
+    processing: Processing,
+    task: Task,
+    *,
+    num_samples: int = 1,
+    **sampling: Any,
 ) -> pd.DataFrame:
-    """Judge completions of the task's test problems; one row per completion.
+    """Judge `num_samples` completions of each of the task's test problems; one row per completion.
 
     Columns: `problem`, `sample` (both from 0), `correct`, `speaks_of_reference` (booleans),
-    `completion`, `answer`. `sampling` are arguments of `generate`, of which `max_new_tokens` is
-    required.
+    `completion`, `answer`. `sampling` are arguments of `sample`, of which `max_new_tokens` is
+    required. Raises ValueError for several greedy samples.
     """
-    prompts = [messages_of(row) for row in task.test]
-    samples = generate(model, processing, prompts, **sampling)
+    if num_samples > 1 and sampling.get("temperature") == 0:
+        raise ValueError(f"got {num_samples=}; ask for 1 where it is greedy")
+    asked = [(place, row) for place, row in enumerate(task.test) for _ in range(num_samples)]
+    ids = sample(model, processing, [messages_of(row) for _, row in asked], **sampling)
+    texts = processing.batch_decode(ids, skip_special_tokens=True)
     return pd.DataFrame(
         {
-            "problem": problem,
-            "sample": sample,
+            "problem": place,
+            "sample": number % num_samples,
             "correct": task.verify(text, row),
             "speaks_of_reference": task.speaks_of_reference(text),
             "completion": text,
             "answer": row["answer"],
         }
-        for problem, (row, texts) in enumerate(zip(task.test, samples, strict=True))
-        for sample, text in enumerate(texts)
+        for number, ((place, row), text) in enumerate(zip(asked, texts, strict=True))
     )
-
-
-def pass_at_k(results: pd.DataFrame, k: int) -> pd.Series:
-    """Return each problem's unbiased pass@k (Chen et al., 2021), indexed by problem.
-
-    Of n samples, c of them correct: 1 - C(n - c, k) / C(n, k), the share of k-subsets with a
-    success. Raises ValueError unless 1 <= k <= n for every problem.
-    """
-    counts = results.groupby("problem")["correct"].agg(["size", "sum"])
-    if not 1 <= k <= counts["size"].min():
-        raise ValueError(f"k is {k}; choose 1 to {counts['size'].min()}, the samples per problem")
-    misses = comb(counts["size"] - counts["sum"], k) / comb(counts["size"], k)
-    return pd.Series(1 - misses, index=counts.index, name=f"pass@{k}")
 
 
 def per_problem(results: pd.DataFrame) -> np.ndarray:
@@ -144,12 +112,12 @@ def accuracies(sampled: pd.DataFrame, greedy: pd.DataFrame) -> dict[str, Interva
     """Return what a run records of its held-out problems, with intervals over problems.
 
     From two results of `evaluate`: "accuracy" of the sampled completions, "accuracy_greedy", and
-    "pass@k" for k = all samples of a problem.
+    "pass@k", the share of problems that one of their k samples solves.
     """
-    k = int(sampled.groupby("problem").size().min())
+    solved = sampled.groupby("problem")["correct"]
     values = {
         "accuracy": per_problem(sampled),
         "accuracy_greedy": per_problem(greedy),
-        f"pass@{k}": pass_at_k(sampled, k),
+        f"pass@{solved.size().iloc[0]}": solved.any(),
     }
     return {name: bootstrap_interval(value) for name, value in values.items()}

@@ -1,94 +1,57 @@
 """Does credit find the step that went wrong, and where does it go instead?
 
 A task that knows its chains (`Task.first_error`) says at which token a failed rollout first went
-wrong. The gap should be most negative there, and the weight largest. Everything here is measured on
-the rollouts of `rollouts.look`.
+wrong. The gap should be most negative there. Everything here is measured on the rollouts of
+`rollouts.look`.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
 
 import pandas as pd
-import torch
 
-from rlsd_lib.credit import clipped_weight, signed_evidence
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval
 from rlsd_lib.measure.rollouts import Rollout, token_frame
 from rlsd_lib.tasks import Task
 
-ERRORS = ["rollout", "place", "token", "gap", "rank", "auroc_gap", "auroc_weight"]
-
 
 def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
-    """Where each failed rollout first went wrong, and what the credit says there; a row per rollout.
+    """Where each failed rollout first went wrong, and what the gap says there; a row per rollout.
 
     `rank` 0 means that no token of the rollout has a more negative gap. `auroc_gap` is the share of
     the rollout's other tokens that have a less negative gap, ties counting half: 0.5 for evidence
-    that knows nothing, 1 for evidence that always points at the error. `auroc_weight` is the same
-    for a larger clipped weight, and NaN where A = 0 and there is no weight. Rollouts whose first
-    error is that they stopped too early have no such token and are left out.
+    that knows nothing, 1 for evidence that always points at the error. Rollouts whose first error
+    is that they stopped too early have no such token and are left out.
     """
     tokens = _tokens(task, rollouts).rename(columns={"position": "place"})
     by_rollout = tokens.groupby("rollout")
     others = by_rollout["gap"].transform("size") - 1
-    weight_ranks = by_rollout["weight"].rank().where(tokens["advantage"] < 0)
     ranked = tokens.assign(
         rank=by_rollout["gap"].rank(method="min").astype(int) - 1,
         # A mean rank counts the tokens below it, and ties by half.
         auroc_gap=(by_rollout["gap"].rank(ascending=False) - 1) / others,
-        auroc_weight=(weight_ranks - 1) / others,
     )
-    return ranked.loc[ranked["kind"] == "first error", ERRORS].reset_index(drop=True)
+    columns = ["rollout", "place", "token", "gap", "rank", "auroc_gap"]
+    return ranked.loc[ranked["kind"] == "first error", columns].reset_index(drop=True)
 
 
-def auroc_by_problem(
-    task: Task, groups: Sequence[Sequence[Rollout]], column: str = "auroc_gap"
-) -> pd.Series:
+def auroc_by_problem(task: Task, groups: Sequence[Sequence[Rollout]]) -> pd.Series:
     """Mean AUROC of the first error of each problem, indexed by the group's place in `groups`.
 
-    `groups` holds one group of rollouts per problem, `column` is "auroc_gap" or "auroc_weight".
-    Problems without a failed rollout that has a first error are left out: it may be empty.
+    `groups` holds one group of rollouts per problem. Problems without a failed rollout that has a
+    first error are left out: it may be empty.
     """
-    means = [first_errors(task, group)[column].mean() for group in groups]
+    means = [first_errors(task, group)["auroc_gap"].mean() for group in groups]
     return pd.Series(means, dtype=float).dropna()
 
 
-def error_auroc(
-    task: Task, groups: Sequence[Sequence[Rollout]], column: str = "auroc_gap"
-) -> Interval:
+def error_auroc(task: Task, groups: Sequence[Sequence[Rollout]]) -> Interval:
     """The mean of `auroc_by_problem`, with its 95 % bootstrap interval over problems.
 
     NaN throughout where no failed rollout has a first error to point at.
     """
-    found = auroc_by_problem(task, groups, column)
+    found = auroc_by_problem(task, groups)
     return bootstrap_interval(found) if len(found) else Interval(math.nan)
-
-
-def clip_sweep(
-    task: Task, groups: Sequence[Sequence[Rollout]], widths: Sequence[float]
-) -> pd.DataFrame:
-    """What a clip leaves of the evidence: a row per width epsilon_w and kind of clip.
-
-    The weight's AUROC at the first error with its interval over problems, and `intervention`, the
-    mean of abs(w - 1) over the tokens of rollouts with A != 0, at lambda = 1. Weights are RLSD's,
-    from the rollouts' gaps, whatever method the rollouts were looked at with.
-    """
-    rows = []
-    for width, kind in product(widths, ("linear", "log")):
-        weighed = [[_weighed(rollout, width, kind == "log") for rollout in g] for g in groups]
-        moved = [abs(w - 1) for group in weighed for x in group if x.advantage for w in x.weight]
-        found = error_auroc(task, weighed, "auroc_weight")
-        rows.append((width, kind, *found, sum(moved) / len(moved)))
-    return pd.DataFrame(
-        rows, columns=["epsilon_w", "clip", "AUROC of the weight", "low", "high", "intervention"]
-    )
-
-
-def _weighed(rollout: Rollout, width: float, log_clip: bool) -> Rollout:
-    evidence = signed_evidence(torch.tensor([rollout.advantage]), torch.tensor([rollout.gap]))
-    return replace(rollout, weight=clipped_weight(evidence, width, log_clip=log_clip)[0].tolist())
 
 
 def credit_shares(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:

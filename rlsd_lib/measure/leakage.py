@@ -1,30 +1,65 @@
-"""Leakage: does the student speak of what it was never shown? Three measures, each with a null.
+r"""Leakage: does the student speak of what it was never shown? Three measures, each with a null.
 
 - `phrase`: a completion mentions a reference, by the task's list of words. Null: the base model's
   share.
 - `value`: it states the reference's value before that can have been derived. Null: the share that
   states the value of another row there.
 - `privileged view`: it reads as if some reference had been shown, whatever it quotes and in
-  whatever words (`rlsd_lib.measure.leak_evidence`). Null: at most 5 %.
+  whatever words. Null: at most 5 %.
+
+The last needs no list of words: a completion y, sampled without a reference, is a leak to the degree
+that the frozen base model finds it likelier after being shown *some* reference than after the
+question alone. Per token, with the references r' of other problems (never the row's own, so that
+stating the right answer, known or derived, is no evidence),
+
+    P_bar(y_t) = mean over r' of pi_0(y_t | x, r', y_<t),        P_0(y_t) = pi_0(y_t | x, y_<t),
+
+and the evidence of the stretch of tokens s..e is  L = sum_t log P_bar(y_t) - log P_0(y_t), nats.
+P_bar is the policy that on-policy self-distillation converges to (Theorem 1 of the paper).
+
+A leak may begin anywhere, and most begin at the opening. The measure is the capital of a gambler
+who stakes half of it at the first token and an equal part of the rest at each other place, H in
+all, and from there on bets on P_bar against P_0: its highest value, whose logarithm is the
+`evidence`. Under the base model's own text each such capital is a martingale that begins at 1,
+hence by Ville's inequality, for any model and any task,
+
+    P(evidence >= log(1 / alpha)) <= alpha,   and   E[evidence] <= 1 nat:
+
+the null values, without calibration. The tokens that are judged are those that were sampled.
+
+Text that neither view would write (a collapsed policy's) could win such bets by chance, so P_0 is
+replaced by the larger of pi_0 and pi_0 at temperature 2, a careless writer without a reference.
+That only lowers the capital.
 """
 
 import math
+import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlsd_lib.measure.evaluate import generate
+from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.intervals import bootstrap_interval, share_difference, share_interval
-from rlsd_lib.measure.leak_evidence import highest_capital, view_ratios
-from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, count_images, prompt_text
+from rlsd_lib.measure.logps import log_probabilities, of_tokens
+from rlsd_lib.prompts import (
+    COLUMN,
+    DEFAULT_TEMPLATE,
+    Prompt,
+    count_images,
+    prompt_text,
+    teacher_prompt,
+)
 from rlsd_lib.tasks import Row, Task
-from rlsd_lib.tasks.task import REFERENCE_PATTERN
 
+CARELESS = 2.0  # temperature of the writer that explains noise
+NUM_REFERENCES = 8  # r' that the average is over
 ALPHA = 0.05  # share of completions without a leak that the privileged view may count
 Cut = Callable[[str, Row], str]  # the part of a completion in which nothing can be derived yet
 
@@ -68,60 +103,121 @@ def _value_pattern(value: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?<!\d[.,]){pattern}(?!\w|[.,]\d)", re.IGNORECASE)
 
 
+def highest_capital(ratios: Tensor, places: int) -> Tensor:
+    """The evidence, log max_e [sum_{s <= e} q_s exp(L_{s..e}) + sum_{s > e} q_s], nats: (N, T) -> (N,).
+
+    q_s is 1/2 at the first of the `places` H, the limit that texts were sampled under, and equal at
+    all others. `ratios` holds log P_bar - log P_0 per token, 0 after the end of a text; T <= H.
+    """
+    others = max(places - 1, 1)
+    staked = torch.full_like(ratios[:, 0], -torch.inf)
+    best = torch.zeros_like(staked)
+    for place in range(ratios.shape[1]):
+        new = torch.full_like(staked, -math.log(2 * others if place else min(places, 2)))
+        staked = torch.logaddexp(staked, new) + ratios[:, place]
+        unstaked = torch.full_like(staked, (places - place - 1) / (2 * others)).log()
+        best = torch.maximum(best, torch.logaddexp(staked, unstaked))
+    return best
+
+
+def view_ratios(
+    base_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    completions: Sequence[list[int]],
+    references: Sequence[str],
+    *,
+    template: str,
+    batch_size: int = 32,
+    seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """log P_bar - log P_0 of every token, nats: (N, T) in float64, 0 after the end of a text.
+
+    Positive where a reference in the prompt would have made the token likelier.
+
+    Args:
+        base_model: the model before training; it judges, whoever wrote the completions.
+        prompts: N that the writer read; chat messages or plain text, without images.
+        completions: the token ids of N texts sampled at temperature 1, end token included.
+        references: N, each row's own; they are shown to one another's questions.
+        template: the privileged template, as in `RLSDConfig`.
+        seed: of the choice of references.
+        chat_template_kwargs: arguments of the chat template, those of the writer's prompts.
+
+    Raises:
+        ValueError: fewer than two different references.
+    """
+
+    def score(seen: Sequence[Prompt], temperature: float = 1.0) -> Tensor:
+        how = {"temperature": temperature, "chat_template_kwargs": chat_template_kwargs}
+        rows: list[Tensor] = []
+        for start in range(0, len(seen), batch_size):
+            part = slice(start, start + batch_size)
+            log_p = log_probabilities(base_model, tokenizer, seen[part], completions[part], **how)
+            rows += of_tokens(log_p, completions[part])
+        return pad_sequence(rows, batch_first=True).double()
+
+    plain = torch.maximum(score(prompts), score(prompts, CARELESS))
+    shown = other_references(references, seed)
+    views = [
+        score([teacher_prompt(p, r, template) for p, r in zip(prompts, column, strict=True)])
+        for column in zip(*shown, strict=True)
+    ]
+    return torch.stack(views).logsumexp(0) - math.log(len(views)) - plain
+
+
+def other_references(references: Sequence[str], seed: int) -> list[list[str]]:
+    """For each row, 8 different references of other rows, never one that reads like its own.
+
+    All others where there are fewer. Raises ValueError where there are no two different ones.
+    """
+    distinct = sorted(set(references))
+    if len(distinct) < 2:
+        raise ValueError(
+            f"{len(distinct)} different references: the privileged view is an average over other "
+            "rows' references; give at least two rows that differ."
+        )
+    draw = random.Random(seed)
+    take = min(NUM_REFERENCES, len(distinct) - 1)
+    return [draw.sample([r for r in distinct if r != own], take) for own in references]
+
+
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task | Dataset,
+    task: Task,
     *,
     base_model: PreTrainedModel,
     max_new_tokens: int,
     num_problems: int | None = None,
-    template: str | None = None,
-    pattern: str | None = None,
     **sampling: Any,
 ) -> pd.DataFrame:
-    """Sample one completion per problem from `model` at temperature 1, and judge each.
+    """Sample one completion per test problem from `model` at temperature 1, and judge each.
 
-    `task` is a `Task` (its test problems count; it brings its own template, pattern and cut), or a
-    data set with the columns `prompt` and `privileged_context`. `num_problems` takes the first so
-    many. `sampling` are `seed`, `batch_size`, and the `chat_template_kwargs` that the model was
-    trained with: it is sampled and judged under the same template.
+    `num_problems` takes the first so many. `sampling` are `seed`, `batch_size`, and the
+    `chat_template_kwargs` that the model was trained with: it is sampled and judged under the same
+    template.
 
     Returns a row per problem: `completion`, `phrase` (bool), `value` and `chance` (see
-    `value_leakage`) and `evidence` (nats, see `rlsd_lib.measure.leak_evidence`).
+    `value_leakage`) and `evidence` (nats, see `highest_capital`).
 
     Raises:
         ValueError: for prompts with images, or fewer than two different references.
-        re.error: for a `pattern` that is no regular expression.
     """
-    data, underived = task, first_half
-    if isinstance(task, Task):
-        data, underived = task.test, task.underived or first_half
-        template, pattern = template or task.privileged_template, pattern or task.reference_pattern
-    rows = list(data.select(range(min(num_problems or len(data), len(data)))))
+    rows = list(task.test)[:num_problems]
     if any(row.get("images") or count_images(row["prompt"]) for row in rows):
         raise ValueError("rows with images cannot be measured here: the judge reads text alone.")
-    mentions = re.compile(pattern or REFERENCE_PATTERN, re.IGNORECASE).search
     prompts, references = ([row[name] for row in rows] for name in ("prompt", COLUMN))
-    sampling["max_new_tokens"] = max_new_tokens
-    texts = [text for (text,) in generate(model, tokenizer, prompts, **sampling)]
-    how = {"template": template or DEFAULT_TEMPLATE, **sampling}
-    ratios = view_ratios(base_model, tokenizer, prompts, texts, references, **how)
-    return value_leakage(texts, rows, underived).assign(
+    ids = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **sampling)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    how = {"template": task.privileged_template or DEFAULT_TEMPLATE, **sampling}
+    ratios = view_ratios(base_model, tokenizer, prompts, ids, references, **how)
+    return value_leakage(texts, rows, task.underived or first_half).assign(
         completion=texts,
-        phrase=[mentions(text) is not None for text in texts],
+        phrase=[task.speaks_of_reference(text) for text in texts],
         evidence=highest_capital(ratios, max_new_tokens).numpy(),
     )
-
-
-def report(model: PreTrainedModel, *data: Any, **settings: Any) -> pd.DataFrame:
-    """Measure the leakage of `model` and of the model it was trained from, on the same problems.
-
-        leakage.report(model, tokenizer, dataset, base_model=base, max_new_tokens=512)
-
-    The arguments are those of `measure`, and so are the errors. Returns the frame of `summarise`.
-    """
-    return summarise(*(measure(m, *data, **settings) for m in (model, settings["base_model"])))
 
 
 def summarise(judged: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
@@ -136,16 +232,16 @@ def summarise(judged: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     leaks = "privileged view"
     sides = [f.assign(**{leaks: f["evidence"] >= math.log(1 / ALPHA)}) for f in (judged, base)]
     rows: list[tuple] = []
-    for measure in ("phrase", "value", leaks):
+    nulls = {
+        "phrase": (base["phrase"].mean(), base["phrase"].mean()),
+        "value": (judged["chance"].mean(), base["chance"].mean()),
+        leaks: (ALPHA, ALPHA),
+    }
+    for measure, (null, base_null) in nulls.items():
         marks, base_marks = (side[measure].dropna() for side in sides)
         if marks.empty or base_marks.empty:
             continue
         share, base_share = share_interval(marks), share_interval(base_marks)
-        null, base_null = {
-            "phrase": (base_share.mean, base_share.mean),
-            "value": (judged["chance"].mean(), base["chance"].mean()),
-            leaks: (ALPHA, ALPHA),
-        }[measure]
         difference = share_difference(share, base_share)
         rows.append((measure, "model", *share, null, len(marks)))
         rows.append((measure, "base", *base_share, base_null, len(base_marks)))

@@ -22,12 +22,11 @@ from rlsd_lib.prompts import (
     COLUMN,
     Prompt,
     demonstrations,
-    shorten_to_fit,
     teacher_prompt,
     without_pixels,
 )
 from rlsd_lib.tasks import Row, Task
-from rlsd_lib.tasks.encode import Processing, encode, messages_of, tokenizer_of
+from rlsd_lib.tasks.encode import Processing, messages_of, tokenizer_of
 from rlsd_lib.trainer.config import RLSDConfig
 
 # What shapes the trainer's rollouts beside `generation_kwargs`, as arguments of `sample`.
@@ -44,7 +43,6 @@ class Rollout:
     tokens: list[str]
     reward: float
     advantage: float
-    student_logp: list[float]  # log P_S(y_t), nats
     gap: list[float]  # Delta_t = log P_T(y_t) - log P_S(y_t), nats
     weight: list[float]  # after clipping; 1 for a method without a weight
     credit: list[float]  # the token advantage A_hat_t
@@ -77,8 +75,9 @@ def look(
 
     Method, prompts, sampling, rewards, credit and divergence are those that `RLSDTrainer` takes
     from `config`, with lambda at `lambda_init`; `changes` are fields of it for this look alone.
-    The group stands for the whole batch where `scale_rewards` is "batch". `processing` is a
-    processor where the model sees images. torch's random state is left as it was.
+    The group stands for the whole batch where `scale_rewards` is "batch", and the teacher reads a
+    long reference whole, whatever `max_teacher_prompt_length` is. `processing` is a processor where
+    the model sees images. torch's random state is left as it was.
 
     Args:
         teacher: another model than `model` itself, as `opd` needs.
@@ -99,7 +98,7 @@ def look(
     columns = {name: [value] * count for name, value in problem.items()}
     pairs = zip(config.reward_weights or [1.0], (task.reward, task.leak), strict=False)
     rewards = sum(weight * torch.tensor(reward(texts, **columns)) for weight, reward in pairs)
-    contexts = _contexts(config, processing, problem, texts, rewards.tolist())
+    contexts = _contexts(config, problem, texts, rewards.tolist())
     seen = [
         prompt if text is None else teacher_prompt(prompt, text, config.privileged_template)
         for text in contexts
@@ -108,7 +107,7 @@ def look(
         _compare(config, processing, ((model, prompt), (teacher or model, told)), ids)
         for told, ids in zip(seen, completions, strict=True)
     ]
-    logps, gaps, divergences = zip(*compared, strict=True)
+    gaps, divergences = zip(*compared, strict=True)
     # A peer's rollout that no other demonstrates is neither reweighted nor distilled.
     moved = [config.row.teacher_sees != PEER or context is not None for context in contexts]
     advantages = rewards - rewards.mean()
@@ -123,7 +122,6 @@ def look(
             tokens=[tokenizer_of(processing).decode([token]) for token in ids],
             reward=rewards[i].item(),
             advantage=advantages[i].item(),
-            student_logp=logps[i].tolist(),
             gap=gaps[i].tolist(),
             weight=weights[i, : len(ids)].tolist(),
             credit=credits[i, : len(ids)].tolist(),
@@ -144,37 +142,23 @@ def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
 
 
 def _contexts(
-    config: RLSDConfig, processing: Processing, problem: Row, texts: list[str], rewards: list[float]
+    config: RLSDConfig, problem: Row, texts: list[str], rewards: list[float]
 ) -> list[str | None]:
-    """What the teacher reads beside the prompt of each rollout, as long as in training, or None."""
-    nothing = [None] * len(texts)
+    """What the teacher reads beside the prompt of each rollout; None for nothing."""
+    nothing, reference = [None] * len(texts), [problem[COLUMN]] * len(texts)
     if config.row.teacher_sees == PROMPT:
         return nothing
-    contexts = [problem[COLUMN]] * len(texts)
-    if config.row.teacher_sees == PEER:
-        contexts = demonstrations(
-            texts,
-            rewards,
-            contexts if config.include_environment_feedback else nothing,
-            slice(None),
-            group_size=len(texts),
-            threshold=config.success_reward_threshold,
-            with_failed=config.include_failed_rollout,
-        ).texts
-    prompt, template = messages_of(problem), config.privileged_template
-    if (limit := config.max_teacher_prompt_length) is None:
-        return contexts
-
-    def length(seen: Prompt) -> int:
-        encoded = encode(processing, [seen], **(config.chat_template_kwargs or {}))
-        return encoded["input_ids"].shape[1]
-
-    def fitted(text: str) -> str:
-        if length(teacher_prompt(prompt, text, template)) <= limit:
-            return text
-        return shorten_to_fit(prompt, text, template, limit, tokenizer_of(processing), length)
-
-    return [text and fitted(text) for text in contexts]
+    if config.row.teacher_sees != PEER:
+        return reference
+    return demonstrations(
+        texts,
+        rewards,
+        reference if config.include_environment_feedback else nothing,
+        slice(None),
+        group_size=len(texts),
+        threshold=config.success_reward_threshold,
+        with_failed=config.include_failed_rollout,
+    ).texts
 
 
 def _compare(
@@ -182,8 +166,8 @@ def _compare(
     processing: Processing,
     readers: Sequence[tuple[PreTrainedModel, Prompt]],
     ids: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log P_S, gap and divergence of one completion, (T,) each; (0,) without a distillation term.
+) -> tuple[Tensor, Tensor]:
+    """Gap and divergence of one completion, (T,) each; (0,) without a distillation term.
 
     `readers` are student and teacher. Of a whole group (N, T, V) would not always fit into memory.
     """
@@ -194,7 +178,7 @@ def _compare(
     )
     (ours,), (theirs,) = (of_tokens(log_p, [ids]) for log_p in (log_p_s, log_p_t))
     distance = config.divergence(log_p_t, log_p_s)[0] if config.divergence else torch.empty(0)
-    return ours, theirs - ours, distance
+    return theirs - ours, distance
 
 
 def _weights_and_credits(

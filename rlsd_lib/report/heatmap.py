@@ -1,7 +1,6 @@
 """Token heat maps: which tokens of a rollout carry a value."""
 
 import math
-import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -46,7 +45,7 @@ def token_heatmap(
         raise ValueError(f"limit={limit}: expected a positive number")
     pieces = list(place([show_token(token) for token in tokens]))
     rows = pieces[-1].row + 1
-    wide = max(16, text_width(title), *(p.column + text_width(p.text) for p in pieces))
+    wide = max(16, len(title), *(p.column + len(p.text) for p in pieces))
     figure = new_figure((0.105 * wide + 1.2, 0.25 * rows + 0.55))
     axes = figure.subplots()
     axes.set(xlim=(0, wide), ylim=(rows, 0))
@@ -55,7 +54,7 @@ def token_heatmap(
     scale = ScalarMappable(Normalize(center - limit, center + limit, clip=True), PALETTE)
     middle = {"ha": "center", "va": "center", "family": "monospace", "fontsize": 9}
     for text, column, row, token in pieces:
-        width, value = text_width(text), values[token]
+        width, value = len(text), values[token]
         axes.add_patch(Rectangle((column, row), width, 0.92, color=scale.to_rgba(value)))
         ink = "white" if abs(value - center) > 0.55 * limit else "black"  # the ends are dark
         # A dollar sign is a dollar sign here, not the beginning of a formula.
@@ -97,20 +96,11 @@ def place(tokens: Sequence[str], columns: int = COLUMNS) -> Iterator[Piece]:
     for number, token in enumerate(tokens):
         for line in token.splitlines(keepends=True):
             text = line.rstrip("\n")
-            step = columns // 2 if text_width(text) > columns else max(len(text), 1)
+            step = columns // 2 if len(text) > columns else max(len(text), 1)
             for part in (text[i : i + step] for i in range(0, len(text), step)):
-                if column and column + text_width(part) > columns:
+                if column and column + len(part) > columns:
                     column, row = 0, row + 1
                 yield Piece(part, column, row, number)
-                column += text_width(part)
+                column += len(part)
             if line.endswith("\n"):
                 column, row = 0, row + 1
-
-
-def text_width(text: str) -> int:
-    """Character cells that a text takes: two for wide characters, none for combining ones."""
-    wide = {"W": 2, "F": 2}
-    return sum(
-        0 if unicodedata.combining(c) else wide.get(unicodedata.east_asian_width(c), 1)
-        for c in text
-    )

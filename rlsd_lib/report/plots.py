@@ -6,7 +6,7 @@ place, so that a print in grey can be read too.
 """
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ def training_curve(steps: pd.DataFrame, metric: str, *, window: int = 1, title: 
     data = data.sort_values(["path", "step"])
     smooth = data.groupby("path")[metric].rolling(window, min_periods=1).mean()
     data[metric] = smooth.droplevel("path")
-    figure, axes = _canvas(title or metric)
+    figure, axes = canvas(title or metric)
     colours = _colours(steps.loc[is_finished(steps), "method"])
     dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(colours)}
     look = {"palette": colours, "dashes": dashes, "errorbar": ("ci", 95), "seed": 0}
@@ -64,54 +64,6 @@ def curve(runs: Runs, metric: str, *, window: int = 1, title: str = "") -> Figur
     return footnote(training_curve(steps, metric, window=window, title=title), described(runs))
 
 
-def before_after(runs: Runs) -> Figure:
-    """Accuracy before and after training, a pair per run with each its own 95 % interval.
-
-    Raises:
-        ValueError: no finished run with an accuracy and its interval.
-    """
-    before, after = (
-        [f"accuracy_{w}{e}" for e in ("", "_low", "_high")] for w in ("before", "after")
-    )
-    data = _present(with_arms(runs.runs), ["arm", *before, *after], "accuracy_after")
-    figure, axes = _canvas("accuracy before (hollow) and after training")
-    colours = _colours(data["arm"])
-    for place, (name, colour) in enumerate(colours.items()):
-        chosen = data[data["arm"] == name]
-        places = place + 0.5 * ((np.arange(len(chosen)) + 0.5) / len(chosen) - 0.5)
-        for columns, xs, face in ((before, places - 0.06, "white"), (after, places + 0.06, colour)):
-            mean, low, high = (chosen[column] for column in columns)
-            # vlines, not errorbar: an interval need not contain its estimate.
-            axes.vlines(xs, low, high, color=colour, linewidth=1.5)
-            axes.plot(xs, mean, "o", color=colour, markerfacecolor=face, markersize=6)
-    turned = {"rotation": 30, "ha": "right"} if len(colours) > 4 else {}
-    axes.set_xticks(range(len(colours)), list(colours), **turned)
-    axes.set(ylabel="accuracy", xlim=(-0.6, len(colours) - 0.4))
-    return footnote(figure, described(runs))
-
-
-def histogram(
-    values: pd.DataFrame, column: str, hue: str, *, marks: Sequence[float] = (), title: str = ""
-) -> Figure:
-    """How a token quantity is spread, such as the gap or the evidence weight, on log counts.
-
-    `values` has a row per token. `hue` is a column to split by, such as the sign of the advantage;
-    vertical lines stand at `marks`, such as the clip bounds.
-
-    Raises:
-        ValueError: an absent column, or no value in it.
-    """
-    data = _present(values, [column, hue], column)
-    figure, axes = _canvas(title or column)
-    # Not filled: there is no zero to fill down to on a logarithmic axis.
-    style = {"bins": 60, "element": "step", "fill": False, "palette": _colours(data[hue])}
-    sns.histplot(data, x=column, hue=hue, ax=axes, **style)
-    for mark in marks:
-        axes.axvline(mark, color="0.3", linestyle="--", linewidth=1)
-    axes.set(xlabel=column, ylabel="tokens", yscale="log")
-    return figure
-
-
 def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     """Every measure of leakage in a panel: a point per run with its own 95 % interval.
 
@@ -131,9 +83,7 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
         rows = data[data["measure"] == measure]
         base, model = (rows[rows["of"] == of] for of in ("base", "model"))
         axes.axvspan(base["low"].min(), base["high"].max(), color="0.85", label="base model")
-        if model["null"].notna().any():  # an accuracy has none
-            null = model["null"].mean()
-            axes.axvline(null, color="0.3", linestyle="--", linewidth=1, label="null")
+        axes.axvline(model["null"].mean(), color="0.3", linestyle="--", linewidth=1, label="null")
         for place, (name, colour) in enumerate(colours.items()):
             chosen = model[model["arm"] == name]
             heights = place + 0.6 * ((np.arange(len(chosen)) + 0.5) / len(chosen) - 0.5)
@@ -147,6 +97,16 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="upper right", ncols=2)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
+
+
+def canvas(title: str) -> tuple[Figure, Axes]:
+    """Return an empty figure with one pair of axes, in the look of the others."""
+    figure = new_figure(SIZE)
+    with sns.axes_style("whitegrid"):
+        axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
+    sns.despine(ax=axes)
+    return figure, axes
 
 
 def footnote(figure: Figure, text: str) -> Figure:
@@ -175,22 +135,10 @@ def _colours(names: Iterable[object]) -> dict[object, Colour]:
     return dict(zip(unique, sns.color_palette("colorblind", len(unique)), strict=True))
 
 
-def _canvas(title: str) -> tuple[Figure, Axes]:
-    figure = new_figure(SIZE)
-    with sns.axes_style("whitegrid"):
-        axes = figure.subplots()
-    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
-    sns.despine(ax=axes)
-    return figure, axes
-
-
 def _name_legend(axes: Axes, runs: pd.Series) -> None:
-    """Say in the legend how many runs each line stands for; many lines have it under the axes."""
+    """Say under the axes, which get room for it, how many runs each line stands for."""
     handles, names = axes.get_legend_handles_labels()
     labels = [f"{name} (n={runs[name]})" for name in names]
-    if len(labels) <= 4:
-        axes.legend(handles, labels, title=None)
-        return
     columns = 2 if max(map(len, labels)) < 44 else 1
     axes.get_figure().set_size_inches(SIZE[0], SIZE[1] + 0.18 * -(-len(labels) // columns))
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns}

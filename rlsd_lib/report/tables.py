@@ -53,11 +53,6 @@ class Table(NamedTuple):
         notes = "\n".join(f"- {note}" for note in self.notes)
         return "\n\n".join(part for part in (_markdown(self.rows), notes) if part)
 
-    def csv(self) -> str:
-        """Return the rows as CSV, and a comment line (#) where runs are missing from them."""
-        notes = [f"\n# {note}" for note in self.notes if "INCOMPLETE" in note]
-        return self.rows.to_csv(index=False).rstrip() + "".join(notes)
-
     def _repr_markdown_(self) -> str:
         return self.markdown()
 
@@ -250,7 +245,7 @@ def with_arms(frame: pd.DataFrame) -> pd.DataFrame:
     apart = {n for n in names if len({repr(found.get(n)) for found in given}) > 1}
     labels = []
     for method, found in zip(known["method"], given, strict=True):
-        parts = [found["preset"]] if "preset" in apart else []
+        parts = [found["preset"]] if "preset" in apart and found["preset"] else []
         parts += [f"{name}={found[name]}" for name in sorted(apart - {"preset"}) if name in found]
         labels.append(f"{method} ({', '.join(parts)})" if parts else method)
     return frame.assign(arm=pd.Series(labels, index=known.index, dtype=object))
@@ -285,12 +280,10 @@ class Arms:
     def __str__(self) -> str:
         if not self.length:
             return "no runs"
-        methods = ", ".join(self.methods())
-        return f"preset {self.preset}, {self.length} steps; plain runs of {methods}"
-
-    def methods(self) -> list[str]:
-        """Return the methods that have a run of this length."""
-        return sorted(self.frame.loc[self.frame["steps"] == self.length, "method"].unique())
+        methods = self.frame.loc[self.frame["steps"] == self.length, "method"].unique()
+        return (
+            f"preset {self.preset}, {self.length} steps; plain runs of {', '.join(sorted(methods))}"
+        )
 
     def final(self, method: str, column: str, *, steps: int | None = None) -> pd.Series:
         """Return a number of metrics.json, one per seed, from runs of `steps` (default: `length`)."""

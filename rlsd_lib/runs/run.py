@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 HANDED_ON = "RLSD_RUN"  # environment variable: the directory that a runner claimed for its kernel
 IF_EXISTS = ("raise", "overwrite", "resume")
 # What the manifest says by itself; `record` may not replace it.
-RESERVED = ("status", "error", "attempt", "previous", "resumed", "started", "seconds", "owner")
-OF_ATTEMPT = ("attempt", "status", "error", "started", "seconds")  # kept of an attempt gone on with
+RESERVED = ("status", "error", "attempt", "resumed", "started", "seconds", "owner")
 PATIENCE_SECONDS = 0.5  # `state_of` takes the lock for an instant, which must not refuse a start
 
 _STARTED: dict[Path, "Run"] = {}  # by this process; a run's lock must not end with a variable
@@ -88,12 +87,12 @@ class Run:
             mine._lock.release(force=True)
         else:
             _check_allowed(path, if_exists)
-        earlier = found if if_exists == "resume" else None
         attempt = found["attempt"] + 1 if found else 1
         # Everything slow comes first: a process that is refused reads in the manifest by whom.
-        manifest = {"attempt": attempt, **_manifest(parameters, source, earlier)}
+        resumed = found is not None and if_exists == "resume"
+        manifest = {"attempt": attempt, "resumed": resumed, **_manifest(parameters, source)}
         run = _STARTED[path] = cls(path, attempt, _lock(path, found))
-        if earlier:
+        if resumed:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 records.drop_torn_line(path / name)
             (path / "metrics.json").unlink(missing_ok=True)
@@ -257,15 +256,10 @@ def _empty(path: Path) -> None:
             item.unlink()
 
 
-def _manifest(
-    parameters: Mapping[str, Any], source: Path | None, earlier: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    last = {name: earlier[name] for name in OF_ATTEMPT} if earlier else None
+def _manifest(parameters: Mapping[str, Any], source: Path | None) -> dict[str, Any]:
     return {
         "status": "running",
         "error": None,
-        "resumed": earlier is not None,
-        "previous": [*earlier["previous"], last] if earlier else [],
         "attached": False,
         "parameters": dict(parameters),
         "config": None,

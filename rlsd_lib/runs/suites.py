@@ -1,22 +1,32 @@
-"""Suites: named sets of runs, as data.
+"""Suites: named sets of runs, as data, and the loop that makes the runs.
 
 A suite is a list of grids. A grid lists the values of each parameter, and the notebooks; each of
 their combinations is a run. The name that stands first varies slowest: with the seed there, an
 interrupted suite is still balanced.
+
+Finished runs are kept, so the same command continues a suite that was stopped. A run that failed by
+an error of its own would fail again: it is listed, and made again on demand.
 """
 
 import json
+import os
 import shlex
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlsd_lib.names import look_up
-from rlsd_lib.runs.jobs import Job
 from rlsd_lib.runs.parameters import as_text, complete
 from rlsd_lib.runs.paths import default_run_dir, find_notebook
-from rlsd_lib.runs.records import PLAN, write_json
+from rlsd_lib.runs.records import PLAN, owned, read_manifest, state_of, write_json
+
+INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons begin
 
 
 class Suite(NamedTuple):
@@ -107,6 +117,47 @@ SUITES: dict[str, Suite] = {
 }
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run of a suite."""
+
+    notebook: str
+    parameters: dict[str, Any]
+    run_dir: Path
+
+    def command(self, if_exists: str = "skip") -> list[str]:
+        """The command line that makes this run, or with "resume" goes on with an unfinished one."""
+        words = [sys.executable, "-m", "rlsd_lib", "run", self.notebook]
+        for name, value in self.parameters.items():
+            words += ["-p", f"{name}={as_text(value)}"]
+        return [*words, "--run-dir", str(self.run_dir), "--if-exists", if_exists]
+
+    def state(self) -> str:
+        """finished, failed, running (by another process), or to run.
+
+        A run that was killed, or interrupted by the keyboard or a cluster, is to run: nothing is
+        wrong with it.
+        """
+        found = state_of(self.run_dir)
+        if found == "failed" and read_manifest(self.run_dir)["error"].startswith(INTERRUPTED):
+            return "to run"
+        return found if found in ("finished", "failed", "running") else "to run"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job, after `seconds` of work.
+
+    `status` is "done", "kept" (it was finished), "failed" (now), "failed before" (and not made
+    again) or "busy" (another process writes it); `error` says why there is no result.
+    """
+
+    job: Job
+    status: str
+    seconds: float = 0.0
+    error: str | None = None
+
+
 def jobs_of(name: str, changes: Mapping[str, Any] = {}) -> list[Job]:
     """The runs of a suite; `changes` replaces parameters in all of them.
 
@@ -143,3 +194,45 @@ def record_plan(name: str, changes: Mapping[str, Any], jobs: Sequence[Job]) -> N
     others = [other for other in known if other["command"] != plan["command"]]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"plans": [*others, plan]})
+
+
+def settle(jobs: Sequence[Job], retry_failed: bool) -> tuple[list[Outcome], list[Job]]:
+    """The outcomes of the jobs that need no run, and the other jobs."""
+    settled, rest = [], []
+    for job in jobs:
+        state = job.state()
+        if state == "finished":
+            settled.append(Outcome(job, "kept"))
+        elif state == "running":
+            settled.append(Outcome(job, "busy", error=owned(job.run_dir)))
+        elif state == "failed" and not retry_failed:
+            reason = read_manifest(job.run_dir)["error"]
+            settled.append(Outcome(job, "failed before", error=reason))
+        else:
+            rest.append(job)
+    return settled, rest
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, if_exists: str = "skip") -> Iterator[Outcome]:
+    """Make the runs of `jobs`, at most `workers` at a time; outcomes come as they end.
+
+    Of what is there, "skip" begins again, "resume" goes on from the last checkpoint.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        sent = [pool.submit(_run_job, job, workers, if_exists) for job in jobs]
+        try:
+            yield from (done.result() for done in as_completed(sent))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_job(job: Job, workers: int, if_exists: str) -> Outcome:
+    begun = time.monotonic()
+    # Side by side, processes that each take all cores slow one another down.
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    done = subprocess.run(job.command(if_exists), env=environment, capture_output=True, text=True)
+    seconds = time.monotonic() - begun
+    if done.returncode == 0:
+        return Outcome(job, "done", seconds)
+    return Outcome(job, "failed", seconds, done.stderr.strip()[-2000:] or "no error output")

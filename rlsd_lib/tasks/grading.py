@@ -6,7 +6,6 @@ model output is ever run: mathematics goes to the worker of `rlsd_lib.tasks.symb
 """
 
 import re
-from collections.abc import Sequence
 
 from rlsd_lib.tasks import symbolic
 
@@ -18,7 +17,6 @@ TYPES = {  # every spelling that is accepted, in lower case -> the grader
 }
 MAX_COMPLETION, MAX_ANSWER = 100_000, 500  # characters; what is longer is wrong
 FORMAT_WEIGHT = 0.1
-LETTERS = "ABCDEFGHIJ"  # of choices
 
 _ANY_TAG = re.compile(r"</?(?:think|thought|answer)>", re.IGNORECASE)
 _FORMATS = [[f"<{t}>", f"</{t}>", "<answer>", "</answer>"] for t in ("think", "thought")]
@@ -105,19 +103,12 @@ def _split_unit(text: str) -> tuple[str, str]:
     return found[1], re.sub(r"[ {}^]", "", name)
 
 
-def _choice_letters(text: str, choices: Sequence[str]) -> set[str]:
-    """The choices that a cleaned answer names; the empty set when it hedges or names none."""
-    named = [clean(choice).casefold() for choice in choices]
-    if named.count(text.casefold()) == 1:
-        return {LETTERS[named.index(text.casefold())]}
+def _choice_letters(text: str) -> set[str]:
+    """The letters of choices that a cleaned answer names; the empty set when it hedges."""
     if letters := _CHOSEN.fullmatch(text.upper() if len(text.strip("()")) == 1 else text):
         return set(re.findall("[A-J]", letters[1]))
-    if (labelled := _LABELLED.fullmatch(text)) is None:
-        return set()
-    letter, rest = labelled[1], labelled[2].casefold()
-    own = dict(zip(LETTERS, named, strict=False)).get(letter)
-    sure = rest == own or (rest not in named and not _SECOND.search(labelled[2]))
-    return {letter} if sure else set()
+    labelled = _LABELLED.fullmatch(text)
+    return {labelled[1]} if labelled and not _SECOND.search(labelled[2]) else set()
 
 
 def _polarity(text: str) -> bool | None:
@@ -158,7 +149,7 @@ def _tolerance(gold: str) -> float:
     return max(0.001, min(half, 0.01))
 
 
-def grade(completion: str, answer: str, problem_type: str, choices: Sequence[str] = ()) -> bool:
+def grade(completion: str, answer: str, problem_type: str) -> bool:
     """Say whether a completion's final answer is right; never raises on a completion.
 
     Raises:
@@ -169,7 +160,7 @@ def grade(completion: str, answer: str, problem_type: str, choices: Sequence[str
     if kind is None or not gold:
         raise ValueError(
             f"problem_type={problem_type!r}, answer={answer!r}: expected one of {sorted(TYPES)} and "
-            "an answer that is not empty; drop such rows (rlsd_lib.tasks.mmfinereason lists them)"
+            "an answer that is not empty; drop such rows (rlsd_lib.tasks.mmfinereason counts them)"
         )
     if (given := final_answer(completion)) is None:
         return False
@@ -177,19 +168,18 @@ def grade(completion: str, answer: str, problem_type: str, choices: Sequence[str
         return _polarity(given) is not None and _polarity(given) == _polarity(gold)
     if kind != "multiple choice":
         return _same_maths(gold, given, rough=kind == "numerical")
-    if letters := _choice_letters(gold, choices):
-        text = labelled[2] if (labelled := _LABELLED.fullmatch(gold)) else gold
-        return _choice_letters(given, choices) == letters or given.casefold() == text.casefold()
+    if letters := _choice_letters(gold):
+        return _choice_letters(given) == letters
     return _same_maths(gold, given)
 
 
-def weighted(completion: str, answer: str, problem_type: str, choices: Sequence[str] = ()) -> float:
+def weighted(completion: str, answer: str, problem_type: str) -> float:
     """Return the reward of arXiv 2604.03128's code: maths 0.9 accuracy + 0.1 format, others accuracy.
 
     Its penalty for completions far above the 4096 tokens that are generated is 0, so left out.
     Raises as `grade` does.
     """
-    right = float(grade(completion, answer, problem_type, choices))
+    right = float(grade(completion, answer, problem_type))
     if TYPES[problem_type.strip().lower()] != "math":
         return right
     return (1 - FORMAT_WEIGHT) * right + FORMAT_WEIGHT * is_formatted(completion)

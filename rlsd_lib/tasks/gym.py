@@ -23,46 +23,30 @@ _NUMBER = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-def last_number(completion: str) -> str | None:
-    """Return the last number as reasoning-gym writes one, or None; thousands commas are removed."""
-    found = _NUMBER.findall(completion)
-    return found[-1].replace(",", "") if found else None
+def answer_in(completion: str) -> str | None:
+    """Return what stands in the only answer tag, or without a tag the last number.
 
-
-def answer_tag(completion: str) -> str | None:
-    """Return the inside of the only answer tag, or None when there is none or a second one."""
-    found = _TAG.findall(completion)
-    return found[0].strip() if len(found) == 1 else None
-
-
-def whole(completion: str) -> str:
-    """Return the completion without surrounding white space and one final full stop."""
-    return completion.strip().removesuffix(".")
-
-
-EXTRACT = {"last_number": last_number, "answer_tag": answer_tag, "whole": whole}
+    None for neither, or for several tags. Thousands commas are removed, as reasoning-gym writes a
+    number.
+    """
+    if tags := _TAG.findall(completion):
+        return tags[0].strip() if len(tags) == 1 else None
+    numbers = _NUMBER.findall(completion)
+    return numbers[-1].replace(",", "") if numbers else None
 
 
 def load(
-    name: str,
-    *,
-    train_size: int,
-    test_size: int,
-    seed: int,
-    extract: str = "last_number",
-    instruction: str = "",
-    **config: Any,
+    name: str, *, train_size: int, test_size: int, seed: int, instruction: str = "", **config: Any
 ) -> Task:
     """Build a task from a data set of reasoning-gym.
 
-    `extract` names the function of this file that reads the answer in a completion; `instruction`,
-    which may be empty, is appended to every question.
+    `instruction`, such as "Answer in <answer> </answer>." where answers are no numbers, is appended
+    to every question.
 
     Raises:
-        ValueError: there is no such `extract`, the data set's config has no such option, or there
-            are fewer different questions than asked for.
+        ValueError: the data set's config has no such option, or there are fewer different questions
+            than asked for.
     """
-    answer_in = EXTRACT[look_up(extract, EXTRACT, "extract")]
     allowed = {field.name for field in fields(DATASETS[name][1])} - {"seed", "size"}
     for option in config:
         look_up(option, sorted(allowed), f"option of {name}")

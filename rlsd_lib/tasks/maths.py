@@ -2,36 +2,31 @@
 
 By default the 40 315 problems of DeepScaleR-Preview (MIT licence: AIME and AMC before 2024,
 Omni-MATH, STILL), whose `solution` takes the place of the trace. Any data set on the hub, or
-folder of .parquet or .jsonl files, with a problem and a final answer will do: name its columns.
+folder of .parquet or .jsonl files, with the columns `problem` and `answer` will do.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from rlsd_lib.names import look_up
 from rlsd_lib.prompts import prompt_text
 from rlsd_lib.tasks import mmfinereason
 from rlsd_lib.tasks.task import Row, Task
 
 HUB = "agentica-org/DeepScaleR-Preview-Dataset"
-COLUMNS = {"problem": "problem", "answer": "answer", "solution": "solution"}
+FIELDS = {"problem_type": "math", "data_type": "text", "images": [], "videos": []}  # of every row
 
 
-def load(*, source: str = HUB, columns: Mapping[str, str] = COLUMNS, **options: Any) -> Task:
-    """Build the task with the `options` of `mmfinereason.load`.
-
-    `columns` says what `source` calls problem, answer and solution; without a solution there is no
-    trace.
+def load(*, source: str | Path = HUB, revision: str | None = None, **options: Any) -> Task:
+    """Build the task with the `options` of `mmfinereason.load`; a set without solutions has no trace.
 
     Raises:
-        ValueError: a column is missing, or `columns` names another field.
+        ValueError: a column is missing.
     """
-    for field in columns:
-        look_up(field, COLUMNS, "field of columns")
-    trace = {"solution": mmfinereason.TRACE}
-    named = {trace.get(field, field): name for field, name in columns.items()}
-    task = mmfinereason.load(source=source, text_columns=named, **options)
+    rows = mmfinereason.read(source, revision).map(
+        lambda row: {**FIELDS, mmfinereason.TRACE: row.get("solution", "")}
+    )
+    task = mmfinereason.load(source=rows, **options)
     sides = {
         side: getattr(task, side).remove_columns("images").map(_as_text, remove_columns="prompt")
         for side in ("train", "test")

@@ -1,30 +1,25 @@
 """The paper's data: MMFineReason-123K, from the hub or from a local folder in the same schema.
 
-Broken rows are never used: a `Report` lists each under every fault it has. The split and the
-fingerprint are made of hashed contents (texts and image files): the same on every machine.
+Broken rows are never used: they are counted under every fault that they have. The split is made of
+hashed contents (texts and image files): the same on every machine.
 """
 
-import json
+import io
 import logging
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import pandas as pd
 from datasets import Dataset, Features, Image, LargeList, List, Value, load_dataset
+from PIL import Image as PillowImage
 
 from rlsd_lib.names import look_up
 from rlsd_lib.prompts import has_image_token, holds_reference
 from rlsd_lib.runs.paths import digest
-from rlsd_lib.runs.provenance import fingerprint
-from rlsd_lib.runs.records import replace_text, write_json
-from rlsd_lib.tasks.grading import LETTERS, TYPES, clean, grade, weighted
-from rlsd_lib.tasks.images import images_of, read_bytes, shape_of, stored
+from rlsd_lib.tasks.grading import TYPES, clean, grade, weighted
 from rlsd_lib.tasks.task import Row, Task, is_held_out
 
 HUB = "iieycx/rlsd-train-MMFineReason-123K"
@@ -42,56 +37,18 @@ INSTRUCTIONS = {
     "boolean": f"Judge the statement. {FORMAT} The final answer is Yes or No.",
 }
 _PART = {"type": Value("string"), "text": Value("string")}
-_TEXTS = ("privileged_context", "reference_trace", "answer", "problem_type", "key")
+_TEXTS = ("privileged_context", "answer", "problem_type", "key")
 FEATURES = Features(
     {
         "prompt": List({"role": Value("string"), "content": List(_PART)}),
         "images": List(Image()),
-        "choices": List(Value("string")),
         **dict.fromkeys(_TEXTS, Value("string")),
     }
 )
-_CHOICE = re.compile(r"(?m)^[ \t]*\(?([A-J])[.):][ \t]*(\S.*?)[ \t]*$")
-
-
-@dataclass(frozen=True)
-class Report:
-    """How many rows were read and kept; `faults` names the rows (from 0) that have each fault."""
-
-    source: str
-    rows: int
-    kept: int
-    faults: dict[str, list[int]]
-    unknown_types: dict[str, int]  # how often each type without a grader occurs
-    fingerprint: str  # of the kept rows, in order
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many rows have each fault that occurs."""
-        return {fault: len(rows) for fault, rows in self.faults.items()}
-
-    def summary(self) -> str:
-        """Say in one line how many rows were kept, and how many were dropped for each fault."""
-        parts = ", ".join(f"{fault} {count}" for fault, count in self.counts.items())
-        return f"{self.source}: {self.kept} of {self.rows} rows kept; dropped: {parts or 'none'}"
-
-    def write(self, folder: str | Path) -> None:
-        """Write data_report.json (counts) and dropped.jsonl (row, fault) to an existing folder."""
-        counts = {**asdict(self), "counts": self.counts}
-        faults = counts.pop("faults").items()
-        lines = [{"row": row, "fault": fault} for fault, rows in faults for row in rows]
-        write_json(Path(folder) / "data_report.json", counts)
-        replace_text(Path(folder) / "dropped.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
 
 
 def load(
-    *,
-    train_size: int,
-    test_size: int,
-    seed: int,
-    source: str = HUB,
-    reward: str = "binary",
-    **options: Any,
+    *, train_size: int, test_size: int, seed: int, reward: str = "binary", **options: Any
 ) -> Task:
     """Build the task; a size of -1 takes all rows of that side, else `seed` chooses among them.
 
@@ -102,8 +59,8 @@ def load(
         ValueError: a side has fewer rows than asked for, or there is no such `reward`.
     """
     look_up(reward, ("binary", "weighted"), "reward")
-    rows, report = prepare(source, **options)
-    logging.getLogger(__name__).warning(report.summary())
+    rows, report = prepare(**options)
+    logging.getLogger(__name__).warning("rows: %s", report)
     return Task(
         name="mmfinereason",
         train=_choose(rows, "train", train_size, seed),
@@ -115,53 +72,53 @@ def load(
 
 
 def _judge(grader: Any, completion: str, row: Row) -> Any:
-    return grader(completion, row["answer"], row["problem_type"], row["choices"])
+    return grader(completion, row["answer"], row["problem_type"])
 
 
 def prepare(
-    source: str | Path = HUB,
+    source: str | Path | Dataset = HUB,
     *,
     revision: str | None = None,
-    image_folder: str | Path = "",
     privileged: str = "answer",
     min_area: int = MIN_AREA,
     max_area: int = MAX_AREA,
     num_proc: int | None = None,
-    text_columns: Mapping[str, str] | None = None,
-) -> tuple[Dataset, Report]:
+) -> tuple[Dataset, dict[str, int]]:
     """Read and check a data set, and map its rows to the columns of `FEATURES`.
 
     A row's `prompt` is a user turn in which each `<image>` of the problem is an image part;
-    `images` are scaled to `min_area` .. `max_area` pixels; `reference_trace` is the trace of the
-    released set's teacher.
+    `images` are scaled to `min_area` .. `max_area` pixels. Returned with the rows: how many were
+    read and kept, and how many were dropped for each fault; a row may have several.
 
-    `source` is a name on the hub (at `revision`), or a folder of .parquet or .jsonl files. Image
-    paths are relative to `image_folder`, by default that folder. `privileged` is "answer" (RLSD) or
-    "trace" (OPSD). `num_proc` processes do the work. `text_columns` reads a set of mathematical
-    texts with columns of its own: {field: its column}, see `rlsd_lib.tasks.maths`.
+    `source` is what `read` takes, or rows that were read already. `privileged` is "answer" (RLSD)
+    or "trace" (OPSD). `num_proc` processes do the work.
 
     Raises:
         FileNotFoundError: the folder has no data files.
         ValueError: fields are missing, no row is usable, or there is no such `privileged`.
     """
     look_up(privileged, ("answer", "trace"), "privileged")
-    raw = _read(source, revision)
-    raw = raw if text_columns is None else _as_texts(raw, text_columns)
+    given = isinstance(source, Dataset)
+    raw, name = (source, "the data set") if given else (read(source, revision), source)
     if missing := [field for field in FIELDS if field not in raw.column_names]:
         have = ", ".join(raw.column_names)
-        raise ValueError(f"{source} has no {', '.join(missing)}, only {have}; rename its columns")
+        raise ValueError(f"{name} has no {', '.join(missing)}, only {have}; rename its columns")
     many, image = isinstance(raw.features["images"], List | LargeList), Image(decode=False)
     raw = raw.select_columns(list(FIELDS)).cast_column("images", List(image) if many else image)
-    name = f"{source}@{revision}" if revision else str(source)
-    folder = str(image_folder or (source if Path(source).is_dir() else ""))
+    folder = str(source) if not given and Path(source).is_dir() else ""
     how = {"folder": folder, "privileged": privileged}
     fresh = {"load_from_cache_file": False, "keep_in_memory": True}  # files may have changed
     checked = raw.map(
         partial(inspect_row, **how), remove_columns=raw.column_names, num_proc=num_proc, **fresh
     ).to_pandas()
-    report, kept = _report(name, checked)
-    if not kept:
-        raise ValueError(f"{report.summary()}. No row is left; check the source and image_folder")
+    whole = checked[checked["faults"].str.len() == 0]
+    kept = whole.drop_duplicates("key").index
+    faults = checked["faults"].explode().value_counts().to_dict()
+    faults |= {"duplicate": len(whole) - len(kept)} if len(kept) < len(whole) else {}
+    dropped = {f"dropped: {fault}": count for fault, count in faults.items()}
+    counts = {"read": len(checked), **dropped, "kept": len(kept)}
+    if not len(kept):
+        raise ValueError(f"{name}: no row is left of {counts}; check it and its image files")
     # The keys are contents: they also tell apart what `datasets` caches.
     raw = raw.add_column("key", checked["key"].tolist())
     rows = raw.select(kept).map(
@@ -171,10 +128,14 @@ def prepare(
         num_proc=num_proc,
         writer_batch_size=64,  # one image may take a megabyte
     )
-    return rows, report
+    return rows, counts
 
 
-def _read(source: str | Path, revision: str | None) -> Dataset:
+def read(source: str | Path, revision: str | None = None) -> Dataset:
+    """Read a data set of the hub (at `revision`), or a folder of .parquet or .jsonl files.
+
+    Image paths are relative to that folder. Raises FileNotFoundError for one without data files.
+    """
     if not Path(source).is_dir():
         return load_dataset(str(source), revision=revision, split="train")
     files = [p for p in Path(source).rglob("*") if p.suffix in (".parquet", ".jsonl")]
@@ -185,72 +146,26 @@ def _read(source: str | Path, revision: str | None) -> Dataset:
     return load_dataset(loader, data_files=sorted(map(str, files)), split="train")
 
 
-def _as_texts(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
-    """Give a set of mathematical texts the fields that it lacks; its other columns are dropped."""
-    here = {column: field for field, column in columns.items() if column in rows.column_names}
-    rows = rows.select_columns(list(here))
-    rows = rows.rename_columns({old: new for old, new in here.items() if old != new})
-    same = {"problem_type": "math", "data_type": "text", "images": [], "videos": []}
-    same |= {} if TRACE in rows.column_names else {TRACE: ""}
-    new = {k: List(Value("string")) if v == [] else Value("string") for k, v in same.items()}
-    return rows.map(lambda _: same, features=Features({**rows.features, **new}))
-
-
 def inspect_row(row: Row, folder: str, privileged: str) -> dict[str, Any]:
-    """Return a raw row's `faults`, its `type`, and the hashes `key` (question) and `content` (all)."""
+    """Return a raw row's `faults`, and `key`, a hash of its question and images."""
     problem, answer, kind, trace = _texts(row)
-    images = [read_bytes(image) for image in images_of(row, folder)]
-    shapes = [shape_of(data) for data in images if data is not None]
-    count = problem.count("<image>")
-    has_video = bool(row["videos"]) or row["data_type"] == "video" or "<video>" in problem
-    needs_image = count > 0 or row["data_type"] == "image"
-    traced = privileged == "trace"
-    # The answer's place is looked at for traces too: methods are compared on the same problems.
-    shown = [answer, trace] if traced else [answer]
+    images = [image_bytes(image) for image in images_of(row, folder)]
+    # The answer is checked beside a trace too: methods are compared on the same problems.
+    shown = [answer, trace] if privileged == "trace" else [answer]
     known = kind.lower() in TYPES
     prompt = [{"content": _content(problem, TYPES[kind.lower()])}] if known else problem
+    needs_image = row["data_type"] == "image" and not images
     faults = {
-        "empty_problem": not problem.replace("<image>", "").strip(),
-        "empty_answer": not clean(answer),
-        "image_in_answer": has_image_token(answer),  # which the teacher's prompt may not add
-        "answer_in_problem": any(holds_reference(prompt, text) for text in shown),
-        "unknown_type": not known,
-        "video": has_video,  # this task has images only
-        "missing_image": None in images or (needs_image and not images and not has_video),
-        "unreadable_image": None in shapes,
-        "image_shape": any(shape and max(shape) > MAX_ASPECT * min(shape) for shape in shapes),
-        "placeholders": bool(images) and count != len(images),
-        "missing_trace": traced and not trace,
-        "image_in_trace": traced and has_image_token(trace),
+        "empty": not (problem.replace("<image>", "").strip() and clean(answer) and all(shown)),
+        # The teacher's prompt may not add an image, nor the student's hold the reference.
+        "reference": any(has_image_token(t) or holds_reference(prompt, t) for t in shown),
+        "type": not known,  # which has no grader
+        "video": bool(row["videos"]) or row["data_type"] == "video" or "<video>" in problem,
+        "image": needs_image or len(images) != problem.count("<image>"),
+        "broken_image": not all(map(is_usable, images)),
     }
-    key = digest([problem, [sha256(data or b"").hexdigest() for data in images]])
-    found = [name for name, here in faults.items() if here]
-    content = digest([key, answer, kind, trace])
-    return {"faults": found, "type": kind, "key": key, "content": content}
-
-
-def _texts(row: Row) -> list[str]:
-    """Problem, answer, type and trace, with "" for None."""
-    fields = ("problem", "answer", "problem_type", TRACE)
-    return ["" if row[field] is None else str(row[field]).strip() for field in fields]
-
-
-def _report(source: str, checked: pd.DataFrame) -> tuple[Report, list[int]]:
-    """Collect the faults of all rows, duplicates among the whole ones included; and who is kept."""
-    listed = checked["faults"].explode().dropna()
-    faults = {fault: rows.tolist() for fault, rows in listed.groupby(listed).groups.items()}
-    whole = checked[checked["faults"].str.len() == 0]
-    kept = whole.drop_duplicates("key")
-    if len(kept) < len(whole):
-        faults["duplicate"] = whole.index.difference(kept.index).tolist()
-    return Report(
-        source=source,
-        rows=len(checked),
-        kept=len(kept),
-        faults=faults,
-        unknown_types=checked["type"][faults.get("unknown_type", [])].value_counts().to_dict(),
-        fingerprint=fingerprint(kept["content"]),
-    ), kept.index.tolist()
+    key = digest([problem, [sha256(data).hexdigest() for data in images]])
+    return {"faults": [name for name, here in faults.items() if here], "key": key}
 
 
 def to_columns(row: Row, area: tuple[int, int], folder: str, privileged: str) -> Row:
@@ -261,12 +176,62 @@ def to_columns(row: Row, area: tuple[int, int], folder: str, privileged: str) ->
         "prompt": [{"role": "user", "content": _content(problem, kind)}],
         "images": [stored(image, *area) for image in images_of(row, folder)],
         "privileged_context": answer if privileged == "answer" else trace,
-        "reference_trace": trace,
         "answer": answer,
         "problem_type": kind,
-        "choices": choices_of(problem) if kind == "multiple choice" else [],
         "key": row["key"],
     }
+
+
+def _texts(row: Row) -> list[str]:
+    """Problem, answer, type and trace, with "" for None."""
+    fields = ("problem", "answer", "problem_type", TRACE)
+    return ["" if row[field] is None else str(row[field]).strip() for field in fields]
+
+
+def images_of(row: Row, folder: str) -> list[dict[str, Any]]:
+    """Return a raw row's images as {"bytes", "path"} with resolved paths; both None if missing."""
+    images = row["images"] if isinstance(row["images"], list) else [row["images"]]
+    found = [image or {"bytes": None, "path": None} for image in images if row["images"]]
+    return [
+        {**image, "path": image["path"] and str(Path(folder, image["path"]))} for image in found
+    ]
+
+
+def image_bytes(image: dict[str, Any]) -> bytes:
+    """Return an image's bytes, from its file where it has none of its own; empty without either."""
+    path = Path(image["path"] or "")
+    return image["bytes"] or (path.read_bytes() if path.is_file() else b"")
+
+
+def is_usable(data: bytes) -> bool:
+    """Whether Pillow decodes an image to its end, and its shape is none that processors refuse."""
+    try:
+        with PillowImage.open(io.BytesIO(data)) as image:
+            image.load()
+            return max(image.size) <= MAX_ASPECT * min(image.size)
+    except Exception:  # a decoder may raise anything on bytes that are not its own
+        return False
+
+
+def stored(image: dict[str, Any], min_area: int, max_area: int) -> dict[str, Any]:
+    """Return an image within the limits and in RGB; one that was so already is left as it is."""
+    # Once and for all: a transform on reading would decode all images at a look at any column.
+    with PillowImage.open(io.BytesIO(image_bytes(image))) as given:
+        fitted = fit(given, min_area, max_area)
+        if (given.size, given.mode) == (fitted.size, "RGB"):
+            return image
+    out = io.BytesIO()
+    fitted.save(out, "PNG", compress_level=1)  # lossless at any level, and this one is fast
+    return {"bytes": out.getvalue(), "path": None}
+
+
+def fit(image: PillowImage.Image, min_area: int, max_area: int) -> PillowImage.Image:
+    """Scale to an area within the limits, sides rounded down, and RGB, as the released code does."""
+    area = image.width * image.height
+    limit = min(max(area, min_area), max_area)
+    factor = math.sqrt(limit / area)
+    size = (max(int(image.width * factor), 1), max(int(image.height * factor), 1))
+    return (image if limit == area else image.resize(size)).convert("RGB")
 
 
 def _content(problem: str, kind: str) -> list[dict[str, Any]]:
@@ -277,13 +242,6 @@ def _content(problem: str, kind: str) -> list[dict[str, Any]]:
         parts.append({"type": "image", "text": None})
         parts += [{"type": "text", "text": text}] if text.strip() else []
     return parts
-
-
-def choices_of(problem: str) -> list[str]:
-    """Read the texts of the choices A, B, ... that stand on lines of their own; [] without two."""
-    found = _CHOICE.findall(problem)
-    in_order = [letter for letter, _ in found] == list(LETTERS[: len(found)])
-    return [text for _, text in found] if in_order and len(found) > 1 else []
 
 
 def _choose(rows: Dataset, side: str, size: int, seed: int) -> Dataset:

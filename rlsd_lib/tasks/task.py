@@ -57,7 +57,7 @@ class Task:
     reference_pattern: str = REFERENCE_PATTERN
     privileged_template: str | None = None  # of the teacher's user turn; None: the trainer's own
     score: Callable[[str, Row], float] | None = None  # the reward where it is not the verdict
-    report: Any = None  # of the rows that were read and dropped; None where rows are generated
+    report: dict[str, int] | None = None  # rows read, dropped and kept; None where generated
     first_error: Callable[[str, Row], int | None] | None = None  # index of the first wrong token
     decisions: Callable[[str], list[bool]] | None = None  # tokens that the answer follows from
     right_chain: Callable[[Row], RightChain] | None = None  # reads a completion while it is right

@@ -8,13 +8,17 @@ length. Two measures, both 0 when the direction does not depend on r:
   apart. Without noise any injective dependence, however faint, already gives all of H(R).
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from rlsd_lib import credit
 
+from .distillation import softmax_scores
 from .evidence import evidence
-from .worlds import SequenceWorld, entropy, prefix_indices, reach, sequences
+from .worlds import SequenceWorld, entropy, prefix_indices, reach
 
 CREDITS = {"grpo": credit.uniform, "rlsd": credit.rlsd, "rlsd_neutral": credit.rlsd_neutral}
 
@@ -32,14 +36,13 @@ def full_pull(teacher: Tensor, student: Tensor) -> Tensor:
 
 def teacher_top1_pull(teacher: Tensor, student: Tensor) -> Tensor:
     """Teacher's Top-1: grad log P_S of the teacher's favourite token. Shapes as `full_pull`."""
-    return torch.eye(len(student), dtype=student.dtype)[teacher.argmax(-1)] - student
+    return softmax_scores(student)[teacher.argmax(-1)]
 
 
 def student_top1_pull(teacher: Tensor, student: Tensor) -> Tensor:
     """Student's Top-1: P_T(v*) / P_S(v*) times grad log P_S(v*), v* the student's favourite."""
     best = student.argmax()
-    score = torch.eye(len(student), dtype=student.dtype)[best] - student
-    return (teacher[:, best] / student[best]).unsqueeze(-1) * score
+    return (teacher[:, best] / student[best]).unsqueeze(-1) * softmax_scores(student)[best]
 
 
 PULLS = {"opsd": full_pull, "teacher_top1": teacher_top1_pull, "student_top1": student_top1_pull}
@@ -70,28 +73,21 @@ def updates(
     starts = [sum(vocab ** (k + 1) for k in range(t)) for t in range(length + 1)]
     out = torch.zeros(len(world.prior), vocab**length, starts[-1], dtype=torch.float64)
     hat = token_credit(world, reward, method, lam, epsilon_w) if method in CREDITS else None
-    for index, tokens in sequences(vocab, length):
+    for index, tokens in enumerate(product(range(vocab), repeat=length)):
         for t, row in enumerate(prefix_indices(tokens, vocab)):
             student, teacher = world.student[t][row], world.teacher[t][:, row]
             if hat is None:
                 local = PULLS[method](teacher, student)
             else:
-                score = torch.eye(vocab, dtype=torch.float64)[tokens[t]] - student
-                local = hat[:, index, t].unsqueeze(-1) * score
+                local = hat[:, index, t].unsqueeze(-1) * softmax_scores(student)[tokens[t]]
             begin = starts[t] + row * vocab
             out[:, index, begin : begin + vocab] = local
     return out
 
 
-def directions(updates: Tensor) -> Tensor:
-    """Unit vectors along the last axis; a zero update stays zero."""
-    norm = updates.norm(dim=-1, keepdim=True)
-    return updates / torch.where(norm == 0, torch.ones_like(norm), norm)
-
-
 def direction_spread(prior: Tensor, prob: Tensor, updates: Tensor) -> Tensor:
     """E_y[1 - ||E_r u / ||u|| ||]: prior (m,), prob (N,), updates (m, N, D) -> ()."""
-    units = directions(updates)
+    units = normalize(updates, dim=-1)
     # A zero update has no direction to tell: it counts as concentrated.
     length = torch.tensordot(prior, units, dims=1).norm(dim=-1)
     idle = (units == 0).all(dim=-1).all(dim=0)
@@ -103,7 +99,7 @@ def direction_information(prior: Tensor, prob: Tensor, updates: Tensor) -> Tenso
     total = torch.zeros((), dtype=torch.float64)
     for y, p in enumerate(prob):
         # Nine decimals separate directions that differ from rounding alone; + 0.0 merges -0 and 0.
-        keys = directions(updates[:, y]).round(decimals=9) + 0.0
+        keys = normalize(updates[:, y], dim=-1).round(decimals=9) + 0.0
         _, labels = keys.unique(dim=0, return_inverse=True)
         total = total + p * entropy(torch.zeros_like(prior).scatter_add(0, labels, prior))
     return total

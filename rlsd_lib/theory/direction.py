@@ -10,36 +10,19 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from rlsd_lib.credit import clipped_weight, lambda_schedule
-
-
-def push(gap: Tensor, rewarded: Tensor, epsilon_w: float) -> Tensor:
-    """psi(Delta): up - 1 where rewarded, 1 - down where punished; (...) -> (...) in [-eps, eps].
-
-    Both branches increase in Delta, vanish at 0 with slope 1, and carry the sign of Delta.
-    """
-    up, down = clipped_weight(gap, epsilon_w), clipped_weight(-gap, epsilon_w)
-    return torch.where(rewarded, up - 1, 1 - down)
+from rlsd_lib.credit import clipped_weight
 
 
 def added_credit(advantages: Tensor, gap: Tensor, *, lam: float, epsilon_w: float) -> Tensor:
     """What RLSD adds to GRPO, A_hat - A = lam |A| psi(Delta): (N,), (N, T) -> (N, T).
 
-    Its sign is the teacher's, whatever the reward; to first order it is lam |A| Delta, so RLSD is
-    GRPO plus sampled-token reverse-KL self-distillation (Eq. 17) with coefficient lam |A|.
+    psi(Delta) in [-eps, eps] is up - 1 where A > 0 and 1 - down where A < 0: both increase in Delta
+    and vanish at 0 with slope 1. So the sign is the teacher's, whatever the reward; to first order
+    RLSD is GRPO plus sampled-token reverse-KL self-distillation (Eq. 17) with coefficient lam |A|.
     """
     scale = advantages.unsqueeze(-1)
-    return lam * scale.abs() * push(gap, scale > 0, epsilon_w)
-
-
-def evidence_mean(gap: Tensor, epsilon_w: float) -> Tensor:
-    """m(Delta) = (up + down) / 2, even; cosh(Delta) without the clip."""
-    return (clipped_weight(gap, epsilon_w) + clipped_weight(-gap, epsilon_w)) / 2
-
-
-def evidence_pull(gap: Tensor, epsilon_w: float) -> Tensor:
-    """h(Delta) = up - down, odd, at most 2 eps; 2 sinh(Delta) without the clip."""
-    return clipped_weight(gap, epsilon_w) - clipped_weight(-gap, epsilon_w)
+    up, down = clipped_weight(gap, epsilon_w), clipped_weight(-gap, epsilon_w)
+    return lam * scale.abs() * torch.where(scale > 0, up - 1, 1 - down)
 
 
 def expected_credit(
@@ -48,9 +31,12 @@ def expected_credit(
     """E[A_hat | v] for any law of A: a ((1 - lam) + lam m) + lam c h, elementwise.
 
     a = E[A | v] is GRPO's own expected credit and c = E[|A| | v] / 2. Independence is not needed.
+    m = (up + down) / 2 is even and h = up - down is odd, at most 2 eps: without the clip they are
+    cosh(Delta) and 2 sinh(Delta). A saturated gap flips the sign where |a| < lam eps E[|A| | v].
     """
-    kept = (1 - lam) + lam * evidence_mean(gap, epsilon_w)
-    return mean * kept + lam * mean_abs / 2 * evidence_pull(gap, epsilon_w)
+    up, down = clipped_weight(gap, epsilon_w), clipped_weight(-gap, epsilon_w)
+    kept = (1 - lam) + lam * (up + down) / 2
+    return mean * kept + lam * mean_abs / 2 * (up - down)
 
 
 def expected_neutral_credit(gap: Tensor, mean: Tensor, *, lam: float, epsilon_w: float) -> Tensor:
@@ -62,30 +48,17 @@ def expected_neutral_credit(gap: Tensor, mean: Tensor, *, lam: float, epsilon_w:
     return mean * ((1 - lam) + lam * clipped_weight(gap.abs(), epsilon_w))
 
 
-def overruled_below(mean_abs: float, *, lam: float, epsilon_w: float) -> float:
-    """|E[A | v]| below which a saturated gap flips the sign of the expected credit: lam eps E|A|."""
-    return lam * epsilon_w * mean_abs
-
-
 def policy_step(student: Tensor, credit: Tensor) -> Tensor:
-    """E_{v ~ P_S}[credit(v) grad log P_S(v)] in logits, P_S (credit - mean): (V,), (V,) -> (V,)."""
+    """E_{v ~ P_S}[credit(v) grad log P_S(v)] in logits, P_S (credit - mean): (V,), (V,) -> (V,).
+
+    It vanishes if and only if the credit is the same for all tokens.
+    """
     return student * (credit - (student * credit).sum())
 
 
 def reverse_kl_step(student: Tensor, teacher: Tensor) -> Tensor:
     """-grad KL(P_S || P_T) in the student's logits, teacher fixed: the policy step of Delta."""
     return policy_step(student, teacher.log() - student.log())
-
-
-def signed_weight_step(
-    student: Tensor, rewarded: Tensor, punished: Tensor, up: Tensor, down: Tensor
-) -> Tensor:
-    """Expected update under weights `up` for A > 0 and `down` for A < 0: all (V,) -> (V,).
-
-    `rewarded` = E[A+ | v], `punished` = E[A- | v]. Where A does not depend on v the step vanishes
-    if and only if rewarded * up - punished * down is the same for all tokens.
-    """
-    return policy_step(student, rewarded * up - punished * down)
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -121,25 +94,9 @@ def cancellation(advantages: Tensor, scores: Tensor) -> Tensor:
 
 
 def angle_bound(kappa: float, *, lam: float, epsilon_w: float) -> float:
-    """Largest angle between the RLSD and GRPO sums: arcsin(lam eps kappa), pi once that is >= 1."""
+    """Largest angle between the RLSD and GRPO sums: arcsin(lam eps kappa), pi once that is >= 1.
+
+    For mutually orthogonal token gradients the bound of kappa = 1 holds, and is attained.
+    """
     reach = lam * epsilon_w * kappa
     return math.asin(reach) if reach < 1 else math.pi
-
-
-def orthogonal_angle_bound(*, lam: float, epsilon_w: float) -> float:
-    """The bound for mutually orthogonal token gradients, arcsin(lam eps), which is attained."""
-    return math.asin(lam * epsilon_w)
-
-
-def intervention_budget(
-    steps: int, *, lam: float, decay_steps: int, epsilon_w: float
-) -> tuple[list[float], float]:
-    """Half-width lam_k eps of the multiplier at each step, and its mean over the run."""
-    widths = [epsilon_w * lambda_schedule(k, lam, 0, decay_steps) for k in range(steps)]
-    return widths, sum(widths) / steps
-
-
-def laplace_clip_shares(scale: float, epsilon_w: float) -> tuple[float, float]:
-    """Shares of weights above 1 + eps and below 1 - eps for a Laplace gap of that scale."""
-    high = 0.5 * math.exp(-math.log1p(epsilon_w) / scale)
-    return high, 0.5 * math.exp(math.log1p(-epsilon_w) / scale)

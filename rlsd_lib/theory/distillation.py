@@ -54,15 +54,13 @@ def softmax_scores(student: Tensor) -> Tensor:
     return torch.eye(len(student), dtype=student.dtype) - student
 
 
-def per_sample_gradients(world: World, scores: Tensor) -> Tensor:
-    """g(r) = -sum_v P_T(v | r) grad log P_S(v): (m, d). In logits it is P_S - P_T(. | r)."""
-    return -world.teacher @ scores
-
-
 def gradient_split(world: World, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Proposition 1 (i): g* (d,), the gradient of KL(P_bar || P_S), and delta(r) (m, d)."""
+    """Proposition 1 (i): g* (d,), the gradient of KL(P_bar || P_S), and delta(r) (m, d).
+
+    Their sum is g(r) = -sum_v P_T(v | r) grad log P_S(v), in logits P_S - P_T(. | r).
+    """
     signal = -mean_teacher(world.prior, world.teacher) @ scores
-    return signal, per_sample_gradients(world, scores) - signal
+    return signal, -world.teacher @ scores - signal
 
 
 def teacher_covariance(prior: Tensor, teacher: Tensor) -> Tensor:

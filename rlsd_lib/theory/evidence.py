@@ -3,20 +3,15 @@
 import torch
 from torch import Tensor
 
-from .worlds import SequenceWorld, kl, mean_teacher, reach
-
-
-def teacher_joint(world: SequenceWorld) -> list[Tensor]:
-    """P(r, y_<=t) of the teacher's own joint, prior times conditionals: entry t is (m, V**t)."""
-    joints = [world.prior.unsqueeze(-1)]
-    for step in world.teacher:
-        joints.append((joints[-1].unsqueeze(-1) * step).flatten(1))
-    return joints
+from .worlds import SequenceWorld, mean_teacher, reach
 
 
 def posteriors(world: SequenceWorld) -> list[Tensor]:
-    """P(r | y_<=t) under the teacher's own joint: entry t has shape (m, V**t)."""
-    return [joint / joint.sum(0) for joint in teacher_joint(world)]
+    """P(r | y_<=t) under the teacher's own joint, prior times conditionals: entry t is (m, V**t)."""
+    joints = [world.prior.unsqueeze(-1)]
+    for step in world.teacher:
+        joints.append((joints[-1].unsqueeze(-1) * step).flatten(1))
+    return [joint / joint.sum(0) for joint in joints]
 
 
 def predictive(world: SequenceWorld) -> tuple[Tensor, ...]:
@@ -28,13 +23,8 @@ def predictive(world: SequenceWorld) -> tuple[Tensor, ...]:
     return tuple((post.unsqueeze(-1) * step).sum(0) for post, step in pairs)
 
 
-def joint_world(world: SequenceWorld) -> SequenceWorld:
-    """The same teacher with the student that shares a joint with it."""
-    return world._replace(student=predictive(world))
-
-
 def leave_joint(world: SequenceWorld, alpha: float) -> SequenceWorld:
-    """Student logits moved from the consistent student (alpha 0) to the given one (alpha 1)."""
+    """Move the student's logits from those of `predictive` (alpha 0) to the given ones (alpha 1)."""
     pairs = zip(predictive(world), world.student, strict=True)
     mixed = [torch.softmax((1 - alpha) * p.log() + alpha * q.log(), -1) for p, q in pairs]
     return world._replace(student=tuple(mixed))
@@ -58,7 +48,8 @@ def format_term(world: SequenceWorld) -> list[Tensor]:
     """log P_mix(y_t) - log P_S(y_t): entry t is (V**(t+1),).
 
     Corrected Theorem 4, for any teacher and student: evidence = belief change + this term. It
-    depends on the tokens and never on r, so a difference of gaps under two references drops it.
+    depends on the tokens and never on r, so a difference of gaps under two references drops it. Its
+    mean over student rollouts is -KL(P_S || P_mix).
     """
     pairs = zip(predictive(world), world.student, strict=True)
     return [(mix.log() - student.log()).flatten() for mix, student in pairs]
@@ -68,12 +59,6 @@ def sequence_sum(per_position: list[Tensor]) -> Tensor:
     """Sum of a per-token quantity along every completion: entries (..., V**(t+1)) -> (..., V**T)."""
     size = per_position[-1].shape[-1]
     return sum(part.repeat_interleave(size // part.shape[-1], dim=-1) for part in per_position)
-
-
-def format_cost(world: SequenceWorld) -> Tensor:
-    """KL(P_S || P_mix) over completions: minus the mean of the format term on student rollouts."""
-    mixture = reach(predictive(world))[-1]
-    return kl(reach(world.student)[-1], mixture)
 
 
 def evidence_shares(world: SequenceWorld) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,6 @@ from torch import Tensor
 from rlsd_lib import credit
 
 
-def pad(rows: Sequence[Sequence[float]], width: int = 0) -> Tensor:
-    """Lists of different lengths as one (B, T) tensor, zeros on the right; T is at least `width`."""
-    width = max([width, *map(len, rows)])
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])
-
-
 def sampled_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """log P(y_t) of the sampled tokens: (B, T, V), (B, T) -> (B, T)."""
     return torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -83,8 +77,3 @@ def token_gradient_norms(
     """||grad log P_S(y_t)|| at chosen positions (K, 2) of (rollout, token): -> (K,)."""
     logps = sampled_log_probs(student, tokens)
     return torch.stack([gradient(logps[i, t], parameters).norm() for i, t in positions.tolist()])
-
-
-def cosine(u: Tensor, v: Tensor) -> float:
-    """Cosine of two flat vectors."""
-    return float(u @ v / (u.norm() * v.norm()))

@@ -93,16 +93,10 @@ def expected_reward(world: QuoteWorld, theta: Tensor) -> Tensor:
     return mean_teacher(world.prior, world.success) @ tables(theta)[1]
 
 
-def distillation_step(
-    world: QuoteWorld, theta: Tensor, anchor: Tensor, weights: Tensor | None = None
-) -> Tensor:
-    """Minus the gradient of E_r KL(P_T || P_S), teacher held fixed: P_bar - P_S, (4 + K,).
-
-    `weights` (K,) are the shares of a sample of references; without them the prior is used.
-    """
-    weights = world.prior if weights is None else weights
+def distillation_step(world: QuoteWorld, theta: Tensor, anchor: Tensor) -> Tensor:
+    """Minus the gradient of E_r KL(P_T || P_S), teacher held fixed: P_bar - P_S, (4 + K,)."""
     pairs = zip(teacher_tables(world, anchor), tables(theta), strict=True)
-    return torch.cat([mean_teacher(weights, teacher) - student for teacher, student in pairs])
+    return torch.cat([mean_teacher(world.prior, teacher) - student for teacher, student in pairs])
 
 
 def distillation_loss(world: QuoteWorld, theta: Tensor, anchor: Tensor) -> Tensor:
@@ -142,24 +136,17 @@ def simulate(
     lam: float = 1.0,
     decay_steps: int = 0,
     epsilon_w: float = 0.2,
-    batch: int | None = None,
-    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Train from `world.start()`; `rule` is distil or a credit, `sync_every` 0 a frozen teacher.
 
-    Updates are exact expectations, or with `batch` (distil alone) means over that many sampled r.
-    Returns (steps + 1,) each: `reward`, `cite` and `quote` (student's probabilities),
+    Updates are exact expectations. Returns (steps + 1,) each: `reward`, `cite` and `quote` (student's probabilities),
     `information` I(reasoning; R), `loss` E_r KL(P_T || P_S), and `target_shift`, how far the update
     at the same student moves because the teacher was refreshed.
     """
     theta = anchor = world.start()
-    generator, rows = torch.Generator().manual_seed(seed), []
+    rows = []
 
     def update(anchor: Tensor, k: int) -> Tensor:
-        if rule == "distil" and batch:
-            draws = torch.multinomial(world.prior, batch, True, generator=generator)
-            shares = torch.bincount(draws, minlength=world.answers).double() / batch
-            return distillation_step(world, theta, anchor, shares)
         if rule == "distil":
             return distillation_step(world, theta, anchor)
         scale = credit.lambda_schedule(k, lam, 0, decay_steps)

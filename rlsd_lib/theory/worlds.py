@@ -5,12 +5,11 @@ P_T(. | r), `student` (V,) = P_S. Sequences: the table of position t has one row
 lexicographic order, so prefix p followed by token v is prefix p * V + v of position t + 1.
 """
 
-from collections.abc import Iterator
-from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.special import xlogy  # p * log q with 0 log 0 = 0
 
 
 class World(NamedTuple):
@@ -62,11 +61,6 @@ def random_sequence_world(
     return SequenceWorld(prior, tuple(teacher), tuple(student))
 
 
-def xlogy(p: Tensor, q: Tensor) -> Tensor:
-    """p * log q with 0 log 0 = 0."""
-    return torch.special.xlogy(p, q)
-
-
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) along the last axis, in nats."""
     return (xlogy(p, p) - xlogy(p, q)).sum(-1)
@@ -93,11 +87,6 @@ def reach(student: tuple[Tensor, ...]) -> list[Tensor]:
     for step in student:
         probs.append((probs[-1].unsqueeze(-1) * step).reshape(-1))
     return probs
-
-
-def sequences(vocab: int, length: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Every completion with its index in lexicographic order."""
-    return enumerate(product(range(vocab), repeat=length))
 
 
 def prefix_indices(tokens: tuple[int, ...], vocab: int) -> list[int]:

@@ -21,7 +21,7 @@ from rlsd_lib.credit import Credit
 from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import RLSDConfig
-from rlsd_lib.trainer.sharded import FSDP1, SHARDS, shape_of, sharding_of
+from rlsd_lib.trainer.sharded import is_sharded, shape_of
 
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
 LOGIT_CHANGES = (
@@ -38,9 +38,9 @@ VIDEO_ADVICE = (
 
 
 def check_arguments(
-    reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, rollout_func: Any
+    reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, grpo: dict[str, Any]
 ) -> None:
-    """Judge what a trainer is given, before any model is loaded."""
+    """Judge what a trainer is given, before any model is loaded. `grpo` are GRPO's own keywords."""
     sees, method = args.row.teacher_sees, f"method={args.method!r}"
     if sees == PROMPT and teacher_model is None:
         raise ValueError(f"{method} needs teacher_model=, the model to distil from.")
@@ -50,10 +50,16 @@ def check_arguments(
         raise ValueError(
             f"{method} needs reward_funcs: they decide which rollouts are shown to their peers."
         )
-    if args.uses_teacher and rollout_func is not None:
+    if args.uses_teacher and grpo.get("rollout_func") is not None:
         raise ValueError(
             "rollout_func builds its own prompt ids, which the teacher's prompt cannot be matched "
             "to. Use tools or environment_factory instead."
+        )
+    if args.max_teacher_prompt_length is not None and grpo.get("environment_factory") is not None:
+        raise ValueError(
+            f"max_teacher_prompt_length={args.max_teacher_prompt_length} with environment_factory: "
+            "TRL renders prompts with their environments' tools by whole batches only, so that no "
+            "prompt can be shortened by itself. Leave it at None and shorten the references."
         )
     if isinstance(dataset, Dataset):
         _check_videos(dataset)
@@ -127,30 +133,16 @@ def _check_logits(model: nn.Module) -> None:
 
 
 def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator) -> None:
-    """Refuse a teacher that cannot be kept where parameters are sharded, adapters or in half."""
-    kind, own = args.teacher_model_kind, args.row.teacher_sees != PROMPT
-    adapter = isinstance(model, PeftModel)
-    if args.teacher_offload and adapter and own:
+    """Refuse FSDP1, and an average in weights so coarse that it would not move."""
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
-            "teacher_offload=True: the teacher of a PEFT student is an adapter, which costs no "
-            "more than its few weights. Set teacher_offload=False."
-        )
-    if args.teacher_offload and accelerator.distributed_type in SHARDS:
-        raise ValueError(
-            f"teacher_offload=True under {accelerator.distributed_type}: it would bypass the "
-            "sharding. Set it to False and offload with the sharding's own settings."
-        )
-    copies = kind != "live" and not adapter
-    if sharding_of(accelerator) == FSDP1 and (copies or args.divergence is not None or not own):
-        raise ValueError(
-            f"FSDP1 with method={args.method!r} and teacher_model_kind={kind!r}: a sharded copy of "
-            "the teacher and full-vocabulary divergences need FSDP2. Set fsdp_version: 2, or use "
-            "rlsd or sampled_token with teacher_model_kind='live' or a PEFT student."
+            "FSDP1 is not supported with a teacher: a sharded copy of it and full-vocabulary "
+            "divergences need FSDP2. Set fsdp_version: 2."
         )
     half = model.dtype in (torch.float16, torch.bfloat16)
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     rounds = half or (deepspeed and accelerator.mixed_precision != "no")
-    if kind == "ema" and not adapter and rounds:
+    if args.teacher_model_kind == "ema" and not isinstance(model, PeftModel) and rounds:
         mixed = f"under DeepSpeed in {accelerator.mixed_precision}"
         raise ValueError(
             f"teacher_model_kind='ema' {f'with weights in {model.dtype}' if half else mixed}: an "
@@ -185,7 +177,7 @@ def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
     videos, bare, rows = (sum(column) for column in zip(*counts, strict=True))
     if videos:
         raise ValueError(f"{videos} of {rows} prompts in a batch hold a video. {VIDEO_ADVICE}")
-    if 0 < bare < rows and sharding_of(accelerator) is not None:
+    if 0 < bare < rows and is_sharded(accelerator):
         raise ValueError(
             f"{bare} of {rows} prompts in a batch have no image and the others have: with sharded "
             "parameters, ranks would wait for one another in the vision tower. Give every row an "

@@ -75,8 +75,6 @@ class RLSDConfig(GRPOConfig):
             steps ask the teacher, so that other steps stay TRL's to the bit; `True` in every
             training step, GRPO's too; `False` never. Set it where the cost of two methods is
             compared. No effect elsewhere, on compiled models, or with prompt tuning.
-        teacher_offload (`bool`, *optional*, defaults to `False`):
-            Keeps a full-copy teacher in CPU memory, and on the device only while it scores.
         privileged_template (`str`, *optional*):
             The teacher's user turn. Must contain `{prompt}` and `{privileged_context}`; other
             braces are left alone.
@@ -120,7 +118,6 @@ class RLSDConfig(GRPOConfig):
     teacher_update_rate: float = 0.05
     teacher_pass: str = AUTO
     completion_head: bool | None = None
-    teacher_offload: bool = False
     privileged_template: str = DEFAULT_TEMPLATE
     peer_context: bool = False
     max_teacher_prompt_length: int | None = None
@@ -235,7 +232,7 @@ class RLSDConfig(GRPOConfig):
 
     def _why_void(self, name: str) -> str | None:
         """Why an option that is set would change nothing, and what to do; None if it does."""
-        row, mode = self.row, self.distillation_mode
+        row, sees, mode = self.row, self.row.teacher_sees, self.distillation_mode
         method = f"for method={self.method!r}"
         match name:
             case "peer_context" if METHODS[self.method].teacher_sees != PRIVILEGED:
@@ -243,9 +240,7 @@ class RLSDConfig(GRPOConfig):
                     f"{method}, whose teacher sees no privileged_context that a peer could "
                     "replace. Leave it at False."
                 )
-            case "include_failed_rollout" | "include_environment_feedback" if (
-                row.teacher_sees != PEER
-            ):
+            case "include_failed_rollout" | "include_environment_feedback" if sees != PEER:
                 return (
                     f"{method} with the row's own reference: it is an option of method='sdpo' and "
                     "of peer_context=True."
@@ -253,12 +248,9 @@ class RLSDConfig(GRPOConfig):
             case "weight_clip" | "conserve_credit" if row.evidence is None:
                 return f"{method}, which has no weight. Leave it alone."
             case "teacher_model_kind" | "teacher_sync_steps" | "teacher_update_rate" if (
-                row.teacher_sees == PROMPT
+                sees == PROMPT
             ):
                 return f"{method}, whose teacher_model never changes. Leave it at its default."
-            case "teacher_offload" if self.teacher_model_kind == "live":
-                kinds = ", ".join(map(repr, TEACHER_KINDS[1:]))
-                return f"with teacher_model_kind='live', the policy itself. Use one of {kinds}."
             case _ if name.startswith("distillation_") and row.divergence is None:
                 return f"{method}, which has no distillation term. Leave it at None."
             case "distillation_topk" | "distillation_add_tail" if mode in (FULL, SAMPLED):
@@ -269,12 +261,11 @@ class RLSDConfig(GRPOConfig):
                 "_top1"
             ) and (name, mode) != ("distillation_mode", FULL):
                 return f"{method}, which looks at one token. Use method='opsd' with it."
-            case "distillation_alpha" | "distillation_token_clip" | "distillation_weight" if (
-                mode == SAMPLED
-            ):
+            case "distillation_mode":
+                return None
+            case _ if name.startswith("distillation_") and mode == SAMPLED:
                 return (
-                    "with distillation_mode='sampled_token', whose token advantage is "
-                    "log P_T - log P_S. Leave it at None."
+                    f"with {mode!r}, whose token advantage is log P_T - log P_S. Leave it at None."
                 )
         return None
 

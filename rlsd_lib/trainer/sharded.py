@@ -5,8 +5,8 @@ functions must be called by every rank, in the same order.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -17,20 +17,15 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-FSDP1, FSDP2, ZERO3 = "FSDP1", "FSDP2", "ZeRO-3"
+Pairs = Iterable[tuple[nn.Parameter, nn.Parameter]]
 SHARDS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def sharding_of(accelerator: Accelerator) -> str | None:
-    """How parameters are sharded over ranks; None if every rank has them whole."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return FSDP2 if accelerator.is_fsdp2 else FSDP1
-    plugin = accelerator.state.deepspeed_plugin
-    zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and plugin.zero_stage == 3
-    return ZERO3 if zero3 else None
-
-
-# Models
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no rank has the policy's parameters whole: under FSDP and under ZeRO-3."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -74,40 +69,19 @@ def free(model: nn.Module) -> None:
             parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
 
 
-@contextmanager
-def before_backward(model: nn.Module) -> Iterator[None]:
-    """Inside, `autograd.grad` may run on a loss whose backward pass is still to come.
-
-    FSDP2 would take it for that pass, and free the head that the real one needs.
-    """
-    if not isinstance(model, FSDPModule):
-        yield
-        return
-    model.set_is_last_backward(False)
-    model.set_reshard_after_backward(False)
-    try:
-        yield
-    finally:
-        model.set_is_last_backward(True)
-        model.set_reshard_after_backward(True)
-
-
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names they had before activation checkpointing or compilation."""
     reshard(model)
     return fsdp2_canonicalize_names(dict(model.named_parameters()))
 
 
-def pairs(target: nn.Module, source: nn.Module) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+def pairs(target: nn.Module, source: nn.Module) -> Pairs:
     """(target, source) parameters, matched by name; RuntimeError with names that differ."""
     targets, sources = named(target), named(source)
     if sources.keys() != targets.keys():
         differ = sorted(sources.keys() ^ targets.keys())[:5]
         raise RuntimeError(f"Teacher and student differ in their parameters, e.g. {differ}.")
     return [(targets[name], sources[name]) for name in targets]
-
-
-# Parameters
 
 
 @torch.no_grad()

@@ -16,21 +16,16 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rlsd_lib.trainer import upstream
 from rlsd_lib.trainer.sharded import SHARDS
 from rlsd_lib.trainer.states import causal_lm, hidden_states
 
 # Shown equal to the plain pass by tests. A family may take its positions from the attention mask
 # (OPT), so membership is by test and not by looks.
 LLAMA_LIKE = ("gemma", "glm4", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "smollm3")
-TEXT_FAMILIES = ("gpt_neox", *LLAMA_LIKE, "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
-IMAGE_FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+FAMILIES = ("gpt_neox", *LLAMA_LIKE, "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 ATTENTION = ("eager", "sdpa")
 # Frequencies that depend on the length of the call would differ between prompt and completion.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-Images = tuple[Tensor, Tensor]  # of one row: patches (n, C) and grids (images, 3)
 
 
 class Prompts(NamedTuple):
@@ -44,12 +39,11 @@ class Prompts(NamedTuple):
 
 
 class Rollouts(NamedTuple):
-    """What is scored: prompts, sampled tokens (N, T) with their mask, and images by row."""
+    """What is scored: prompts, and sampled tokens (N, T) with their mask."""
 
     prompts: Prompts
     ids: Tensor
     mask: Tensor
-    images: list[Images] | None
 
 
 class Batch(NamedTuple):
@@ -77,7 +71,7 @@ def why_not(model: nn.Module, accelerator: Accelerator) -> str | None:
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             return f"the adapter {config.peft_type} changes what the model reads"
     config = causal_lm(model).config
-    if config.model_type not in TEXT_FAMILIES + IMAGE_FAMILIES:
+    if config.model_type not in FAMILIES:
         return f"it has not been shown exact for model_type={config.model_type!r}"
     text = config.get_text_config()
     kinds = {type(layer).__name__ for layer in DynamicCache(config=text).layers}
@@ -91,41 +85,6 @@ def why_not(model: nn.Module, accelerator: Accelerator) -> str | None:
     return None
 
 
-def why_not_batch(prompts: Prompts, images: dict[str, Any]) -> str | None:
-    """Why the prompts of this batch cannot be shared, None if they can."""
-    if min(map(len, prompts.texts)) < 2:
-        return "a prompt of one token leaves nothing to share"
-    last = prompts.ids.size(1) - 1
-    if any(types[:, last:].any() for types in prompts.type_ids.values()):
-        return "a completion holds images, or a prompt ends in one"
-    if "pixel_values" in images and "image_grid_thw" not in images:
-        return "images come without image_grid_thw"
-    return None
-
-
-def images_by_row(images: dict[str, Any]) -> list[Images] | None:
-    """The images of each row, from TRL's flat tensors; None for a batch without any."""
-    if "pixel_values" not in images:
-        return None
-    grids = images["image_grid_thw"].split(images["num_images"])
-    sizes = torch.stack([grid.prod(dim=-1).sum() for grid in grids]).tolist()
-    return list(zip(images["pixel_values"].split(sizes), grids, strict=True))
-
-
-def find_groups(prompts: Prompts, images: Sequence[Images] | None) -> list[list[int]]:
-    """Rows with the same prompt, and the same images where there are any: N rows in D lists."""
-    groups: dict[tuple[int, ...], list[list[int]]] = {}
-    for row, text in enumerate(map(tuple, prompts.texts)):
-        same_text = groups.setdefault(text, [])
-        for rows in same_text:
-            if images is None or all(map(torch.equal, images[row], images[rows[0]])):
-                rows.append(row)
-                break
-        else:
-            same_text.append([row])
-    return [rows for same_text in groups.values() for rows in same_text]
-
-
 def plan(rollouts: Rollouts, batch_size: int) -> list[Chunk]:
     """Chunks of about `batch_size` rows.
 
@@ -136,8 +95,10 @@ def plan(rollouts: Rollouts, batch_size: int) -> list[Chunk]:
     ends = torch.arange(1, rollouts.mask.size(1) + 1, device=rollouts.mask.device)
     completions = (rollouts.mask * ends).amax(dim=1).tolist()  # the pass waits for the device here
     chunks: list[list[list[int]]] = []
-    groups = find_groups(rollouts.prompts, rollouts.images)
-    for group in sorted(groups, key=lambda rows: prompts[rows[0]]):
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, text in enumerate(rollouts.prompts.texts):
+        groups.setdefault(tuple(text), []).append(row)
+    for group in sorted(groups.values(), key=lambda rows: prompts[rows[0]]):
         rows = sorted((row for row in group if completions[row]), key=completions.__getitem__)
         if not rows:
             continue
@@ -187,15 +148,13 @@ def score(
     router = {"output_router_logits": False} if hasattr(text, "output_router_logits") else {}
     for chunk in chunks:
         with autocast():
-            cache, positions = _read_prompts(model, chunk, rollouts)
+            cache = _read_prompts(model, chunk, rollouts.prompts)
         for batch in chunk.batches:
             # To the device once: lists as indices would go there at every use, in every layer.
             rows, which = torch.tensor([batch.rows, batch.prompts], device=logps.device)
             cached = Cache(layers=[_SharedLayer(layer, which) for layer in cache.layers])
-            grouped = upstream.grouped_attention(logps.device)
-            with autocast(), grouped, hidden_states(model, want_hidden) as states:
-                last = positions[..., which, -1:]
-                inputs = _inputs(rollouts, rows, last, chunk.width, batch.width, model.dtype)
+            with autocast(), hidden_states(model, want_hidden) as states:
+                inputs = _inputs(rollouts, rows, chunk.width, batch.width)
                 output = model(**inputs, past_key_values=cached, fused_lm_head=True, **router)
             logps[rows, : batch.width] = output.log_probs.to(logps)
             for found in states:
@@ -204,63 +163,38 @@ def score(
     return logps, hidden
 
 
-def _inputs(
-    rollouts: Rollouts, rows: Tensor, last: Tensor, before: int, width: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _inputs(rollouts: Rollouts, rows: Tensor, before: int, width: int) -> dict[str, Tensor]:
     """Completions, shifted: the prompt's last token opens each, its own last is left out.
 
-    `last` are the positions of that opening token (..., N, 1), `before` the prompts' width.
+    `before` is the width of the prompts.
     """
     prompts = rollouts.prompts
     ids, mask = rollouts.ids[rows, :width], rollouts.mask[rows, :width]
-    seen = torch.cat([prompts.mask[rows, -before:], mask[:, :-1]], dim=1)
-    # What attention adds, (N, 1, width, K): made here, where each layer would make it anew.
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-    causal = torch.ones(width, seen.size(1), dtype=torch.bool, device=seen.device).tril(before - 1)
-    seen = seen[:, None, None, :].bool() & causal
-    added = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    # Positions count from the uncut width, as in the plain pass.
+    first = prompts.ids.size(1) - 1
     return {
         "input_ids": torch.cat([prompts.ids[rows, -1:], ids[:, :-1]], dim=1),
-        "attention_mask": added,
-        "position_ids": last + torch.arange(width, device=ids.device),
+        "attention_mask": torch.cat([prompts.mask[rows, -before:], mask[:, :-1]], dim=1),
+        "position_ids": torch.arange(first, first + width, device=ids.device)[None],
         "shift_labels": ids.masked_fill(mask == 0, -100),
     }
 
 
-def _read_prompts(
-    model: nn.Module, chunk: Chunk, rollouts: Rollouts
-) -> tuple[DynamicCache, Tensor]:
-    """Keys and values of a chunk's prompts but for their last token, and all positions (..., D, P)."""
-    prompts, backbone = rollouts.prompts, causal_lm(model).base_model
-    end = prompts.ids.size(1)
-    start = end - chunk.width
+def _read_prompts(model: nn.Module, chunk: Chunk, prompts: Prompts) -> DynamicCache:
+    """Keys and values of a chunk's prompts but for their last token."""
+    backbone = causal_lm(model).base_model
+    end = prompts.ids.size(1) - 1
+    start = end + 1 - chunk.width
     rows = torch.tensor(chunk.rows, device=prompts.ids.device)
-    ids, mask = prompts.ids[rows, start:], prompts.mask[rows, start:]
-    # Counted from the uncut width, as in the plain pass.
-    positions = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
-    images: dict[str, Tensor] = {}
-    if rollouts.images is not None:
-        patches, grids = zip(*(rollouts.images[row] for row in chunk.rows), strict=True)
-        images = {"pixel_values": torch.cat(patches), "image_grid_thw": torch.cat(grids)}
-        positions, _ = backbone.get_rope_index(
-            ids,
-            mm_token_type_ids=prompts.type_ids["mm_token_type_ids"][rows, start:end],
-            image_grid_thw=images["image_grid_thw"],
-            attention_mask=mask,
-        )
-        if not len(images["pixel_values"]):  # rows without an image, in a batch with images
-            images = {}
     cache = DynamicCache(config=backbone.config.get_text_config())
     backbone(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[..., :-1],
+        input_ids=prompts.ids[rows, start:end],
+        attention_mask=prompts.mask[rows, start:end],
+        position_ids=torch.arange(start, end, device=rows.device)[None],
         past_key_values=cache,
         use_cache=True,
-        **images,
     )
-    return cache, positions
+    return cache
 
 
 class _SharedLayer(DynamicLayer):
@@ -273,9 +207,5 @@ class _SharedLayer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """The prompt's keys and values for each row, followed by the row's own."""
-        return self._followed_by(self.keys, keys), self._followed_by(self.values, values)
-
-    def _followed_by(self, shared: Tensor, own: Tensor) -> Tensor:
-        one = len(shared) == 1
-        rows = shared.expand(len(own), -1, -1, -1) if one else shared[self.prompts]
-        return torch.cat([rows, own], dim=-2)
+        keys = torch.cat([self.keys[self.prompts], keys], dim=-2)
+        return keys, torch.cat([self.values[self.prompts], values], dim=-2)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -94,20 +93,6 @@ def token_mean(
     else:
         mean = (per_token.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
     return mean / accumulation
-
-
-def gradient_norms(model: nn.Module, terms: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
-    """Norm of each term's gradient in the backbone's output, summed over rollouts: 0-dim tensors.
-
-    The backbone is shared by all terms, so this is where their pulls can be compared at the price
-    of the head alone. Per rollout, so that ranks can add up their sums.
-    """
-    norms = {}
-    with sharded.before_backward(model):
-        for name, term in terms.items():
-            gradient = torch.autograd.grad(term, hidden, retain_graph=True)[0]
-            norms[name] = gradient.flatten(1).norm(dim=1).sum()
-    return norms
 
 
 def policy_mask(inputs: dict[str, Any]) -> Tensor:

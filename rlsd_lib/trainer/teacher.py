@@ -11,7 +11,7 @@
 
 import gc
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_ada
 from rlsd_lib.trainer import sharded, upstream
 from rlsd_lib.trainer.checks import on_every_rank
 from rlsd_lib.trainer.config import RLSDConfig
+from rlsd_lib.trainer.sharded import Pairs
 
 ADAPTER = "teacher"
 EXTERNAL = "external"
 COPIED = ("base", "ema", "snapshot")
 STATE_FILE = "rlsd_teacher.json"
 WEIGHTS_FILE = "rlsd_teacher.safetensors"
-Pairs = Iterable[tuple[nn.Parameter, nn.Parameter]]
 
 
 class Teacher:
@@ -60,7 +60,6 @@ class Teacher:
         self.rate = args.teacher_update_rate if self.kind == "ema" else 1.0
         self.last_sync_step = 0
         self.accelerator = accelerator
-        self.offloaded = args.teacher_offload
         self.adapter = ADAPTER if self.kind in COPIED and isinstance(student, PeftModel) else None
         self.model: nn.Module | None = student
         if self.adapter is not None:
@@ -68,11 +67,6 @@ class Teacher:
         elif self.kind != "live":
             source = student if external is None else external
             self.model = prepare(copy_for_scoring(source, args, student.dtype), accelerator)
-        if self.offloaded:
-            for parameter in self.model.parameters():
-                pinned = accelerator.device.type == "cuda"
-                host = torch.empty_like(parameter, device="cpu", pin_memory=pinned)
-                parameter.data = host.copy_(parameter.data)
 
     @property
     def is_refreshed(self) -> bool:
@@ -94,9 +88,6 @@ class Teacher:
                 sharded.reshard(student)
         elif self.kind == "live":
             yield student
-        elif self.offloaded:
-            with on_device(self.model, self.accelerator.device):
-                yield self.model
         else:
             yield self.model
             sharded.reshard(self.model)
@@ -158,8 +149,7 @@ class Teacher:
         Raises ValueError on every rank, if one finds no teacher state, or that of another teacher.
         """
         with on_every_rank():
-            self._check_state(folder)
-        state = _state_in(folder)
+            state = self._checked_state(folder)
         if state is None:
             return
         if state["released"]:
@@ -172,8 +162,9 @@ class Teacher:
                 for name, parameter in self._own_parameters().items():
                     sharded.write(parameter, file.get_tensor(name), self.accelerator)
 
-    def _check_state(self, folder: Path) -> None:
-        state = _state_in(folder)
+    def _checked_state(self, folder: Path) -> dict[str, Any] | None:
+        path = folder / STATE_FILE
+        state = json.loads(path.read_text()) if path.exists() else None
         if state is None and self.is_refreshed:
             raise ValueError(
                 f"{folder} holds no teacher state ({STATE_FILE}), so the {self.kind!r} teacher "
@@ -186,7 +177,7 @@ class Teacher:
                 f"{self.kind!r}. Resume with the same kind."
             )
         if state is None or state["weights"] != WEIGHTS_FILE:
-            return
+            return state
         weights = folder / WEIGHTS_FILE
         if not weights.exists():
             raise ValueError(f"{folder} holds no {WEIGHTS_FILE} to restore the teacher from.")
@@ -194,6 +185,7 @@ class Teacher:
             differ = sorted(set(file.keys()) ^ self._own_parameters().keys())
         if differ:
             raise ValueError(f"{weights} is of another model: it differs in {differ[:5]}.")
+        return state
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """What the teacher does not share with the student, by name."""
@@ -208,11 +200,6 @@ class Teacher:
         if self.adapter is not None:
             return adapter_pairs(student)
         return sharded.pairs(self.accelerator.unwrap_model(self.model), student)
-
-
-def _state_in(folder: Path) -> dict[str, Any] | None:
-    path = folder / STATE_FILE
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def copy_for_scoring(
@@ -274,20 +261,3 @@ def adapter_pairs(student: PeftModel) -> Pairs:
     for name, source in parameters.items():
         if ".default." in name:
             yield parameters[name.replace(".default.", f".{ADAPTER}.")], source
-
-
-@contextmanager
-def on_device(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """Yield the model with its parameters on `device`; a pass changes none, so none come back."""
-    homes = [parameter.data for parameter in model.parameters()]
-    try:
-        for parameter in model.parameters():
-            parameter.data = _sent(parameter.data, device)
-        yield model
-    finally:
-        for parameter, home in zip(model.parameters(), homes, strict=True):
-            parameter.data = home
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.to(device, non_blocking=True)

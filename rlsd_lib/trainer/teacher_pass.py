@@ -65,6 +65,7 @@ class TeacherPass(GRPOTrainer):
         train_dataset: Any,
         *others: Any,
         teacher_model: Any = None,
+        **grpo: Any,
     ) -> None:
         self.teacher: Teacher | None = None
         self._served = range(1)  # optimiser steps of the current rollouts
@@ -72,7 +73,7 @@ class TeacherPass(GRPOTrainer):
         self._completions: list = []
         self._rewards = torch.zeros(0)
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
-        super().__init__(model, reward_funcs, args, train_dataset, *others)
+        super().__init__(model, reward_funcs, args, train_dataset, *others, **grpo)
         upstream.restorable_device(args)
         self.completion_head = upstream.CompletionHead(self.accelerator.device)
         if self.use_vllm:
@@ -81,9 +82,11 @@ class TeacherPass(GRPOTrainer):
             upstream.drop_empty_images(self.model)
         if not args.uses_teacher:
             return
+        config = self.model.config.get_text_config()
+        self._positions: int | None = getattr(config, "max_position_embeddings", None)
         checks.check_model(self.model, self.processing_class, args)
         checks.check_sharding(self.model, args, self.accelerator)
-        if isinstance(train_dataset, Dataset) and self.environment_factories is None:
+        if isinstance(train_dataset, Dataset):
             self._check_lengths(train_dataset["prompt"][:])
         self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
         if teacher_model is not None:
@@ -91,7 +94,12 @@ class TeacherPass(GRPOTrainer):
             if self._is_vlm:  # a copy of the student has the student's hook
                 upstream.drop_empty_images(external)
             checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
-        self._refuse_if_asked(shared_prompts.why_not(self.teacher.model, self.accelerator))
+        reason = shared_prompts.why_not(self.teacher.model, self.accelerator)
+        if args.teacher_pass == SHARED and reason is not None:
+            raise ValueError(
+                f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain', or 'auto', "
+                "which shares prompts where it can."
+            )
 
     # Rollouts, and what TRL knows of them
 
@@ -224,22 +232,17 @@ class TeacherPass(GRPOTrainer):
         TRL's dictionary of them. Returns left-padded ids and mask (N, P). Not collective.
         Raises ValueError where prompt and completion take more positions than the model has.
         """
-        # A group's question is rendered and tokenised once. Images and tools are of one row.
-        alone = self._is_vlm or self.environment_factories is not None
-        pairs = list(zip(prompts, contexts, strict=True))
-        keys = [(repr(pair), row if alone else None) for row, pair in enumerate(pairs)]
-        distinct = dict(zip(keys, pairs, strict=True))
-        fitted = {key: self._fitted(*pair) for key, pair in distinct.items()}
-        ids, _, fields = self._tokenize_prompts(
-            [self._seen(prompt, fitted[key]) for key, (prompt, _) in distinct.items()]
-        )
-        number = {key: i for i, key in enumerate(distinct)}
-        which = [number[key] for key in keys]
-        cut = sum(fitted[key] != text for key, text in zip(keys, contexts, strict=True))
-        texts = [ids[i] for i in which]
-        self._check_positions(max(map(len, texts)) + output["completion_ids"].size(1))
+        fitted = list(map(self._fitted, prompts, contexts))
+        cut = sum(text != context for text, context in zip(fitted, contexts, strict=True))
+        texts, _, fields = self._tokenize_prompts(list(map(self._seen, prompts, fitted)))
+        length = max(map(len, texts)) + output["completion_ids"].size(1)
+        if self._positions is not None and length > self._positions:
+            raise ValueError(
+                f"The teacher's prompt and completion take {length} positions, the model has "
+                f"{self._positions}. Lower max_teacher_prompt_length or max_completion_length."
+            )
         types = {
-            name: self._type_ids([fields[name][i] for i in which], output, name)
+            name: self._type_ids(fields[name], output, name)
             for name in states.TYPE_ID_FIELDS
             if name in fields
         }
@@ -298,17 +301,6 @@ class TeacherPass(GRPOTrainer):
             "Question and template alone fill it. Raise the limit or drop the rows.",
         )
 
-    def _check_positions(self, length: int) -> None:
-        config = states.causal_lm(
-            self.accelerator.unwrap_model(self.model)
-        ).config.get_text_config()
-        most = getattr(config, "max_position_embeddings", None)
-        if most is not None and length > most:
-            raise ValueError(
-                f"The teacher's prompt and completion take {length} positions, the model has "
-                f"{most}. Set max_teacher_prompt_length (and max_completion_length) to fit."
-            )
-
     # The pass
 
     @torch.no_grad()
@@ -347,7 +339,7 @@ class TeacherPass(GRPOTrainer):
                 torch.cat([seen.mask, mask], dim=1),
                 ids.size(1),
                 batch_size=self.args.per_device_train_batch_size,
-                **_images(output),
+                **{name: output[name] for name in states.IMAGE_FIELDS if name in output},
                 **seen.type_ids,
             )
         kept = [states.predicting(found, ids.size(1)) for found in hidden]
@@ -357,23 +349,21 @@ class TeacherPass(GRPOTrainer):
         self, teacher: nn.Module, seen: Prompts, output: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None] | None:
         """Each distinct prompt once; None where the plain pass is to be taken."""
-        args, images = self.args, _images(output)
-        if args.teacher_pass == PLAIN:
-            return None
-        reason = shared_prompts.why_not(teacher, self.accelerator)
-        reason = reason or shared_prompts.why_not_batch(seen, images)
-        self._refuse_if_asked(reason)
-        same = torch.equal(seen.ids, output["prompt_ids"])
+        args = self.args
         # The same prompts as the student's: only the same computation gives a gap of exactly 0.
-        if reason is not None or (same and torch.equal(seen.mask, output["prompt_mask"])):
+        same = torch.equal(seen.ids, output["prompt_ids"])
+        same = same and torch.equal(seen.mask, output["prompt_mask"])
+        one_token = min(map(len, seen.texts)) == 1  # which leaves nothing to share
+        plain = args.teacher_pass == PLAIN or shared_prompts.why_not(teacher, self.accelerator)
+        if plain or same or one_token:
             return None
         ids, mask = output["completion_ids"], output["completion_mask"]
-        rollouts = shared_prompts.Rollouts(seen, ids, mask, shared_prompts.images_by_row(images))
+        rollouts = shared_prompts.Rollouts(seen, ids, mask)
         chunks = shared_prompts.plan(rollouts, args.per_device_train_batch_size)
         if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
             return None
-        plain = len(ids) * (seen.ids.size(1) + ids.size(1))
-        if args.teacher_pass == AUTO and shared_prompts.positions_of(chunks) > WORTH_IT * plain:
+        most = WORTH_IT * len(ids) * (seen.ids.size(1) + ids.size(1))
+        if args.teacher_pass == AUTO and shared_prompts.positions_of(chunks) > most:
             return None
         return shared_prompts.score(
             self.accelerator.unwrap_model(teacher),
@@ -382,17 +372,6 @@ class TeacherPass(GRPOTrainer):
             autocast=self.accelerator.autocast,
             want_hidden=args.divergence is not None,
         )
-
-    def _refuse_if_asked(self, reason: str | None) -> None:
-        """Raise on every rank if `teacher_pass="shared"` and one of them has a reason against it."""
-        if self.args.teacher_pass != SHARED:
-            return
-        with checks.on_every_rank():
-            if reason is not None:
-                raise ValueError(
-                    f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain', or 'auto', "
-                    "which shares prompts where it can."
-                )
 
     # Numbers of all ranks
 
@@ -424,7 +403,3 @@ class TeacherPass(GRPOTrainer):
                 f"(rank, prompt) {found}. Training stops here; checkpoints under "
                 f"{self.args.output_dir} are intact."
             )
-
-
-def _images(output: dict[str, Any]) -> dict[str, Any]:
-    return {name: output[name] for name in states.IMAGE_FIELDS if name in output}

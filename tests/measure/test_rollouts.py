@@ -50,7 +50,7 @@ class Watched(RLSDTrainer):
         self.keep(inputs, credit=credited, gap=gap, advantage=inputs["advantages"])
         return credited
 
-    def _distillation_loss(self, model, hidden, policy_loss, inputs):
+    def _distillation_loss(self, model, hidden, inputs):
         def kept(*args, **kwargs):
             values = divergence(*args, **kwargs)
             self.keep(inputs, divergence=values.detach())
@@ -58,7 +58,7 @@ class Watched(RLSDTrainer):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("rlsd_lib.trainer.trainer.divergence", kept)
-            return super()._distillation_loss(model, hidden, policy_loss, inputs)
+            return super()._distillation_loss(model, hidden, inputs)
 
     def keep(self, inputs, **values):
         for name, rows in values.items():
@@ -74,7 +74,6 @@ CASES = {
         "weight_clip": "log",
         "conserve_credit": True,
         "scale_rewards": "none",
-        "max_teacher_prompt_length": 20,
         "chat_template_kwargs": {"add": "x"},
     },
     "rlsd, a peer": {"peer_context": True, "success_reward_threshold": 0.5},

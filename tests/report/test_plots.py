@@ -11,7 +11,7 @@ from conftest import NotebookMaker
 from synthetic import write_folder
 
 from rlsd_lib.report import plots
-from rlsd_lib.runs.records import Runs, read_runs
+from rlsd_lib.runs.records import read_runs
 
 
 @pytest.fixture
@@ -65,30 +65,26 @@ def test_a_run_that_did_not_finish_is_left_out_and_named(steps: pd.DataFrame) ->
     ]
 
 
-def test_a_histogram_counts_every_token_and_marks_the_bounds() -> None:
-    tokens = pd.DataFrame({"weight": [0.8] * 3 + [1.0] * 10 + [1.2] * 2, "sign": ["+"] * 15})
-    [axes] = plots.histogram(tokens, "weight", "sign", marks=(0.8, 1.2)).axes
-    assert axes.get_legend() is not None
-    assert axes.get_yscale() == "log"
-    assert max(max(line.get_ydata()) for line in axes.lines) == 10
-    bounds = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
-    assert sorted(bounds) == [0.8, 1.2]
-
-
-def test_before_and_after_stand_with_their_own_intervals(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, ["grpo"], seeds=1)
-    write_folder(folder, ["rlsd"], seeds=2)
-    [axes] = plots.before_after(read_runs(folder)).axes
-    spans = [line[:, 1].round(3).tolist() for c in axes.collections for line in c.get_segments()]
-    runs = read_runs(folder).runs.sort_values(["method", "seed"])
-    ends = [["accuracy_before_low", "accuracy_before_high"]]
-    ends.append(["accuracy_after_low", "accuracy_after_high"])
-    by_method = [cells for _, cells in runs.groupby("method")]
-    shown = [span for cells in by_method for e in ends for span in cells[e].round(3).to_numpy()]
-    assert spans == np.array(shown).tolist()
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["grpo", "rlsd"]
-    with pytest.raises(ValueError, match="no column accuracy_before"):
-        plots.before_after(Runs(runs.drop(columns="accuracy_before_low"), pd.DataFrame()))
+def test_a_panel_per_measure_with_every_run_the_base_model_and_the_null():
+    rows = [
+        ("phrase", "model", 0.6, 0.5, 0.7, 0.01, "opsd"),
+        ("phrase", "base", 0.01, 0.0, 0.03, 0.01, "opsd"),
+        ("phrase", "model", 0.02, 0.0, 0.04, 0.01, "grpo"),
+        ("phrase", "base", 0.01, 0.0, 0.03, 0.01, "grpo"),
+        ("evidence", "model", 7.0, 6.0, 8.0, 1.0, "opsd"),
+        ("evidence", "base", 0.1, 0.0, 0.2, 1.0, "opsd"),
+    ]
+    columns = ["measure", "of", "mean", "low", "high", "null", "arm"]
+    figure = plots.leak_measures(pd.DataFrame(rows, columns=columns), "leakage")
+    phrase, evidence = figure.axes
+    assert [t.get_text() for t in phrase.get_yticklabels()] == ["opsd", "grpo"]
+    points = [line.get_xdata()[0] for line in phrase.lines if len(line.get_xdata()) == 1]
+    assert points == [0.6, 0.02]
+    [dashed] = [line for line in evidence.lines if line.get_linestyle() == "--"]
+    assert dashed.get_xdata()[0] == 1.0
+    assert phrase.patches[0].get_extents().width > 0  # the base model's interval
+    with pytest.raises(ValueError, match="no column arm"):
+        plots.leak_measures(pd.DataFrame(rows, columns=columns).drop(columns="arm"), "leakage")
 
 
 def test_lines_can_be_told_apart_without_colour(tmp_path: Path) -> None:
@@ -112,8 +108,8 @@ def test_a_notebook_shows_each_figure_once(make_notebook: NotebookMaker, tmp_pat
     from rlsd_lib.runs.execute import execute_notebook
 
     cells = (
-        "import pandas as pd\nfrom rlsd_lib.report import plots",
-        "plots.histogram(pd.DataFrame({'gap': [0.0, 1.0], 'sign': 1}), 'gap', 'sign')",
+        "from rlsd_lib.report import plots",
+        "figure, axes = plots.canvas('gap')\naxes.plot([0.0, 1.0])\nfigure",
         "plots.token_heatmap(['a', 'b'], [0.5, -0.5], title='gap')",
     )
     folder = execute_notebook(make_notebook(cells=cells), run_dir=tmp_path / "a")

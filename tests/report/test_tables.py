@@ -1,18 +1,18 @@
 """Tables over runs: right numbers, honest partners, and nothing hidden."""
 
 import json
-from io import StringIO
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from synthetic import write_folder, write_run
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.report import paper_tables, plots
+from rlsd_lib.report import plots
 from rlsd_lib.report.claims import claims_table
+from rlsd_lib.report.paper_tables import compare
 from rlsd_lib.report.tables import make_table, paired_differences, with_arms
 from rlsd_lib.runs.records import Runs, read_runs
+from rlsd_lib.runs.run import Run
 
 
 @pytest.fixture
@@ -29,21 +29,17 @@ MISSING = "INCOMPLETE, 2 left out: rlsd-s2 (failed), rlsd-s3 (not started)"
 
 
 def test_a_figure_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> None:
-    figures = {
-        "curve": plots.curve(incomplete, "reward"),
-        "before_after": plots.before_after(incomplete),
-    }
-    for name, figure in figures.items():
-        said = "\n".join(text.get_text() for text in figure.texts).replace("\n", " ")
-        assert "paper: 4 of 6 runs, seeds 0 1" in said, name
-        assert MISSING in said, name
+    figure = plots.curve(incomplete, "reward")
+    said = "\n".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "paper: 4 of 6 runs, seeds 0 1" in said
+    assert MISSING in said
 
 
 def test_a_table_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> None:
     tables = {
         "make_table": make_table(incomplete),
         "paired_differences": paired_differences(incomplete),
-        "beside_paper": paper_tables.beside_paper(incomplete, incomplete),
+        "compare": compare(incomplete, "lab"),
         "claims_table": claims_table(incomplete, incomplete),
     }
     for name, table in tables.items():
@@ -51,12 +47,6 @@ def test_a_table_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> Non
         assert MISSING in shown, name
         assert "failed, not in the table" in shown, name
         assert "not started, not in the table" in shown, name
-
-
-def test_a_csv_says_so_too(incomplete: Runs) -> None:
-    table = make_table(incomplete)
-    assert MISSING in table.csv().splitlines()[-1]
-    assert pd.read_csv(StringIO(table.csv()), comment="#")["n"].tolist() == [2, 2]
 
 
 def test_a_run_is_compared_with_the_baseline_that_differs_least(tmp_path: Path) -> None:
@@ -116,6 +106,12 @@ def test_the_command_shows_differences_over_several_folders(tmp_path: Path, caps
     assert "a, b: 6 of 6 runs" in said
     assert main(["table", folders[1], "--against", "grpo"]) == 2
     assert "no finished run of 'grpo'" in capsys.readouterr().err
+
+
+def test_a_run_without_method_and_preset_is_no_arm_and_stops_no_table(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["grpo", "rlsd"])
+    Run.start(tmp_path / "tour", parameters={"seed": 0}).finish({})
+    assert paired_differences(read_runs(tmp_path)).rows["method"].tolist() == ["rlsd (lab)"]
 
 
 def test_other_problems_are_no_pair(tmp_path: Path) -> None:

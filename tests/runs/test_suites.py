@@ -1,4 +1,4 @@
-"""Suites: what is left to do and for how long; a killed suite goes on where it stood."""
+"""Suites: what is left to do; a killed suite goes on where it stood."""
 
 import os
 import signal
@@ -13,48 +13,13 @@ from conftest import START, NotebookMaker
 from rlsd_lib.__main__ import main
 from rlsd_lib.report.tables import make_table
 from rlsd_lib.runs import suites
-from rlsd_lib.runs.jobs import Job, seconds_taken, settle, time_left
 from rlsd_lib.runs.records import read_manifest, read_runs, state_of
 from rlsd_lib.runs.run import Run
-from rlsd_lib.runs.suites import Suite, jobs_of
-
-
-def _job(name: str, notebook: str = "15_rlsd", folder: Path = Path()) -> Job:
-    return Job(notebook, {"preset": "lab"}, folder / name)
-
-
-RLSD, OPSD = _job("a").kind, _job("a", "12_opsd").kind
-
-
-def test_the_time_left_is_that_of_the_longest_worker() -> None:
-    took = {RLSD: [8.0, 12.0], OPSD: [60.0, 60.0]}
-    for jobs, workers, elapsed, expected in (
-        ([_job("a"), _job("b"), _job("c")], 1, {}, 30.0),
-        ([_job("a"), _job("b"), _job("c")], 2, {}, 20.0),
-        ([_job("a"), _job("b")], 2, {Path("a"): 4.0, Path("b"): 9.0}, 6.0),
-        ([_job("b"), _job("a"), _job("c")], 2, {Path("a"): 4.0, Path("c"): 9.0}, 11.0),
-        ([_job("a"), _job("b", "12_opsd")], 2, {}, 60.0),
-        ([_job("a", "13_sdpo")], 1, {}, 35.0),  # never seen: the mean of everything
-        ([_job("a")], 1, {Path("a"): 50.0}, 0.0),  # late already
-        ([], 2, {}, 0.0),
-    ):
-        assert time_left(jobs, took, elapsed, workers) == pytest.approx(expected), (jobs, elapsed)
-    assert time_left([_job("a")], {}, {}, 1) is None, "without a finished run there is no estimate"
-
-
-def test_kept_runs_tell_how_long_the_others_take(tmp_path: Path):
-    jobs = [_job(name, folder=tmp_path) for name in "abc"]
-    Run.start(tmp_path / "a", parameters={}).finish()
-    Run.start(tmp_path / "b", parameters={}).fail("ValueError: no")
-    at_work = Run.start(tmp_path / "c", parameters={})
-    took, so_far = seconds_taken(jobs)
-    assert took == {RLSD: [read_manifest(tmp_path / "a")["seconds"]]}
-    assert list(so_far) == [at_work.path]
-    assert 0 <= so_far[at_work.path] < 60
+from rlsd_lib.runs.suites import Job, Suite, jobs_of, settle
 
 
 def test_what_was_interrupted_is_to_run_and_what_failed_is_not(tmp_path: Path):
-    job = _job("a", folder=tmp_path)
+    job = Job("15_rlsd", {"preset": "lab"}, tmp_path / "a")
     assert job.state() == "to run"
     run = Run.start(job.run_dir, parameters={})
     assert job.state() == "running"

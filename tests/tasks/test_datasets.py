@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlsd_lib.tasks import load_task
+from rlsd_lib.tasks.encode import within
 from rlsd_lib.tasks.lab.vision import COLOURS, build_processor
-from rlsd_lib.tasks.lengths import within
 
 
 def write(folder: Path, rows: list[dict]) -> str:
@@ -19,18 +19,15 @@ def maths(source: str, **options):
     return load_task("maths", train_size=-1, test_size=-1, seed=0, source=source, **options)
 
 
-def test_maths_have_text_prompts_solutions_and_their_faults_listed(tmp_path):
+def test_maths_have_text_prompts_solutions_and_their_faults_counted(tmp_path):
     rows = [{"problem": f"{i}+{i}?", "answer": str(2 * i), "solution": "add"} for i in range(40)]
     rows[3]["answer"] = None
     rows[5] = rows[4]
-    for name in ("data", "report"):
-        (tmp_path / name).mkdir()
-    source = write(tmp_path / "data", rows)
+    source = write(tmp_path, rows)
     task = maths(source)
-    task.report.write(tmp_path / "report")
     assert len(task.train) + len(task.test) == 38
-    counts = json.loads((tmp_path / "report" / "data_report.json").read_text())["counts"]
-    assert counts == {"empty_answer": 1, "duplicate": 1}
+    dropped = {"dropped: empty": 1, "dropped: duplicate": 1}
+    assert task.report == {"read": 40, **dropped, "kept": 38}
     row = task.train[0]
     assert row["prompt"][0]["content"].startswith("Solve the mathematical problem.")
     assert row["privileged_context"] == row["answer"]
@@ -39,15 +36,13 @@ def test_maths_have_text_prompts_solutions_and_their_faults_listed(tmp_path):
     assert maths(source, privileged="trace").train[0]["privileged_context"] == "add"
 
 
-def test_maths_under_other_names(tmp_path):
-    rows = [{"question": f"{i}+{i}?", "gold": str(2 * i), "id": i} for i in range(40)]
-    columns = {"problem": "question", "answer": "gold"}
-    task = maths(write(tmp_path, rows), columns=columns)
+def test_maths_without_solutions_and_without_answers(tmp_path):
+    rows = [{"problem": f"{i}+{i}?", "answer": str(2 * i), "id": i} for i in range(40)]
+    task = maths(write(tmp_path, rows))
     assert len(task.train) + len(task.test) == 40
-    with pytest.raises(ValueError, match=r"has no answer, only"):
-        maths(str(tmp_path), columns={"problem": "question"})
-    with pytest.raises(ValueError, match=r"field of columns 'reward'.*Valid: problem, answer"):
-        maths(str(tmp_path), columns={"reward": "gold"})
+    write(tmp_path, [{"problem": "1+1?", "gold": "2"}])
+    with pytest.raises(ValueError, match=r"has no answer, only problem, gold"):
+        maths(str(tmp_path))
     with pytest.raises(ValueError, match=r"reward 'both'.*Valid: binary, weighted"):
         maths(str(tmp_path), reward="both")
 
@@ -61,7 +56,7 @@ def test_the_squares_are_of_every_type_and_answerable():
         means = [image.resize((1, 1)).getpixel((0, 0)) for image in row["images"]]
         seen = [max(COLOURS, key=lambda name: -_distance(COLOURS[name], m)) for m in means]
         if row["problem_type"] == "multiple choice":
-            assert row["choices"]["ABC".index(row["answer"])] == seen[0]
+            assert ["blue", "green", "red"]["ABC".index(row["answer"])] == seen[0]
         if row["problem_type"] == "boolean":
             assert row["answer"] == ("Yes" if seen[0] == seen[1] else "No")
         assert task.verify(row["answer"], row)

@@ -9,7 +9,7 @@ import tiny_vlm
 import torch
 
 from rlsd_lib.measure import rollouts as lens
-from rlsd_lib.measure.evaluate import evaluate, generate
+from rlsd_lib.measure.evaluate import evaluate, sample
 from rlsd_lib.prompts import without_images, without_pixels
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.encode import encode, messages_of
@@ -46,8 +46,8 @@ def test_answers_depend_on_the_pixels(task):
     row = next(row for row in task.test if row["images"])
     other = [{"images": [tiny_vlm.picture(i)] * len(row["images"])} for i in range(5)]
     asked = [messages_of(row), *(messages_of({**row, **images}) for images in other)]
-    texts = generate(model, processor, asked, max_new_tokens=6, temperature=0)
-    assert len({answer for (answer,) in texts}) > 1
+    answers = sample(model, processor, asked, max_new_tokens=6, temperature=0)
+    assert len(set(map(tuple, answers))) > 1
 
 
 def test_evaluation_shows_every_row_its_images(task):

@@ -13,8 +13,6 @@ from sympy.parsing import sympy_parser
 from rlsd_lib.tasks import symbolic
 from rlsd_lib.tasks.grading import final_answer, grade, is_formatted, weighted
 
-CHOICES = ["red", "12 cm", "a triangle", "Vitamin B"]
-
 # reference, completion, verdict
 MATHS = [
     ("42", "42", True),
@@ -127,13 +125,9 @@ LETTERS = [
     ("A", "The correct answer is **A**.", True),
     ("A", "<answer>Option A</answer>", True),
     ("A", "A. red", True),
-    ("A", "red", True),
     ("A. red", "A", True),
-    ("(B) 12 cm", "12 cm", True),
-    ("red", "A", True),
     ("D", "D. Vitamin B", True),
     ("A", "B", False),
-    ("A", "A. 12 cm", False),
     ("A", "A or B", False),
     ("A", "A, B", False),
     ("A", "(A) (B)", False),
@@ -166,7 +160,7 @@ TABLES = {
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_table(kind: str) -> None:
-    wrong = [line for line in TABLES[kind] if grade(line[1], line[0], kind, CHOICES) is not line[2]]
+    wrong = [line for line in TABLES[kind] if grade(line[1], line[0], kind) is not line[2]]
     assert wrong == []
 
 
@@ -216,7 +210,7 @@ def test_hostile_text_is_wrong_in_time(kind: str, monkeypatch: pytest.MonkeyPatc
     gold = {"multiple choice": "B", "boolean": "yes"}.get(kind, "42")
     for name, completion in HOSTILE.items():
         begun = time.monotonic()
-        assert grade(completion, gold, kind, CHOICES) is False, name
+        assert grade(completion, gold, kind) is False, name
         # The deadline and a new worker, on a busy machine.
         assert time.monotonic() - begun < 10.0, name
         assert not os.path.exists("hacked"), name
@@ -227,7 +221,7 @@ def test_no_answer_reaches_an_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symbolic.Worker, "equal", lambda _, *q: bool(asked.append(q)))
     for kind, table in TABLES.items():
         for gold, completion, _ in table:
-            grade(completion, gold, kind, CHOICES)
+            grade(completion, gold, kind)
     assert len(asked) > 30
 
     def refuse(*_: object) -> None:
@@ -279,13 +273,12 @@ def test_a_forked_process_has_a_worker_of_its_own() -> None:
     assert grade("5+5", "10", "math")
 
 
-def test_a_timeout_says_so_and_is_not_remembered(
+def test_a_timeout_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(symbolic, "SECONDS", 0.2)
     assert not grade("9^{9^{9^{7}}}", "5", "math")
     assert "no verdict" in caplog.text
-    assert not any("9^{7}" in question for question in symbolic.WORKER._known)
 
 
 def test_final_answer() -> None:

@@ -14,9 +14,17 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
 
 from rlsd_lib.prompts import check_contexts, count_in_prompts, prompt_text
+from rlsd_lib.runs.provenance import fingerprint
 from rlsd_lib.tasks import load_task, task_names
-from rlsd_lib.tasks.images import fit
-from rlsd_lib.tasks.mmfinereason import FIELDS, TRACE, choices_of, load, prepare
+from rlsd_lib.tasks.mmfinereason import (
+    FIELDS,
+    TRACE,
+    fit,
+    inspect_row,
+    load,
+    prepare,
+    read,
+)
 from rlsd_lib.tasks.task import is_held_out
 
 ROWS = 200
@@ -52,7 +60,7 @@ def whole_row(index: int) -> dict[str, Any]:
     }
 
 
-# row -> what is changed in it; the faults that each change must be listed under stand in PLANTED
+# row -> what is changed in it; the faults that each change must be found under stand in PLANTED
 BREAKS: dict[int, dict[str, Any]] = {
     3: {"answer": ""},
     19: {"answer": None},
@@ -83,19 +91,15 @@ BREAKS: dict[int, dict[str, Any]] = {
     161: whole_row(160) | {"answer": "7", "problem_type": "math", "data_type": "image"},
 }
 PLANTED = {
-    "empty_problem": [128, 129],
-    "empty_answer": [3, 19, 23, 160],
-    "image_in_answer": [32],
-    "answer_in_problem": [176],
-    "unknown_type": [36, 37, 38, 160],
+    "empty": [3, 19, 23, 128, 129, 160],
+    "reference": [32, 176],
+    "type": [36, 37, 38, 160],
     "video": [48, 49],
-    "missing_image": [64, 65, 66, 67, 82, 129],
-    "unreadable_image": [80, 81, 160],
-    "image_shape": [96],
-    "placeholders": [112, 113],
-    "duplicate": [144, 145],
+    "image": [65, 66, 112, 113, 129],
+    "broken_image": [64, 67, 80, 81, 82, 96, 160],
 }
-DROPPED = sorted({row for rows in PLANTED.values() for row in rows})
+DUPLICATES = [144, 145]
+DROPPED = {row for rows in PLANTED.values() for row in rows} | {*DUPLICATES}
 
 
 def fixture_rows() -> list[dict[str, Any]]:
@@ -141,23 +145,30 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return as_jsonl(tmp_path_factory.mktemp("data") / "jsonl")
 
 
-def test_every_planted_fault_is_found_and_listed(local: Path, tmp_path: Path) -> None:
-    rows, report = prepare(local, **SMALL)
-    assert report.faults == PLANTED
-    assert (report.rows, report.kept, len(rows)) == (ROWS, ROWS - len(DROPPED), ROWS - len(DROPPED))
-    assert report.unknown_types == {"essay": 2, "": 1, "Essay": 1}
-    assert "175 of 200 rows kept" in report.summary()
-    report.write(tmp_path)
-    listed = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
-    assert sorted({line["row"] for line in listed}) == DROPPED
-    assert json.loads((tmp_path / "data_report.json").read_text())["counts"] == report.counts
+def faults_of(folder: Path, privileged: str = "answer") -> dict[str, list[int]]:
+    """The rows under each fault, duplicates left out: those are no fault of a row."""
+    raw = read(folder).cast_column("images", List(Image(decode=False)))
+    found: dict[str, list[int]] = {}
+    for index, row in enumerate(raw):
+        for fault in inspect_row(row, str(folder), privileged)["faults"]:
+            found.setdefault(fault, []).append(index)
+    return found
+
+
+def test_every_planted_fault_is_found_and_counted(local: Path) -> None:
+    assert faults_of(local) == PLANTED
+    rows, counts = prepare(local, **SMALL)
+    dropped = {f"dropped: {fault}": len(rows) for fault, rows in PLANTED.items()}
+    dropped |= {"dropped: duplicate": len(DUPLICATES)}
+    assert counts == {"read": ROWS, "kept": ROWS - len(DROPPED), **dropped}
+    assert len(rows) == counts["kept"]
 
 
 def test_embedded_and_filed_images_are_the_same_data(local: Path, tmp_path: Path) -> None:
-    filed, report = prepare(local, **SMALL)
+    filed, counts = prepare(local, **SMALL)
     embedded, other = prepare(as_parquet(tmp_path / "parquet"), **SMALL)
-    assert other.faults == report.faults
-    assert other.fingerprint == report.fingerprint
+    assert other == counts
+    assert fingerprint(embedded) == fingerprint(filed)
     assert embedded["key"][:] == filed["key"][:]
     assert embedded[0]["images"][0].tobytes() == filed[0]["images"][0].tobytes()
 
@@ -165,20 +176,21 @@ def test_embedded_and_filed_images_are_the_same_data(local: Path, tmp_path: Path
 def test_fingerprint_is_the_same_in_another_place_and_process(local: Path, tmp_path: Path) -> None:
     moved = as_jsonl(tmp_path / "elsewhere")
     code = "import sys; from rlsd_lib.tasks.mmfinereason import prepare\n"
-    code += "sys.stdout.write(prepare(sys.argv[1], min_area=64)[1].fingerprint)"
+    code += "from rlsd_lib.runs.provenance import fingerprint\n"
+    code += "sys.stdout.write(fingerprint(prepare(sys.argv[1], min_area=64)[0]))"
     command = [sys.executable, "-c", code, str(moved)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == prepare(local, **SMALL)[1].fingerprint
+    assert done.stdout == fingerprint(prepare(local, **SMALL)[0])
     file = moved / "rows.jsonl"
     file.write_text(file.read_text().replace("Question 100?", "Question 100!"))
-    assert prepare(moved, **SMALL)[1].fingerprint != done.stdout
+    assert fingerprint(prepare(moved, **SMALL)[0]) != done.stdout
 
 
 def test_a_file_that_goes_missing_is_noticed(tmp_path: Path) -> None:
     folder = as_jsonl(tmp_path / "data")
-    assert 1 not in prepare(folder, **SMALL)[1].faults["missing_image"]
+    before = prepare(folder, **SMALL)[1]["dropped: broken_image"]
     (folder / "images" / "1-0.png").unlink()
-    assert 1 in prepare(folder, **SMALL)[1].faults["missing_image"]
+    assert prepare(folder, **SMALL)[1]["dropped: broken_image"] == before + 1
 
 
 def test_rows_are_what_trl_takes(local: Path) -> None:
@@ -199,14 +211,13 @@ def test_rows_are_what_trl_takes(local: Path) -> None:
 
 
 def test_a_privileged_trace(local: Path) -> None:
-    rows, report = prepare(local, privileged="trace", **SMALL)
-    assert report.faults["missing_trace"] == [
-        i for i, row in enumerate(fixture_rows()) if not row[TRACE]
-    ]
-    assert report.faults["image_in_trace"] == [177]
-    assert report.faults["answer_in_problem"] == [176]
+    rows, _ = prepare(local, privileged="trace", **SMALL)
+    faults = faults_of(local, "trace")
+    missing = {i for i, row in enumerate(fixture_rows()) if not row[TRACE]}
+    assert faults["empty"] == sorted({*PLANTED["empty"], *missing})
+    assert faults["reference"] == [32, 176, 177]
     check_contexts(rows["privileged_context"][:], "{prompt} {privileged_context}")
-    assert rows[0]["privileged_context"] == rows[0]["reference_trace"] != rows[0]["answer"]
+    assert rows[0]["privileged_context"] == f"Look. So the answer is {rows[0]['answer']}."
     assert prompt_text(rows[0]["prompt"]).startswith("Choose the right option.")
 
 
@@ -249,7 +260,7 @@ def test_task_splits_by_content_and_grades(local: Path) -> None:
     assert task.reward(good, **rows) == [1.0] * 8
     assert task.reward(["<answer>Z</answer>"] * 8, **rows) == [0.0] * 8
     choice = next(row for row in task.train if row["problem_type"] == "multiple choice")
-    assert task.verify("blue", choice) and not task.verify("red", choice)
+    assert task.verify("(B)", choice) and not task.verify("C", choice)
     assert task.speaks_of_reference("As the reference solution says")
 
 
@@ -264,12 +275,6 @@ def test_sizes_choose_rows_by_seed(local: Path) -> None:
         load(train_size=5, test_size=500, seed=0, source=str(local), **SMALL)
 
 
-def test_choices_are_read_from_their_lines() -> None:
-    assert choices_of("Which?\nA. red\n(B) blue \n C: a. b.") == ["red", "blue", "a. b."]
-    assert choices_of("Which?\nB. red\nC. blue") == []
-    assert choices_of("A. Only one") == []
-
-
 def test_bad_sources_are_refused(tmp_path: Path) -> None:
     assert "mmfinereason" in task_names()
     with pytest.raises(FileNotFoundError, match="found neither"):
@@ -281,5 +286,7 @@ def test_bad_sources_are_refused(tmp_path: Path) -> None:
         prepare(tmp_path)
     row = whole_row(3) | {"images": [], "answer": ""}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=r"empty_answer 1, missing_image 1\. No row is left"):
+    with pytest.raises(
+        ValueError, match=r"no row is left of .*'dropped: empty': 1, 'dropped: image': 1"
+    ):
         prepare(tmp_path)

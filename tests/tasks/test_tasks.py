@@ -3,7 +3,7 @@
 import pytest
 
 from rlsd_lib.tasks import load_task
-from rlsd_lib.tasks.gym import answer_tag, last_number, whole
+from rlsd_lib.tasks.gym import answer_in
 from rlsd_lib.tasks.lab.arithmetic import first_error, make_row, nuisance_mask, tokens_of, verify
 from rlsd_lib.tasks.task import is_held_out
 
@@ -134,19 +134,16 @@ def test_an_answer_is_extracted_from_a_completion():
         "x13y": None,
         "٣": None,
         "12 or 13": "13",
+        "so <answer> a cat </answer> of 13": "a cat",
+        "<answer>12</answer><answer>13</answer>": None,
     }.items():
-        assert last_number(text) == number, text
-    assert answer_tag("so <answer> 13 </answer>") == "13"
-    assert answer_tag("<answer>12</answer><answer>13</answer>") is None
-    assert answer_tag("13") is None
-    assert whole(" 13.\n") == "13"
+        assert answer_in(text) == number, text
 
 
 def test_bad_requests_name_what_would_be_right():
     for name, options, message in [
         ("chain_sums", {}, "Unknown task 'chain_sums'. Did you mean 'chain_sum'"),
         ("chain_sum", {"min_term": 2}, "option of chain_sum 'min_term'. Did you mean 'min_terms'"),
-        ("chain_sum", {"extract": "last"}, "extract 'last'.*Valid: last_number"),
         ("arithmetic", {"digits": 9}, "digits is 9; choose 1 to 4"),
         ("arithmetic", {"reference": "solution"}, "reference 'solution'.*Valid: answer, trace"),
         ("arithmetic", {"digits": 1, "test_size": 500}, "different test questions"),

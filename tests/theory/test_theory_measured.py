@@ -54,13 +54,3 @@ def test_gradients_of_a_linear_model(seed):
     positions = torch.tensor([[0, 1], [1, 2]])
     norms = measured.token_gradient_norms(student, tokens, positions, [weights])
     torch.testing.assert_close(norms, scores.norm(dim=-1)[[0, 1], [1, 2]], **TIGHT)
-
-
-def test_padding():
-    assert measured.pad([[1.0], [2.0, 3.0]], 3).tolist() == [[1, 0, 0], [2, 3, 0]]
-    assert measured.pad([[1.0], [2.0, 3.0]]).shape == (2, 2)
-
-
-def test_cosine_by_hand():
-    u, v = torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])
-    assert abs(measured.cosine(u, v) - 0.96) < 1e-6

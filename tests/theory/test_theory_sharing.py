@@ -147,9 +147,6 @@ def test_simulation_holds_the_teacher_as_told():
     decayed = shared.simulate(world, "rlsd", sync_every=1, steps=30, decay_steps=10)
     same(decayed["target_shift"][10:], torch.zeros(21))
     assert decayed["target_shift"][5] > 0
-    noisy = shared.simulate(world, "distil", sync_every=0, steps=30, batch=4000)
-    same(noisy["reward"], frozen["reward"], atol=0.01)
-    assert not torch.equal(noisy["reward"], frozen["reward"])
     still = shared.simulate(world, "grpo", sync_every=1, steps=30)
     same(still["cite"], still["cite"][:1].expand(31))
     assert still["reward"][-1] > frozen["reward"].max()
@@ -170,14 +167,14 @@ def test_evidence_is_belief_plus_format(seed, m, vocab, length):
     same(total - ratio, evidence.sequence_sum(evidence.format_term(world)).expand_as(total))
     same(total[0] - total[1], ratio[0] - ratio[1])
     cost = -(probs * evidence.sequence_sum(evidence.format_term(world))).sum()
-    same(evidence.format_cost(world), cost)
+    same(wo.kl(probs, wo.reach(evidence.predictive(world))[-1]), cost)
 
 
 @given(seeds, st.integers(2, 3), st.integers(1, 3))
 @few
 def test_theorem_4_with_a_joint_by_bayes(seed, vocab, length):
-    world = evidence.joint_world(wo.random_sequence_world(seed, 2, vocab, length))
-    for y, tokens in wo.sequences(vocab, length):
+    world = evidence.leave_joint(wo.random_sequence_world(seed, 2, vocab, length), 0.0)
+    for y, tokens in enumerate(product(range(vocab), repeat=length)):
         rows = wo.prefix_indices(tokens, vocab)
         joint = world.prior.clone()
         for t, row in enumerate(rows):
@@ -197,7 +194,6 @@ def test_leaving_the_joint(seed):
     for t in range(2):
         same(ends[0].student[t], evidence.predictive(world)[t])
         same(ends[1].student[t], world.student[t])
-    same(evidence.format_cost(ends[0]), 0.0)
     belief, format_ = evidence.evidence_shares(ends[0])
     same(format_, 0.0)
     direct, fmt = 0.0, 0.0

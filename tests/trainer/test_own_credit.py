@@ -56,6 +56,9 @@ def test_everything_that_may_be_asked_for_follows_its_rollout(tmp_path):
         assert torch.equal(success, expected >= 0.5)
         assert advantages.dim() == 1
         assert gap.shape == mask.shape == entropy.shape
+        written = micro["old_per_token_logps"]  # by the policy of the rollout
+        assert torch.equal(gap, micro["teacher_per_token_logps"] - written)
+        assert gap.abs().sum() > 0
         assert (entropy[mask.bool()] > 0).all()
         assert not (gap.requires_grad or entropy.requires_grad)
         assert epsilon_w == 0.2

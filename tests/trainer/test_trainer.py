@@ -336,15 +336,6 @@ def test_trap_21_metrics_are_those_of_the_contract(tmp_path):
     assert {f"rlsd/{name}" for name in names} <= set(trainer.state.log_history[0])
 
 
-def test_the_gradient_share_is_there_wherever_a_row_is_logged(tmp_path):
-    """Once an epoch of two steps, where `logging_steps` is 500 and means nothing."""
-    method = {"method": "grpo_opsd", "distillation_weight": 0.3}
-    logging = {"logging_strategy": "epoch", "logging_steps": 500, "max_steps": 2}
-    trainer = tiny.trainer(tmp_path, data=tiny.dataset(4), **method, **logging)
-    trainer.train()
-    assert 0 < trainer.state.log_history[0]["rlsd/distillation_gradient_frac"] < 1
-
-
 def test_a_row_without_a_reward_teaches_nothing_and_is_counted(tmp_path):
     def only_some(completions, **_):
         return [None if i % 4 == 0 else float(i) for i in range(len(completions))]

@@ -205,15 +205,11 @@ def zero(stage: int, precision: str) -> SimpleNamespace:
     )
 
 
-def test_fsdp1_is_refused_where_a_copy_or_the_head_is_needed(tmp_path):
-    for settings in ({}, {"method": "opsd", "teacher_model_kind": "live"}):
-        args = tiny.config(tmp_path, **settings)
-        with pytest.raises(ValueError, match=f"FSDP1 with method='{args.method}'.*fsdp_version: 2"):
-            check_sharding(tiny.model(), args, fsdp(1))
-        check_sharding(tiny.model(), args, fsdp(2))
-    live = tiny.config(tmp_path, teacher_model_kind="live")
-    check_sharding(tiny.model(), live, fsdp(1))
-    check_sharding(lora_student(), tiny.config(tmp_path), fsdp(1))
+def test_fsdp1_is_refused(tmp_path):
+    args = tiny.config(tmp_path)
+    with pytest.raises(ValueError, match=r"FSDP1 is not supported.*fsdp_version: 2"):
+        check_sharding(tiny.model(), args, fsdp(1))
+    check_sharding(tiny.model(), args, fsdp(2))
 
 
 def test_an_average_that_deepspeed_would_round_away_is_refused(tmp_path):
@@ -354,6 +350,18 @@ def test_the_teacher_reads_what_an_environment_observed(tmp_path, monkeypatch):
         f"<user>{text}|{answers[text.partition('[')[0]]}</s><assistant>" for text in students
     ]
     assert sorted(turns) == sorted(expected)
+
+
+def test_a_limit_on_prompts_with_the_tools_of_an_environment_is_refused(tmp_path):
+    """TRL matches prompts to the environments of the whole batch, so none can be counted alone."""
+    with pytest.raises(ValueError, match=r"max_teacher_prompt_length=40 with environment_factory"):
+        RLSDTrainer(
+            "no/such-model",
+            tiny.reward,
+            tiny.config(tmp_path, max_teacher_prompt_length=40),
+            tiny.dataset(),
+            environment_factory=Hints,
+        )
 
 
 def test_credit_is_that_of_the_policy_that_wrote_the_rollout(tmp_path):

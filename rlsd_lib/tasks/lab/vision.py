@@ -1,13 +1,12 @@
 """Coloured squares in the schema of the paper's data, and a toy model that looks at them: offline.
 
-The squares are read by `rlsd_lib.tasks.mmfinereason` like any other folder. The model has Qwen3-VL's
-classes, character tokens, and two text and two vision layers; it is briefly taught the form of the
-answers, so that some rollouts are right. Both try out the paper's path; nothing is measured on them.
+The squares go through `rlsd_lib.tasks.mmfinereason` like any other rows. The model has Qwen3-VL's
+classes, character tokens, two text and two vision layers, and random weights. Both try out the
+paper's path; nothing is measured on them.
 """
 
 import string
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
@@ -26,10 +25,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import PushToHubMixin
 
-from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.tasks import mmfinereason
-from rlsd_lib.tasks.cache import write_once
-from rlsd_lib.tasks.encode import encode, messages_of
 from rlsd_lib.tasks.task import Task
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
@@ -37,7 +33,6 @@ LETTERS = dict(zip(COLOURS, "ABC", strict=True))
 SIDE = 8  # pixels of a square
 AREAS = {"min_area": 64, "max_area": 4096}  # so small an image is left as it is
 ROWS = 160
-STEPS = 120  # of teaching
 
 SPECIALS = ("<pad>", "</s>", "<system>", "<user>", "<assistant>", "<unk>")
 VISION = {  # as Qwen's configurations name them
@@ -73,32 +68,22 @@ ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 
 
 
 def load(**options: Any) -> Task:
-    """Build the task of coloured squares; `options` as in `mmfinereason.load`.
-
-    Its folder is written on first use, under the outputs' cache.
-    """
-    source = write_once(outputs_root() / "cache" / f"colours-{ROWS}", _write_squares)
-    return mmfinereason.load(source=str(source), **AREAS, **options)
-
-
-def _write_squares(folder: Path) -> None:
+    """Build the task of coloured squares; `options` as in `mmfinereason.load`."""
     rows = [_row(index, Random(index)) for index in range(ROWS)]
-    Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    return mmfinereason.load(source=Dataset.from_list(rows), **AREAS, **options)
 
 
 def _row(index: int, random: Random) -> dict[str, Any]:
     """One row with the fields of `mmfinereason.FIELDS`; the four types take turns."""
     kind = ("multiple choice", "boolean", "numerical", "math")[index % 4]
-    names = random.choices(list(COLOURS), k=(1, 2, 0, 1)[index % 4])
+    one, two = random.choices(list(COLOURS), k=2)
     count, other = random.randrange(1, 4), random.randrange(1, 7)
-    if kind == "multiple choice":
-        problem, answer = "Which colour?\nA. blue\nB. green\nC. red", LETTERS[names[0]]
-    elif kind == "boolean":
-        problem, answer = "The same colour?", "Yes" if names[0] == names[1] else "No"
-    elif kind == "numerical":
-        problem, answer = f"Problem {index}: {count} + {other} = ?", str(count + other)
-    else:
-        problem, answer = "How many squares?", str(count)
+    problem, answer, names = {
+        "multiple choice": ("Which colour?\nA. blue\nB. green\nC. red", LETTERS[one], [one]),
+        "boolean": ("The same colour?", "Yes" if one == two else "No", [one, two]),
+        "numerical": (f"Problem {index}: {count} + {other} = ?", str(count + other), []),
+        "math": ("How many squares?", str(count), [one]),
+    }[kind]
     return {
         "problem": "<image>" * len(names) + problem,
         "answer": answer,
@@ -166,7 +151,7 @@ def image_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def build_model(seed: int = 0, **text: Any) -> Qwen3VLForConditionalGeneration:
-    """Return the untrained model; `text` are fields of its text configuration."""
+    """Return the model in float32 on the CPU; `text` are fields of its text configuration."""
     tokenizer = build_tokenizer()
     text = {**TEXT_CONFIG, "vocab_size": len(tokenizer), "rope_parameters": ROPE, **text}
     config = Qwen3VLConfig(
@@ -187,32 +172,3 @@ def build_model(seed: int = 0, **text: Any) -> Qwen3VLForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3VLForConditionalGeneration(config)
-
-
-def load_toy(
-    cache_dir: str | Path, *, seed: int = 0
-) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
-    """Return the taught model (float32, CPU, eval mode) and its processor; taught on first use."""
-    folder = Path(cache_dir) / f"toy-vlm-{STEPS}-{seed}"
-    write_once(folder, lambda new: teach(seed).save_pretrained(new))
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), build_processor()
-
-
-def teach(seed: int) -> Qwen3VLForConditionalGeneration:
-    """Imitate the bare answers of the training side of the squares; torch's seed is left alone."""
-    rows = load(train_size=-1, test_size=-1, seed=0).train
-    model = build_model(seed, initializer_range=0.05).train()
-    processor, random = build_processor(), Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(STEPS):
-        batch = [rows[i] for i in random.sample(range(len(rows)), 8)]
-        chats = [[*messages_of(r), {"role": "assistant", "content": r["answer"]}] for r in batch]
-        encoded = encode(processor, chats, add_generation_prompt=False)
-        ids = encoded["input_ids"]
-        spoken = (ids == SPECIALS.index("<assistant>")).cumsum(1).roll(1, 1).bool()
-        spoken[:, 0] = False
-        model(**encoded, labels=ids.masked_fill(~spoken, -100)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
