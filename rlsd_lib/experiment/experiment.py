@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel
@@ -18,7 +19,8 @@ from rlsd_lib.experiment.presets import RunParameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
 from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer, last_checkpoint
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
-from rlsd_lib.measure.intervals import Interval, share_interval
+from rlsd_lib.measure.exact import right_chains
+from rlsd_lib.measure.intervals import Interval, bootstrap_interval, share_interval
 from rlsd_lib.measure.rollouts import Rollout, look
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
@@ -101,7 +103,7 @@ class Experiment:
     def _prepare(self, processes: int = 1) -> None:
         """Load models and rows, and resolve the configuration of one of `processes`."""
         method, seed, control = (getattr(self.parameters, k) for k in ("method", "seed", "control"))
-        self.preset, _ = resolve_preset(self.parameters.preset, self.parameters.overrides)
+        self.preset, _ = resolve_preset(self.parameters.preset, self.parameters.overrides, seed)
         self.metrics: dict[str, Any] = {}
         self.estimates: dict[tuple[str, str], Interval] = {}  # by measure, and when
         # A processor in the tokenizer's place, where the model sees images.
@@ -169,7 +171,8 @@ class Experiment:
         """Accuracy, pass@k and leak rate on the held-out problems; one row per sampled completion.
 
         `when` ("before", "after") names their mean and 95 % interval in metrics.json, and those of
-        the greedy accuracy. Problems are resampled; the leak rate counts one completion per problem.
+        the greedy accuracy, and where the task knows its right chains the probability of one, by
+        importance sampling. Problems are resampled; the leak rate counts one completion per problem.
         """
         settings, measured = self._sampling(), (self.model, self.tokenizer, self.task)
         once = {**settings, "num_samples": 1, "temperature": 0.0}
@@ -177,14 +180,27 @@ class Experiment:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.bf16):
             results = evaluate(*measured, **settings, seed=self.parameters.seed)
             greedy = evaluate(*measured, **once)
+            right = self._right_chains() if self.task.right_chain is not None else None
         # Kept per problem, so that runs can be compared problem by problem.
-        self.run.add_evaluation(when, correct=per_problem(results), greedy=per_problem(greedy))
+        scores = {"correct": per_problem(results), "greedy": per_problem(greedy)}
         leak = share_interval(results.loc[results["sample"] == 0, "speaks_of_reference"])
-        for name, value in {**accuracies(results, greedy), "leak_rate": leak}.items():
+        measures = {**accuracies(results, greedy), "leak_rate": leak}
+        if right is not None:
+            scores["right_chain"] = right
+            measures["right_chain"] = bootstrap_interval(right)
+        self.run.add_evaluation(when, **scores)
+        for name, value in measures.items():
             self.estimates[name, when] = value
             ends = zip(("", "_low", "_high"), value, strict=True)
             self.metrics |= {f"{name}_{when}{end}": number for end, number in ends}
         return results
+
+    def _right_chains(self) -> np.ndarray:
+        limit, seed = self.config.max_completion_length, self.parameters.seed
+        rows = list(self.task.test)
+        how = self.config.chat_template_kwargs or {}
+        asked = {"max_new_tokens": limit, "seed": seed, **how}
+        return right_chains(self.model, self.tokenizer, self.task, rows, **asked)[1]
 
     def _sampling(self) -> dict[str, Any]:
         return {

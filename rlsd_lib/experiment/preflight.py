@@ -100,7 +100,7 @@ def resolve(parameters: Mapping[str, Any], template: str | None = None) -> Resol
     Unlike there, `num_processes=1` stands for the number of processes that the preset is meant for.
     """
     run = RunParameters.of(parameters)
-    preset, _ = resolve_preset(run.preset, run.overrides)
+    preset, _ = resolve_preset(run.preset, run.overrides, run.seed)
     count = preset.processes if run.num_processes == 1 else run.num_processes
     return run.resolve(template=template, processes=count)
 

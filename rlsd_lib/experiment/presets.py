@@ -25,7 +25,7 @@ class Preset:
     `task_options` and `task_by_method` likewise for `load_task`. `num_samples` completions per
     held-out problem are drawn at temperature 1 for each accuracy. `data_seed` fixes the rows, so
     that runs with different seeds share train and test problems and differ in order and sampling
-    only. `teacher_options` make the external teacher of `opd`.
+    only; with `lab_per_seed` the seed also pretrains a lab of its own, so that seeds are labs. `teacher_options` make the external teacher of `opd`.
 
     `rollouts_per_step` (0: whatever `training` says) is kept for any number of processes, through
     the gradient accumulation; `processes` and `accelerate`, the name of a shipped config, are
@@ -49,6 +49,7 @@ class Preset:
     evaluation_batch_size: int = 64
     data_seed: int = 0
     save_model: bool = False
+    lab_per_seed: bool = False
     sees_images: bool = False
     lora: Mapping[str, Any] = field(default_factory=dict)
     max_prompt_length: int = 0
@@ -189,6 +190,7 @@ IDENTITY = ("method", "seed", "max_steps", "output_dir")
 OF_PRESET = (
     "model",
     "model_options",
+    "lab_per_seed",
     "teacher_model",
     "teacher_options",
     "task_options",
@@ -252,7 +254,7 @@ class RunParameters:
             TypeError: for an override of another type than its field's.
         """
         check_control(self.control, self.method)
-        preset, overrides = resolve_preset(self.preset, self.overrides)
+        preset, overrides = resolve_preset(self.preset, self.overrides, self.seed)
         if METHODS[self.method].teacher_sees == PROMPT and not preset.teacher_model:
             raise ValueError(
                 f"method={self.method!r} needs a preset with a teacher_model; {self.preset!r} has "
@@ -285,8 +287,12 @@ class RunParameters:
         return Resolved(preset, RLSDConfig(**settings), processes, self.control)
 
 
-def resolve_preset(name: str, overrides: Mapping[str, Any]) -> tuple[Preset, dict[str, Any]]:
+def resolve_preset(
+    name: str, overrides: Mapping[str, Any], seed: int = 0
+) -> tuple[Preset, dict[str, Any]]:
     """The preset with its part of `overrides` (`OF_PRESET`), and the overrides that are left.
+
+    `seed` is the run's, for presets that pretrain a lab for each.
 
     Raises:
         ValueError: for an unknown preset or override, naming the nearest valid one.
@@ -307,7 +313,10 @@ def resolve_preset(name: str, overrides: Mapping[str, Any]) -> tuple[Preset, dic
         key: {**getattr(preset, key), **value} if isinstance(value, Mapping) else value
         for key, value in changes.items()
     }
-    return replace(preset, **merged), {k: v for k, v in overrides.items() if k not in changes}
+    preset = replace(preset, **merged)
+    if preset.lab_per_seed:
+        preset = replace(preset, model_options={**preset.model_options, "seed": seed})
+    return preset, {k: v for k, v in overrides.items() if k not in changes}
 
 
 def _check_type(name: str, value: Any, annotation: Any) -> None:
