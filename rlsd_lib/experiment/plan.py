@@ -207,8 +207,7 @@ class Plan:
         prompt = self.prompt_length + self.privileged_length
         shared = prompt / self.num_generations + self.max_completion_length
         plain = prompt + self.max_completion_length
-        can_share = self.sharding == "ddp" and not self.image_tokens
-        return can_share and shared <= WORTH_IT * plain
+        return self.sharding == "ddp" and shared <= WORTH_IT * plain
 
     @property
     def _width(self) -> int:

@@ -32,7 +32,7 @@ def load_model(
     """Return (model, tokenizer) of `lab`, `smollm2`, `toy-vlm`, a local folder, or a hub id.
 
     With `sees_images` a folder or hub id is a vision-language model, and its processor stands in
-    the tokenizer's place. `options` are fields of `LabRecipe`, those of `vision.build_model`, or of
+    the tokenizer's place. `options` are fields of `LabRecipe`, arguments of `load_toy`, or those of
     `from_pretrained`, where `dtype` is float32 by default.
 
     Raises:
@@ -43,9 +43,9 @@ def load_model(
     if name == "smollm2":
         return load_smollm2(cache_dir, **options)
     if name == "toy-vlm":
-        from rlsd_lib.tasks.lab import vision  # here: Qwen3-VL's classes take seconds to import
+        from rlsd_lib.tasks.lab.vision import load_toy  # here: Qwen3-VL's classes take seconds
 
-        return vision.build_model(**options).eval(), vision.build_processor()
+        return load_toy(cache_dir, **options)
     folder = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise ValueError(f"no folder {name}; give an existing folder, a hub id, lab, smollm2")

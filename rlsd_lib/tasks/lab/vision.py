@@ -1,12 +1,13 @@
 """Coloured squares in the schema of the paper's data, and a toy model that looks at them: offline.
 
 The squares go through `rlsd_lib.tasks.mmfinereason` like any other rows. The model has Qwen3-VL's
-classes, character tokens, two text and two vision layers, and random weights. Both try out the
-paper's path; nothing is measured on them.
+classes, character tokens, and two text and two vision layers; it is briefly taught the form of the
+answers, so that some rollouts are right. Both try out the paper's path; nothing is measured on them.
 """
 
 import string
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import PushToHubMixin
 
 from rlsd_lib.tasks import mmfinereason
+from rlsd_lib.tasks.cache import write_once
+from rlsd_lib.tasks.encode import encode, messages_of
 from rlsd_lib.tasks.task import Task
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
@@ -33,6 +36,7 @@ LETTERS = dict(zip(COLOURS, "ABC", strict=True))
 SIDE = 8  # pixels of a square
 AREAS = {"min_area": 64, "max_area": 4096}  # so small an image is left as it is
 ROWS = 160
+STEPS = 120  # of teaching
 
 SPECIALS = ("<pad>", "</s>", "<system>", "<user>", "<assistant>", "<unk>")
 VISION = {  # as Qwen's configurations name them
@@ -172,3 +176,32 @@ def build_model(seed: int = 0, **text: Any) -> Qwen3VLForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3VLForConditionalGeneration(config)
+
+
+def load_toy(
+    cache_dir: str | Path, *, seed: int = 0
+) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
+    """Return the taught model (float32, CPU, eval mode) and its processor; taught on first use."""
+    folder = Path(cache_dir) / f"toy-vlm-{STEPS}-{seed}"
+    write_once(folder, lambda new: teach(seed).save_pretrained(new))
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), build_processor()
+
+
+def teach(seed: int) -> Qwen3VLForConditionalGeneration:
+    """Imitate the bare answers of the training side of the squares; torch's seed is left alone."""
+    rows = load(train_size=-1, test_size=-1, seed=0).train
+    model = build_model(seed, initializer_range=0.05).train()
+    processor, random = build_processor(), Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(STEPS):
+        batch = [rows[i] for i in random.sample(range(len(rows)), 8)]
+        chats = [[*messages_of(r), {"role": "assistant", "content": r["answer"]}] for r in batch]
+        encoded = encode(processor, chats, add_generation_prompt=False)
+        ids = encoded["input_ids"]
+        spoken = (ids == SPECIALS.index("<assistant>")).cumsum(1).roll(1, 1).bool()
+        spoken[:, 0] = False
+        model(**encoded, labels=ids.masked_fill(~spoken, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
