@@ -176,6 +176,22 @@ def _table(options: argparse.Namespace) -> int:
     return 0
 
 
+def _headroom(options: argparse.Namespace) -> int:
+    from rlsd_lib.report.headroom import best_rates, compared
+    from rlsd_lib.report.tables import together
+    from rlsd_lib.runs.records import read_runs
+
+    folders = options.folder or [outputs_root() / "headroom"]
+    runs = together(*(read_runs(folder) for folder in folders))
+    if options.preset:
+        runs = runs.of_preset(options.preset)
+    if options.rates:
+        print(best_rates(runs).to_string(index=False))
+    else:
+        print(compared(runs, options.against).markdown())
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from rlsd_lib.report.page import write_report
 
@@ -291,6 +307,12 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--paper", metavar="PRESET", help="instead: the paper's Table 2 with ours")
     table.add_argument("--machines", action="store_true", help="instead: what was run on what")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
+
+    headroom = _command(commands, _headroom, "who learns faster, by how many rollouts, over labs")
+    headroom.add_argument("folder", nargs="*", help="one or several (default: outputs/headroom)")
+    headroom.add_argument("--preset", help="only its runs")
+    headroom.add_argument("--against", default="grpo", metavar="ARM", help="whom to compare with")
+    headroom.add_argument("--rates", action="store_true", help="instead: each method's best rate")
 
     report = _command(commands, _report, "one page with a suite's tables and figures")
     report.add_argument("suite", help="a suite that was run, or a folder of runs")

@@ -87,6 +87,11 @@ LAB_BY_METHOD = {
     **OUR_WEIGHT,
 }
 
+# Chosen on a validation lab, `rlsd suite rates` and `rlsd headroom outputs/rates --rates`.
+CREDIT_RATES: dict[str, dict[str, Any]] = {
+    **LAB_BY_METHOD,
+}
+
 # A lab whose corpus was right everywhere: the external teacher of OPD.
 EXPERT = {"hard_share": 0.0, "easy_rate": 0.0, "seed": 1}
 
@@ -102,6 +107,18 @@ LAB_PRESET = Preset(
     test_size=250,
     save_model=True,
 )
+# Six uncertain columns a problem, pairs of rollouts, and eight of them a step: a gradient so noisy
+# that it matters which tokens it moves. LOG.md has the map of what was tried.
+CREDIT_LAB = {
+    "digits": 6,
+    "nuisance": 0.25,
+    "hard_share": 0.85,
+    "hard_low": 0.05,
+    "hard_high": 0.3,
+    "referenced_share": 0.5,
+    "trace_share": 0.15,
+    "steps": 900,
+}
 SMALL_LAB = {
     "digits": 1,
     "hidden_size": 64,
@@ -134,6 +151,24 @@ PRESETS: dict[str, Preset] = {
         LAB_PRESET,
         summary="the lab with a whole right chain as the reference, where `lab` gives the answer",
         task_options={"reference": "trace"},
+    ),
+    "lab-credit": replace(
+        LAB_PRESET,
+        summary="the bench for credit: six-digit addition, another lab for each seed",
+        model_options=CREDIT_LAB,
+        teacher_options={**CREDIT_LAB, **EXPERT},
+        task_options={"digits": 6},
+        training={
+            **LAB,
+            "per_device_train_batch_size": 8,
+            "num_generations": 2,
+            "max_completion_length": 108,
+            "max_steps": 300,
+        },
+        by_method=CREDIT_RATES,
+        test_size=200,
+        num_samples=2,
+        lab_per_seed=True,
     ),
     "smollm2": Preset(
         "SmolLM2-135M-Instruct adds two digits: a real model, on a CPU or a GPU",

@@ -1,47 +1,207 @@
 """One step under the lens: does a credit function point along the gradient of success?
 
-On the same rollouts every credit function gives a policy gradient. The gradient of the true success
-probability is known without reinforcement where a task knows its right chains (`measure.exact`).
-Their cosine says what one step is worth, the noise-to-signal ratio how much of a batch's gradient is
-chance, and the shares where the blame goes. No training is needed, so that a credit function can be
-judged in a minute; whether the outcome follows is another question.
+On the same rollouts every credit function gives a policy gradient. Where a task knows its right
+chains, the gradient of the probability of one is known without reinforcement (`measure.exact`).
+The cosine of the two says what a step is worth, the noise-to-signal ratio how much of a batch's
+gradient is chance, and the shares where a failed rollout's blame goes. Nothing is trained: a credit
+function is judged in a minute. Whether the outcome follows is another question.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlsd_lib.credit import Credit, leave_one_out
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import student_interval
-from rlsd_lib.measure.logps import forward, log_probabilities, of_tokens, padded
+from rlsd_lib.measure.logps import log_probabilities, padded
 from rlsd_lib.prompts import COLUMN, teacher_prompt
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.encode import messages_of
+from rlsd_lib.trainer.config import RLSDConfig
+
+CHAINS = 64  # right chains of a batch of the true gradient
 
 
-class Batch(NamedTuple):
-    """Rollouts as a credit function sees them; N of them, grouped by problem, T tokens.
+def alignment(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: RLSDConfig,
+    credits: Mapping[str, Credit],
+    *,
+    batches: int = 16,
+    problems: int = 8,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare credit functions by one step on the same rollouts; returns a row for each.
 
-    `gap` (N, T) is of a live teacher that reads the row's reference, `wrong_gaps` (1, N, T) of one
-    that reads the next problem's.
+    `batches` of `problems` training problems with `config.num_generations` rollouts each are drawn;
+    the teacher is the model itself, and reads the row's reference. A credit function is called as
+    `RLSDTrainer` calls it, with the signals that its signature names; a wrong reference is that of
+    the next problem.
+
+    Columns: `cosine` of a batch's gradient with that of the probability of a right chain, with its
+    95 % interval over batches (`low`, `high`); `cosine of the mean` gradient of all batches;
+    `noise / signal`, the trace of the gradient's covariance over its squared mean, both unbiased;
+    and the shares of a failed rollout's absolute credit on its `first error`, `after it` and on
+    `fillers`. A function without any credit has NaN.
+
+    Raises:
+        ValueError: the task cannot tell a right chain or a first error.
     """
+    if task.right_chain is None or task.first_error is None:
+        raise ValueError(f"task {task.name!r} cannot tell right chains from wrong ones")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    count = batches * problems
+    rows = [task.train[i % len(task.train)] for i in range(count)]
+    truth = _true_gradient(model, tokenizer, task, config, rows, parameters, seed)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in credits}
+    shares: dict[str, list[Tensor]] = {name: [] for name in credits}
+    for start in range(0, count, problems):
+        drawn = [
+            row for row in rows[start : start + problems] for _ in range(config.num_generations)
+        ]
+        signals, logps = _rollouts(model, tokenizer, task, config, drawn, seed + start)
+        failed = ~signals["success"].bool()
+        for name, credit in credits.items():
+            given = {
+                key: signals[key] for key in inspect.signature(credit).parameters if key in signals
+            }
+            blame = credit(**given).detach() * signals["mask"]
+            loss = (blame * logps).sum() / signals["mask"].sum()
+            found = torch.autograd.grad(loss, parameters, retain_graph=True)
+            gradients[name].append(torch.cat([g.flatten() for g in found]))
+            shares[name].append(_shares(blame[failed].abs(), signals["kinds"][failed]))
+    return pd.DataFrame(
+        {
+            "credit": name,
+            **_compared(torch.stack(gradients[name]), truth),
+            **dict(zip(KINDS, torch.cat(shares[name]).nanmean(dim=0).tolist(), strict=True)),
+        }
+        for name in credits
+    )
 
-    rows: list[Row]
-    completions: list[list[int]]
-    rewards: Tensor  # (N,)
-    advantages: Tensor  # (N,)
-    gap: Tensor
-    wrong_gaps: Tensor
-    mask: Tensor  # (N, T)
-    first_error: Tensor  # (N,), T where there is none
-    decisions: Tensor  # (N, T)
-    fillers: Tensor  # (N, T)
+
+KINDS = ("first error", "after it", "fillers")
 
 
-Blame = Callable[[Batch], Tensor]  # the token credit (N, T) of a batch
+def _compared(gradients: Tensor, truth: Tensor) -> dict[str, float]:
+    """Cosines with the truth and noise of B gradients (B, P)."""
+    batches = len(gradients)
+    cosines = torch.nn.functional.cosine_similarity(gradients, truth[None])
+    moved = cosines[gradients.norm(dim=1) > 0]
+    mean = gradients.mean(dim=0)
+    # An unbiased trace of the covariance of one batch, and the squared mean without its share of it.
+    noise = (gradients - mean).square().sum() / (batches - 1)
+    signal = mean.square().sum() - noise / batches
+    interval = student_interval(moved.tolist()) if len(moved) else (float("nan"),) * 3
+    return {
+        **dict(zip(("cosine", "low", "high"), interval, strict=True)),
+        "cosine of the mean": torch.nn.functional.cosine_similarity(mean, truth, dim=0).item(),
+        "noise / signal": (noise / signal).item() if signal > 0 else float("inf"),
+    }
+
+
+def _shares(blame: Tensor, kinds: Tensor) -> Tensor:
+    """The share of each failed rollout's blame (F, T) on each of `KINDS`: (F, 3)."""
+    total = blame.sum(dim=1)
+    return torch.stack([(blame * (kinds == k)).sum(dim=1) / total for k in range(3)], dim=1)
+
+
+def _rollouts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: RLSDConfig,
+    rows: Sequence[Row],
+    seed: int,
+) -> tuple[dict[str, Any], Tensor]:
+    """What a credit function may ask for, for rollouts of `rows`, and their log P_S with a graph."""
+    prompts = [messages_of(row) for row in rows]
+    limit = config.max_completion_length
+    ids = sample(model, tokenizer, prompts, max_new_tokens=limit, batch_size=256, seed=seed)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    chosen, mask = padded(ids)[..., None], padded([[1.0] * len(row) for row in ids])
+
+    def score(seen: Sequence[Any], *, differentiable: bool = False) -> Tensor:
+        return log_probabilities(model, tokenizer, seen, ids, differentiable=differentiable)
+
+    def told(references: Sequence[str]) -> Tensor:
+        template = config.privileged_template
+        pairs = zip(prompts, references, strict=True)
+        seen = [teacher_prompt(prompt, reference, template) for prompt, reference in pairs]
+        return score(seen).gather(2, chosen)[..., 0]
+
+    ours = score(prompts, differentiable=True)
+    logps = ours.gather(2, chosen)[..., 0]
+    references = [row[COLUMN] for row in rows]
+    others = [*references[config.num_generations :], *references[: config.num_generations]]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    rewards = torch.tensor(task.reward(texts, **columns))
+    groups = rewards.view(-1, config.num_generations)
+    spread = groups.std(dim=1, keepdim=True) + 1e-4
+    success, width = rewards >= config.success_reward_threshold, mask.size(1)
+    errors = [
+        None if ok else task.first_error(t, row)
+        for t, row, ok in zip(texts, rows, success, strict=True)
+    ]
+    first = torch.tensor([width if e is None else min(e, width) for e in errors])
+    fillers = padded([task.nuisance_mask(text) for text in texts]).bool()
+    place = torch.arange(width)[None]
+    kinds = torch.full((len(rows), width), -1)
+    kinds[place.expand_as(kinds) > first[:, None]] = KINDS.index("after it")
+    kinds[:, : fillers.size(1)][fillers] = KINDS.index("fillers")
+    kinds[place.expand_as(kinds) == first[:, None]] = KINDS.index("first error")
+    decisions = padded([task.decisions(text) for text in texts]).bool()
+    return {
+        "advantages": ((groups - groups.mean(dim=1, keepdim=True)) / spread).flatten(),
+        "gap": told(references) - logps.detach(),
+        "mask": mask,
+        "lam": 1.0,
+        "epsilon_w": config.epsilon_w,
+        "success": success,
+        "rewards": rewards,
+        "group_success": leave_one_out(success.float(), config.num_generations),
+        "entropy": -(ours.detach().exp() * ours.detach()).sum(dim=-1),
+        "wrong_gaps": (told(others) - logps.detach())[None],
+        "first_error": first,
+        "decisions": torch.nn.functional.pad(decisions, (0, width - decisions.size(1))),
+        "kinds": kinds,
+    }, logps
+
+
+def _true_gradient(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: RLSDConfig,
+    rows: Sequence[Row],
+    parameters: Sequence[Tensor],
+    seed: int,
+) -> Tensor:
+    """The gradient (P,) of the mean probability of a right chain over `rows`."""
+    limit = config.max_completion_length
+    ids, weights = right_chains(model, tokenizer, task, rows, max_new_tokens=limit, seed=seed)
+    total = [torch.zeros_like(p) for p in parameters]
+    for part in _parts(len(rows), CHAINS):
+        chains = [ids[i] for i in part]
+        prompts = [messages_of(rows[i]) for i in part]
+        ours = log_probabilities(model, tokenizer, prompts, chains, differentiable=True)
+        mask = padded([[1.0] * len(chain) for chain in chains])
+        logps = (ours.gather(2, padded(chains)[..., None])[..., 0] * mask).sum(dim=1)
+        objective = (torch.tensor(weights[part], dtype=logps.dtype) * logps).sum() / len(rows)
+        for whole, found in zip(total, torch.autograd.grad(objective, parameters), strict=True):
+            whole += found
+    return torch.cat([g.flatten() for g in total])
+
+
+def _parts(count: int, size: int) -> Iterator[list[int]]:
+    for start in range(0, count, size):
+        yield list(range(start, min(start + size, count)))

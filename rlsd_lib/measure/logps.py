@@ -12,7 +12,6 @@ from rlsd_lib.prompts import Prompt
 from rlsd_lib.tasks.encode import Processing, encode
 
 
-@torch.no_grad()
 def log_probabilities(
     model: PreTrainedModel,
     processing: Processing,
@@ -21,12 +20,27 @@ def log_probabilities(
     *,
     temperature: float = 1.0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    differentiable: bool = False,
 ) -> Tensor:
     """log P(. | prompt, y_<t) at each completion token, nats: (N, T, V) in float32.
 
     Completions are token ids, so that nothing is encoded a second time. What stands behind the end
-    of a shorter one means nothing.
+    of a shorter one means nothing. Without a gradient, unless `differentiable`.
     """
+    with torch.set_grad_enabled(differentiable):
+        return _log_probabilities(
+            model, processing, prompts, completions, temperature, chat_template_kwargs
+        )
+
+
+def _log_probabilities(
+    model: PreTrainedModel,
+    processing: Processing,
+    prompts: Sequence[Prompt],
+    completions: Sequence[list[int]],
+    temperature: float,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> Tensor:
     encoded = encode(processing, prompts, **(chat_template_kwargs or {}))
     answers, mask = padded(completions), padded([[1] * len(ids) for ids in completions])
     # Every field with an entry per token grows: a completion's type ids are 0, those of text.

@@ -21,6 +21,10 @@ class Runs(NamedTuple):
     runs: pd.DataFrame
     steps: pd.DataFrame
 
+    def of_preset(self, preset: str) -> "Runs":
+        """Return the runs of one preset."""
+        return Runs(*(frame[frame["preset"] == preset] for frame in self))
+
 
 def read_runs(folder: str | Path) -> Runs:
     """Read every run directory at or below `folder`.

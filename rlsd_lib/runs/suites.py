@@ -68,6 +68,18 @@ FAST = {**WIDE, "learning_rate": 1e-4}
 CONSERVED = {**FAST, "conserve_credit": True}
 TWINS = {"method": ("rlsd", "rlsd_neutral")}
 
+# The bench for credit: a seed is a lab, and rates are chosen on one that no comparison uses.
+CREDIT = {"preset": ("lab-credit",)}
+VALIDATION_LAB = {"seed": (100,)}
+RATES = tuple({"learning_rate": rate} for rate in (1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4))
+ORACLE = {"notebook": ("10_grpo",), "method": ("oracle",)}
+# The first lab at the rates at which a review found it learning best, with a lab for each seed.
+FIRST_LAB = {
+    "preset": ("lab",),
+    "max_steps": (80,),
+    "overrides": ({"learning_rate": 2e-4, "lab_per_seed": True},),
+}
+
 SUITES: dict[str, Suite] = {
     "demo": Suite(
         "GRPO, OPSD and RLSD on the lab from the same start: the main job, in minutes",
@@ -79,6 +91,22 @@ SUITES: dict[str, Suite] = {
             {"seed": FIVE_SEEDS, **LAB, "notebook": BASELINES},
             {"seed": FIVE_SEEDS, **LAB, **OPSD, "method": TOP1},
             {"seed": FIVE_SEEDS, **LAB, **GRPO, "max_steps": (400,)},
+        ],
+    ),
+    "rates": Suite(
+        "learning rates of GRPO and of perfect credit on the bench for credit, on a validation lab",
+        [
+            {**CREDIT, **VALIDATION_LAB, "overrides": RATES, **GRPO},
+            {**CREDIT, **VALIDATION_LAB, "overrides": RATES, **ORACLE},
+        ],
+    ),
+    "headroom": Suite(
+        "what perfect credit gains over GRPO, on the bench for credit and on the first lab",
+        [
+            {"seed": FIVE_SEEDS, **CREDIT, **GRPO},
+            {"seed": FIVE_SEEDS, **CREDIT, **ORACLE},
+            {"seed": FIVE_SEEDS, **FIRST_LAB, **GRPO},
+            {"seed": FIVE_SEEDS, **FIRST_LAB, **ORACLE},
         ],
     ),
     "ablations": Suite(
