@@ -231,7 +231,7 @@ def rlcsd(
     """
     keep, advantage, evidence = _prepared(advantages, contrast(gap, wrong_gaps), mask)
     rho = (beta * lam * (evidence / tau).tanh()).clamp(-clip, clip)
-    selected = keep & (rho.abs() > delta)
+    selected = rho.abs() > delta  # never outside the mask, where the evidence is 0
     moved = advantage.sign() * (advantage.abs() + advantage.sign() * rho).clamp(min=0.0)
     tokens, chosen = keep.sum(dtype=rho.dtype), selected.sum(dtype=rho.dtype)
     others = tokens / (tokens - chosen) * advantage
