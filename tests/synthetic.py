@@ -59,13 +59,14 @@ def write_run(
     steps: int = STEPS,
     status: str = "finished",
     parameters: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
     **look: Any,
 ) -> Path:
     """One run of `method`; `look` replaces what `PAPER` says of it."""
     given = {"method": method, "preset": "lab", "seed": seed, "max_steps": -1, "overrides": {}}
     given |= {"control": "none", **(parameters or {})}
     run = Run.start(path, parameters=given)
-    run.record(data={"problems": "the same"})
+    run.record(data={"problems": "the same"}, config=config or {})
     seen = {"after": 0.7, "leak_after": 0.0, "seconds": 1.0, **DEFAULT, **PAPER[method], **look}
     shift = 0.002 * (seed - 1)  # seeds differ
     curves = {name: curve for name, curve in seen.items() if callable(curve)}

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlsd_lib.credit import Credit, leave_one_out
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.exact import right_chains
+from rlsd_lib.measure.first_error import oracle_signals
 from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.measure.logps import log_probabilities, padded
 from rlsd_lib.prompts import COLUMN, teacher_prompt
@@ -148,18 +149,13 @@ def _rollouts(
     groups = rewards.view(-1, config.num_generations)
     spread = groups.std(dim=1, keepdim=True) + 1e-4
     success, width = rewards >= config.success_reward_threshold, mask.size(1)
-    errors = [
-        None if ok else task.first_error(t, row)
-        for t, row, ok in zip(texts, rows, success, strict=True)
-    ]
-    first = torch.tensor([width if e is None else min(e, width) for e in errors])
+    oracle = oracle_signals(task, rows, texts, width)
     fillers = padded([task.nuisance_mask(text) for text in texts]).bool()
     place = torch.arange(width)[None]
     kinds = torch.full((len(rows), width), -1)
-    kinds[place.expand_as(kinds) > first[:, None]] = KINDS.index("after it")
+    kinds[place.expand_as(kinds) > oracle["first_error"][:, None]] = KINDS.index("after it")
     kinds[:, : fillers.size(1)][fillers] = KINDS.index("fillers")
-    kinds[place.expand_as(kinds) == first[:, None]] = KINDS.index("first error")
-    decisions = padded([task.decisions(text) for text in texts]).bool()
+    kinds[place.expand_as(kinds) == oracle["first_error"][:, None]] = KINDS.index("first error")
     return {
         "advantages": ((groups - groups.mean(dim=1, keepdim=True)) / spread).flatten(),
         "gap": told(references) - logps.detach(),
@@ -171,8 +167,7 @@ def _rollouts(
         "group_success": leave_one_out(success.float(), config.num_generations),
         "entropy": -(ours.detach().exp() * ours.detach()).sum(dim=-1),
         "wrong_gaps": (told(others) - logps.detach())[None],
-        "first_error": first,
-        "decisions": torch.nn.functional.pad(decisions, (0, width - decisions.size(1))),
+        **oracle,
         "kinds": kinds,
     }, logps
 

@@ -161,17 +161,18 @@ def _dunnett_critical(comparisons: int, free: int) -> float:
     return one if comparisons == 1 else float(brentq(missing, 0.99 * one, 1.01 * all_, xtol=1e-3))
 
 
-def decide(difference: Interval, margin: float) -> str:
+def decide(difference: Interval, margin: float, shown: str = "") -> str:
     """Return what an interval of a difference decides, with a margin of equivalence.
 
     "above" or "below" where it excludes 0, "no difference larger than `margin`" where it lies
     within +-`margin` and does not, "not settled" otherwise. Raises ValueError for a margin of 0 or
-    less, within which nothing could ever lie.
+    less, within which nothing could ever lie. `shown` is the margin as text, where it is not a
+    difference.
     """
     if not margin > 0:
         raise ValueError(f"margin is {margin}; give the largest difference that does not matter")
     if difference.low > 0 or difference.high < 0:
         return "above" if difference.low > 0 else "below"
     if -margin < difference.low and difference.high < margin:
-        return f"no difference larger than {margin:g}"
+        return f"no difference larger than {shown or format(margin, 'g')}"
     return "not settled"

@@ -18,9 +18,9 @@ THRESHOLD = 0.7  # of the training reward
 WINDOW = 200  # rollouts over which the reward is averaged before it is compared with it
 # Column: what it is called, and the difference that does not matter (of logs, for the rollouts).
 MEASURES = {
-    "final": ("success after training", 0.02),
-    "mean": ("mean reward over training", 0.02),
-    "rollouts": (f"rollouts to {THRESHOLD}", math.log(1.1)),
+    "final": ("success after training", 0.02, "0.02"),
+    "mean": ("mean reward over training", 0.02, "0.02"),
+    "rollouts": (f"rollouts to {THRESHOLD}", math.log(1.1), "10 %"),
 }
 
 
@@ -79,7 +79,7 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
         raise ValueError(f"no finished run of {against!r} to compare with; arms are: {names}")
     rates = found.groupby("arm")["rate"].unique()
     rows = []
-    for measure, (name, margin) in MEASURES.items():
+    for measure, (name, *margin) in MEASURES.items():
         is_ratio = measure == "rollouts"
         values = found.pivot_table(measure, "seed", "arm")
         values = values.loc[values[against].dropna().index]
@@ -96,7 +96,7 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
                     "n labs": str(values[arm].notna().sum()),
                     "mean": f"{math.exp(mean):.0f}" if is_ratio else f"{mean:.3f}",
                     f"against {against}": _shown(difference, is_ratio) if arm != against else DASH,
-                    "verdict": decide(difference, margin) if arm != against else DASH,
+                    "verdict": decide(difference, *margin) if arm != against else DASH,
                 }
             )
     table = pd.DataFrame(rows)
