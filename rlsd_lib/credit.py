@@ -6,19 +6,38 @@ Every method of the GRPO family in this project is one function of this file. Al
 
 where N counts rollouts and T completion positions. The gap is the privileged information gain
 Delta_t = log P_T(y_t) - log P_S(y_t) of the sampled tokens (Eq. 13 of arXiv 2604.03128), in nats.
-The mask is 1 on tokens that the policy wrote and that enter the loss. At masked positions the
-advantage is returned unchanged, since some losses branch on its sign there.
+The mask is 1 on tokens that the policy wrote and that the method may move. Where it is 0 the
+advantage is returned unchanged: a rollout without a reference keeps GRPO's credit. (`silent` and
+`sampled_distillation`, which use no reward, return 0 there.) What else a function needs it names
+as a keyword: `lam`, `epsilon_w`, and the signals
 
-Only torch is imported here.
+    success (N,)              whether the rollout was right, as bool
+    group_success (N,)        share of right rollouts among the others of its group: `leave_one_out`
+    wrong_gaps (K, N, T)      the gap when the teacher is shown the k-th wrong reference r' in place
+                              of r; NaN for a wrong reference that the rollout's group lacks
+    reference_gap (N, T)      log pi_ref(y_t) - log P_S(y_t), nats
+    thought (N, T)            1 on the tokens of the reasoning span
+    first_error (N,)          place of the first wrong token, T for none
+    decisions (N, T)          whether a token bears on the answer, as bool
+    teacher_entropy (N, T), contrast_kl (N, T)   of the functions of `divergence`
+
+In this order: the paper; what others published after it; ours; weights of a distillation term;
+controls; what is logged. Only torch is imported here.
 """
 
+import math
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 Evidence = Callable[[Tensor, Tensor], Tensor]
 Credit = Callable[..., Tensor]
+
+# --- the paper -----------------------------------------------------------------------------------
 
 
 def uniform(
@@ -127,6 +146,406 @@ def lambda_schedule(step: int, init: float, warmup_steps: int, decay_steps: int)
     return init * max(1.0 - (step - warmup_steps) / decay_steps, 0.0)
 
 
+# --- published after it --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def contrast(gap: Tensor, wrong_gaps: Tensor) -> Tensor:
+    """log P_T(y_t | r) - log mean_k P_T(y_t | r'_k): what only the right reference says, in nats.
+
+    (N, T), (K, N, T) -> (N, T). Equals Delta - log mean_k exp(Delta'_k), because P_S cancels. The
+    mean is over the wrong references that exist; 0 where none does. Raises ValueError on shapes.
+    """
+    if wrong_gaps.shape[1:] != gap.shape:
+        raise ValueError(
+            f"wrong_gaps is {tuple(wrong_gaps.shape)}: expected (K, N, T), gap being (N, T) = "
+            f"{tuple(gap.shape)}."
+        )
+    known = ~wrong_gaps.isnan()
+    wrong = torch.where(known, wrong_gaps, -math.inf).logsumexp(0)
+    wrong = wrong - known.sum(0, dtype=wrong.dtype).log()
+    return torch.where(known.any(0), gap - wrong, 0.0)
+
+
+def cepo(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    wrong_gaps: Tensor,
+    lam: float = 0.5,
+    epsilon_w: float = 0.2,
+) -> Tensor:
+    """CEPO: `rlsd` with Delta - Delta' in place of Delta, from one wrong answer (2605.19436).
+
+    The wrong answer is the first of `wrong_gaps` (K, N, T); a rollout without one keeps A. Shapes
+    as in `rlsd`. Published with lambda from 0.5 to 0 in 25 steps, a live teacher, and epsilon_w 0.2
+    (released script) or 0.5 (its README). Keeps the sign of A, and 0 where A = 0; a token that both
+    answers explain alike has weight 1. Left out: the script's own learning rate.
+    """
+    evidence = contrast(gap, wrong_gaps[:1])
+    return rlsd(advantages, evidence, mask, lam=lam, epsilon_w=epsilon_w)
+
+
+def rlsd_contrast(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    wrong_gaps: Tensor,
+    lam: float = 0.5,
+    epsilon_w: float = 0.2,
+) -> Tensor:
+    """`rlsd` with Delta - log mean_k exp(Delta'_k) in place of Delta (2606.11709, `rlsd_ectr`).
+
+    `wrong_gaps` (K, N, T), other shapes and the settings as in `rlsd`; with K = 1 it is `cepo`.
+    Keeps the sign of A, and 0 where A = 0. Left out: the released clamp of the exponent to +-60,
+    which the clip of the weight makes idle.
+    """
+    return rlsd(advantages, contrast(gap, wrong_gaps), mask, lam=lam, epsilon_w=epsilon_w)
+
+
+@torch.no_grad()
+def rlcsd(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    wrong_gaps: Tensor,
+    lam: float = 0.5,
+    beta: float = 0.2,
+    tau: float = 0.03,
+    delta: float = 0.02,
+    eta: float = 1.0,
+    clip: float = 0.5,
+) -> Tensor:
+    """RLCSD: A + rho on the tokens where the contrast e is large, A on the others (2606.11709).
+
+    rho = beta lam tanh(e / tau), within +-`clip`; a token is selected if abs(rho) > `delta`, and
+    A + rho stops at 0, so that the sign of A stays and 0 where A = 0. The published loss is the
+    mean over the others plus `eta` times the mean over the selected, each by its own number of
+    tokens in the batch; here the credit is scaled by those counts, so that one mean over all tokens
+    gives that loss. Rows of one call therefore depend on each other, and a few selected tokens get
+    large credit. Defaults are the released code's; its scripts have tau 0.02, beta 1, clip 2. Needs
+    `wrong_gaps` (K, N, T), K <= 4; other shapes as in `rlsd`.
+    """
+    keep, advantage, evidence = _prepared(advantages, contrast(gap, wrong_gaps), mask)
+    rho = (beta * lam * (evidence / tau).tanh()).clamp(-clip, clip)
+    selected = rho.abs() > delta  # never outside the mask, where the evidence is 0
+    moved = advantage.sign() * (advantage.abs() + advantage.sign() * rho).clamp(min=0.0)
+    tokens, chosen = keep.sum(dtype=rho.dtype), selected.sum(dtype=rho.dtype)
+    others = tokens / (tokens - chosen) * advantage
+    return _inside(keep, torch.where(selected, eta * tokens / chosen * moved, others), advantage)
+
+
+def rlrt(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float = 0.5, epsilon_w: float = 1.0
+) -> Tensor:
+    """RLRT: `rlsd` with the teacher reversed, -Delta, where A > 0; A elsewhere (2605.10781).
+
+    It credits what a right rollout did against the teacher. Shapes as in `rlsd`. Published with
+    lambda 0.5, epsilon_w 1, 0.5 or 0.2 by model, and an own right rollout as the reference (peer).
+    Keeps the sign of A, and 0 where A = 0.
+    """
+    reversed_rlsd = rlsd(advantages, -gap, mask, lam=lam, epsilon_w=epsilon_w)
+    return torch.where((advantages > 0)[:, None], reversed_rlsd, advantages[:, None])
+
+
+@torch.no_grad()
+def antisd(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float = 0.5, gate: float = 1.0
+) -> Tensor:
+    """AntiSD: A - lam gate (softplus(Delta) - log 2) / 2, Delta within +-5 (2605.11609).
+
+    The added term ascends a Jensen-Shannon divergence to the teacher; it lies within
+    lam [-2.16, 0.34], lowers what the teacher favours, and acts where A = 0 too: the sign of A may
+    turn. `gate` is 0 while the mean entropy lies below 0.93 of its value in the warm-up, else 1;
+    whoever calls keeps that memory. Published with lambda 0.5. Shapes as in `rlsd`.
+    """
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    pull = (softplus(gap.clamp(-5.0, 5.0)) - math.log(2)) / 2
+    return _inside(keep, advantage - lam * gate * pull, advantage)
+
+
+@torch.no_grad()
+def sdar(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    coefficient: float = 0.1,
+    beta: float = 5.0,
+) -> Tensor:
+    """SDAR: A + c sigmoid(beta Delta) (2605.15155).
+
+    The paper adds the loss c mean(sg[sigmoid(beta Delta)] Delta); this is its gradient as credit,
+    equal to it while P_S is the policy that wrote the rollout. Every token is lifted, by 0 to c, and
+    the teacher only gates: the sign of A may turn, and A = 0 gets credit. At c = 0 it is GRPO.
+    Published with c = 0.1, beta = 5. Shapes as in `rlsd`.
+    """
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    return _inside(keep, advantage + coefficient * (beta * gap).sigmoid(), advantage)
+
+
+@torch.no_grad()
+def amr_sd(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    lam: float = 0.2,
+    gamma_over_lam: float = 0.5,
+    tau: float = 0.0,
+) -> Tensor:
+    """AMR-SD: A (1 + D), D from the side of I = clip(Delta, +-5) that agrees with A (2605.18529).
+
+    D = lam max(0, I - tau) for A >= 0, gamma max(0, -I - tau) for A < 0. Keeps the sign of A, and 0
+    where A = 0; never takes credit away. Published with lambda 0.2, gamma 0.1, both to 0 in 50
+    steps, hence gamma = `gamma_over_lam` lam; we found no published `tau`, and 0 keeps every token.
+    Left out: the reflection that the paper writes between reference and teacher. Shapes as in
+    `rlsd`.
+    """
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    information = gap.clamp(-5.0, 5.0)
+    praise = lam * (information - tau).clamp(min=0.0)
+    blame = gamma_over_lam * lam * (-information - tau).clamp(min=0.0)
+    return _inside(keep, advantage * (1 + torch.where(advantage < 0, blame, praise)), advantage)
+
+
+@torch.no_grad()
+def srpo(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
+    """SRPO's policy part: A where A > 0, 0 elsewhere (2604.02288).
+
+    The other rollouts, A = 0 among them, are distilled instead: JSD(0.5) on the top 100 and a tail,
+    each token weighted by `srpo_weight`, an ema teacher at 0.95. Shapes as in `rlsd`; the gap is
+    not used. Left out: the importance ratio on the distillation term, 1 for rollouts used once.
+    """
+    keep, advantage, _ = _prepared(advantages, gap, mask)
+    return _inside(keep, advantage.clamp(min=0.0), advantage)
+
+
+@torch.no_grad()
+def sdpg(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, reference_gap: Tensor, alpha: float = 1e-3
+) -> Tensor:
+    """SDPG's policy part: A + alpha log(pi_ref / P_S) (2606.04036).
+
+    The second term is minus the gradient of (alpha / 2) log(P_S / pi_ref)^2 as credit, equal to it
+    while P_S is the policy that wrote the rollout; the sign of A may turn, and A = 0 gets credit.
+    Published with alpha 1e-3, beside 1e-3 times KL(P_S || P_T), optionally on `rewarded` rollouts
+    only. Needs `reference_gap` (N, T); other shapes as in `rlsd`; the gap is not used.
+    """
+    keep, advantage, reference_gap = _prepared(advantages, reference_gap, mask)
+    return _inside(keep, advantage + alpha * reference_gap, advantage)
+
+
+def rlsd_negative_only(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float = 0.5, epsilon_w: float = 0.2
+) -> Tensor:
+    """`rlsd` where A < 0, A elsewhere (ms-swift's `rlsd_negative_only`). Shapes as in `rlsd`."""
+    weighted = rlsd(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w)
+    return torch.where((advantages < 0)[:, None], weighted, advantages[:, None])
+
+
+def rlsd_thought_only(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    thought: Tensor,
+    lam: float = 0.5,
+    epsilon_w: float = 0.2,
+) -> Tensor:
+    """`rlsd` on the reasoning span `thought` (N, T), A elsewhere (the paper's released code)."""
+    return rlsd(advantages, gap, mask * thought, lam=lam, epsilon_w=epsilon_w)
+
+
+# --- ours ----------------------------------------------------------------------------------------
+
+
+def leave_one_out(success: Tensor, group_size: int) -> Tensor:
+    """Share of right rollouts among the others of each group: (N,) in groups of neighbours -> (N,).
+
+    It does not depend on the rollout's own outcome. Raises ValueError for groups of one.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size={group_size}: expected at least 2, to leave one out.")
+    groups = success.float().view(-1, group_size)
+    return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
+
+
+@torch.no_grad()
+def value(group_success: Tensor, gap: Tensor, mask: Tensor, *, floor: float = 1 / 16) -> Tensor:
+    """V_t, the success probability after t tokens as the teacher sees it: (N, T + 1), V_0 first.
+
+    V_0 is `group_success` (N,) within [floor, 1 - floor], V_t = min(V_0 exp(sum_{s <= t} Delta_s),
+    1). Exact for the hindsight teacher P_T(v) = P_S(v | success), whose ratio P_T / P_S is
+    Q(y_<t, v) / V(y_<t) by Bayes' rule. Masked tokens change nothing.
+    """
+    log_prior = group_success.to(gap.dtype).clamp(floor, 1 - floor).log()[:, None]
+    evidence = torch.where(mask.bool(), gap, 0.0).cumsum(1)
+    return torch.cat([log_prior, log_prior + evidence], dim=1).clamp(max=0.0).exp()
+
+
+@torch.no_grad()
+def privileged_baseline(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, success: Tensor, group_success: Tensor
+) -> Tensor:
+    """(R - V_{t-1}) / sigma: the teacher's value of the prefix as a baseline. Ours.
+
+    R is `success` (N,), sigma^2 = V_0 (1 - V_0), `value` gives V. The baseline depends on y_<t, x
+    and r alone, so for every teacher the gradient is unbiased up to sigma, which the group's other
+    rollouts set: no drift. The other end of the same GAE is `hindsight`. Positive for right rollouts
+    and negative for wrong ones; a group without spread (A = 0) has credit, because V_0 is never 0
+    or 1. Shapes as in `rlsd`.
+    """
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    values = value(group_success, gap, mask)
+    surprise = success[:, None].to(gap.dtype) - values[:, :-1]
+    return _inside(keep, surprise / _deviation(values), advantage)
+
+
+@torch.no_grad()
+def hindsight(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: Tensor) -> Tensor:
+    """(V_t - V_{t-1}) / sigma: what token t changed in the teacher's value. Ours.
+
+    V and sigma as in `privileged_baseline`, of which it is the conditional mean given y_<=t if P_T
+    is the hindsight teacher: the same gradient, with less variance than that, and mostly less than
+    GRPO. With another teacher it is biased. 0 on tokens where teacher and student agree; sums to
+    (V_T - V_0) / sigma. The rollout's own reward and A do not enter, so a silent teacher teaches
+    nothing, the sign of A does not stay, and A = 0 gets credit. Shapes as in `rlsd`.
+    """
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    values = value(group_success, gap, mask)
+    return _inside(keep, values.diff(dim=1) / _deviation(values), advantage)
+
+
+@torch.no_grad()
+def posterior_blame(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: Tensor
+) -> Tensor:
+    """A where A >= 0; A n q_t where A < 0, q_t in proportion to max(V_{t-1} - V_t, 0). Ours.
+
+    q sums to 1 over the rollout's n tokens, so that its total stays A n: q is a posterior over the
+    token that went wrong, and moving all blame by it is the least-squares weight. Blame in one
+    place has a larger square than blame spread out: more variance than GRPO, and more signal to it.
+    Uniform if no token lowers V. Keeps the sign of A (or 0), and 0 where A = 0. Biased. Shapes as
+    in `rlsd`.
+    """
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    drop = -value(group_success, gap, mask).diff(dim=1)
+    return torch.where(advantage < 0, advantage * _mean_one(drop.clamp(min=0.0), keep), advantage)
+
+
+# --- weights of a distillation term: the same arguments, weights (N, T) of D(P_T, P_S) -----------
+
+
+@torch.no_grad()
+def srpo_weight(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, teacher_entropy: Tensor, beta: float = 1.0
+) -> Tensor:
+    """SRPO: exp(-beta H_T) on rollouts with A <= 0, of mean 1 over their tokens (2604.02288).
+
+    `teacher_entropy` (N, T) in nats, beta 1 as published. The mean is over the batch of the call.
+    0 on the other rollouts and outside the mask. -> (N, T).
+    """
+    keep, advantage, entropy = _prepared(advantages, teacher_entropy, mask)
+    routed = keep & (advantage <= 0)
+    shares = torch.where(routed, -beta * entropy, -math.inf).flatten().softmax(0).view_as(gap)
+    return torch.where(routed, shares * routed.sum(), 0.0)
+
+
+def rewarded(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
+    """1 on the tokens of rollouts with A > 0, else 0: SDPG's option (2606.04036). -> (N, T)."""
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    return (keep & (advantage > 0)).to(gap.dtype)
+
+
+@torch.no_grad()
+def opsd_value(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: Tensor) -> Tensor:
+    """min(V_{t-1} / V_0, 1): a prefix that is lost teaches nothing. Ours. -> (N, T) in [0, 1].
+
+    With h the hindsight teacher, grad J = -E_{y ~ P_S} sum_t V(y_<t) grad KL(h_t || P_S): forward-KL
+    OPSD is the all-action policy gradient, if P_T = h and each prefix has the weight V. The bound 1
+    keeps OPSD's scale and leaves that identity on prefixes that are better than the start. 0
+    outside the mask.
+    """
+    keep, _, gap = _prepared(advantages, gap, mask)
+    values = value(group_success, gap, mask)
+    return torch.where(keep, (values[:, :-1] / values[:, :1]).clamp(max=1.0), 0.0)
+
+
+@torch.no_grad()
+def opsd_contrast(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, contrast_kl: Tensor, tau: float = 1.0
+) -> Tensor:
+    """K_t / (K_t + tau), K_t = KL(P_T(. | r) || P_T(. | r')) (RLCSD's `opsd_ectr`, 2606.11709).
+
+    What the teacher says under any reference is format; only what the right one changes is taught.
+    `contrast_kl` (N, T) in nats is `divergence.teacher_contrast`; tau 1 as released. Left out: the
+    target that the released code moves away from r' (its alpha 0.5), and its top-k. In [0, 1); 0
+    where r' says the same as r and outside the mask. -> (N, T).
+    """
+    keep, _, contrast_kl = _prepared(advantages, contrast_kl, mask)
+    # Written so that K = 0 gives 0 and an infinite K gives 1.
+    return torch.where(keep, 1 / (1 + tau / contrast_kl.clamp(min=0.0)), 0.0)
+
+
+def opsd_value_contrast(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    group_success: Tensor,
+    contrast_kl: Tensor,
+    tau: float = 1.0,
+) -> Tensor:
+    """The product of `opsd_value` and `opsd_contrast`: both faults of OPSD mended. Ours."""
+    by_value = opsd_value(advantages, gap, mask, group_success=group_success)
+    return by_value * opsd_contrast(advantages, gap, mask, contrast_kl=contrast_kl, tau=tau)
+
+
+# --- controls ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def oracle(
+    advantages: Tensor, gap: Tensor, mask: Tensor, *, first_error: Tensor, decisions: Tensor
+) -> Tensor:
+    """What perfect token credit would be, on tasks that know where a rollout went wrong.
+
+    Where A < 0 all blame is on the first wrong token, `first_error` (N,) long, T for none; where
+    A > 0 all credit is shared by the tokens that bear on the answer, `decisions` (N, T) bool. The
+    total of a rollout stays A times its length, and the sign of A stays (or 0). Uniform where the
+    rollout has no such token. Shapes as in `rlsd`; the gap is not used.
+    """
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    positions = torch.arange(gap.size(1), device=gap.device)
+    chosen = torch.where(advantage < 0, positions == first_error[:, None], decisions.bool())
+    return advantage * _mean_one(chosen.to(gap.dtype), keep)
+
+
+def permuted(credit: Credit, generator: torch.Generator) -> Credit:
+    """`credit` with its token advantages shuffled over each rollout's own tokens.
+
+    The multiset of each rollout, and so its scale and sum, stay; what is lost is where the credit
+    was put. Asks for the keywords that `credit` asks for. Every call draws another permutation.
+    """
+
+    @wraps(credit)
+    def shuffled(advantages: Tensor, gap: Tensor, mask: Tensor, **signals: Any) -> Tensor:
+        credited, outside = credit(advantages, gap, mask, **signals), ~mask.bool()
+        noise = torch.rand(mask.shape, generator=generator, device=generator.device)
+        # Both list a rollout's own tokens first and then the others, the others in one order.
+        source = noise.to(mask.device).masked_fill(outside, 2.0).argsort(dim=1, stable=True)
+        target = outside.long().argsort(dim=1, stable=True)
+        return credited.scatter(1, target, credited.gather(1, source))
+
+    return shuffled
+
+
+# --- what is logged ------------------------------------------------------------------------------
+
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -174,6 +593,10 @@ def drift_sums(
     return {"drift": ((unjudged * gap).sum(), (advantages.abs()[:, None] * gap.abs()).sum())}
 
 
+# --- shared by the functions above ---------------------------------------------------------------
+
+
+@torch.no_grad()
 def _reweight(
     evidence: Evidence,
     advantages: Tensor,
@@ -184,18 +607,36 @@ def _reweight(
     log_clip: bool,
     conserve: bool,
 ) -> Tensor:
+    """A ((1 - lam) + lam clip(exp(evidence))) inside the mask, A outside."""
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    weight = clipped_weight(evidence(advantages, gap), epsilon_w, log_clip=log_clip)
+    if conserve:
+        weight = _mean_one(weight, keep)
+    return advantage * torch.where(keep, (1.0 - lam) + lam * weight, 1.0)
+
+
+def _prepared(advantages: Tensor, gap: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask as bool (N, T), A (N, 1), and the gap (N, T) with 0 outside the mask."""
     _check_shapes(advantages, gap, mask)
-    with torch.no_grad():
-        keep = mask.bool()
-        gap = torch.where(keep, gap, torch.zeros_like(gap))
-        weight = clipped_weight(evidence(advantages, gap), epsilon_w, log_clip=log_clip)
-        if conserve:
-            total = torch.where(keep, weight, 0.0).sum(dim=1, keepdim=True)
-            # All weights of a rollout may be 0 with an open lower side: then there is no ratio.
-            mean = total / keep.sum(dim=1, keepdim=True).clamp(min=1)
-            weight = torch.where(mean > 0, weight / mean, 1.0)
-        multiplier = torch.where(keep, (1.0 - lam) + lam * weight, 1.0)
-        return advantages[:, None] * multiplier
+    keep = mask.bool()
+    return keep, advantages[:, None], torch.where(keep, gap, 0.0)
+
+
+def _inside(keep: Tensor, credited: Tensor, advantage: Tensor) -> Tensor:
+    """The credit inside the mask, A outside: (N, T), (N, T), (N, 1) -> (N, T)."""
+    return torch.where(keep, credited, advantage)
+
+
+def _mean_one(weight: Tensor, keep: Tensor) -> Tensor:
+    """Weights >= 0 over their mean in each rollout's own tokens; 1 outside, and if all are 0."""
+    weight = torch.where(keep, weight, 0.0)
+    mean = weight.sum(dim=1, keepdim=True) / keep.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(keep & (mean > 0), weight / mean, 1.0)
+
+
+def _deviation(values: Tensor) -> Tensor:
+    """sigma = sqrt(V_0 (1 - V_0)): (N, T + 1) -> (N, 1)."""
+    return (values[:, :1] * (1 - values[:, :1])).sqrt()
 
 
 def _check_shapes(advantages: Tensor, gap: Tensor, mask: Tensor) -> None:

@@ -212,6 +212,65 @@ def divergence(
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
+@torch.no_grad()
+def teacher_contrast(
+    hidden: Tensor,
+    wrong_hidden: Tensor,
+    head: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """K_t = KL(P_T(. | r) || P_T(. | r')) in nats: what the right reference r changes. `(N, T)`.
+
+    `hidden` and `wrong_hidden` `(N, T, H)` are one teacher's states under r and under a wrong
+    reference r'. Other arguments, chunks and masked positions as in `divergence`. No gradient.
+    """
+    return divergence(
+        Divergence("forward_kl"),
+        wrong_hidden,
+        head,
+        hidden,
+        head,
+        mask,
+        student_bias=bias,
+        teacher_bias=bias,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+
+
+@torch.no_grad()
+def teacher_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """H_t = log V - KL(P_T || uniform), the entropy of the teacher in nats. `(N, T)`.
+
+    `hidden` `(N, T, H)`, `head` `(V, H)`. Other arguments, chunks and masked positions as in
+    `divergence`. No gradient.
+    """
+    below_uniform = divergence(
+        Divergence("forward_kl"),
+        hidden.new_zeros(*mask.shape, 1),
+        head.new_zeros(len(head), 1),
+        hidden,
+        head,
+        mask,
+        teacher_bias=bias,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+    return torch.where(mask.bool(), math.log(len(head)) - below_uniform, 0.0)
+
+
 class _Model(NamedTuple):
     hidden: Tensor  # (N, T, H), or (M, H) once selected
     head: Tensor  # (V, H)

@@ -1,5 +1,11 @@
 """The credit functions: properties over random tensors in float64, and the schedule."""
 
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -180,3 +186,382 @@ def test_sums_count_clipped_tokens_and_skip_zero_advantages():
     assert mean["intervention"] == pytest.approx((0.1 + 0.1 + 0) / 3)
     assert mean["gap_abs_mean"] == pytest.approx(gap[mask.bool()].abs().mean().item())
     assert mean["weight_mean"] == pytest.approx((1.2 + 0.8 + 1 + 1 + 1) / 5)
+
+
+# --- the rows after the paper's: each against its formula, token by token ------------------------
+
+
+class Batch(NamedTuple):
+    """Rollouts of both signs and of none, with every signal that a row may name."""
+
+    advantages: torch.Tensor
+    gap: torch.Tensor
+    mask: torch.Tensor
+    signals: dict[str, torch.Tensor]
+
+    def credit(self, function: credit.Credit, **options: Any) -> torch.Tensor:
+        """Calls `function` as the trainer does: with the signals that its signature names."""
+        asked = inspect.signature(function).parameters
+        signals = {name: x for name, x in self.signals.items() if name in asked}
+        return function(self.advantages, self.gap, self.mask, **signals | options)
+
+
+def batch_of(seed: int, scale: float = 1.0, rollouts: int = 8, tokens: int = 7) -> Batch:
+    """Rollout 0 has no wrong reference and rollout 1 one of three; 2 has A = 0; 3 no token."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float64)
+    uniform = partial(torch.rand, generator=generator, dtype=torch.float64)
+    advantages, mask = normal(rollouts), (uniform(rollouts, tokens) < 0.8).long()
+    advantages[2], mask[3] = 0.0, 0
+    wrong_gaps = scale * normal(3, rollouts, tokens)
+    wrong_gaps[:, 0], wrong_gaps[1:, 1] = torch.nan, torch.nan
+    signals = {
+        "wrong_gaps": wrong_gaps,
+        "reference_gap": scale * normal(rollouts, tokens),
+        "teacher_entropy": 2 * uniform(rollouts, tokens),
+        "contrast_kl": scale * uniform(rollouts, tokens),
+        "success": uniform(rollouts) < 0.5,
+        "group_success": torch.arange(rollouts) / (rollouts - 1),
+        "thought": uniform(rollouts, tokens) < 0.5,
+        "first_error": torch.randint(0, tokens + 1, (rollouts,), generator=generator),
+        "decisions": uniform(rollouts, tokens) < 0.4,
+    }
+    return Batch(advantages, scale * normal(rollouts, tokens), mask, signals)
+
+
+class Token(NamedTuple):
+    """Token t of rollout n, in floats: what a formula is written with."""
+
+    b: Batch
+    n: int
+    t: int
+
+    @property
+    def a(self) -> float:
+        return self.b.advantages[self.n].item()
+
+    @property
+    def d(self) -> float:
+        return self.b.gap[self.n, self.t].item()
+
+    def signal(self, name: str) -> float:
+        return self.b.signals[name][self.n, self.t].item()
+
+    @property
+    def own(self) -> list["Token"]:
+        """The rollout's tokens under the mask, in their order."""
+        steps = range(self.b.mask.shape[1])
+        return [Token(self.b, self.n, t) for t in steps if self.b.mask[self.n, t]]
+
+    @property
+    def wrong(self) -> list[float]:
+        """The gaps under the wrong references that the rollout has."""
+        gaps = self.b.signals["wrong_gaps"][:, self.n, self.t].tolist()
+        return [gap for gap in gaps if not math.isnan(gap)]
+
+    def evidence(self, count: int) -> float:
+        """log P_T(y | r) - log mean_k P_T(y | r'_k), from the first `count` wrong references."""
+        wrong = self.wrong[:count]
+        if not wrong:
+            return 0.0
+        return self.d - math.log(sum(math.exp(gap) for gap in wrong) / len(wrong))
+
+    def value(self, after: bool) -> float:
+        """The success probability before this token, or after it."""
+        past = [s.d for s in self.own if s.t < self.t or (after and s.t == self.t)]
+        return min(self.prior * math.exp(sum(past)), 1.0)
+
+    @property
+    def prior(self) -> float:
+        return min(max(self.b.signals["group_success"][self.n].item(), 1 / 16), 15 / 16)
+
+    @property
+    def sigma(self) -> float:
+        return math.sqrt(self.prior * (1 - self.prior))
+
+
+def tokens_of(b: Batch) -> Iterator[Token]:
+    return (Token(b, n, t) for n, t in b.mask.nonzero().tolist())
+
+
+def sign(x: float) -> int:
+    return (x > 0) - (x < 0)
+
+
+def weighed(k: Token, exponent: float, low: float = 0.8, high: float = 1.2) -> float:
+    """RLSD with lambda 1/2: half of A as it is, half of it times the clipped weight."""
+    return k.a * (0.5 + 0.5 * min(max(math.exp(sign(k.a) * exponent), low), high))
+
+
+def rlcsd_token(k: Token) -> float:
+    def rho(s: Token) -> float:
+        return 0.2 * 0.5 * math.tanh(s.evidence(3) / 0.03)
+
+    every = list(tokens_of(k.b))
+    chosen = [s for s in every if abs(rho(s)) > 0.02]
+    if k not in chosen:
+        return k.a * len(every) / (len(every) - len(chosen))
+    moved = max(k.a + rho(k), 0) if k.a > 0 else min(k.a + rho(k), 0) if k.a < 0 else 0.0
+    return moved * len(every) / len(chosen)
+
+
+def amr_sd_token(k: Token) -> float:
+    information = min(max(k.d, -5), 5)
+    gain = 0.2 * max(0, information) if k.a >= 0 else 0.1 * max(0, -information)
+    return k.a * (1 + gain)
+
+
+def blame_token(k: Token) -> float:
+    def drop(s: Token) -> float:
+        return max(s.value(after=False) - s.value(after=True), 0)
+
+    total = sum(map(drop, k.own))
+    return k.a if k.a >= 0 or total == 0 else k.a * len(k.own) * drop(k) / total
+
+
+def oracle_token(k: Token) -> float:
+    first = k.b.signals["first_error"][k.n].item()
+    picked = [s for s in k.own if (s.t == first if k.a < 0 else s.signal("decisions"))]
+    return k.a if not picked else k.a * len(k.own) / len(picked) * (k in picked)
+
+
+def srpo_weight_token(k: Token) -> float:
+    routed = [s for s in tokens_of(k.b) if s.a <= 0]
+    mean = sum(math.exp(-s.signal("teacher_entropy")) for s in routed) / len(routed)
+    return math.exp(-k.signal("teacher_entropy")) / mean if k.a <= 0 else 0.0
+
+
+def value_token(k: Token) -> float:
+    return min(k.value(after=False) / k.prior, 1)
+
+
+def contrast_token(k: Token) -> float:
+    return k.signal("contrast_kl") / (k.signal("contrast_kl") + 1)
+
+
+FORMULAS: dict[str, Callable[[Token], float]] = {
+    "cepo": lambda k: weighed(k, k.evidence(1)),
+    "rlsd_contrast": lambda k: weighed(k, k.evidence(3)),
+    "rlcsd": rlcsd_token,
+    "rlrt": lambda k: weighed(k, -k.d, 0.0, 2.0) if k.a > 0 else k.a,
+    "antisd": lambda k: k.a - 0.5 * 0.5 * math.log((1 + math.exp(min(max(k.d, -5), 5))) / 2),
+    "sdar": lambda k: k.a + 0.1 / (1 + math.exp(-5 * k.d)),
+    "amr_sd": amr_sd_token,
+    "srpo": lambda k: max(k.a, 0),
+    "sdpg": lambda k: k.a + 1e-3 * k.signal("reference_gap"),
+    "rlsd_negative_only": lambda k: weighed(k, k.d) if k.a < 0 else k.a,
+    "rlsd_thought_only": lambda k: weighed(k, k.d) if k.signal("thought") else k.a,
+    "privileged_baseline": lambda k: (
+        (k.b.signals["success"][k.n].item() - k.value(False)) / k.sigma
+    ),
+    "hindsight": lambda k: (k.value(after=True) - k.value(after=False)) / k.sigma,
+    "posterior_blame": blame_token,
+    "oracle": oracle_token,
+}
+WEIGHTS: dict[str, Callable[[Token], float]] = {
+    "srpo_weight": srpo_weight_token,
+    "rewarded": lambda k: float(k.a > 0),
+    "opsd_value": value_token,
+    "opsd_contrast": contrast_token,
+    "opsd_value_contrast": lambda k: value_token(k) * contrast_token(k),
+}
+ROWS = {name: getattr(credit, name) for name in [*FORMULAS, *WEIGHTS]}
+# Rows whose credit may be of the other sign than A, and is not 0 where A = 0.
+TURNS_SIGN = {"antisd", "sdar", "sdpg", "privileged_baseline", "hindsight"}
+# Rows that count tokens over the whole batch of a call.
+OVER_THE_BATCH = {"rlcsd", "srpo_weight"}
+
+
+def test_every_row_equals_its_formula():
+    for name, formula in (FORMULAS | WEIGHTS).items():
+        for seed, scale in enumerate((0.05, 0.5, 2.0, 5.0)):
+            b = batch_of(seed, scale)
+            expected = b.advantages[:, None].repeat(1, b.mask.shape[1])
+            if name in WEIGHTS:
+                expected = torch.zeros_like(expected)
+            for k in tokens_of(b):
+                expected[k.n, k.t] = formula(k)
+            difference = (b.credit(ROWS[name]) - expected).abs().max().item()
+            assert difference < 1e-12 * max(1, expected.abs().max().item()), (name, seed)
+
+
+def test_every_row_is_finite_detached_and_blind_outside_the_mask():
+    for name, row in ROWS.items():
+        for seed, scale in enumerate((0.0, 1e-3, 30.0, 1e4)):
+            b = batch_of(seed, scale)
+            credited = b.credit(row)
+            assert credited.isfinite().all(), (name, scale)
+            assert credited.shape == b.gap.shape, name
+            outside = ~b.mask.bool()
+            kept = torch.zeros_like(b.gap) if name in WEIGHTS else b.advantages[:, None] + 0 * b.gap
+            assert torch.equal(credited[outside], kept[outside]), name
+            signals = {
+                key: x.masked_fill(outside, torch.nan)
+                if x.is_floating_point() and x.dim() > 1
+                else x
+                for key, x in b.signals.items()
+            }
+            spoilt = b._replace(gap=b.gap.masked_fill(outside, torch.nan), signals=signals)
+            assert torch.equal(spoilt.credit(row), credited), name
+        b = batch_of(0)
+        signals = {
+            key: x.clone().requires_grad_() if x.is_floating_point() else x
+            for key, x in b.signals.items()
+        }
+        tracked = b._replace(gap=b.gap.clone().requires_grad_(), signals=signals)
+        assert not tracked.credit(row).requires_grad, name
+
+
+def test_the_sign_of_the_advantage_stays_where_a_row_says_so():
+    for name in FORMULAS:
+        turned = False
+        for seed, scale in enumerate((0.1, 1.0, 30.0)):
+            b = batch_of(seed, scale)
+            credited = b.credit(ROWS[name])
+            wrong = credited * b.advantages[:, None] < 0
+            zero = (credited != 0) & (b.advantages == 0)[:, None]
+            turned |= bool(wrong.any() or zero.any())
+        assert turned == (name in TURNS_SIGN), name
+
+
+def test_rows_without_a_batch_count_treat_each_rollout_alone():
+    for name, row in ROWS.items():
+        b = batch_of(5)
+        order = torch.tensor([4, 1, 7, 0])
+        signals = {
+            key: x[:, order] if key == "wrong_gaps" else x[order] for key, x in b.signals.items()
+        }
+        part = Batch(b.advantages[order], b.gap[order], b.mask[order], signals)
+        same = torch.equal(part.credit(row), b.credit(row)[order])
+        assert same == (name not in OVER_THE_BATCH), name
+
+
+def test_the_scale_of_a_weight_is_at_most_one_or_one_in_the_mean():
+    b = batch_of(1, 3.0)
+    for name in ("rewarded", "opsd_value", "opsd_contrast", "opsd_value_contrast"):
+        weight = b.credit(ROWS[name])
+        assert ((weight >= 0) & (weight <= 1)).all(), name
+    routed = b.mask.bool() & (b.advantages <= 0)[:, None]
+    weight = b.credit(credit.srpo_weight)
+    torch.testing.assert_close(weight[routed].mean(), torch.ones_like(weight[0, 0]))
+    nobody = b._replace(advantages=torch.ones(8, dtype=torch.float64))
+    assert not nobody.credit(credit.srpo_weight).any()
+
+
+def test_every_row_ends_in_its_neighbour():
+    """Limits: lambda or coefficient 0 is GRPO, a wrong gap of 0 is RLSD, one wrong answer is CEPO."""
+    b = batch_of(3)
+    grpo = credit.uniform(b.advantages, b.gap, b.mask)
+    for name, off in [
+        *(
+            (name, {"lam": 0.0})
+            for name in FORMULAS
+            if "lam" in inspect.signature(ROWS[name]).parameters
+        ),
+        ("antisd", {"gate": 0.0}),
+        ("sdar", {"coefficient": 0.0}),
+        ("sdpg", {"alpha": 0.0}),
+        ("rlsd_thought_only", {"thought": torch.zeros_like(b.mask)}),
+    ]:
+        assert torch.equal(b.credit(ROWS[name], **off), grpo), (name, off)
+    rlsd = b.credit(credit.rlsd, lam=0.5, epsilon_w=0.2)
+    for name in ("cepo", "rlsd_contrast"):
+        silent = b.credit(ROWS[name], wrong_gaps=torch.zeros(3, *b.gap.shape).double())
+        torch.testing.assert_close(silent, rlsd, rtol=0, atol=1e-15)
+        for none in (torch.full((2, *b.gap.shape), torch.nan), torch.zeros(0, *b.gap.shape)):
+            assert torch.equal(b.credit(ROWS[name], wrong_gaps=none.double()), grpo), name
+    one = b.signals["wrong_gaps"][:1]
+    cepo = b.credit(credit.cepo)
+    assert torch.equal(b.credit(credit.rlsd_contrast, wrong_gaps=one), cepo)
+    copies = b.credit(credit.rlsd_contrast, wrong_gaps=one.repeat(4, 1, 1))
+    torch.testing.assert_close(copies, cepo, rtol=0, atol=1e-15)
+    everywhere = b.credit(credit.rlsd_thought_only, thought=torch.ones_like(b.mask))
+    assert torch.equal(everywhere, rlsd)
+
+
+def test_a_silent_teacher_moves_nothing_or_everything_alike():
+    """GRPO's credit where the gap is 0, but for the lift of sdar and for credit made of V alone."""
+    b = batch_of(4, 0.0)
+    grpo = credit.uniform(b.advantages, b.gap, b.mask)
+    inside, own = b.mask.bool(), b.signals["success"].double()[:, None]
+    for name in ("rlsd_contrast", "rlcsd", "rlrt", "antisd", "amr_sd", "posterior_blame"):
+        torch.testing.assert_close(b.credit(ROWS[name]), grpo, msg=name)
+    torch.testing.assert_close(b.credit(credit.sdar)[inside], (grpo + 0.05)[inside])
+    assert not b.credit(credit.hindsight)[inside].any()
+    prior = credit.value(b.signals["group_success"], b.gap, b.mask)[:, :1]
+    expected = ((own - prior) / (prior * (1 - prior)).sqrt()).expand_as(b.gap)
+    torch.testing.assert_close(b.credit(credit.privileged_baseline)[inside], expected[inside])
+
+
+def test_blame_and_oracle_keep_the_total_of_each_rollout():
+    for name in ("posterior_blame", "oracle"):
+        for seed, scale in enumerate((0.0, 0.3, 3.0, 30.0, 1e4)):
+            b = batch_of(seed, scale)
+            total = (b.credit(ROWS[name]) * b.mask).sum(1)
+            torch.testing.assert_close(total, b.advantages * b.mask.sum(1), msg=name)
+
+
+def test_the_oracle_worked_out_by_hand():
+    advantages, gap, mask = torch.tensor([-1.0, 2.0, -1.0]), torch.zeros(3, 4), torch.ones(3, 4)
+    mask[1, 3] = 0
+    decisions = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 0, 0]]).bool()
+    signals = {"first_error": torch.tensor([2, 0, 4]), "decisions": decisions}
+    credited = credit.oracle(advantages, gap, mask, **signals)
+    # The second's last decision lies outside the mask; the third never went wrong.
+    expected = torch.tensor([[0.0, 0, -4, 0], [0, 6, 0, 2], [-1, -1, -1, -1]])
+    assert torch.equal(credited, expected)
+
+
+def test_a_permuted_credit_keeps_its_values_and_loses_their_places():
+    for name in FORMULAS:
+        b = batch_of(6)
+        credited = b.credit(ROWS[name])
+        shuffled = credit.permuted(ROWS[name], torch.Generator().manual_seed(0))
+        assert inspect.signature(shuffled) == inspect.signature(ROWS[name])
+        inside, moved = b.mask.bool(), b.credit(shuffled)
+        assert torch.equal(moved[~inside], credited[~inside]), name
+        for before, after, keep in zip(credited, moved, inside, strict=True):
+            assert torch.equal(before[keep].sort().values, after[keep].sort().values), name
+        assert torch.equal(moved, credited) == (name == "srpo"), name
+        again = credit.permuted(ROWS[name], torch.Generator().manual_seed(0))
+        assert torch.equal(b.credit(again), moved), name
+
+
+def test_a_permutation_lets_every_token_reach_every_place():
+    gap = torch.arange(5.0).expand(400, 5)
+    mask = torch.tensor([1, 1, 0, 1, 1]).expand(400, 5)
+    shuffled = credit.permuted(credit.sampled_distillation, torch.Generator().manual_seed(0))
+    moved = shuffled(torch.ones(400), gap, mask)
+    for place in (0, 1, 3, 4):
+        shares = [(moved[:, place] == token).float().mean().item() for token in (0, 1, 3, 4)]
+        assert min(shares) > 0.18, (place, shares)
+
+
+def test_leave_one_out_is_the_share_of_the_others():
+    success = torch.tensor([True, False, False, True, True, True])
+    shares = credit.leave_one_out(success, 3)
+    torch.testing.assert_close(shares, torch.tensor([0, 0.5, 0.5, 1, 1, 1]))
+    assert credit.leave_one_out(~success, 3)[0] == 1, "a rollout's own outcome does not enter"
+    with pytest.raises(ValueError, match="group_size=1"):
+        credit.leave_one_out(success, 1)
+
+
+def test_value_worked_out_by_hand():
+    gap = torch.tensor([[2.0, 0.25, 9.0, 8.0, 0.5]], dtype=torch.float64).log()
+    mask = torch.tensor([[1, 1, 0, 1, 1]])
+    values = credit.value(torch.tensor([0.25]), gap, mask)
+    # The third token is masked. V is cut at 1 and not its exponent, which 0.5 brings back to 1/2.
+    expected = torch.tensor([[0.25, 0.5, 0.125, 0.125, 1.0, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(values, expected)
+    ends = credit.value(torch.tensor([0.0, 1.0]), gap.repeat(2, 1), mask.repeat(2, 1))[:, 0]
+    torch.testing.assert_close(ends, torch.tensor([1 / 16, 15 / 16], dtype=torch.float64))
+
+
+def test_every_row_checks_shapes():
+    b = batch_of(0)
+    for row in ROWS.values():
+        with pytest.raises(ValueError, match=r"advantages \(N,\)"):
+            b._replace(advantages=b.advantages[:, None]).credit(row)
+    for name in ("cepo", "rlsd_contrast", "rlcsd"):
+        with pytest.raises(ValueError, match=r"wrong_gaps is .*: expected \(K, N, T\)"):
+            b.credit(ROWS[name], wrong_gaps=b.gap)

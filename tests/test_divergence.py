@@ -295,6 +295,23 @@ def test_kl_gradients_are_the_papers():
     assert_equal_to(grad(dv.reverse_kl(log_p_t, log_p_s)), expected)
 
 
+def test_what_a_teacher_says_by_itself_equals_the_dense_form():
+    """K_t between two references, and the entropy: in chunks, 0 outside the mask, no gradient."""
+    w = world()
+    hidden, head, bias = (w[f"teacher_{x}"] for x in ("hidden", "head", "bias"))
+    wrong, mask = hidden.flip(0) + 1, w["mask"]
+    for temperature, size in [(1.0, None), (0.7, 1), (2.0, 4)]:
+        p, q = (((x @ head.T + bias) / temperature).softmax(-1).detach() for x in (hidden, wrong))
+        options = {"bias": bias, "temperature": temperature, "chunk_size": size}
+        spoilt, other = (x.masked_fill(~mask[..., None], torch.nan) for x in (hidden, wrong))
+        contrast = dv.teacher_contrast(spoilt, other, head, mask, **options)
+        assert_equal_to(contrast, (p * (p / q).log()).sum(-1) * mask, case=temperature)
+        entropy = dv.teacher_entropy(spoilt, head, mask, **options)
+        assert_equal_to(entropy, -(p * p.log()).sum(-1) * mask, case=temperature)
+        assert (contrast[~mask] == 0).all() and (entropy[~mask] == 0).all()
+        assert not contrast.requires_grad and not entropy.requires_grad
+
+
 def test_alpha_ends_are_set_and_not_limits():
     log_p_t, log_p_s = log_probs(0), log_probs(1)
     jsd = partial(dv.generalised_jsd, log_p_t, log_p_s)
