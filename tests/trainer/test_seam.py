@@ -12,7 +12,10 @@ from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from rlsd_lib import RLSDTrainer
-from rlsd_lib.trainer import upstream
+from rlsd_lib.experiment import workbook_trainer
+from rlsd_lib.trainer import sharded, upstream
+
+HOMES = (upstream, sharded, workbook_trainer)  # of the workarounds
 
 # Methods of the parent that we override (o) or call (c), with the names of their arguments.
 METHODS = {
@@ -177,7 +180,7 @@ def test_every_workaround_was_looked_at_for_the_installed_version() -> None:
 def test_a_workaround_says_what_it_mends() -> None:
     for note in upstream.NOTES:
         assert re.match(r"https://github.com/.+/\d+$|[\w/]+\.py, \w+", note.where), note
-        home = upstream if hasattr(upstream, note.workaround) else upstream.sharded
+        (home,) = (module for module in HOMES if hasattr(module, note.workaround))
         assert getattr(home, note.workaround).__doc__, note
 
 
