@@ -48,6 +48,11 @@ def uniform(
     return advantages[:, None].expand_as(gap)
 
 
+def scaled(advantages: Tensor, gap: Tensor, mask: Tensor, *, policy_weight: float) -> Tensor:
+    """`policy_weight` times GRPO's: the policy's part beside a distillation term. (N,) -> (N, T)."""
+    return policy_weight * uniform(advantages, gap, mask)
+
+
 def silent(
     advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float = 0.0, epsilon_w: float = 0.0
 ) -> Tensor:

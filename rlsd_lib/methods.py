@@ -1,17 +1,10 @@
 """The methods table: token credit, plus a distillation term for some. One row, one method."""
 
+import inspect
 from dataclasses import dataclass
 
-from rlsd_lib.credit import (
-    Credit,
-    Evidence,
-    neutral_evidence,
-    rlsd,
-    rlsd_neutral,
-    signed_evidence,
-    silent,
-    uniform,
-)
+from rlsd_lib import credit
+from rlsd_lib.credit import Credit, Evidence, silent, uniform
 from rlsd_lib.divergence import Divergence
 
 # What the teacher of a method is shown beside the student's prompt x.
@@ -20,14 +13,44 @@ PROMPT = "prompt"  # nothing: x alone
 PEER = "peer"  # a successful rollout of the same group
 
 
+# What a credit function or a weight may ask for by name, and who gives it. Everything else that it
+# needs is a setting with a default, or comes from `RLSDTrainer(signals=...)`.
+SIGNALS = {
+    "lam": "the configuration's schedule",
+    "epsilon_w": "the configuration",
+    "success": "the rewards and success_reward_threshold",
+    "rewards": "the reward functions",
+    "entropy": "the student",
+    "group_success": "the rewards of the others of the group",
+    "gate": "the student's entropy over the run",
+    "wrong_gaps": "the teacher, shown wrong_references other rows' references",
+    "reference_gap": "TRL's reference model, which beta > 0 makes",
+    "teacher_entropy": "the teacher of a method with a distillation term",
+    "contrast_kl": "the teacher of a method with a distillation term, shown another row's reference",
+}
+NEEDS_WRONG = {"wrong_gaps", "contrast_kl"}  # signals for which the teacher reads a wrong reference
+
+
+def keywords(function: Credit | None) -> dict[str, inspect.Parameter]:
+    """What a credit function takes after (advantages, gap, mask), by name."""
+    if function is None:
+        return {}
+    return dict(list(inspect.signature(function).parameters.items())[3:])
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the methods table.
 
     `credit` spreads the advantage over tokens, and `evidence` is the log of its weight before
-    clipping (None where the method has no weight). `divergence` is the distillation term
-    D(P_T, P_S), None for none. `teacher_sees` is None for methods without a teacher.
-    `needs_weight` marks methods whose two terms have no published ratio.
+    clipping (None where the method has no weight of RLSD's form, or none to log). `divergence` is
+    the distillation term D(P_T, P_S), None for none; `weight` is its weight per token, of the same
+    arguments as a credit, None for 1, and `distillation_weight` its factor. `teacher_sees` is None
+    for methods without a teacher. `needs_weight` marks methods whose two terms have no published
+    ratio.
+
+    The teacher scores a rollout once, and once more for each of `wrong_references` where credit or
+    weight ask for `wrong_gaps`, or once more where they ask for `contrast_kl` alone.
     """
 
     summary: str
@@ -36,20 +59,43 @@ class Method:
     teacher_sees: str | None = None
     divergence: Divergence | None = None
     needs_weight: bool = False
+    weight: Credit | None = None
+    distillation_weight: float = 1.0
+
+    @property
+    def asks(self) -> set[str]:
+        """Names of the keywords of credit and weight: signals and settings."""
+        return {*keywords(self.credit), *keywords(self.weight)}
+
+    @property
+    def has_lambda(self) -> bool:
+        """Whether lambda, and with it the need of a teacher, follows the schedule."""
+        return self.divergence is None and "lam" in keywords(self.credit)
+
+
+def _rule(summary: str, rule: Credit) -> Method:
+    """A row that is a credit function of a teacher that reads the reference."""
+    return Method(summary, credit=rule, teacher_sees=PRIVILEGED)
+
+
+def _weighted(summary: str, weight: Credit) -> Method:
+    """A row that is OPSD with a weight per token."""
+    term = Divergence("forward_kl")
+    return Method(summary, silent, teacher_sees=PRIVILEGED, divergence=term, weight=weight)
 
 
 METHODS: dict[str, Method] = {
     "grpo": Method("one advantage per rollout, the same on every token"),
     "rlsd": Method(
         "advantage times the clipped evidence ratio (P_T / P_S)^sign(A)",
-        credit=rlsd,
-        evidence=signed_evidence,
+        credit=credit.rlsd,
+        evidence=credit.signed_evidence,
         teacher_sees=PRIVILEGED,
     ),
     "rlsd_neutral": Method(
         "advantage times a clipped weight exp(abs(log P_T / P_S)) that does not see the sign of A",
-        credit=rlsd_neutral,
-        evidence=neutral_evidence,
+        credit=credit.rlsd_neutral,
+        evidence=credit.neutral_evidence,
         teacher_sees=PRIVILEGED,
     ),
     "opd": Method(
@@ -87,5 +133,73 @@ METHODS: dict[str, Method] = {
         teacher_sees=PRIVILEGED,
         divergence=Divergence("forward_kl"),
         needs_weight=True,
+    ),
+    # Published after it. What each leaves out is in the docstring of its function.
+    "cepo": _rule(
+        "CEPO (2605.19436): RLSD with the gap under another row's reference subtracted; published "
+        "with a failed rollout of the group in its place",
+        credit.cepo,
+    ),
+    "rlsd_contrast": _rule(
+        "RLCSD's code (2606.11709): RLSD with the gap less that under wrong references",
+        credit.rlsd_contrast,
+    ),
+    "rlcsd": _rule(
+        "RLCSD (2606.11709): A + rho on the tokens that only the right reference explains",
+        credit.rlcsd,
+    ),
+    "rlrt": _rule(
+        "RLRT (2605.10781): RLSD with the teacher reversed, on right rollouts only", credit.rlrt
+    ),
+    "antisd": _rule(
+        "AntiSD (2605.11609): A less lambda (softplus(gap) - log 2) / 2, while entropy is high",
+        credit.antisd,
+    ),
+    "sdar": _rule("SDAR (2605.15155): A + c sigmoid(beta gap) on every token", credit.sdar),
+    "amr_sd": _rule(
+        "AMR-SD (2605.18529): A times 1 + the part of the gap that agrees with A", credit.amr_sd
+    ),
+    "srpo": Method(
+        "SRPO (2604.02288): GRPO where A > 0, a weighted Jensen-Shannon divergence elsewhere",
+        credit=credit.srpo,
+        teacher_sees=PRIVILEGED,
+        divergence=Divergence("jsd", alpha=0.5, top_k=100, add_tail=True),
+        weight=credit.srpo_weight,
+    ),
+    "sdpg": Method(
+        "SDPG (2606.04036): GRPO plus reverse KL; its pull to pi_ref only with beta > 0",
+        credit=credit.sdpg,
+        teacher_sees=PRIVILEGED,
+        divergence=Divergence("reverse_kl"),
+        distillation_weight=1e-3,
+    ),
+    "rlsd_negative_only": _rule(
+        "RLSD where A < 0, GRPO elsewhere (ms-swift)", credit.rlsd_negative_only
+    ),
+    "rlsd_thought_only": _rule(
+        "RLSD on the reasoning span that `signals` names (the paper's released code)",
+        credit.rlsd_thought_only,
+    ),
+    # Ours.
+    "privileged_baseline": _rule(
+        "reward less the teacher's value of the prefix (ours)", credit.privileged_baseline
+    ),
+    "hindsight": _rule("what a token changes in the teacher's value (ours)", credit.hindsight),
+    "posterior_blame": _rule(
+        "GRPO where A > 0; elsewhere blame in proportion to the drop of the value (ours)",
+        credit.posterior_blame,
+    ),
+    "opsd_value": _weighted(
+        "OPSD, each token weighted by the value of its prefix (ours)", credit.opsd_value
+    ),
+    "opsd_contrast": _weighted(
+        "OPSD, each token weighted by what only the right reference says (RLCSD's `opsd_ectr`)",
+        credit.opsd_contrast,
+    ),
+    "opsd_value_contrast": _weighted("OPSD with both weights (ours)", credit.opsd_value_contrast),
+    # A control without a teacher: the gap is 0.
+    "oracle": Method(
+        "perfect credit, where `signals` names the first error and the decisive tokens",
+        credit=credit.oracle,
     ),
 }

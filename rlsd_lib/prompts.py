@@ -5,6 +5,7 @@ by `privileged_template`; system prompt, earlier turns, tools and images stay as
 """
 
 import bisect
+import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -160,6 +161,17 @@ def text_of(completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
     return "".join(message["content"] or "" for message in completion)
+
+
+def distinct_references(column: Sequence[object]) -> list[str]:
+    """The different texts of a privileged column, sorted, so that every rank has the same list."""
+    return sorted({text for text in column if isinstance(text, str) and text.strip()})
+
+
+def wrong_references(own: str, distinct: Sequence[str], count: int) -> list[str]:
+    """`count` of the `distinct` texts, all unlike `own`, which alone decides the draw."""
+    drawn = random.Random(own).sample(distinct, count + 1)
+    return [text for text in drawn if text != own][:count]
 
 
 class Demonstrations(NamedTuple):

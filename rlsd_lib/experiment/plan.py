@@ -169,6 +169,7 @@ class Plan:
     num_generations: int = 8
     per_device_train_batch_size: int = 1
     privileged_length: int = 128
+    sees_images: bool = False
     sharding: str = "ddp"
     dtype: str = "float32"  # of the weights; computing is in bf16
     gradient_checkpointing: bool = True
@@ -207,7 +208,8 @@ class Plan:
         prompt = self.prompt_length + self.privileged_length
         shared = prompt / self.num_generations + self.max_completion_length
         plain = prompt + self.max_completion_length
-        return self.sharding == "ddp" and shared <= WORTH_IT * plain
+        can_share = self.sharding == "ddp" and not self.sees_images
+        return can_share and shared <= WORTH_IT * plain
 
     @property
     def _width(self) -> int:
@@ -350,6 +352,7 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
         "lora_rank": preset.lora.get("r", 0),
         "prompt_length": preset.max_prompt_length,
         "rollouts": preset.rollouts_per_step or made,
+        "sees_images": preset.sees_images,
     }
     shape = shape_of(config_named(preset.model))
     if not found["prompt_length"] and "prompt_length" not in changes:

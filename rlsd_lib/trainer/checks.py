@@ -4,8 +4,9 @@ Each check raises ValueError, unless it says otherwise, with the value and what 
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, ProcessorMixin
 
 from rlsd_lib import prompts
 from rlsd_lib.credit import Credit
-from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT
+from rlsd_lib.methods import METHODS, NEEDS_WRONG, PEER, PRIVILEGED, PROMPT, SIGNALS, keywords
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.sharded import is_sharded, shape_of
@@ -38,9 +39,14 @@ VIDEO_ADVICE = (
 
 
 def check_arguments(
-    reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, grpo: dict[str, Any]
+    reward_funcs: Any,
+    args: RLSDConfig,
+    dataset: Any,
+    teacher_model: Any,
+    rollout_func: Any = None,
+    environment_factory: Any = None,
 ) -> None:
-    """Judge what a trainer is given, before any model is loaded. `grpo` are GRPO's own keywords."""
+    """Judge what a trainer is given, before any model is loaded."""
     sees, method = args.row.teacher_sees, f"method={args.method!r}"
     if sees == PROMPT and teacher_model is None:
         raise ValueError(f"{method} needs teacher_model=, the model to distil from.")
@@ -50,12 +56,12 @@ def check_arguments(
         raise ValueError(
             f"{method} needs reward_funcs: they decide which rollouts are shown to their peers."
         )
-    if args.uses_teacher and grpo.get("rollout_func") is not None:
+    if args.uses_teacher and rollout_func is not None:
         raise ValueError(
             "rollout_func builds its own prompt ids, which the teacher's prompt cannot be matched "
             "to. Use tools or environment_factory instead."
         )
-    if args.max_teacher_prompt_length is not None and grpo.get("environment_factory") is not None:
+    if args.max_teacher_prompt_length is not None and environment_factory is not None:
         raise ValueError(
             f"max_teacher_prompt_length={args.max_teacher_prompt_length} with environment_factory: "
             "TRL renders prompts with their environments' tools by whole batches only, so that no "
@@ -71,6 +77,32 @@ def check_arguments(
             contexts = dataset[prompts.COLUMN][:]
             prompts.check_contexts(contexts, args.privileged_template)
             prompts.count_in_prompts(dataset["prompt"][:], contexts)
+
+
+def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfig) -> list[str]:
+    """The references that a wrong one is drawn from; none where nothing asks for one."""
+    count, asking = args.wrong_references, sorted(NEEDS_WRONG.intersection(asked))
+    if count > 1 and "wrong_gaps" not in asking:
+        raise ValueError(
+            f"wrong_references={count} means nothing where no credit asks for wrong_gaps: "
+            f"method={args.method!r} does not. Leave it at 1."
+        )
+    if not asking:
+        return []
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{', '.join(asking)} need wrong references, which are drawn from the whole "
+            f"{prompts.COLUMN!r} column: a streaming data set has none. Give a datasets.Dataset."
+        )
+    _check_column(dataset, ", ".join(asking))
+    distinct = prompts.distinct_references(dataset[prompts.COLUMN][:])
+    if len(distinct) <= count:
+        raise ValueError(
+            f"wrong_references={count} needs {count + 1} different references or more, the "
+            f"{prompts.COLUMN!r} column of the training set has {len(distinct)}. Give rows with "
+            f"other references, lower wrong_references, or use a method without {asking[0]}."
+        )
+    return distinct
 
 
 def _check_videos(dataset: Dataset) -> None:
@@ -205,11 +237,9 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
 
 # Credit functions from outside the table, and rewards
 
-CREDIT_KEYWORDS = ("lam", "epsilon_w", "success", "rewards", "entropy")
 
-
-def check_credit(credit: Credit, args: RLSDConfig) -> tuple[str, ...]:
-    """The keywords that a credit function asks for; refuses one that cannot or will not be called."""
+def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, ...]:
+    """Keywords of a credit function of the caller's; refuses one that cannot or will not be called."""
     name = _name_of(credit)
     if METHODS[args.method].teacher_sees != PRIVILEGED or not args.uses_teacher:
         raise ValueError(
@@ -223,20 +253,66 @@ def check_credit(credit: Credit, args: RLSDConfig) -> tuple[str, ...]:
             f"method's own weight, which credit={name} replaces. Leave them alone."
         )
     args.check_keeps_token_credit(f"credit={name}")
-    signature = inspect.signature(credit)
-    options = list(signature.parameters.values())[3:]
-    asked = [p.name for p in options if p.name in CREDIT_KEYWORDS]
-    if any(p.kind is p.VAR_KEYWORD for p in options):
+    return check_asked("credit", credit, args, signals)
+
+
+def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> tuple[str, ...]:
+    """The keywords that a function may be given, of `SIGNALS` or its own; `what` it is.
+
+    Without a `signals` function, every keyword without a default must be one of `SIGNALS`.
+    """
+    signature, options = inspect.signature(function), keywords(function)
+    asked = [name for name in options if name in SIGNALS]
+    if any(p.kind is p.VAR_KEYWORD for p in options.values()):
         asked += [key for key in ("lam", "epsilon_w") if key not in asked]
+    named = (
+        name for name, p in options.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
+    others = [name for name in named if name not in asked]
+    required = [name for name in others if options[name].default is inspect.Parameter.empty]
     try:
-        signature.bind("advantages", "gap", "mask", **dict.fromkeys(asked))
+        given = asked if signals is None else asked + required
+        signature.bind("advantages", "gap", "mask", **dict.fromkeys(given))
     except TypeError as problem:
+        name = _name_of(function)
         raise ValueError(
-            f"credit={name}{signature} cannot be called: {problem}. Expected {name}(advantages "
-            "(N,), gap (N, T), mask (N, T), *, ...) -> (N, T), with any of "
-            f"{', '.join(CREDIT_KEYWORDS)}."
+            f"{what}={name}{signature} cannot be called: {problem}. Expected {name}(advantages "
+            f"(N,), gap (N, T), mask (N, T), *, ...) -> (N, T), with any of {', '.join(SIGNALS)}, "
+            "or a name that RLSDTrainer(signals=fn) gives: fn(rows, completion_ids (N, T), mask "
+            "(N, T)) -> {name: tensor (N,) or (N, T)}."
         ) from None
-    return tuple(asked)
+    absent = {"reference_gap"} if args.beta == 0 else set()
+    absent |= {"teacher_entropy", "contrast_kl"} if args.divergence is None else set()
+    for name in asked:
+        if name in absent:
+            raise ValueError(
+                f"{what}={_name_of(function)} asks for {name}, which nobody gives with method={args.method!r} and "
+                f"beta={args.beta}. It comes from {SIGNALS[name]}."
+            )
+    return (*asked, *others)
+
+
+def check_signals(given: Any, shape: torch.Size, functions: Sequence[Credit]) -> None:
+    """Refuse what a `signals` function returned, if it is not what credit functions ask for."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"signals returned {type(given).__name__}, expected a mapping of tensors.")
+    for name, value in given.items():
+        if name in SIGNALS:
+            raise ValueError(f"signals returned {name!r}, which comes from {SIGNALS[name]}.")
+        if not isinstance(value, Tensor) or value.shape not in (shape, shape[:1]):
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"signals returned {name!r} as {found}, expected a tensor (N,) or (N, T), "
+                f"(N, T) = {tuple(shape)}."
+            )
+    for function in functions:
+        for name, option in keywords(function).items():
+            required = option.default is option.empty and option.kind is not option.VAR_KEYWORD
+            if required and name not in SIGNALS and name not in given:
+                raise ValueError(
+                    f"{_name_of(function)} asks for {name!r}, which signals did not return: it "
+                    f"returned {sorted(given)}."
+                )
 
 
 def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
@@ -255,6 +331,7 @@ def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
 
 
 def _name_of(function: Any) -> str:
+    function = function.func if isinstance(function, partial) else function
     return getattr(function, "__name__", type(function).__name__)
 
 

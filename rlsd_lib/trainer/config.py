@@ -3,14 +3,32 @@
 Every value and combination that can be judged without a model is judged here, before any compute.
 """
 
+import dataclasses
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 from trl import GRPOConfig
 
-from rlsd_lib.credit import Credit, lambda_schedule, sampled_distillation
+from rlsd_lib.credit import (
+    Credit,
+    lambda_schedule,
+    sampled_distillation,
+    scaled,
+    sdpg,
+    silent,
+    uniform,
+)
 from rlsd_lib.divergence import Divergence
-from rlsd_lib.methods import METHODS, PEER, PRIVILEGED, PROMPT, Method
+from rlsd_lib.methods import (
+    METHODS,
+    PEER,
+    PRIVILEGED,
+    PROMPT,
+    SIGNALS,
+    Method,
+    keywords,
+)
 from rlsd_lib.names import look_up
 from rlsd_lib.prompts import DEFAULT_TEMPLATE, check_template
 
@@ -26,6 +44,8 @@ VALUES = {
     "teacher_sync_steps": (lambda value: value >= 1, "a step count >= 1"),
     "teacher_update_rate": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
     "max_teacher_prompt_length": (lambda value: value is None or value >= 1, "None or >= 1"),
+    "wrong_references": (lambda value: value >= 1, "a count >= 1"),
+    "policy_weight": (lambda value: value >= 0, "a number >= 0"),
     "distillation_weight": (lambda value: value is None or value > 0, "None or a number > 0"),
     "distillation_token_clip": (lambda value: value is None or value > 0, "None or a number > 0"),
 }
@@ -56,6 +76,15 @@ class RLSDConfig(GRPOConfig):
             `"linear"` is the paper's clip; `"log"` clips to [1 / (1 + epsilon_w), 1 + epsilon_w].
         conserve_credit (`bool`, *optional*, defaults to `False`):
             Rescales the clipped weights of each rollout to mean 1. Not in the paper.
+        credit_settings (`dict`, *optional*, defaults to `{}`):
+            Settings of the method's credit function and of its weight by name, such as `tau`, in
+            place of their published defaults. lambda and epsilon_w have fields of their own.
+        permute_credit (`bool`, *optional*, defaults to `False`):
+            Shuffles the token credit, or the weight of the distillation term, over each rollout's
+            own tokens: a control, which keeps its amount and loses its place.
+        wrong_references (`int`, *optional*, defaults to `1`):
+            How many references of other rows the teacher is shown beside the row's own, by methods
+            that ask for `wrong_gaps`. Each costs one more pass of the teacher.
         teacher_model_kind (`str`, *optional*, defaults to `"snapshot"`):
             `"live"` (the current policy), `"base"` (the initial policy), `"ema"` (an exponential
             moving average) or `"snapshot"` (a copy renewed every `teacher_sync_steps`).
@@ -97,6 +126,8 @@ class RLSDConfig(GRPOConfig):
             Largest divergence of one token; a token above it gets no gradient.
         distillation_weight (`float`, *optional*):
             Factor of the distillation term. Required for `grpo_opsd`, whose paper gives none.
+        policy_weight (`float`, *optional*, defaults to `0.0`):
+            Factor of GRPO's own term beside a method that is pure distillation.
         success_reward_threshold (`float`, *optional*, defaults to `1.0`):
             Peers: the reward from which a rollout may serve as a demonstration.
         include_failed_rollout (`bool`, *optional*, defaults to `False`):
@@ -113,6 +144,9 @@ class RLSDConfig(GRPOConfig):
     epsilon_w: float = 0.2
     weight_clip: str = "linear"
     conserve_credit: bool = False
+    credit_settings: dict = dataclasses.field(default_factory=dict)
+    permute_credit: bool = False
+    wrong_references: int = 1
     teacher_model_kind: str = "snapshot"
     teacher_sync_steps: int = 10
     teacher_update_rate: float = 0.05
@@ -127,6 +161,7 @@ class RLSDConfig(GRPOConfig):
     distillation_add_tail: bool | None = None
     distillation_token_clip: float | None = None
     distillation_weight: float | None = None
+    policy_weight: float = 0.0
     success_reward_threshold: float = 1.0
     include_failed_rollout: bool = False
     include_environment_feedback: bool = False
@@ -135,7 +170,8 @@ class RLSDConfig(GRPOConfig):
         self._check_values()
         self._check_options()
         super().__post_init__()
-        if self.uses_teacher:
+        self._check_settings()
+        if self.uses_teacher or self.has_token_credit:
             self._check_against_grpo()
 
     @property
@@ -163,13 +199,28 @@ class RLSDConfig(GRPOConfig):
 
     @property
     def credit(self) -> Credit:
-        """The credit function: the method's, or the sampled-token form of its distillation."""
+        """The credit function with its settings, or what stands in its place in this run."""
+        row = self.row
         if self.distillation_mode == SAMPLED:
             return sampled_distillation
-        if self.row.evidence is None:
-            return self.row.credit
-        log_clip = self.weight_clip == "log"
-        return partial(self.row.credit, log_clip=log_clip, conserve=self.conserve_credit)
+        if self.policy_weight:
+            return partial(scaled, policy_weight=self.policy_weight)
+        if row.credit is sdpg and self.beta == 0:
+            return uniform  # without a reference model there is no pull to it
+        if row.evidence is not None:
+            log_clip = self.weight_clip == "log"
+            return partial(row.credit, log_clip=log_clip, conserve=self.conserve_credit)
+        return self._with_settings(row.credit)
+
+    @property
+    def weight(self) -> Credit | None:
+        """The weight of the distillation term per token with its settings, None for 1."""
+        return None if self.row.weight is None else self._with_settings(self.row.weight)
+
+    @property
+    def has_token_credit(self) -> bool:
+        """Whether tokens of one rollout can differ in their advantage."""
+        return getattr(self.credit, "func", self.credit) not in (uniform, silent, scaled)
 
     @property
     def uses_teacher(self) -> bool:
@@ -184,12 +235,17 @@ class RLSDConfig(GRPOConfig):
 
     def needs_teacher_at(self, step: int) -> bool:
         """Whether the update after `step` finished steps needs the teacher's scores."""
-        sees = self.row.teacher_sees is not None
-        return sees and (self.row.divergence is not None or self.lambda_at(step) > 0)
+        row = self.row
+        return row.teacher_sees is not None and (not row.has_lambda or self.lambda_at(step) > 0)
+
+    def has_credit_at(self, step: int) -> bool:
+        """Whether that update is other than GRPO's: with a teacher, or by a credit without one."""
+        row = self.row
+        return self.has_token_credit if row.teacher_sees is None else self.needs_teacher_at(step)
 
     def teacher_is_over(self, step: int) -> bool:
         """Whether no update from `step` on needs the teacher."""
-        if self.row.divergence is not None:
+        if not self.row.has_lambda:
             return False
         end = self.lambda_warmup_steps + self.lambda_decay_steps
         return self.lambda_init == 0 or (self.lambda_decay_steps > 0 and step >= end)
@@ -230,6 +286,27 @@ class RLSDConfig(GRPOConfig):
         if self.distillation_mode == TOP_K and spec.top_k is None:
             raise ValueError("distillation_mode='topk_logits' needs distillation_topk, e.g. 100.")
 
+    def _with_settings(self, function: Credit) -> Credit:
+        """The function with those of `credit_settings` that it takes."""
+        taken = {k: v for k, v in self.credit_settings.items() if k in keywords(function)}
+        return partial(function, **taken) if taken else function
+
+    def _check_settings(self) -> None:
+        """Refuse `credit_settings` that no function of the method takes, or of another type."""
+        found: dict[str, Any] = {}
+        for function in (self.credit, self.row.weight) if self.row.evidence is None else ():
+            found |= {k: p.default for k, p in keywords(function).items() if k not in SIGNALS}
+        found = {k: default for k, default in found.items() if isinstance(default, float)}
+        found.pop("policy_weight", None)
+        for name, value in self.credit_settings.items():
+            if name not in found:
+                raise ValueError(
+                    f"credit_settings: {name!r} is no setting of method={self.method!r} in this "
+                    f"run, which has {', '.join(sorted(found)) or 'none'}."
+                )
+            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+                raise ValueError(f"credit_settings: {name}={value!r}: expected a number.")
+
     def _why_void(self, name: str) -> str | None:
         """Why an option that is set would change nothing, and what to do; None if it does."""
         row, sees, mode = self.row, self.row.teacher_sees, self.distillation_mode
@@ -247,6 +324,14 @@ class RLSDConfig(GRPOConfig):
                 )
             case "weight_clip" | "conserve_credit" if row.evidence is None:
                 return f"{method}, which has no weight. Leave it alone."
+            case "permute_credit" if row.weight is None and (
+                row.credit in (uniform, silent) or mode == SAMPLED
+            ):
+                return f"{method}, which treats all tokens alike. Leave it at False."
+            case "wrong_references" if METHODS[self.method].teacher_sees != PRIVILEGED:
+                return f"{method}, whose teacher sees no reference. Leave it at 1."
+            case "policy_weight" if row.credit is not silent or mode == SAMPLED:
+                return f"{method}, which is no pure divergence. Leave it at 0."
             case "teacher_model_kind" | "teacher_sync_steps" | "teacher_update_rate" if (
                 sees == PROMPT
             ):
@@ -255,8 +340,10 @@ class RLSDConfig(GRPOConfig):
                 return f"{method}, which has no distillation term. Leave it at None."
             case "distillation_topk" | "distillation_add_tail" if mode in (FULL, SAMPLED):
                 return f"with distillation_mode={mode!r}. Use 'topk_logits'."
-            case "distillation_mode" if mode == SAMPLED and row.needs_weight:
-                return f"{method}, which adds a loss to a divergence. Use full or top-k logits."
+            case "distillation_mode" if mode == SAMPLED and (
+                row.needs_weight or row.weight is not None or row.credit is not silent
+            ):
+                return f"{method}, which adds or weights a divergence. Use full or top-k logits."
             case "distillation_mode" | "distillation_alpha" if row.divergence.kind.endswith(
                 "_top1"
             ) and (name, mode) != ("distillation_mode", FULL):
@@ -271,9 +358,9 @@ class RLSDConfig(GRPOConfig):
 
     def _check_against_grpo(self) -> None:
         """Refuse options of the parent that would void the method."""
-        if self.row.evidence is not None or self.distillation_mode == SAMPLED:
+        if self.has_token_credit:
             self.check_keeps_token_credit(f"method={self.method!r}")
-        if self.remove_unused_columns and self.row.teacher_sees != PROMPT:
+        if self.remove_unused_columns and self.row.teacher_sees not in (None, PROMPT):
             raise ValueError(
                 "remove_unused_columns=True would drop the privileged_context column before the "
                 "teacher sees it. Set remove_unused_columns=False."

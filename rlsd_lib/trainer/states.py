@@ -22,6 +22,8 @@ IMAGE_FIELDS = (
     "image_sizes",
     "image_position_ids",
 )
+# In front of the names of a credit's own signals, so that TRL's dictionary has no other of the name.
+SIGNAL = "signal "
 TYPE_ID_FIELDS = ("token_type_ids", "mm_token_type_ids")
 
 

@@ -59,6 +59,7 @@ class Teacher:
         self.sync_steps = args.teacher_sync_steps
         self.rate = args.teacher_update_rate if self.kind == "ema" else 1.0
         self.last_sync_step = 0
+        self.memory: list[float] = []  # of the credit, in numbers: a checkpoint keeps it too
         self.accelerator = accelerator
         self.adapter = ADAPTER if self.kind in COPIED and isinstance(student, PeftModel) else None
         self.model: nn.Module | None = student
@@ -141,6 +142,7 @@ class Teacher:
         state = {"kind": self.kind, "last_sync_step": self.last_sync_step}
         state["weights"] = WEIGHTS_FILE if weights else "student" if lives else None
         state["released"] = self.model is None
+        state["memory"] = self.memory
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     def load(self, folder: Path, student: nn.Module) -> None:
@@ -152,6 +154,7 @@ class Teacher:
             state = self._checked_state(folder)
         if state is None:
             return
+        self.memory = state.get("memory", [])
         if state["released"]:
             return self.release()
         self.last_sync_step = state["last_sync_step"]

@@ -4,7 +4,7 @@ The teacher's own prompt is followed by the completion ids as they were sampled:
 and encoded again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
+from rlsd_lib.credit import Credit, leave_one_out
+from rlsd_lib.divergence import teacher_contrast, teacher_entropy
 from rlsd_lib.methods import PEER, PROMPT
 from rlsd_lib.prompts import (
     COLUMN,
@@ -27,6 +29,7 @@ from rlsd_lib.prompts import (
     shorten_to_fit,
     teacher_prompt,
     without_images,
+    wrong_references,
 )
 from rlsd_lib.trainer import checks, shared_prompts, states, upstream
 from rlsd_lib.trainer.config import AUTO, PLAIN, SHARED, RLSDConfig
@@ -36,6 +39,7 @@ from rlsd_lib.trainer.teacher import Teacher
 # Token positions of the shared pass over those of the plain one, up to which "auto" shares.
 WORTH_IT = 0.75
 Contexts = Sequence[str | None]
+Signals = Callable[[list[dict[str, Any]], Tensor, Tensor], Mapping[str, Tensor]]
 
 
 class Scores(NamedTuple):
@@ -53,9 +57,18 @@ class TeacherPass(GRPOTrainer):
     While a teacher is needed, TRL's dictionary of a generation batch gains
     `teacher_per_token_logps` (N, T) and `rewards` (N,), NaN where no function could score; for
     methods with a divergence `teacher_hidden` (N, T, H), whose head is `_teacher_head`; where peers
-    are shown, `has_demonstration` (N,). All are tensors, so that they follow their rollouts through
-    TRL's shuffle.
+    are shown, `has_demonstration` (N,); for credits that ask for them `wrong_logps` (N, K, T), NaN
+    without a reference, and, by `states.SIGNAL` and their names, `group_success` (N,),
+    `teacher_entropy` and `contrast_kl` (N, T), and what `signals` returns. All are tensors, so that
+    they follow their rollouts through TRL's shuffle.
+
+    `asked` are the names that credit and weight may be given, `distinct` the references that wrong
+    ones are drawn from. The subclass sets both, and `signals`, before this constructor runs.
     """
+
+    asked: Sequence[str] = ()
+    distinct: Sequence[str] = ()
+    signals: Signals | None = None
 
     def __init__(
         self,
@@ -63,8 +76,7 @@ class TeacherPass(GRPOTrainer):
         reward_funcs: Any,
         args: RLSDConfig,
         train_dataset: Any,
-        *others: Any,
-        teacher_model: Any = None,
+        teacher_model: Any,
         **grpo: Any,
     ) -> None:
         self.teacher: Teacher | None = None
@@ -73,7 +85,7 @@ class TeacherPass(GRPOTrainer):
         self._completions: list = []
         self._rewards = torch.zeros(0)
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
-        super().__init__(model, reward_funcs, args, train_dataset, *others, **grpo)
+        super().__init__(model, reward_funcs, args, train_dataset, **grpo)
         upstream.restorable_device(args)
         self.completion_head = upstream.CompletionHead(self.accelerator.device)
         if self.use_vllm:
@@ -151,15 +163,42 @@ class TeacherPass(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        needed = any(map(self.args.needs_teacher_at, self._served))
-        if self.teacher is None or not (self.model.training and needed):
+        if not (self.model.training and any(map(self.args.has_credit_at, self._served))):
             return output
+        own = self._own_rows(len(inputs))
+        output["rewards"] = self._rewards[own]
+        if "group_success" in self.asked:
+            success = self._rewards >= self.args.success_reward_threshold
+            share = leave_one_out(success, self.num_generations)[own]
+            output[f"{states.SIGNAL}group_success"] = share
+        output |= self._given_signals(inputs, output)
+        if self.teacher is not None:
+            self._add_scores(inputs, output)
+        return output
+
+    def _given_signals(
+        self, inputs: list[dict[str, Any]], output: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """What the caller's `signals` says of this rank's rollouts. Collective."""
+        if self.signals is None:
+            return {}
+        with checks.on_every_rank():
+            ids = output["completion_ids"]
+            given = self.signals(inputs, ids, states.policy_mask(output))
+            checks.check_signals(given, ids.shape, self._functions())
+        return {f"{states.SIGNAL}{name}": value.to(ids.device) for name, value in given.items()}
+
+    def _functions(self) -> list[Credit]:
+        """The credit function and the weight of this run."""
+        raise NotImplementedError
+
+    def _add_scores(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
+        """Let the teacher score the rollouts of TRL's dictionary, and add what it says."""
         contexts = self._contexts(inputs)
         scores = self.teacher_scores(self._final_prompts, contexts, output)
         if self.args.max_teacher_prompt_length is not None:
             self.log_means({"context_shortened_frac": (scores.shortened, len(contexts))})
         output["teacher_per_token_logps"] = scores.logps
-        output["rewards"] = self._rewards[self._own_rows(len(inputs))]
         if scores.hidden is not None:
             output["teacher_hidden"] = scores.hidden
             # Reused rollouts outlive an optimiser step; the head must stay that of their states.
@@ -170,7 +209,37 @@ class TeacherPass(GRPOTrainer):
         if self.args.row.teacher_sees == PEER:
             shown = [context is not None for context in contexts]
             output["has_demonstration"] = torch.tensor(shown, device=self.accelerator.device)
-        return output
+        self._add_contrast(inputs, contexts, scores, output)
+
+    def _add_contrast(
+        self,
+        inputs: list[dict[str, Any]],
+        contexts: Contexts,
+        scores: Scores,
+        output: dict[str, Any],
+    ) -> None:
+        """What the teacher says under wrong references, one more pass for each, and how sure it is."""
+        asked, wrong = self.asked, []
+        if self.distinct:
+            drawn = self._wrong_contexts(inputs, contexts)
+            wrong = [self.teacher_scores(self._final_prompts, texts, output) for texts in drawn]
+        if "wrong_gaps" in asked:
+            bare = torch.tensor([context is None for context in contexts])
+            logps = torch.stack([each.logps for each in wrong], dim=1)
+            output["wrong_logps"] = logps.masked_fill(
+                bare.to(logps.device)[:, None, None], torch.nan
+            )
+        if scores.hidden is None:
+            return
+        head, bias = scores.head
+        how = {"bias": bias, "temperature": self.temperature}
+        mask = states.policy_mask(output)
+        if "teacher_entropy" in asked:
+            entropy = teacher_entropy(scores.hidden, head, mask, **how)
+            output[f"{states.SIGNAL}teacher_entropy"] = entropy
+        if "contrast_kl" in asked:
+            changed = teacher_contrast(scores.hidden, wrong[0].hidden, head, mask, **how)
+            output[f"{states.SIGNAL}contrast_kl"] = changed
 
     def _own_rows(self, count: int) -> slice:
         """This rank's `count` rows among those of all ranks."""
@@ -206,6 +275,19 @@ class TeacherPass(GRPOTrainer):
             found = count_in_prompts(self._final_prompts, contexts)
         self.log_means({"reference_in_prompt_frac": (found, len(contexts))})
         return contexts
+
+    def _wrong_contexts(
+        self, inputs: list[dict[str, Any]], contexts: Contexts
+    ) -> Iterator[Contexts]:
+        """For each of the wrong references, what the teacher reads instead; None stays None."""
+        count = self.args.wrong_references
+        drawn = [
+            [None] * count
+            if context is None
+            else wrong_references(row.get(COLUMN) or "", self.distinct, count)
+            for row, context in zip(inputs, contexts, strict=True)
+        ]
+        return zip(*drawn, strict=True)
 
     def _peer_contexts(self, inputs: list[dict[str, Any]]) -> Contexts:
         asked = self.args.include_environment_feedback

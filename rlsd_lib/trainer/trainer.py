@@ -7,22 +7,35 @@ and student.
 """
 
 import copy
+import random
 import shutil
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from rlsd_lib.credit import Credit, Sums, drift_sums, gap_sums, intervention_sums, weight_sums
+from rlsd_lib.credit import (
+    Credit,
+    Sums,
+    drift_sums,
+    gap_sums,
+    intervention_sums,
+    permuted,
+    weight_sums,
+)
 from rlsd_lib.divergence import divergence
 from rlsd_lib.trainer import checks, sharded, states
-from rlsd_lib.trainer.config import RLSDConfig
-from rlsd_lib.trainer.teacher_pass import TeacherPass
+from rlsd_lib.trainer.config import SAMPLED, RLSDConfig
+from rlsd_lib.trainer.teacher_pass import Signals, TeacherPass
 from rlsd_lib.trainer.upstream import load_trained_adapter
+
+# AntiSD's gate: steps whose mean entropy is the measure, and the share of it below which it shuts.
+GATE_STEPS, GATE_SHARE = 10, 0.93
 
 
 class RLSDTrainer(TeacherPass):
@@ -36,9 +49,13 @@ class RLSDTrainer(TeacherPass):
         teacher_model: for `method="opd"`, the model to distil from, or its path.
         credit: a credit function in place of the method's, for methods whose teacher sees the
             reference. Called as `credit(advantages (N,), gap (N, T), mask (N, T), **asked)` for
-            token advantages (N, T), detached; `asked` are those of `lam`, `epsilon_w`, `success`
-            (N,), `rewards` (N,) and `entropy` (N, T) that its signature names, `lam` and
-            `epsilon_w` for `**kwargs`. Without `lam` it has no schedule: lambda stays constant.
+            token advantages (N, T), detached; `asked` are those of `methods.SIGNALS`, and of what
+            `signals` returns, that its signature names, `lam` and `epsilon_w` for `**kwargs`.
+            Without `lam` it has no schedule: lambda stays constant.
+        signals: gives what only the caller knows of a rollout, such as where it went wrong. Called
+            once per generation batch on each rank, as `signals(rows, completion_ids (N, T), mask
+            (N, T))` with TRL's rows, for a mapping of names to tensors (N,) or (N, T), which credit
+            functions and weights may ask for by name.
 
     Raises:
         ValueError: for settings or rows that would make the gap meaningless; see `RLSDConfig`.
@@ -65,18 +82,38 @@ class RLSDTrainer(TeacherPass):
         reward_funcs: Any = None,
         args: RLSDConfig | None = None,
         train_dataset: Any = None,
-        *others: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+        *,
         teacher_model: PreTrainedModel | str | None = None,
         credit: Credit | None = None,
-        **grpo: Any,
+        signals: Signals | None = None,
     ) -> None:
         args = RLSDConfig() if args is None else args
         if not isinstance(args, RLSDConfig):
             raise TypeError(f"args must be an RLSDConfig, got {type(args).__name__}.")
-        checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, grpo)
-        self.credit = credit
-        self._asked = () if credit is None else checks.check_credit(credit, args)
-        self._has_lambda = args.row.evidence is not None if credit is None else "lam" in self._asked
+        checks.check_arguments(
+            reward_funcs, args, train_dataset, teacher_model, rollout_func, environment_factory
+        )
+        self.credit, self.signals = credit, signals
+        if credit is not None:
+            self._asked = checks.check_credit(credit, args, signals)
+        else:
+            self._asked = checks.check_asked("credit", args.credit, args, signals)
+        self._weight_asked: tuple[str, ...] = ()
+        if args.weight is not None:
+            self._weight_asked = checks.check_asked("weight", args.weight, args, signals)
+        self.asked = (*self._asked, *self._weight_asked)
+        self.distinct = checks.check_wrong_references(train_dataset, self.asked, args)
+        self._has_lambda = args.row.has_lambda if credit is None else "lam" in self._asked
         if credit is not None and not self._has_lambda:
             args = copy.copy(args)  # the caller's stay as they are
             args.lambda_warmup_steps = args.lambda_decay_steps = 0
@@ -84,7 +121,21 @@ class RLSDTrainer(TeacherPass):
         self._checkpoint: str | None = None
         self._saved: Path | None = None
         super().__init__(
-            model, reward_funcs, args, train_dataset, *others, teacher_model=teacher_model, **grpo
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            teacher_model,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
         if self.teacher is not None:
             self.add_callback(TeacherCallback(self))
@@ -96,7 +147,7 @@ class RLSDTrainer(TeacherPass):
         if training and self._has_lambda:
             lam = self.args.lambda_at(self.state.global_step)
             self._metrics["train"]["rlsd/lambda"].append(lam)
-        if "teacher_per_token_logps" not in inputs:
+        if "rewards" not in inputs:
             if training:
                 self._metrics["train"]["rlsd/intervention"].append(0.0)
             return super()._compute_loss(model, inputs)
@@ -123,48 +174,105 @@ class RLSDTrainer(TeacherPass):
         advantages, mask = inputs["advantages"], states.loss_mask(inputs)
         if advantages.dim() != 1:
             raise RuntimeError(f"Advantages were reweighted already: {tuple(advantages.shape)}.")
-        teacher = inputs["teacher_per_token_logps"]
         # P_S is the policy that wrote the rollout: credit belongs to the rollout, as A does.
-        gap = teacher - inputs.get("old_per_token_logps", logps)
-        assign = self._own_credit if self.credit is not None else self._table_credit
-        credited, sums = assign(advantages, gap, mask, inputs)
+        student = inputs.get("old_per_token_logps", logps)
+        teacher = inputs.get("teacher_per_token_logps", student)  # no teacher, no gap
+        gap = teacher - student
+        known = self._known_signals(inputs, student)
+        if self.credit is not None:
+            # Before the function sees them, so that it is not blamed for them.
+            self._check_finite(gap, inputs["prompt_ids"], "teacher or student")
+        shuffle = self._permutation() if self.args.permute_credit else lambda function: function
+        credited, sums = self._credited(advantages, gap, mask, known, shuffle)
+        if (weight := self.args.weight) is not None:
+            asked = {name: known[name] for name in self._weight_asked if name in known}
+            inputs["weight"] = shuffle(weight)(advantages, gap, mask, **asked)
+            sums["distillation_weight"] = ((inputs["weight"] * mask).sum(), mask.sum())
         broken = (~(teacher + logps).isfinite()).sum()
         if self.log_means(gap_sums(gap, mask) | sums, broken):
             self._check_finite(teacher, inputs["prompt_ids"], "teacher")
             self._check_finite(logps, inputs["prompt_ids"], "student")
+        if self.teacher is None:
+            return credited
         if (age := self.teacher.age(self.state.global_step)) is not None:
             self._metrics["train"]["rlsd/teacher_age"].append(age)
         return credited
 
-    def _table_credit(
-        self, advantages: Tensor, gap: Tensor, mask: Tensor, inputs: dict[str, Any]
+    def _credited(
+        self,
+        advantages: Tensor,
+        gap: Tensor,
+        mask: Tensor,
+        known: dict[str, Any],
+        shuffle: Callable[[Credit], Credit],
     ) -> tuple[Tensor, Sums]:
-        args, lam = self.args, self.args.lambda_at(self.state.global_step)
-        assign = partial(args.credit, gap=gap, mask=mask, lam=lam, epsilon_w=args.epsilon_w)
-        credited = assign(advantages)
-        if args.row.evidence is None:
-            return credited, {}
-        log_weight = args.row.evidence(advantages, gap)
-        sums = weight_sums(log_weight, mask, args.epsilon_w, log_clip=args.weight_clip == "log")
-        sums |= intervention_sums(credited, advantages, mask)
-        return credited, sums | drift_sums(credited, assign(-advantages), advantages, gap, mask)
+        """Token advantages (N, T) by the run's credit function, and what is logged of them."""
+        args, function = self.args, self._functions()[0]
+        asked = {name: known[name] for name in self._asked if name in known}
 
-    def _own_credit(
-        self, advantages: Tensor, gap: Tensor, mask: Tensor, inputs: dict[str, Any]
-    ) -> tuple[Tensor, Sums]:
-        # Before the function sees them, so that it is not blamed for them.
-        self._check_finite(gap, inputs["prompt_ids"], "teacher or student")
-        known = {
+        def assign(verdicts: Tensor) -> Tensor:
+            return shuffle(function)(verdicts, gap, mask, **asked)
+
+        credited = assign(advantages)
+        if self.credit is not None:
+            checks.check_credited(credited, gap.shape, self.credit)
+            return credited, intervention_sums(credited, advantages, mask)
+        if not args.has_token_credit or args.distillation_mode == SAMPLED:
+            return credited, {}
+        sums = intervention_sums(credited, advantages, mask)
+        if self.teacher is not None and "success" not in asked:
+            sums |= drift_sums(credited, assign(-advantages), advantages, gap, mask)
+        if args.row.evidence is None:
+            return credited, sums
+        log_weight = args.row.evidence(advantages, gap)
+        log_clip = args.weight_clip == "log"
+        return credited, weight_sums(log_weight, mask, args.epsilon_w, log_clip=log_clip) | sums
+
+    def _functions(self) -> list[Credit]:
+        weight = [] if self.args.weight is None else [self.args.weight]
+        return [self.credit or self.args.credit, *weight]
+
+    def _known_signals(self, inputs: dict[str, Any], student: Tensor) -> dict[str, Any]:
+        """Everything that a credit function or a weight may be given, by name."""
+        carried = {k: v for k, v in inputs.items() if k.startswith(states.SIGNAL)}
+        known = {name.removeprefix(states.SIGNAL): value for name, value in carried.items()}
+        known |= {
             "lam": self.args.lambda_at(self.state.global_step),
             "epsilon_w": self.args.epsilon_w,
             "success": inputs["rewards"] >= self.args.success_reward_threshold,
             "rewards": inputs["rewards"],
             "entropy": inputs["entropy"],
         }
-        asked = {name: known[name] for name in self._asked}
-        credited = self.credit(advantages, gap, mask, **asked)
-        checks.check_credited(credited, gap.shape, self.credit)
-        return credited, intervention_sums(credited, advantages, mask)
+        if "wrong_logps" in inputs:
+            known["wrong_gaps"] = inputs["wrong_logps"].transpose(0, 1) - student
+        if "ref_per_token_logps" in inputs:
+            known["reference_gap"] = inputs["ref_per_token_logps"] - student
+        if "gate" in self.asked:
+            known["gate"] = self._gate()
+            self._metrics["train"]["rlsd/gate"].append(known["gate"])
+        return known
+
+    def _gate(self) -> float:
+        """0 while the last step's mean entropy lies below `GATE_SHARE` of the first steps', else 1."""
+        *first, last = self.teacher.memory or [0.0]
+        return float(len(first) < GATE_STEPS or last >= GATE_SHARE * sum(first) / len(first))
+
+    def remember_entropy(self) -> None:
+        """Keep the step's mean entropy: of each of the first steps, and of the last."""
+        of_step = self._metrics["train"]["entropy"][-self.current_gradient_accumulation_steps :]
+        mean = sum(of_step) / len(of_step)
+        self.teacher.memory = [*self.teacher.memory[:GATE_STEPS], mean]
+
+    def _permutation(self) -> Callable[[Credit], Credit]:
+        """A shuffle of token credit that is one for all calls of this micro-step, and no other's."""
+        micro_step = self._step % self.current_gradient_accumulation_steps
+        where = self.args.seed, self.state.global_step, micro_step, self.accelerator.process_index
+        seed = random.Random(str(where)).getrandbits(63)
+
+        def shuffle(function: Credit) -> Credit:
+            return permuted(function, torch.Generator().manual_seed(seed))
+
+        return shuffle
 
     def _distillation_loss(
         self, model: nn.Module, hidden: Tensor, inputs: dict[str, Any]
@@ -183,6 +291,8 @@ class RLSDTrainer(TeacherPass):
             teacher_bias=teacher[1],
             temperature=self.temperature,
         )
+        if "weight" in inputs:
+            per_token = per_token * inputs["weight"]
         loss = states.token_mean(
             per_token,
             states.policy_mask(inputs),
@@ -192,7 +302,7 @@ class RLSDTrainer(TeacherPass):
             accumulation=self.current_gradient_accumulation_steps,
         )
         self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
-        return (self.args.distillation_weight or 1.0) * loss
+        return (self.args.distillation_weight or self.args.row.distillation_weight) * loss
 
     # Checkpoints
 
@@ -251,11 +361,14 @@ class TeacherCallback(TrainerCallback):
             teacher.load(Path(self.trainer._checkpoint), self.trainer.model)
         elif self.has_begun:
             teacher.take(self.trainer.model, state.global_step)
+            teacher.memory = []
         self.has_begun = True
 
     def on_step_end(self, args: RLSDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         """Called on every rank, before a checkpoint of the same step is written."""
         teacher = self.trainer.teacher
+        if "gate" in self.trainer.asked:
+            self.trainer.remember_entropy()
         if args.teacher_is_over(state.global_step) and teacher.model is not None:
             teacher.release()
         else:

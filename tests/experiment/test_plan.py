@@ -230,7 +230,8 @@ def test_a_shared_pass_computes_each_prompt_once() -> None:
     assert plan.shares_prompts
     assert not apart.shares_prompts
     assert 2.5 < apart.flops()["teacher"] / plan.flops()["teacher"] < 4
-    assert not dataclasses.replace(plan, sharding="fsdp2").shares_prompts
+    for change in ({"sharding": "fsdp2"}, {"sees_images": True}):
+        assert not dataclasses.replace(plan, **change).shares_prompts, change
 
 
 def test_what_is_put_away_does_not_stay() -> None:
@@ -285,6 +286,7 @@ def test_a_preset_says_what_it_can_and_the_command_line_the_rest() -> None:
     plan = plan_of(preset, gpus=8, lora_rank=16)
     assert (plan.dtype, plan.lora_rank) == ("bfloat16", 16)
     assert (plan.prompt_length, plan.rollouts, plan.sharding) == (4096, 2048, "ddp")
+    assert plan.sees_images
     sharded = dataclasses.replace(preset, accelerate="fsdp2")
     assert plan_of(sharded, gpus=8).sharding == "fsdp2"
     with pytest.raises(ValueError, match="how long a prompt is"):
