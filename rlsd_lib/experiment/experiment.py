@@ -21,8 +21,8 @@ from rlsd_lib.experiment.progress import LiveCurve, Recorder
 from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer, last_checkpoint
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.exact import right_chains
-from rlsd_lib.measure.first_error import oracle_signals
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval, share_interval
+from rlsd_lib.measure.oracle import oracle_signals
 from rlsd_lib.measure.rollouts import Rollout, look
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt

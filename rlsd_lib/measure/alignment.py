@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlsd_lib.credit import Credit, leave_one_out
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.exact import right_chains
-from rlsd_lib.measure.first_error import oracle_signals
 from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.measure.logps import log_probabilities, padded
+from rlsd_lib.measure.oracle import oracle_signals
 from rlsd_lib.prompts import COLUMN, teacher_prompt
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.encode import messages_of

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from rlsd_lib.credit import leave_one_out
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.logps import log_probabilities, of_tokens
-from rlsd_lib.methods import PEER, PROMPT
+from rlsd_lib.measure.oracle import oracle_signals
+from rlsd_lib.methods import PEER, PROMPT, keywords
 from rlsd_lib.prompts import (
     COLUMN,
     Prompt,
@@ -113,7 +115,27 @@ def look(
     advantages = rewards - rewards.mean()
     if config.scale_rewards != "none":
         advantages /= rewards.std() + 1e-4  # Eq. 1, with TRL's sample deviation
-    weights, credits = _weights_and_credits(config, advantages, gaps, moved)
+    gap = pad_sequence(gaps, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in gaps], batch_first=True)
+    success = rewards >= config.success_reward_threshold
+    signals = {"success": success, "rewards": rewards, "epsilon_w": config.epsilon_w}
+    if count > 1:
+        signals["group_success"] = leave_one_out(success, count)
+    if "wrong_gaps" in config.row.asks:
+        other = task.test[(row + 1) % len(task.test)][COLUMN]
+        readers = (
+            (model, prompt),
+            (
+                teacher or model,
+                teacher_prompt(prompt, other, config.privileged_template),
+            ),
+        )
+        wrong = [_compare(config, processing, readers, ids)[0] for ids in completions]
+        signals["wrong_gaps"] = pad_sequence(wrong, batch_first=True)[None]
+    if task.first_error is not None:
+        signals |= oracle_signals(task, [problem] * count, texts, gap.size(1))
+    mask *= torch.tensor(moved)[:, None]
+    weights, credits = _weights_and_credits(config, advantages, gap, mask, signals)
     return [
         Rollout(
             problem={name: value for name, value in problem.items() if name != "images"},
@@ -182,14 +204,14 @@ def _compare(
 
 
 def _weights_and_credits(
-    config: RLSDConfig, advantages: Tensor, gaps: Sequence[Tensor], moved: Sequence[bool]
+    config: RLSDConfig, advantages: Tensor, gap: Tensor, mask: Tensor, signals: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The clipped weight, 1 where the method has none or A = 0, and the credit: both (N, T)."""
-    gap = pad_sequence(gaps, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in gaps], batch_first=True)
-    mask *= torch.tensor(moved)[:, None]
-    assign = partial(config.credit, gap=gap, mask=mask, epsilon_w=config.epsilon_w)
+    asked = {name: value for name, value in signals.items() if name in keywords(config.credit)}
+    assign = partial(config.credit, gap=gap, mask=mask, **asked)
+    if "lam" in keywords(config.credit):
+        assign = partial(assign, lam=config.lambda_init)
     weight, sign = torch.ones_like(gap), advantages.sign()[:, None]
     if config.row.evidence is not None:
         weight = torch.where(sign == 0, weight, assign(advantages.sign(), lam=1.0) * sign)
-    return weight, assign(advantages, lam=config.lambda_init)
+    return weight, assign(advantages)

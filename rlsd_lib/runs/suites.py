@@ -72,7 +72,7 @@ TWINS = {"method": ("rlsd", "rlsd_neutral")}
 CREDIT = {"preset": ("lab-credit",)}
 VALIDATION_LAB = {"seed": (100,)}
 RATES = tuple({"learning_rate": rate} for rate in (1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4))
-ORACLE = {"notebook": ("10_grpo",), "method": ("oracle",)}
+ORACLE = {"notebook": ("16_credits",), "method": ("oracle",)}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
 FIRST_LAB = {
     "preset": ("lab",),

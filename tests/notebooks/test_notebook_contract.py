@@ -15,7 +15,7 @@ from rlsd_lib.runs.parameters import read_parameters
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-BASELINES = ("10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
+BASELINES = ("10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd", "16_credits")
 RECIPES = ("40_qwen3_vl", "41_qwen3_text")
 # Tags of the cells that notebooks of one family do not share.
 OWN_CELLS = {"parameters", "method-look", "setting-look"}
