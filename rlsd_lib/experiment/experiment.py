@@ -19,8 +19,8 @@ from rlsd_lib.experiment.progress import LiveCurve, Recorder
 from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer, last_checkpoint
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.intervals import Interval, share_interval
-from rlsd_lib.measure.rollouts import Rollout, look
-from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
+from rlsd_lib.measure.rollouts import Rollout, look, task_signals
+from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT, from_caller
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.records import read_lines
@@ -247,6 +247,8 @@ class Experiment:
     def trainer(self) -> WorkbookTrainer:
         """The trainer of this run, which logs every step into the run directory."""
         external = {"teacher_model": self.teacher_model} if self.teacher_model else {}
+        if from_caller(self.config.credit):
+            external["signals"] = task_signals(self.task, self.tokenizer)
         trainer = WorkbookTrainer(
             self.model,
             [self.task.reward, self.task.leak],
