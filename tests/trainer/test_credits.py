@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import pytest
 import tiny
+import tiny_vlm
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rlsd_lib.credit import leave_one_out, oracle, permuted
 from rlsd_lib.methods import METHODS
+from rlsd_lib.trainer import states
+from rlsd_lib.trainer.trainer import GATE_STEPS
 
 # What the paper and its baselines are; their own tests hold them.
 OLD = ("grpo", "rlsd", "rlsd_neutral", "opd", "opsd", "opsd_teacher_top1", "opsd_student_top1")
