@@ -13,10 +13,6 @@ from rlsd_lib.methods import METHODS
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.trainer import GATE_STEPS
 
-# What the paper and its baselines are; their own tests hold them.
-OLD = ("grpo", "rlsd", "rlsd_neutral", "opd", "opsd", "opsd_teacher_top1", "opsd_student_top1")
-OLD += ("sdpo", "grpo_opsd")
-ROWS = [name for name in METHODS if name not in OLD]
 # Passes of the teacher over each rollout, where not one.
 PASSES = {"cepo": 2, "rlsd_contrast": 2, "rlcsd": 2, "opsd_contrast": 2, "opsd_value_contrast": 2}
 PASSES |= {"oracle": 0}
@@ -36,8 +32,6 @@ def settings_of(method: str) -> dict[str, Any]:
     given = {"method": method, "success_reward_threshold": 0.5, "max_steps": 2}
     if method == "sdpg":
         given["beta"] = 0.01
-    if method == "srpo":  # the tiny vocabulary is not much larger than its 100 tokens
-        given["distillation_topk"] = 20
     return given
 
 
@@ -90,12 +84,12 @@ def check_run(name: str, trainer: Any) -> None:
 
 
 def test_every_row_trains_on_text(tmp_path):
-    for name in ROWS:
+    for name in tiny.LATER:
         check_run(name, make(tmp_path, name))
 
 
 def test_every_row_trains_with_lora(tmp_path):
-    for name in ROWS:
+    for name in tiny.LATER:
         check_run(name, make(tmp_path, name, lora_student()))
 
 
