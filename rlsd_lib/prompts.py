@@ -169,7 +169,15 @@ def distinct_references(column: Sequence[object]) -> list[str]:
 
 
 def wrong_references(own: str, distinct: Sequence[str], count: int) -> list[str]:
-    """`count` of the `distinct` texts, all unlike `own`, which alone decides the draw."""
+    """`count` of the `distinct` texts, all unlike `own`, which alone decides the draw.
+
+    Raises ValueError where there are fewer.
+    """
+    if len(distinct) <= count:
+        raise ValueError(
+            f"{count} wrong references need {count + 1} different ones or more, there are "
+            f"{len(distinct)}."
+        )
     drawn = random.Random(own).sample(distinct, count + 1)
     return [text for text in drawn if text != own][:count]
 

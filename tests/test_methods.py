@@ -22,8 +22,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "grpo_opsd": {"distillation_weight": 0.3},
     "sdpo": {"success_reward_threshold": 0.5},
 }
-TAUGHT = [name for name, method in METHODS.items() if method.teacher_sees]
-every = pytest.mark.parametrize("method", METHODS)
+TAUGHT = [name for name in tiny.FIRST if METHODS[name].teacher_sees]
+every = pytest.mark.parametrize("method", tiny.FIRST)  # the others: trainer/test_credits.py
 
 
 def make(folder: Path, method: str, student: Any = None, **overrides: Any) -> RLSDTrainer:
@@ -62,7 +62,7 @@ def rollouts(trainer: RLSDTrainer) -> list[dict[str, Any]]:
 
 
 def test_the_first_generation_batch_is_the_same_for_all_methods(tmp_path):
-    runs = {name: rollouts(make(tmp_path, name, max_steps=2)) for name in METHODS}
+    runs = {name: rollouts(make(tmp_path, name, max_steps=2)) for name in tiny.FIRST}
     external = tiny.model(1)
     external.save_pretrained(tmp_path / "teacher")
     tiny.tokenizer().save_pretrained(tmp_path / "teacher")

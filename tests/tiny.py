@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rlsd_lib import RLSDConfig, RLSDTrainer
+from rlsd_lib.methods import METHODS
 from rlsd_lib.prompts import teacher_prompt
 from rlsd_lib.tasks import Task
 from rlsd_lib.tasks.lab import vision as toy_vlm
@@ -17,6 +18,10 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+# Rows of the methods table: RLSD and the paper's baselines, and what came after it.
+FIRST = list(METHODS)[: list(METHODS).index("cepo")]
+LATER = [name for name in METHODS if name not in FIRST]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

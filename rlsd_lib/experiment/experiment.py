@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
 from rlsd_lib.experiment.controls import apply_control
@@ -22,9 +21,8 @@ from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer, last_checkpoin
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval, share_interval
-from rlsd_lib.measure.oracle import oracle_signals
-from rlsd_lib.measure.rollouts import Rollout, look
-from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
+from rlsd_lib.measure.rollouts import Rollout, look, task_signals
+from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT, from_caller
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.records import read_lines
@@ -265,6 +263,8 @@ class Experiment:
     def trainer(self) -> WorkbookTrainer:
         """The trainer of this run, which logs every step into the run directory."""
         external = {"teacher_model": self.teacher_model} if self.teacher_model else {}
+        if from_caller(self.config.credit):
+            external["signals"] = task_signals(self.task, self.tokenizer)
         trainer = WorkbookTrainer(
             self.model,
             [self.task.reward, self.task.leak],
@@ -272,20 +272,12 @@ class Experiment:
             self.task.train,
             processing_class=self.tokenizer,
             peft_config=LoraConfig(**self.preset.lora) if self.preset.lora else None,
-            signals=self._signals if self.task.first_error is not None else None,
             **external,
         )
         trainer.remove_callback(PrinterCallback)
         curve = LiveCurve(self.config.method, self.config.max_steps)
         trainer.add_callback(Recorder(self.run, curve))
         return trainer
-
-    def _signals(self, rows: list[dict], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """What the task knows of the sampled tokens (N, T), for a credit function that asks."""
-        kept = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
-        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
-        found = oracle_signals(self.task, rows, texts, ids.size(1))
-        return {name: value.to(ids.device) for name, value in found.items()}
 
     def _train_launched(self) -> dict[str, Any]:
         """Train on launched processes; this one's model waits on the CPU, then takes the weights."""

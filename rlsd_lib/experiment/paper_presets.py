@@ -40,6 +40,7 @@ REAL = {
 }
 
 DISTILLING = ("opsd", "opsd_teacher_top1", "opsd_student_top1")
+DISTILLING += ("opsd_value", "opsd_contrast", "opsd_value_contrast")
 # OPSD's teacher reads a verified trace, RLSD's the final answer alone.
 TRACES = {name: {"privileged": "trace"} for name in (*DISTILLING, "grpo_opsd")}
 

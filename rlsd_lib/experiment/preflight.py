@@ -23,7 +23,7 @@ from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import DATA, Task
 from rlsd_lib.tasks.encode import Processing, prompt_lengths, within
 from rlsd_lib.tasks.lab import model as lab
-from rlsd_lib.trainer.checks import check_arguments
+from rlsd_lib.trainer.checks import check_arguments, check_wrong_references
 from rlsd_lib.trainer.config import RLSDConfig
 
 
@@ -198,6 +198,7 @@ def check_rows(run: Resolved, task: Task) -> None:
     rows = apply_control(task.train, run.control, run.config.seed)
     teacher = run.preset.teacher_model if run.config.row.teacher_sees == PROMPT else None
     check_arguments([task.reward], run.config, rows, teacher)
+    check_wrong_references(rows, run.config.row.asks, run.config)
 
 
 def _check_limits(run: Resolved, positions: int | None) -> str:

@@ -84,6 +84,7 @@ LAB_BY_METHOD = {
     **dict.fromkeys(("opd", *DISTILLING), FASTER),
     # SDPO compares the 100 likeliest tokens; the lab's vocabulary has fewer.
     "sdpo": {**FASTER, "distillation_mode": "full_logits"},
+    "srpo": {"distillation_mode": "full_logits"},
     **OUR_WEIGHT,
 }
 

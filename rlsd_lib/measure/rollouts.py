@@ -6,7 +6,6 @@ the trainer's own `RLSDConfig`. The teacher is the model itself (a `live` teache
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -16,20 +15,24 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rlsd_lib.credit import leave_one_out
+from rlsd_lib.divergence import forward_kl
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.logps import log_probabilities, of_tokens
 from rlsd_lib.measure.oracle import oracle_signals
-from rlsd_lib.methods import PEER, PROMPT, keywords
+from rlsd_lib.methods import NEEDS_WRONG, PEER, PROMPT, from_caller, keywords
 from rlsd_lib.prompts import (
     COLUMN,
     Prompt,
     demonstrations,
+    distinct_references,
     teacher_prompt,
     without_pixels,
+    wrong_references,
 )
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.encode import Processing, messages_of, tokenizer_of
 from rlsd_lib.trainer.config import RLSDConfig
+from rlsd_lib.trainer.teacher_pass import Signals
 
 # What shapes the trainer's rollouts beside `generation_kwargs`, as arguments of `sample`.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "chat_template_kwargs")
@@ -78,15 +81,17 @@ def look(
     Method, prompts, sampling, rewards, credit and divergence are those that `RLSDTrainer` takes
     from `config`, with lambda at `lambda_init`; `changes` are fields of it for this look alone.
     The group stands for the whole batch where `scale_rewards` is "batch", and the teacher reads a
-    long reference whole, whatever `max_teacher_prompt_length` is. `processing` is a processor where
-    the model sees images. torch's random state is left as it was.
+    long reference whole, whatever `max_teacher_prompt_length` is. Wrong references are drawn as in
+    training, AntiSD's gate is open, and what `signals` give comes from `task_signals`. `processing`
+    is a processor where the model sees images. torch's random state is left as it was.
 
     Args:
         teacher: another model than `model` itself, as `opd` needs.
         num_generations: rollouts in the group, the config's by default.
 
     Raises:
-        ValueError: `changes` that make no valid config; a TypeError where one is no field of it.
+        ValueError: `changes` that make no valid config, or a method whose credit asks for what
+            neither rollouts nor task can give; a TypeError where a change is no field of the config.
     """
     if changes:
         # TRL derives generation_batch_size from steps_per_generation, and refuses it beside that.
@@ -105,37 +110,37 @@ def look(
         prompt if text is None else teacher_prompt(prompt, text, config.privileged_template)
         for text in contexts
     ]
+    wrong = _wrong_contexts(config, task, problem, contexts)
     compared = [
-        _compare(config, processing, ((model, prompt), (teacher or model, told)), ids)
-        for told, ids in zip(seen, completions, strict=True)
+        _compare(
+            config,
+            processing,
+            (
+                (model, prompt),
+                (teacher or model, told),
+                *(
+                    (teacher or model, teacher_prompt(prompt, text, config.privileged_template))
+                    for text in others
+                ),
+            ),
+            ids,
+        )
+        for told, others, ids in zip(seen, wrong, completions, strict=True)
     ]
-    gaps, divergences = zip(*compared, strict=True)
     # A peer's rollout that no other demonstrates is neither reweighted nor distilled.
     moved = [config.row.teacher_sees != PEER or context is not None for context in contexts]
     advantages = rewards - rewards.mean()
     if config.scale_rewards != "none":
         advantages /= rewards.std() + 1e-4  # Eq. 1, with TRL's sample deviation
-    gap = pad_sequence(gaps, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in gaps], batch_first=True)
-    success = rewards >= config.success_reward_threshold
-    signals = {"success": success, "rewards": rewards, "epsilon_w": config.epsilon_w}
-    if count > 1:
-        signals["group_success"] = leave_one_out(success, count)
-    if "wrong_gaps" in config.row.asks:
-        other = task.test[(row + 1) % len(task.test)][COLUMN]
-        readers = (
-            (model, prompt),
-            (
-                teacher or model,
-                teacher_prompt(prompt, other, config.privileged_template),
-            ),
-        )
-        wrong = [_compare(config, processing, readers, ids)[0] for ids in completions]
-        signals["wrong_gaps"] = pad_sequence(wrong, batch_first=True)[None]
-    if task.first_error is not None:
-        signals |= oracle_signals(task, [problem] * count, texts, gap.size(1))
+    gap, mask = _padded(compared, "gap"), _padded(compared, "mask")
     mask *= torch.tensor(moved)[:, None]
-    weights, credits = _weights_and_credits(config, advantages, gap, mask, signals)
+    columns["prompt"] = [prompt] * count
+    known = _known_signals(config, task, processing, compared, rewards, completions, columns)
+    weights, credits = _weights_and_credits(config, advantages, gap, mask, known)
+    divergences = [row["divergence"] * kept for row, kept in zip(compared, moved, strict=True)]
+    if config.weight is not None:
+        scale = _called(config.weight, advantages, gap, mask, known)
+        divergences = [row * scale[i, : len(row)] for i, row in enumerate(divergences)]
     return [
         Rollout(
             problem={name: value for name, value in problem.items() if name != "images"},
@@ -144,10 +149,10 @@ def look(
             tokens=[tokenizer_of(processing).decode([token]) for token in ids],
             reward=rewards[i].item(),
             advantage=advantages[i].item(),
-            gap=gaps[i].tolist(),
+            gap=compared[i]["gap"].tolist(),
             weight=weights[i, : len(ids)].tolist(),
             credit=credits[i, : len(ids)].tolist(),
-            divergence=(divergences[i] * moved[i]).tolist(),
+            divergence=divergences[i].tolist(),
         )
         for i, ids in enumerate(completions)
     ]
@@ -183,35 +188,115 @@ def _contexts(
     ).texts
 
 
+def _wrong_contexts(
+    config: RLSDConfig, task: Task, problem: Row, contexts: list[str | None]
+) -> list[list[str]]:
+    """Wrong references for each rollout, drawn as in training; none where no credit asks."""
+    if not config.row.asks & NEEDS_WRONG:
+        return [[]] * len(contexts)
+    distinct = distinct_references(task.train[COLUMN][:])
+    texts = wrong_references(problem[COLUMN], distinct, config.wrong_references)
+    return [texts if context is not None else [] for context in contexts]
+
+
 def _compare(
     config: RLSDConfig,
     processing: Processing,
     readers: Sequence[tuple[PreTrainedModel, Prompt]],
     ids: list[int],
-) -> tuple[Tensor, Tensor]:
-    """Gap and divergence of one completion, (T,) each; (0,) without a distillation term.
+) -> dict[str, Tensor]:
+    """What the teacher makes of one completion: gap, mask, divergence and signals, (T,) each.
 
-    `readers` are student and teacher. Of a whole group (N, T, V) would not always fit into memory.
+    `readers` are student, teacher, and the teacher under wrong references. The divergence is (0,)
+    without a distillation term. Of a whole group (N, T, V) would not always fit into memory.
     """
     how = {"temperature": config.temperature, "chat_template_kwargs": config.chat_template_kwargs}
-    log_p_s, log_p_t = (
+    log_ps = [
         log_probabilities(model, processing, [prompt], [ids], **how).cpu()
         for model, prompt in readers
+    ]
+    (ours, theirs, *others), (log_p_s, log_p_t, *wrong) = (
+        [of_tokens(log_p, [ids])[0] for log_p in log_ps],
+        log_ps,
     )
-    (ours,), (theirs,) = (of_tokens(log_p, [ids]) for log_p in (log_p_s, log_p_t))
-    distance = config.divergence(log_p_t, log_p_s)[0] if config.divergence else torch.empty(0)
-    return theirs - ours, distance
+    found = {"gap": theirs - ours, "mask": torch.ones_like(ours), "divergence": torch.empty(0)}
+    if config.divergence is not None:
+        found["divergence"] = config.divergence(log_p_t, log_p_s)[0]
+        found["teacher_entropy"] = -torch.xlogy(p := log_p_t.exp(), p).sum(-1)[0]
+        found["contrast_kl"] = forward_kl(log_p_t, wrong[0])[0] if wrong else torch.zeros_like(ours)
+    for k in range(config.wrong_references):
+        found[f"wrong {k}"] = others[k] - ours if others else torch.full_like(ours, torch.nan)
+    return found
+
+
+def _padded(compared: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+    """(T,) of each rollout -> (N, T)."""
+    return pad_sequence([row[name] for row in compared], batch_first=True)
+
+
+def _known_signals(
+    config: RLSDConfig,
+    task: Task,
+    processing: Processing,
+    compared: Sequence[dict[str, Tensor]],
+    rewards: Tensor,
+    completions: Sequence[list[int]],
+    columns: dict[str, list],
+) -> dict[str, Any]:
+    """What credit functions and weights may ask for, by name, as `RLSDTrainer` would give it."""
+    success = rewards >= config.success_reward_threshold
+    given = {"lam": config.lambda_init, "epsilon_w": config.epsilon_w, "gate": 1.0}
+    given |= {"success": success, "rewards": rewards}
+    if len(rewards) > 1:
+        given["group_success"] = leave_one_out(success, len(rewards))
+    wrong = [_padded(compared, f"wrong {k}") for k in range(config.wrong_references)]
+    given["wrong_gaps"] = torch.stack(wrong)
+    if config.divergence is not None:
+        names = ("teacher_entropy", "contrast_kl")
+        given |= {name: _padded(compared, name) for name in names}
+    signals = task_signals(task, processing)
+    if signals is not None and from_caller(config.credit):
+        ids = pad_sequence([torch.tensor(row) for row in completions], batch_first=True)
+        rows = [{k: v[i] for k, v in columns.items()} for i in range(len(completions))]
+        given |= signals(rows, ids, _padded(compared, "mask"))
+    return given
+
+
+def task_signals(task: Task, processing: Processing) -> Signals | None:
+    """`signals` for `RLSDTrainer`, as `oracle_signals`, where the task knows where a chain went wrong."""
+    if task.first_error is None or task.decisions is None:
+        return None
+    tokenizer = tokenizer_of(processing)
+
+    def signals(rows: list[Row], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        kept = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+        return oracle_signals(task, rows, texts, ids.size(1))
+
+    return signals
+
+
+def _called(
+    function: Any, advantages: Tensor, gap: Tensor, mask: Tensor, known: dict[str, Any]
+) -> Tensor:
+    """A credit function or a weight with what it asks for; raises ValueError if that is unknown."""
+    options = keywords(function)
+    missing = [k for k, p in options.items() if p.default is p.empty and k not in known]
+    if missing:
+        raise ValueError(
+            f"This look has no {', '.join(missing)}, for which the credit of the method asks: a "
+            "group has at least two rollouts, first errors come from tasks that know them, and "
+            "other signals from the trainer alone."
+        )
+    return function(advantages, gap, mask, **{k: known[k] for k in options if k in known})
 
 
 def _weights_and_credits(
-    config: RLSDConfig, advantages: Tensor, gap: Tensor, mask: Tensor, signals: dict[str, Any]
+    config: RLSDConfig, advantages: Tensor, gap: Tensor, mask: Tensor, known: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The clipped weight, 1 where the method has none or A = 0, and the credit: both (N, T)."""
-    asked = {name: value for name, value in signals.items() if name in keywords(config.credit)}
-    assign = partial(config.credit, gap=gap, mask=mask, **asked)
-    if "lam" in keywords(config.credit):
-        assign = partial(assign, lam=config.lambda_init)
     weight, sign = torch.ones_like(gap), advantages.sign()[:, None]
     if config.row.evidence is not None:
-        weight = torch.where(sign == 0, weight, assign(advantages.sign(), lam=1.0) * sign)
-    return weight, assign(advantages)
+        full = _called(config.credit, advantages.sign(), gap, mask, {**known, "lam": 1.0})
+        weight = torch.where(sign == 0, weight, full * sign)
+    return weight, _called(config.credit, advantages, gap, mask, known)

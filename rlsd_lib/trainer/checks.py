@@ -19,7 +19,16 @@ from transformers import AutoTokenizer, ProcessorMixin
 
 from rlsd_lib import prompts
 from rlsd_lib.credit import Credit
-from rlsd_lib.methods import METHODS, NEEDS_WRONG, PEER, PRIVILEGED, PROMPT, SIGNALS, keywords
+from rlsd_lib.methods import (
+    METHODS,
+    NEEDS_WRONG,
+    PEER,
+    PRIVILEGED,
+    PROMPT,
+    SIGNALS,
+    from_caller,
+    keywords,
+)
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.sharded import is_sharded, shape_of
@@ -265,13 +274,9 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
     asked = [name for name in options if name in SIGNALS]
     if any(p.kind is p.VAR_KEYWORD for p in options.values()):
         asked += [key for key in ("lam", "epsilon_w") if key not in asked]
-    named = (
-        name for name, p in options.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-    )
-    others = [name for name in named if name not in asked]
-    required = [name for name in others if options[name].default is inspect.Parameter.empty]
+    others = [k for k, p in options.items() if k not in asked and p.kind is not p.VAR_KEYWORD]
     try:
-        given = asked if signals is None else asked + required
+        given = asked if signals is None else [*asked, *from_caller(function)]
         signature.bind("advantages", "gap", "mask", **dict.fromkeys(given))
     except TypeError as problem:
         name = _name_of(function)
@@ -306,13 +311,11 @@ def check_signals(given: Any, shape: torch.Size, functions: Sequence[Credit]) ->
                 f"(N, T) = {tuple(shape)}."
             )
     for function in functions:
-        for name, option in keywords(function).items():
-            required = option.default is option.empty and option.kind is not option.VAR_KEYWORD
-            if required and name not in SIGNALS and name not in given:
-                raise ValueError(
-                    f"{_name_of(function)} asks for {name!r}, which signals did not return: it "
-                    f"returned {sorted(given)}."
-                )
+        if missing := sorted(from_caller(function) - set(given)):
+            raise ValueError(
+                f"{_name_of(function)} asks for {', '.join(missing)}, which signals did not "
+                f"return: it returned {sorted(given)}."
+            )
 
 
 def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:

@@ -129,7 +129,8 @@ class RLSDConfig(GRPOConfig):
         policy_weight (`float`, *optional*, defaults to `0.0`):
             Factor of GRPO's own term beside a method that is pure distillation.
         success_reward_threshold (`float`, *optional*, defaults to `1.0`):
-            Peers: the reward from which a rollout may serve as a demonstration.
+            The reward from which a rollout counts as right: it may serve as a demonstration to its
+            peers, and credit functions may ask for `success` and `group_success`.
         include_failed_rollout (`bool`, *optional*, defaults to `False`):
             Peers: also show the teacher a failed rollout of the group.
         include_environment_feedback (`bool`, *optional*, defaults to `False`):

@@ -18,11 +18,14 @@ def sevenths(completion: str, row: dict) -> float:
     return sum(map(ord, completion)) % 7 / 7
 
 
+TOLD = [f"the answer is {7 + i}" for i in range(4)]
+
+
 @pytest.fixture(scope="module")
 def task() -> Task:
     """Rewards between the verdicts, so that who takes one for the other is seen."""
     prompts = [[{"role": "user", "content": f"{i}?"}] for i in range(4)]
-    data = Dataset.from_dict({"prompt": prompts, "privileged_context": ["the answer is 7"] * 4})
+    data = Dataset.from_dict({"prompt": prompts, "privileged_context": TOLD})
     return Task(
         name="letters",
         train=data,
@@ -53,7 +56,7 @@ class Watched(RLSDTrainer):
     def _distillation_loss(self, model, hidden, inputs):
         def kept(*args, **kwargs):
             values = divergence(*args, **kwargs)
-            self.keep(inputs, divergence=values.detach())
+            self.keep(inputs, divergence=values.detach() * inputs.get("weight", 1.0))
             return values
 
         with pytest.MonkeyPatch.context() as patch:
@@ -87,6 +90,10 @@ CASES = {
     "opsd, sampled": {"distillation_mode": "sampled_token"},
     "opsd_teacher_top1, no peer": {"peer_context": True, "success_reward_threshold": 2.0},
     "opd": {"distillation_token_clip": 0.5},
+    "privileged_baseline": {"success_reward_threshold": 0.5},
+    "antisd": {"credit_settings": {}},
+    "srpo": {"distillation_mode": "full_logits", "credit_settings": {"beta": 0.5}},
+    "opsd_value": {"success_reward_threshold": 0.5, "policy_weight": 0.7},
 }
 
 
@@ -133,6 +140,10 @@ def test_every_method_can_be_looked_at(tmp_path, task):
     for method in METHODS:
         weight = {"distillation_weight": 1.0} if METHODS[method].needs_weight else {}
         config = tiny.config(tmp_path, method=method, success_reward_threshold=0.0, **weight)
+        if method in ("oracle", "rlsd_thought_only"):  # this task does not know where it went wrong
+            with pytest.raises(ValueError, match=r"This look has no (first_error|thought)"):
+                lens.look(tiny.model(), tiny.tokenizer(), task, 0, config)
+            continue
         rollouts = lens.look(tiny.model(), tiny.tokenizer(), task, 0, config, teacher=tiny.model(1))
         assert len(rollouts) == config.num_generations, method
         frame = lens.token_frame(rollouts)

@@ -2,16 +2,17 @@
 
 from typing import Any
 
+import pytest
 import tiny
+import tiny_vlm
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rlsd_lib.credit import leave_one_out, oracle, permuted
 from rlsd_lib.methods import METHODS
+from rlsd_lib.trainer import states
+from rlsd_lib.trainer.trainer import GATE_STEPS
 
-# What the paper and its baselines are; their own tests hold them.
-OLD = ("grpo", "rlsd", "rlsd_neutral", "opd", "opsd", "opsd_teacher_top1", "opsd_student_top1")
-OLD += ("sdpo", "grpo_opsd")
-ROWS = [name for name in METHODS if name not in OLD]
 # Passes of the teacher over each rollout, where not one.
 PASSES = {"cepo": 2, "rlsd_contrast": 2, "rlcsd": 2, "opsd_contrast": 2, "opsd_value_contrast": 2}
 PASSES |= {"oracle": 0}
@@ -31,8 +32,6 @@ def settings_of(method: str) -> dict[str, Any]:
     given = {"method": method, "success_reward_threshold": 0.5, "max_steps": 2}
     if method == "sdpg":
         given["beta"] = 0.01
-    if method == "srpo":  # the tiny vocabulary is not much larger than its 100 tokens
-        given["distillation_topk"] = 20
     return given
 
 
@@ -85,10 +84,241 @@ def check_run(name: str, trainer: Any) -> None:
 
 
 def test_every_row_trains_on_text(tmp_path):
-    for name in ROWS:
+    for name in tiny.LATER:
         check_run(name, make(tmp_path, name))
 
 
 def test_every_row_trains_with_lora(tmp_path):
-    for name in ROWS:
+    for name in tiny.LATER:
         check_run(name, make(tmp_path, name, lora_student()))
+
+
+@pytest.mark.parametrize("name", ["cepo", "opsd_value_contrast", "hindsight"])
+def test_a_row_of_each_kind_trains_on_images(tmp_path, name):
+    """Rows with several images, one and none; wrong references beside the same images."""
+    settings = settings_of(name)
+    check_run(
+        name, tiny_vlm.trainer(tmp_path, tiny_vlm.dataset([1, 0, 2, 0, 3, 1, 0, 1]), **settings)
+    )
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+ASKED = ("success", "group_success", "wrong_gaps", "reference_gap", "first_error", "decisions")
+
+
+def test_every_signal_is_that_of_its_own_rollout(tmp_path):
+    """Through TRL's shuffle and split, on rollouts that are used twice, against a recomputation."""
+    calls, batches = [], []
+
+    def credit(advantages, gap, mask, *, success, group_success, wrong_gaps, reference_gap,
+               first_error, decisions, thought=None, tau=2.0):  # fmt: skip
+        given = (success, group_success, wrong_gaps, reference_gap, first_error, decisions)
+        calls.append({**dict(zip(ASKED, given, strict=True)), "gap": gap})
+        assert thought is not None and tau == 2.0
+        return advantages[:, None] + 0 * gap
+
+    settings = {"method": "rlsd", "num_iterations": 2, "max_steps": 3, "wrong_references": 2}
+    trainer = make(tmp_path, teacher_pass="plain", beta=0.01, more={"credit": credit}, **settings)
+    score, assign, micros = trainer._generate_and_score_completions, trainer._token_advantages, []
+    scores = trainer.teacher_scores
+
+    def scored(prompts, contexts, output):
+        found = scores(prompts, contexts, output)
+        batches[-1]["wrong"].append((list(contexts), found.logps))
+        return found
+
+    def generated(rows):
+        batches.append({"wrong": []})
+        output = score(rows)
+        batches[-1] |= {"rows": rows, "rewards": trainer._rewards, "ids": output["completion_ids"]}
+        output["place"] = torch.arange(len(rows))
+        return output
+
+    def assigned(inputs, logps):
+        micros.append((batches[-1], inputs))
+        return assign(inputs, logps)
+
+    trainer.teacher_scores, trainer._generate_and_score_completions = scored, generated
+    trainer._token_advantages = assigned
+    trainer.train()
+    assert len(calls) == len(micros) == 6
+    for call, (batch, micro) in zip(calls, micros, strict=True):
+        place, right = micro["place"], batch["rewards"] >= 0.5
+        assert torch.equal(call["success"], right[place])
+        assert torch.equal(call["group_success"], leave_one_out(right, 4)[place])
+        (own, _), *wrong = batch["wrong"]
+        assert call["wrong_gaps"].shape == (2, *call["gap"].shape)
+        for k, (texts, logps) in enumerate(wrong):
+            expected = logps[place] - micro["old_per_token_logps"]
+            assert torch.equal(call["wrong_gaps"][k], expected)
+            assert all(text not in (other, "") for text, other in zip(texts, own, strict=True))
+        assert all(one != two for one, two in zip(wrong[0][0], wrong[1][0], strict=True))
+        reference = micro["ref_per_token_logps"] - micro["old_per_token_logps"]
+        assert torch.equal(call["reference_gap"], reference)
+        ids = batch["ids"][place]
+        assert torch.equal(call["first_error"], ids[:, 0] % 3)
+        assert torch.equal(call["decisions"], ids % 2 == 0)
+    assert {True, False} == set(torch.cat([call["success"] for call in calls]).tolist())
+
+
+def test_wrong_references_are_drawn_by_the_rows_own_alone(tmp_path):
+    """The same for a reference in every step and on every rank, and among the training set's."""
+    shown = []
+    for seed in (1, 2):
+        trainer, seen = make(tmp_path, "cepo", seed=seed, wrong_references=1), {}
+        find = trainer._wrong_contexts
+
+        def spy(rows, contexts, find=find, seen=seen):
+            drawn = list(find(rows, contexts))
+            seen.update(zip(contexts, drawn[0], strict=True))
+            return iter(drawn)
+
+        trainer._wrong_contexts = spy
+        trainer.train()
+        shown.append(seen)
+    column = set(tiny.dataset()["privileged_context"])
+    common = shown[0].keys() & shown[1].keys()
+    assert all(shown[0][own] == shown[1][own] for own in common)
+    assert all(wrong in column and wrong != own for own, wrong in shown[0].items())
+
+
+def test_a_rollout_without_a_peer_has_no_wrong_gap(tmp_path):
+    seen = []
+
+    def credit(advantages, gap, mask, *, wrong_gaps):
+        seen.append((wrong_gaps, mask))
+        return advantages[:, None] + 0 * gap
+
+    trainer = make(tmp_path, "rlsd", peer_context=True, more={"credit": credit})
+    trainer.train()
+    bare = [~mask.any(1) for _, mask in seen]
+    assert 0 < torch.cat(bare).sum() < 16
+    for (gaps, _), none in zip(seen, bare, strict=True):
+        assert torch.equal(gaps.isnan().all(2).any(0), none)
+        assert gaps[:, ~none].isfinite().all()
+
+
+def test_the_weight_multiplies_the_divergence_of_each_token(tmp_path):
+    """A weight of 1 is OPSD to the bit, a weight of 0 beside policy_weight GRPO's update."""
+    ends = {}
+    for name, method, settings in (
+        ("opsd", "opsd", {}),
+        ("all", "opsd_contrast", {"credit_settings": {"tau": 0.0}}),
+        ("none", "opsd_contrast", {"credit_settings": {"tau": 1e30}, "policy_weight": 1.0}),
+        ("grpo", "grpo", {"completion_head": True}),
+        ("half", "opsd_contrast", {}),
+    ):
+        trainer = make(tmp_path, method, max_steps=1, more={"signals": None}, **settings)
+        trainer.train()
+        ends[name] = trainer.model.lm_head.weight.detach()
+    torch.testing.assert_close(ends["all"], ends["opsd"])
+    torch.testing.assert_close(ends["none"], ends["grpo"], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(ends["half"], ends["opsd"], atol=1e-4)
+
+
+# --- AntiSD's gate, and the permuted control -----------------------------------------------------
+
+
+def test_the_gate_shuts_with_the_entropy_and_a_resume_is_bit_by_bit(tmp_path):
+    settings = {"max_steps": 16, "save_strategy": "steps", "save_steps": 13, "learning_rate": 0.1}
+    settings |= {"gradient_accumulation_steps": 1, "max_completion_length": 4}
+    whole, resumed = (make(tmp_path / name, "antisd", **settings) for name in ("whole", "resumed"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-13"))
+    logs = [row for row in whole.state.log_history if "loss" in row]
+    again = [row for row in resumed.state.log_history if "loss" in row]
+    entropies, gates = ([row[k] for row in logs] for k in ("entropy", "rlsd/gate"))
+    first = sum(entropies[:GATE_STEPS]) / GATE_STEPS
+    assert gates[: GATE_STEPS + 1] == [1.0] * (GATE_STEPS + 1)
+    expected = [float(e >= 0.93 * first) for e in entropies[GATE_STEPS:-1]]
+    assert gates[GATE_STEPS + 1 :] == expected
+    assert gates == [row["rlsd/gate"] for row in again]
+    left, right = (trainer.model.state_dict() for trainer in (whole, resumed))
+    assert all(torch.equal(left[k], right[k]) for k in left)
+    whole.train()  # begins anew
+    assert whole.state.log_history[0]["rlsd/gate"] == 1.0
+
+
+def test_permuted_credit_keeps_its_amount_and_draws_once_for_the_drift(tmp_path):
+    runs = {}
+    for shuffled in (False, True):
+        trainer, kept = make(tmp_path, "rlsd", permute_credit=shuffled, max_steps=1), []
+        assign = trainer._token_advantages
+
+        def spy(inputs, logps, assign=assign, kept=kept):
+            kept.append((assign(inputs, logps), states.loss_mask(inputs).bool()))
+            return kept[-1][0]
+
+        trainer._token_advantages = spy
+        trainer.train()
+        runs[shuffled] = kept, trainer.state.log_history[0]["rlsd/drift"]
+    for (plain, mask), (mixed, _) in zip(runs[False][0], runs[True][0], strict=True):
+        assert not torch.equal(plain, mixed)
+        for row in range(len(mask)):
+            kept = mask[row]
+            assert torch.equal(plain[row][kept].sort().values, mixed[row][kept].sort().values)
+    assert runs[False][1] != runs[True][1]
+    once = permuted(oracle, torch.Generator().manual_seed(1)).__name__
+    assert once == "oracle"
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def asks_kl(advantages, gap, mask, *, contrast_kl):
+    return gap
+
+
+def asks_wrong(advantages, gap, mask, *, wrong_gaps):
+    return gap
+
+
+def asks_reference(advantages, gap, mask, *, reference_gap):
+    return gap
+
+
+def test_what_nobody_gives_is_refused_before_the_model_loads(tmp_path):
+    few = tiny.dataset(4, privileged_context=["7", "8", "7", "8"])
+    stream = tiny.dataset().to_iterable_dataset()
+    none = {"more": {"signals": None}}
+    cases = [
+        ("oracle", none, "credit=oracle.*'first_error'.*RLSDTrainer\\(signals=fn\\) gives"),
+        ("rlsd_thought_only", none, "'thought'"),
+        (
+            "cepo",
+            {"data": few, "wrong_references": 2},
+            "wrong_references=2 needs 3 different.*has 2",
+        ),
+        ("opsd_contrast", {"data": stream}, "contrast_kl need wrong references.*streaming"),
+        ("rlsd", {"wrong_references": 2}, "wrong_references=2 means nothing where no credit asks"),
+        ("grpo", {"wrong_references": 2}, "wrong_references=2 means nothing"),
+        ("cepo", {"wrong_references": 0}, "wrong_references=0: expected a count >= 1"),
+        ("rlsd", {"more": {"credit": asks_kl}}, "asks_kl asks for contrast_kl, which nobody gives"),
+        ("rlsd", {"more": {"credit": asks_reference}}, "reference_gap.*beta > 0 makes"),
+        ("rlsd", {"more": {"credit": asks_wrong}, "data": stream}, "streaming"),
+        ("sdar", {"credit_settings": {"bta": 1.0}}, "'bta' is no setting.*beta, coefficient"),
+        ("sdar", {"credit_settings": {"beta": "5"}}, "beta='5': expected a number"),
+        ("rlsd", {"credit_settings": {"lam": 0.1}}, "'lam' is no setting of method='rlsd'.*none"),
+        ("sdpg", {"beta": 0.0, "credit_settings": {"alpha": 1.0}}, "'alpha' is no setting"),
+        ("rlsd", {"policy_weight": 1.0}, "policy_weight=1.0 means nothing"),
+        ("opsd", {"permute_credit": True}, "permute_credit=True means nothing"),
+        ("opsd_contrast", {"distillation_mode": "sampled_token"}, "weights a divergence"),
+        ("hindsight", {"importance_sampling_level": "sequence"}, "averages the token credit"),
+    ]
+    for method, settings, said in cases:
+        with pytest.raises(ValueError, match=f"(?s){said}"):
+            make(tmp_path, method, "no/such-model", **settings)
+
+
+def test_what_signals_returns_is_checked(tmp_path):
+    for given, said in (
+        (None, "signals returned NoneType"),
+        ({"first_error": torch.zeros(3)}, "'first_error' as \\(3,\\), expected a tensor"),
+        ({"success": torch.zeros(8)}, "'success', which comes from the rewards"),
+        ({"decisions": 1}, "'decisions' as int"),
+        ({}, "oracle asks for decisions, first_error, which signals did not return"),
+    ):
+        trainer = make(tmp_path, "oracle", more={"signals": lambda *_, given=given: given})
+        with pytest.raises(ValueError, match=said):
+            trainer.train()
