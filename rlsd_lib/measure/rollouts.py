@@ -271,7 +271,8 @@ def task_signals(task: Task, processing: Processing) -> Signals | None:
     def signals(rows: list[Row], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         kept = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
         texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-        return oracle_signals(task, rows, texts, ids.size(1))
+        found = oracle_signals(task, rows, texts, ids.size(1))
+        return {name: value.to(ids.device) for name, value in found.items()}
 
     return signals
 

@@ -71,8 +71,17 @@ TWINS = {"method": ("rlsd", "rlsd_neutral")}
 # The bench for credit: a seed is a lab, and rates are chosen on one that no comparison uses.
 CREDIT = {"preset": ("lab-credit",)}
 VALIDATION_LAB = {"seed": (100,)}
-RATES = tuple({"learning_rate": rate} for rate in (1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4))
-ORACLE = {"notebook": ("16_credits",), "method": ("oracle",)}
+RATES = tuple({"learning_rate": rate} for rate in (2.5e-5, 5e-5, 1e-4, 2e-4))
+ANY_CREDIT = {"notebook": ("16_credits",)}
+LABS = {"seed": FIVE_SEEDS, **CREDIT, **ANY_CREDIT}
+ORACLE = {**ANY_CREDIT, "method": ("oracle",)}
+# Lambda stays: what a credit function can do, and not how soon it is switched off.
+WIDEST = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0}
+FROZEN = {"teacher_model_kind": "base"}
+PERMUTED = {"permute_credit": True}
+# Distillation that is told where to look, beside GRPO.
+TOLD = {"method": ("opsd_value_contrast",)}
+BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
 FIRST_LAB = {
     "preset": ("lab",),
@@ -107,6 +116,17 @@ SUITES: dict[str, Suite] = {
             {"seed": FIVE_SEEDS, **CREDIT, **ORACLE},
             {"seed": FIVE_SEEDS, **FIRST_LAB, **GRPO},
             {"seed": FIVE_SEEDS, **FIRST_LAB, **ORACLE},
+        ],
+    ),
+    "credits": Suite(
+        "RLSD, its successors and our own credit beside `headroom`, with their controls, over labs",
+        [
+            {**LABS, **RLSD, "overrides": ({}, WIDEST)},
+            {**LABS, "method": ("rlsd_negative_only", "rlsd_contrast"), "overrides": (WIDEST,)},
+            {**LABS, "method": ("posterior_blame",), "overrides": (FROZEN, {**FROZEN, **PERMUTED})},
+            {**LABS, "method": ("hindsight",), "overrides": (FROZEN,)},
+            {**LABS, **TOLD, "overrides": (BESIDE, {**BESIDE, **PERMUTED})},
+            {**LABS, **TOLD, "overrides": (BESIDE,), "control": ("shuffled",)},
         ],
     ),
     "ablations": Suite(
@@ -204,7 +224,8 @@ def jobs_of(name: str, changes: Mapping[str, Any] = {}) -> list[Job]:
             if other := found.get(run_dir):
                 raise ValueError(f"{run_dir} is named by both {other.notebook} and {notebook}")
             found[run_dir] = Job(notebook, parameters, run_dir)
-    return list(found.values())
+    # All grids of a seed before those of the next: an interrupted suite compares what it has.
+    return sorted(found.values(), key=lambda job: job.parameters.get("seed", 0))
 
 
 def record_plan(name: str, changes: Mapping[str, Any], jobs: Sequence[Job]) -> None:
