@@ -291,8 +291,8 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
     for name in asked:
         if name in absent:
             raise ValueError(
-                f"{what}={_name_of(function)} asks for {name}, which nobody gives with method={args.method!r} and "
-                f"beta={args.beta}. It comes from {SIGNALS[name]}."
+                f"{what}={_name_of(function)} asks for {name}, which nobody gives with method="
+                f"{args.method!r} and beta={args.beta}. It comes from {SIGNALS[name]}."
             )
     return (*asked, *others)
 
