@@ -37,7 +37,11 @@ def settings_of(method: str) -> dict[str, Any]:
 
 def make(folder, method: str, student: Any = None, **changes: Any):
     more = {"signals": signals, **changes.pop("more", {})}
-    return tiny.trainer(folder, student, more=more, **{**settings_of(method), **changes})
+    settings = {**settings_of(method), **changes}
+    if student is None and settings.get("beta"):  # TRL loads the reference model from its folder
+        student = str(folder / "student")
+        tiny.model().save_pretrained(student)
+    return tiny.trainer(folder, student, more=more, **settings)
 
 
 def lora_student() -> Any:
