@@ -1,6 +1,6 @@
 """Looking shows what training does: the same prompts, gap, credit and divergence, and no trace."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import tiny
@@ -171,3 +171,30 @@ def test_a_look_samples_as_training_does_and_leaves_no_trace(tmp_path, task):
     assert max(map(len, texts(model, max_completion_length=2))) == 2
     with pytest.raises(ValueError, match="epsilon_w=-1"):
         texts(model, epsilon_w=-1)
+
+
+def test_a_task_that_knows_where_a_rollout_went_wrong_tells_the_trainer(tmp_path, task):
+    """The first wrong token, T for none or for a right rollout; decisions are its other tokens."""
+    encode = tiny.tokenizer().encode
+    texts = ["auxb", "ab", "uuu"]
+    ids = torch.tensor([row + [0] * (6 - len(row)) for row in map(encode, texts)])
+    found = {"auxb": 2, "ab": None, "uuu": 3}
+    knowing = replace(
+        task,
+        verify=lambda text, row: text == "ab",
+        first_error=lambda text, row: found[text],
+        nuisance_mask=lambda text: [letter == "u" for letter in text],
+    )
+    given = lens.task_signals(knowing, tiny.tokenizer())([{}] * 3, ids, (ids != 0).long())
+    assert given["first_error"].tolist() == [2, 6, 3]
+    assert given["decisions"].int().tolist() == [
+        [1, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    assert lens.task_signals(task, tiny.tokenizer()) is None
+    config = tiny.config(tmp_path, method="oracle")
+    looked = lens.look(
+        tiny.model(), tiny.tokenizer(), replace(knowing, first_error=lambda *_: 0), 0, config
+    )
+    assert len(looked) == config.num_generations
