@@ -261,6 +261,11 @@ def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, .
             f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} are of the "
             f"method's own weight, which credit={name} replaces. Leave them alone."
         )
+    if args.credit_settings and args.row.weight is None:
+        raise ValueError(
+            f"credit_settings={args.credit_settings} are of the method's own credit, which credit="
+            f"{name} replaces. Leave them empty, and bind yours by functools.partial."
+        )
     args.check_keeps_token_credit(f"credit={name}")
     return check_asked("credit", credit, args, signals)
 
