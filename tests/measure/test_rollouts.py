@@ -45,6 +45,7 @@ class Watched(RLSDTrainer):
         ids, mask = output["completion_ids"], output["completion_mask"].bool()
         self.completions = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
         self.found = [{} for _ in inputs]
+        self.prompt = inputs[0]["prompt"]
         return output
 
     def _token_advantages(self, inputs, logps):
@@ -90,6 +91,9 @@ CASES = {
     "opsd, sampled": {"distillation_mode": "sampled_token"},
     "opsd_teacher_top1, no peer": {"peer_context": True, "success_reward_threshold": 2.0},
     "opd": {"distillation_token_clip": 0.5},
+    "cepo, wrong references": {},
+    "rlsd_contrast, wrong references": {"wrong_references": 2},
+    "opsd_value_contrast, wrong references": {"success_reward_threshold": 0.5},
     "privileged_baseline": {"success_reward_threshold": 0.5},
     "antisd": {"credit_settings": {}},
     "srpo": {"distillation_mode": "full_logits", "credit_settings": {"beta": 0.5}},
@@ -119,13 +123,14 @@ def test_a_look_shows_what_the_trainer_computes(tmp_path, monkeypatch, task, cas
         student,
         task.reward,
         config,
-        task.train.select([1]),
+        task.train if case.endswith("wrong references") else task.train.select([1]),
         processing_class=tokenizer,
         teacher_model=teacher,
     )
     script(watched).train()
     monkeypatch.setattr(lens, "sample", lambda *_, **__: watched.completions)
-    looked = lens.look(tiny.model(), tokenizer, task, 1, config, teacher=teacher)
+    row = task.train["prompt"][:].index(watched.prompt)
+    looked = lens.look(tiny.model(), tokenizer, task, row, config, teacher=teacher)
     assert len({rollout.reward for rollout in looked}) > 2
     for rollout, expected in zip(looked, watched.found, strict=True):
         for name, value in expected.items():
