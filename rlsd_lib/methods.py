@@ -79,7 +79,8 @@ class Method:
     @property
     def has_lambda(self) -> bool:
         """Whether lambda, and with it the need of a teacher, follows the schedule."""
-        return self.divergence is None and "lam" in keywords(self.credit)
+        alone = self.teacher_sees is not None and self.divergence is None
+        return alone and "lam" in keywords(self.credit)
 
 
 def _rule(summary: str, rule: Credit) -> Method:

@@ -141,9 +141,10 @@ class Experiment:
             "learning rate": config.learning_rate,
             "teacher": self.preset.teacher_model if self.teacher_model is not None else teacher,
         }
-        if config.row.evidence is not None:  # the others have no weight
+        if config.row.has_lambda:
             steps = config.lambda_decay_steps
             facts["lambda"] = f"{config.lambda_init}{f' over {steps} steps' if steps else ''}"
+        if config.row.has_lambda and "epsilon_w" in config.row.asks:
             facts["epsilon_w"] = str(config.epsilon_w)
         facts["parameters"] = f"{self.model.num_parameters():,}"
         facts |= {"processes": processes} if processes > 1 else {}

@@ -261,6 +261,11 @@ def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, .
             f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} are of the "
             f"method's own weight, which credit={name} replaces. Leave them alone."
         )
+    if args.credit_settings and args.row.weight is None:
+        raise ValueError(
+            f"credit_settings={args.credit_settings} are of the method's own credit, which credit="
+            f"{name} replaces. Leave them empty, and bind yours by functools.partial."
+        )
     args.check_keeps_token_credit(f"credit={name}")
     return check_asked("credit", credit, args, signals)
 
@@ -291,8 +296,8 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
     for name in asked:
         if name in absent:
             raise ValueError(
-                f"{what}={_name_of(function)} asks for {name}, which nobody gives with method={args.method!r} and "
-                f"beta={args.beta}. It comes from {SIGNALS[name]}."
+                f"{what}={_name_of(function)} asks for {name}, which nobody gives with method="
+                f"{args.method!r} and beta={args.beta}. It comes from {SIGNALS[name]}."
             )
     return (*asked, *others)
 

@@ -6,7 +6,6 @@ Every value and combination that can be judged without a model is judged here, b
 import dataclasses
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
 
 from trl import GRPOConfig
 
@@ -293,12 +292,11 @@ class RLSDConfig(GRPOConfig):
         return partial(function, **taken) if taken else function
 
     def _check_settings(self) -> None:
-        """Refuse `credit_settings` that no function of the method takes, or of another type."""
-        found: dict[str, Any] = {}
-        for function in (self.credit, self.row.weight) if self.row.evidence is None else ():
-            found |= {k: p.default for k, p in keywords(function).items() if k not in SIGNALS}
-        found = {k: default for k, default in found.items() if isinstance(default, float)}
-        found.pop("policy_weight", None)
+        """Refuse `credit_settings` that no function of the method takes, or that is no number."""
+        credit = getattr(self.credit, "func", self.credit)
+        known = {**keywords(credit), **keywords(self.row.weight)}
+        settings = (k for k, option in known.items() if isinstance(option.default, float))
+        found = set(settings) - set(SIGNALS)
         for name, value in self.credit_settings.items():
             if name not in found:
                 raise ValueError(

@@ -142,7 +142,7 @@ class Teacher:
         state = {"kind": self.kind, "last_sync_step": self.last_sync_step}
         state["weights"] = WEIGHTS_FILE if weights else "student" if lives else None
         state["released"] = self.model is None
-        state["memory"] = self.memory
+        state |= {"memory": self.memory} if self.memory else {}
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     def load(self, folder: Path, student: nn.Module) -> None:

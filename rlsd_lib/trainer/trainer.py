@@ -291,10 +291,8 @@ class RLSDTrainer(TeacherPass):
             teacher_bias=teacher[1],
             temperature=self.temperature,
         )
-        if "weight" in inputs:
-            per_token = per_token * inputs["weight"]
         loss = states.token_mean(
-            per_token,
+            per_token * inputs["weight"] if "weight" in inputs else per_token,
             states.policy_mask(inputs),
             self.args,
             num_items=inputs["num_items_in_batch"],

@@ -1,6 +1,6 @@
 """Looking shows what training does: the same prompts, gap, credit and divergence, and no trace."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import tiny
@@ -45,6 +45,7 @@ class Watched(RLSDTrainer):
         ids, mask = output["completion_ids"], output["completion_mask"].bool()
         self.completions = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
         self.found = [{} for _ in inputs]
+        self.prompt = inputs[0]["prompt"]
         return output
 
     def _token_advantages(self, inputs, logps):
@@ -90,6 +91,9 @@ CASES = {
     "opsd, sampled": {"distillation_mode": "sampled_token"},
     "opsd_teacher_top1, no peer": {"peer_context": True, "success_reward_threshold": 2.0},
     "opd": {"distillation_token_clip": 0.5},
+    "cepo, wrong references": {},
+    "rlsd_contrast, wrong references": {"wrong_references": 2},
+    "opsd_value_contrast, wrong references": {"success_reward_threshold": 0.5},
     "privileged_baseline": {"success_reward_threshold": 0.5},
     "antisd": {"credit_settings": {}},
     "srpo": {"distillation_mode": "full_logits", "credit_settings": {"beta": 0.5}},
@@ -119,13 +123,14 @@ def test_a_look_shows_what_the_trainer_computes(tmp_path, monkeypatch, task, cas
         student,
         task.reward,
         config,
-        task.train.select([1]),
+        task.train if case.endswith("wrong references") else task.train.select([1]),
         processing_class=tokenizer,
         teacher_model=teacher,
     )
     script(watched).train()
     monkeypatch.setattr(lens, "sample", lambda *_, **__: watched.completions)
-    looked = lens.look(tiny.model(), tokenizer, task, 1, config, teacher=teacher)
+    row = task.train["prompt"][:].index(watched.prompt)
+    looked = lens.look(tiny.model(), tokenizer, task, row, config, teacher=teacher)
     assert len({rollout.reward for rollout in looked}) > 2
     for rollout, expected in zip(looked, watched.found, strict=True):
         for name, value in expected.items():
@@ -171,3 +176,30 @@ def test_a_look_samples_as_training_does_and_leaves_no_trace(tmp_path, task):
     assert max(map(len, texts(model, max_completion_length=2))) == 2
     with pytest.raises(ValueError, match="epsilon_w=-1"):
         texts(model, epsilon_w=-1)
+
+
+def test_a_task_that_knows_where_a_rollout_went_wrong_tells_the_trainer(tmp_path, task):
+    """The first wrong token, T for none or for a right rollout; decisions are its other tokens."""
+    encode = tiny.tokenizer().encode
+    texts = ["auxb", "ab", "uuu"]
+    ids = torch.tensor([row + [0] * (6 - len(row)) for row in map(encode, texts)])
+    found = {"auxb": 2, "ab": None, "uuu": 3}
+    knowing = replace(
+        task,
+        verify=lambda text, row: text == "ab",
+        first_error=lambda text, row: found[text],
+        nuisance_mask=lambda text: [letter == "u" for letter in text],
+    )
+    given = lens.task_signals(knowing, tiny.tokenizer())([{}] * 3, ids, (ids != 0).long())
+    assert given["first_error"].tolist() == [2, 6, 3]
+    assert given["decisions"].int().tolist() == [
+        [1, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    assert lens.task_signals(task, tiny.tokenizer()) is None
+    config = tiny.config(tmp_path, method="oracle")
+    looked = lens.look(
+        tiny.model(), tiny.tokenizer(), replace(knowing, first_error=lambda *_: 0), 0, config
+    )
+    assert len(looked) == config.num_generations

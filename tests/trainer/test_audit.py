@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MOST_FILES, MOST_LINES = 16, 4220
+MOST_FILES, MOST_LINES = 16, 4200
 
 
 def test_the_users_import_is_small() -> None:

@@ -37,7 +37,11 @@ def settings_of(method: str) -> dict[str, Any]:
 
 def make(folder, method: str, student: Any = None, **changes: Any):
     more = {"signals": signals, **changes.pop("more", {})}
-    return tiny.trainer(folder, student, more=more, **{**settings_of(method), **changes})
+    settings = {**settings_of(method), **changes}
+    if student is None and settings.get("beta"):  # TRL loads the reference model from its folder
+        student = str(folder / "student")
+        tiny.model().save_pretrained(student)
+    return tiny.trainer(folder, student, more=more, **settings)
 
 
 def lora_student() -> Any:
@@ -301,6 +305,7 @@ def test_what_nobody_gives_is_refused_before_the_model_loads(tmp_path):
         ("sdar", {"credit_settings": {"beta": "5"}}, "beta='5': expected a number"),
         ("rlsd", {"credit_settings": {"lam": 0.1}}, "'lam' is no setting of method='rlsd'.*none"),
         ("sdpg", {"beta": 0.0, "credit_settings": {"alpha": 1.0}}, "'alpha' is no setting"),
+        ("sdar", {"credit_settings": {"beta": 1.0}, "more": {"credit": asks_wrong}}, "functools"),
         ("rlsd", {"policy_weight": 1.0}, "policy_weight=1.0 means nothing"),
         ("opsd", {"permute_credit": True}, "permute_credit=True means nothing"),
         ("opsd_contrast", {"distillation_mode": "sampled_token"}, "weights a divergence"),
