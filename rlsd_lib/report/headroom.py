@@ -15,6 +15,7 @@ from rlsd_lib.report.tables import DASH, Table, source_notes, with_arms
 from rlsd_lib.runs.records import Runs, is_finished, read_manifest
 
 THRESHOLD = 0.7  # of the training reward
+NOISE = 0.005  # of the mean reward of one run
 WINDOW = 200  # rollouts over which the reward is averaged before it is compared with it
 # Column: what it is called, and the difference that does not matter (of logs, for the rollouts).
 MEASURES = {
@@ -121,6 +122,12 @@ def _shown(difference: Interval, is_ratio: bool) -> str:
 
 
 def best_rates(runs: Runs) -> pd.DataFrame:
-    """Return the learning rate with the highest mean reward of each method and preset."""
-    found = efficiency(runs).groupby(["preset", "method", "rate"])["mean"].mean().reset_index()
-    return found.loc[found.groupby(["preset", "method"])["mean"].idxmax()].reset_index(drop=True)
+    """Return the best learning rate of each preset and method, with `mean` and `rollouts` there.
+
+    Of the rates whose mean reward over training is within `NOISE` of the highest, the one that
+    needed the fewest rollouts to the threshold.
+    """
+    keys = ["preset", "method"]
+    found = efficiency(runs).groupby([*keys, "rate"])[["mean", "rollouts"]].mean().reset_index()
+    good = found[found["mean"] >= found.groupby(keys)["mean"].transform("max") - NOISE]
+    return good.loc[good.groupby(keys)["rollouts"].idxmin()].reset_index(drop=True)

@@ -60,9 +60,9 @@ def test_a_run_that_never_got_there_counts_its_rollouts_and_is_named(tmp_path):
         compared(runs, "oracle")
 
 
-def test_the_best_rate_is_that_of_the_highest_mean_reward(tmp_path):
-    for rate, rise in [(1e-5, 90), (1e-4, 30), (1e-3, 60)]:
+def test_the_best_rate_is_the_fastest_of_those_with_the_highest_mean_reward(tmp_path):
+    for rate, rise in [(1e-5, 150), (1e-4, 20), (1e-3, 60)]:
         write(tmp_path, "grpo", 100, rise=rise, rate=rate)
-        write(tmp_path, "rlsd", 100, rise=100 - rise, rate=rate)
+        write(tmp_path, "rlsd", 100, rise=170 - rise, rate=rate)
     best = best_rates(read_runs(tmp_path)).set_index("method")["rate"]
     assert best.to_dict() == {"grpo": 1e-4, "rlsd": 1e-5}
