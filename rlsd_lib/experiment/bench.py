@@ -34,12 +34,11 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
-    Qwen3Config,
     Trainer,
     TrainerCallback,
 )
@@ -54,15 +53,7 @@ from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
 BASE = "GRPO"
-SYNTHETIC = {
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
+SYNTHETIC = "synthetic"  # a model in `SHAPES` that is nobody's
 SPECIAL = ("<pad>", "</s>", "<unk>")
 # A contender, a folder, a number of steps -> its trainer.
 Build = Callable[[str, Path, int], Trainer]
@@ -107,7 +98,7 @@ def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any]]]:
 class Sizes:
     """A random Qwen3 on prompts and completions of exact length, in tokens; a group is a step.
 
-    It is `SYNTHETIC`, or what `SHAPES` knows for `model`, in bf16 and with gradient checkpointing.
+    Other models of `SHAPES` than `SYNTHETIC` are in bf16, with gradient checkpointing.
 
     Raises:
         ValueError: for a size that cannot be, naming it and what was expected.
@@ -118,7 +109,7 @@ class Sizes:
     generations: int = 8
     vocabulary: int = 4096
     reference: int = 64
-    model: str = ""
+    model: str = SYNTHETIC
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
@@ -148,14 +139,14 @@ class Sizes:
             temperature=1.0,
             learning_rate=0.0,
             shuffle_dataset=False,
-            gradient_checkpointing=bool(self.model),
+            gradient_checkpointing=self.is_real,
             use_cpu=not on_gpu,
             bf16=on_gpu,
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",
         )
-        dtype = torch.bfloat16 if self.model else torch.float32
+        dtype = torch.bfloat16 if self.is_real else torch.float32
         # Always the same weights.
         with torch.random.fork_rng(), torch.device("cuda" if on_gpu else "cpu"):
             torch.manual_seed(0)
@@ -174,10 +165,16 @@ class Sizes:
 
     def config(self) -> Any:
         """The transformers config of the model."""
-        words = {"vocab_size": self.vocabulary + len(SPECIAL)}
-        config = config_named(self.model) if self.model else Qwen3Config(**SYNTHETIC, **words)
+        config = config_named(self.model)
+        if not self.is_real:
+            config.vocab_size = self.vocabulary + len(SPECIAL)
         config.pad_token_id, config.eos_token_id = 0, 1
         return config
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the sizes are those of a model that somebody trains."""
+        return self.model != SYNTHETIC
 
     @property
     def words(self) -> int:
@@ -187,19 +184,15 @@ class Sizes:
     @property
     def rows(self) -> int:
         """Rollouts that share a forward."""
-        return 2 if self.model else self.generations
+        return 2 if self.is_real else self.generations
 
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per word: a text of n words is n tokens."""
         words = [*SPECIAL, *(f"w{i}" for i in range(self.words))]
-        backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
         backend.pre_tokenizer = WhitespaceSplit()
         return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            pad_token="<pad>",
-            eos_token="</s>",
-            unk_token="<unk>",
-            padding_side="left",
+            tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", padding_side="left"
         )
 
     def make_rows(self, count: int) -> Dataset:
@@ -256,29 +249,26 @@ class Clock(TrainerCallback):
             trainer._generate = lambda ids: (ids, self._rollouts(lambda: made(ids)[1]))
         if isinstance(trainer, RLSDTrainer):
             score = trainer.teacher_scores
-            trainer.teacher_scores = lambda *a, **k: self._teacher_pass(lambda: score(*a, **k))
+            trainer.teacher_scores = lambda *a, **k: self._timed(TEACHER, lambda: score(*a, **k))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.steps.append(defaultdict(float, {REST: -now()}))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps[-1][REST] += now()
+        self.steps[-1][REST] += now() - self.steps[-1].get(GENERATION, 0.0)
 
-    def _teacher_pass(self, score: Callable[[], Any]) -> Any:
+    def _timed(self, part: str, run: Callable[[], Any]) -> Any:
         begun = now()
-        scores = score()
-        self.steps[-1][TEACHER] += now() - begun
-        return scores
+        result = run()
+        self.steps[-1][part] += now() - begun
+        return result
 
     def _rollouts(self, generate: Callable[[], list]) -> list:
-        call, begun = next(self.calls), now()
+        call = next(self.calls)
         if call not in self.rollouts:
             torch.manual_seed(call)
-            self.rollouts[call] = generate()
-            self.steps[-1][GENERATION] += now() - begun
-        completions = copy.deepcopy(self.rollouts[call])
-        self.steps[-1][REST] -= now() - begun
-        return completions
+            self.rollouts[call] = self._timed(GENERATION, generate)
+        return copy.deepcopy(self.rollouts[call])
 
 
 def train(build: Build, name: str, steps: int, rollouts: dict[int, list]) -> Turn:
@@ -383,7 +373,7 @@ def measure(sizes: Sizes) -> pd.DataFrame:
     """The race of all contenders; GRPO's row has the `mfu` it reached, relative to `Plan.tflops`."""
     table = race(sizes.build, list(contenders())[1:], steps=1)
     lengths = {"prompt_length": sizes.prompt, "max_completion_length": sizes.completion}
-    step = {"rollouts": sizes.generations, "gradient_checkpointing": bool(sizes.model)}
+    step = {"rollouts": sizes.generations, "gradient_checkpointing": sizes.is_real}
     plan = Plan(shape_of(sizes.config()), gpus=1, **lengths, **step).grpo
     trained = sum(plan.flops().values()) - plan.flops()["generation"]
     table.loc[BASE, "mfu"] = trained / table.loc[BASE, REST] / plan.tflops / 1e12
@@ -399,24 +389,22 @@ def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
     `trace` receives the pass with every function that it calls, for chrome://tracing or
     ui.perfetto.dev.
     """
-    on_gpu, profiles = torch.cuda.is_available(), []
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    profiles = []
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = sizes.build("RLSD", Path(folder), 2)
         trainer.args.teacher_pass = "shared"
         score = trainer.teacher_scores
 
         def profiled(*args: Any, **kwargs: Any) -> Any:
-            with profile(activities=activities, with_stack=True) as found:
-                scores = score(*args, **kwargs)
-            profiles.append(found)
-            return scores
+            with profile(with_stack=True) as found:
+                profiles.append(found)
+                return score(*args, **kwargs)
 
         trainer.teacher_scores = profiled
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiles[-1].export_chrome_trace(str(trace))  # the first was to warm up
-    by = f"self_{'device' if on_gpu else 'cpu'}_time_total"
+    by = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
     table = profiles[-1].key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)
     return f"{sizes}\n{table}\ntrace: {trace}"

@@ -3,13 +3,12 @@
 Every rollout is taken at its full length: memory is that of the worst batch, and seconds are upper
 bounds at the assumed speed. Left out is what changes the figures of a shipped preset by less than
 5 %: the memory of the teacher pass, which is below the update's, and what a vision tower computes.
-Not counted: communication, weight sync, data loading, rewards, evaluation, a reference model (`beta`),
-a teacher in CPU memory, and vLLM on other GPUs.
+Not counted: communication, weight sync, data loading, rewards, evaluation, a reference model (`beta`)
+and vLLM on other GPUs.
 """
 
 import json
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +168,7 @@ class Plan:
     num_generations: int = 8
     per_device_train_batch_size: int = 1
     privileged_length: int = 128
+    sees_images: bool = False
     sharding: str = "ddp"
     dtype: str = "float32"  # of the weights; computing is in bf16
     gradient_checkpointing: bool = True
@@ -204,10 +204,9 @@ class Plan:
     @property
     def shares_prompts(self) -> bool:
         """Whether `teacher_pass="auto"` computes each prompt once for all rollouts of its group."""
-        prompt = self.prompt_length + self.privileged_length
-        shared = prompt / self.num_generations + self.max_completion_length
-        plain = prompt + self.max_completion_length
-        return self.sharding == "ddp" and shared <= WORTH_IT * plain
+        prompt, new = self.prompt_length + self.privileged_length, self.max_completion_length
+        is_worth_it = prompt / self.num_generations + new <= WORTH_IT * (prompt + new)
+        return self.sharding == "ddp" and not self.sees_images and is_worth_it
 
     @property
     def _width(self) -> int:
@@ -350,6 +349,7 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
         "lora_rank": preset.lora.get("r", 0),
         "prompt_length": preset.max_prompt_length,
         "rollouts": preset.rollouts_per_step or made,
+        "sees_images": preset.sees_images,
     }
     shape = shape_of(config_named(preset.model))
     if not found["prompt_length"] and "prompt_length" not in changes:
@@ -366,20 +366,18 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
 def describe(plan: Plan, title: str) -> str:
     """The plan as text: setting, memory by part, seconds by phase, and whether it fits."""
     named = ", ".join(f"{name}={getattr(plan, name)}" for name in ("gpus", *FIELDS))
-    memory = [
-        {(phase, part): gib for phase, parts in p.memory().items() for part, gib in parts.items()}
-        for p in (plan.grpo, plan)
-    ]
-    seconds = [p.seconds() | {"all": p.step()} for p in (plan.grpo, plan)]
+    both = {"GRPO": plan.grpo, "RLSD": plan}
+    memory = {name: pd.DataFrame(p.memory()).T.stack().dropna() for name, p in both.items()}
+    seconds = {name: pd.Series(p.seconds() | {"all": p.step()}) for name, p in both.items()}
     lines = [
         title,
         *textwrap.wrap(f"{plan.shape.parameters / 1e9:.2f} B parameters; {named}", 100),
         f"{'shared' if plan.shares_prompts else 'plain'} teacher pass; {plan.at_once:.0f} rollouts "
         "decoded at a time per GPU; all of full length, no communication",
         "",
-        _table("GiB per GPU", *memory),
+        _table("GiB per GPU", memory),
         "",
-        _table("seconds per step", *seconds),
+        _table("seconds per step", seconds),
         f"RLSD / GRPO: {plan.step() / plan.grpo.step():.3f} in time; speeds: {plan.speeds}",
         "",
         f"RLSD {'fits' if plan.fits else 'does NOT fit'}: peak {plan.peak():.1f} of "
@@ -393,8 +391,7 @@ def describe(plan: Plan, title: str) -> str:
     return "\n".join(lines)
 
 
-def _table(title: str, grpo: Mapping[Any, float], rlsd: Mapping[Any, float]) -> str:
-    """Two columns; RLSD's rows are GRPO's and more, so they give the order."""
-    table = pd.DataFrame({"GRPO": pd.Series(grpo), "RLSD": pd.Series(rlsd)}).reindex([*rlsd])
+def _table(title: str, columns: dict[str, pd.Series]) -> str:
+    table = pd.DataFrame(columns).reindex(columns["RLSD"].index)  # GRPO's rows and more
     shown = table.rename_axis(columns=title)
     return shown.to_string(float_format="{:.2f}".format, na_rep="-")

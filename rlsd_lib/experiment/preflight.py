@@ -197,7 +197,7 @@ def check_rows(run: Resolved, task: Task) -> None:
     """
     rows = apply_control(task.train, run.control, run.config.seed)
     teacher = run.preset.teacher_model if run.config.row.teacher_sees == PROMPT else None
-    check_arguments([task.reward], run.config, rows, teacher, {})
+    check_arguments([task.reward], run.config, rows, teacher)
 
 
 def _check_limits(run: Resolved, positions: int | None) -> str:

@@ -2,20 +2,28 @@
 
 import logging
 import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from trl.trainer.utils import is_async_callable
 
 from rlsd_lib.runs.processes import on_sigterm
+from rlsd_lib.trainer.states import policy_mask
 from rlsd_lib.trainer.trainer import RLSDTrainer
+from rlsd_lib.trainer.upstream import mends
 
 MARK = "complete.json"  # the last file of a checkpoint
+DIAGNOSIS_SECONDS = 10.0  # for trying rows one by one after a reward function has raised
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +33,19 @@ class Stopped(RuntimeError):
 
 
 class WorkbookTrainer(RLSDTrainer):
-    """The trainer of `Experiment`: orderly stops, whole checkpoints."""
+    """The trainer of `Experiment`: orderly stops, whole checkpoints, errors that name what failed."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, reward_funcs: Any = None, *args: Any, **kwargs: Any) -> None:
+        if reward_funcs is not None:
+            given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            reward_funcs = [named(function) for function in given]
+        super().__init__(model, reward_funcs, *args, **kwargs)
         self.sigterm = StopOnSigterm(self.accelerator)
         self.add_callback(self.sigterm)
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            # A little less than the other ranks wait for this one, so that this error comes first.
+            seconds = 0.9 * self.args.ddp_timeout
+            guard_server(self.vllm_generation.vllm_client, lambda: self.state.global_step, seconds)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the parent's.
@@ -49,13 +64,31 @@ class WorkbookTrainer(RLSDTrainer):
             )
         return output
 
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        logps = output.get("sampling_per_token_logps")
+        if logps is None or not self.vllm_importance_sampling_correction:
+            return output
+        # TRL trains a token to which vLLM gave NaN without mismatch correction.
+        mask = policy_mask(output).bool()
+        counts = torch.stack([(logps.isnan() & mask).sum(), mask.sum()]).float()
+        missing, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        if tokens and missing == tokens:
+            raise FloatingPointError(
+                f"vLLM gave no log-probability (NaN) for any of {tokens:.0f} tokens at step "
+                f"{self.state.global_step}. Its weights or its cache are broken; restart it, or "
+                "train without vllm_importance_sampling_correction."
+            )
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["sampling/missing_logp_frac"].append(missing / max(tokens, 1))
+        return output
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             if self.args.should_save:
                 (folder / MARK).unlink(missing_ok=True)
-            # The parent would delete older checkpoints before the mark of this one is written.
-            with patch("transformers.trainer.rotate_checkpoints"):
+            with without_rotation():
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -98,7 +131,87 @@ class StopOnSigterm(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
+# Rewards
+
+
+def named(function: Any) -> Any:
+    """A reward function whose errors name it and the row, step and rank on which it failed.
+
+    Coroutine functions and reward models, by object or by path, are returned as they are.
+    """
+    if isinstance(function, str | nn.Module) or is_async_callable(function):
+        return function
+
+    @wraps(function)
+    def scored(**columns: Any) -> list[float | None]:
+        try:
+            return _numbers(function(**columns))
+        except Exception as error:
+            row, step = _first_failing(function, columns), columns["trainer_state"].global_step
+            at = f"a batch of {len(columns['prompts'])} rows" if row is None else f"row {row}"
+            raise RuntimeError(
+                f"Reward function {scored.__name__!r} failed on {at} at step {step}, rank "
+                f"{PartialState().process_index}: {type(error).__name__}: {error}"
+            ) from error
+
+    # An object that can be called has no name of its own.
+    scored.__name__ = getattr(function, "__name__", type(function).__name__)
+    return scored
+
+
+def _numbers(rewards: Any) -> list[float | None]:
+    return [None if reward is None else float(reward) for reward in rewards]
+
+
+def _first_failing(function: Callable[..., Any], columns: dict[str, Any]) -> int | None:
+    """The first row on which `function` raises by itself, as far as `DIAGNOSIS_SECONDS` allow."""
+    silent = {"log_extra": lambda *_: None, "log_metric": lambda *_: None}
+    end = time.monotonic() + DIAGNOSIS_SECONDS
+    for row in range(len(columns["prompts"])):
+        if time.monotonic() > end:
+            return None
+        one = {k: v[row : row + 1] if isinstance(v, list) else v for k, v in columns.items()}
+        try:
+            _numbers(function(**one | silent))
+        except Exception:
+            return row
+    return None
+
+
+# vLLM
+
+
+@mends("trl", "1.16.0", "trl/generation/vllm_client.py, VLLMClient: requests without a timeout")
+def guard_server(client: Any, step: Callable[[], int], seconds: float) -> None:
+    """Give every request of TRL's `VLLMClient` a time limit in seconds; TRL's wait for ever."""
+    from requests import RequestException
+
+    send = client.session.request
+    adapter = client.session.get_adapter(client.base_url)
+    # A read is not tried again: the server may still be at work on the first request.
+    adapter.max_retries = adapter.max_retries.new(read=0)
+
+    def request(method: str, url: str, **kwargs: Any) -> Any:
+        try:
+            return send(method, url, **{"timeout": (10.0, seconds), **kwargs})
+        except RequestException as error:
+            raise ConnectionError(
+                f"The vLLM server did not answer {method} {url} at step {step()} (longest wait "
+                f"{seconds:.0f} s, 0.9 ddp_timeout): {type(error).__name__}: {error}. Restart the "
+                "server, then resume from the last checkpoint: a restarted server has the initial "
+                "weights until the next sync."
+            ) from error
+
+    client.session.request = request
+
+
 # Checkpoints
+
+
+@mends("transformers", "5.17.0", "transformers/trainer.py, _save_checkpoint: rotates at its end")
+def without_rotation() -> AbstractContextManager:
+    """Keep older checkpoints inside: the parent deletes them before the new one has its mark."""
+    return patch("transformers.trainer.rotate_checkpoints")
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

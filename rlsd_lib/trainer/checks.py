@@ -38,9 +38,14 @@ VIDEO_ADVICE = (
 
 
 def check_arguments(
-    reward_funcs: Any, args: RLSDConfig, dataset: Any, teacher_model: Any, grpo: dict[str, Any]
+    reward_funcs: Any,
+    args: RLSDConfig,
+    dataset: Any,
+    teacher_model: Any,
+    rollout_func: Any = None,
+    environment_factory: Any = None,
 ) -> None:
-    """Judge what a trainer is given, before any model is loaded. `grpo` are GRPO's own keywords."""
+    """Judge what a trainer is given, before any model is loaded."""
     sees, method = args.row.teacher_sees, f"method={args.method!r}"
     if sees == PROMPT and teacher_model is None:
         raise ValueError(f"{method} needs teacher_model=, the model to distil from.")
@@ -50,12 +55,12 @@ def check_arguments(
         raise ValueError(
             f"{method} needs reward_funcs: they decide which rollouts are shown to their peers."
         )
-    if args.uses_teacher and grpo.get("rollout_func") is not None:
+    if args.uses_teacher and rollout_func is not None:
         raise ValueError(
             "rollout_func builds its own prompt ids, which the teacher's prompt cannot be matched "
             "to. Use tools or environment_factory instead."
         )
-    if args.max_teacher_prompt_length is not None and grpo.get("environment_factory") is not None:
+    if args.max_teacher_prompt_length is not None and environment_factory is not None:
         raise ValueError(
             f"max_teacher_prompt_length={args.max_teacher_prompt_length} with environment_factory: "
             "TRL renders prompts with their environments' tools by whole batches only, so that no "

@@ -63,8 +63,7 @@ class TeacherPass(GRPOTrainer):
         reward_funcs: Any,
         args: RLSDConfig,
         train_dataset: Any,
-        *others: Any,
-        teacher_model: Any = None,
+        teacher_model: Any,
         **grpo: Any,
     ) -> None:
         self.teacher: Teacher | None = None
@@ -73,7 +72,7 @@ class TeacherPass(GRPOTrainer):
         self._completions: list = []
         self._rewards = torch.zeros(0)
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
-        super().__init__(model, reward_funcs, args, train_dataset, *others, **grpo)
+        super().__init__(model, reward_funcs, args, train_dataset, **grpo)
         upstream.restorable_device(args)
         self.completion_head = upstream.CompletionHead(self.accelerator.device)
         if self.use_vllm:

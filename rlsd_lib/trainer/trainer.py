@@ -65,15 +65,26 @@ class RLSDTrainer(TeacherPass):
         reward_funcs: Any = None,
         args: RLSDConfig | None = None,
         train_dataset: Any = None,
-        *others: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+        *,
         teacher_model: PreTrainedModel | str | None = None,
         credit: Credit | None = None,
-        **grpo: Any,
     ) -> None:
         args = RLSDConfig() if args is None else args
         if not isinstance(args, RLSDConfig):
             raise TypeError(f"args must be an RLSDConfig, got {type(args).__name__}.")
-        checks.check_arguments(reward_funcs, args, train_dataset, teacher_model, grpo)
+        checks.check_arguments(
+            reward_funcs, args, train_dataset, teacher_model, rollout_func, environment_factory
+        )
         self.credit = credit
         self._asked = () if credit is None else checks.check_credit(credit, args)
         self._has_lambda = args.row.evidence is not None if credit is None else "lam" in self._asked
@@ -84,7 +95,21 @@ class RLSDTrainer(TeacherPass):
         self._checkpoint: str | None = None
         self._saved: Path | None = None
         super().__init__(
-            model, reward_funcs, args, train_dataset, *others, teacher_model=teacher_model, **grpo
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            teacher_model,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
         if self.teacher is not None:
             self.add_callback(TeacherCallback(self))

@@ -77,6 +77,7 @@ def counted(run: Any) -> int:
 def test_shipped_sizes_have_not_drifted() -> None:
     """Counts of the hand-kept table that shapes.json replaces; not looked up on the hub."""
     before = {
+        "synthetic": 4_197_888,
         "smollm2": 134_515_008,
         "Qwen/Qwen3-0.6B": 596_049_920,
         "Qwen/Qwen3-1.7B": 1_720_574_976,
@@ -230,7 +231,8 @@ def test_a_shared_pass_computes_each_prompt_once() -> None:
     assert plan.shares_prompts
     assert not apart.shares_prompts
     assert 2.5 < apart.flops()["teacher"] / plan.flops()["teacher"] < 4
-    assert not dataclasses.replace(plan, sharding="fsdp2").shares_prompts
+    for change in ({"sharding": "fsdp2"}, {"sees_images": True}):
+        assert not dataclasses.replace(plan, **change).shares_prompts, change
 
 
 def test_what_is_put_away_does_not_stay() -> None:
@@ -285,6 +287,7 @@ def test_a_preset_says_what_it_can_and_the_command_line_the_rest() -> None:
     plan = plan_of(preset, gpus=8, lora_rank=16)
     assert (plan.dtype, plan.lora_rank) == ("bfloat16", 16)
     assert (plan.prompt_length, plan.rollouts, plan.sharding) == (4096, 2048, "ddp")
+    assert plan.sees_images
     sharded = dataclasses.replace(preset, accelerate="fsdp2")
     assert plan_of(sharded, gpus=8).sharding == "fsdp2"
     with pytest.raises(ValueError, match="how long a prompt is"):

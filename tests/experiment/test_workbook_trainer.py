@@ -28,8 +28,9 @@ class At(TrainerCallback):
             self.action()
 
 
-def made(folder: Path, **settings: Any) -> WorkbookTrainer:
-    return tiny.trainer(folder, kind=WorkbookTrainer, **settings)
+def made(folder: Path, *functions: Any, **settings: Any) -> WorkbookTrainer:
+    rewards = list(functions) or tiny.reward
+    return tiny.trainer(folder, kind=WorkbookTrainer, rewards=rewards, **settings)
 
 
 def weights(trainer: WorkbookTrainer) -> dict[str, torch.Tensor]:
@@ -137,3 +138,69 @@ def test_sigterm_saves_stops_and_resumes_bit_identically(tmp_path: Path) -> None
     resume(again)
     expected = weights(whole)
     assert all(torch.equal(p, expected[name]) for name, p in weights(again).items())
+
+
+# ---- rewards ----------------------------------------------------------------------------------
+
+
+def picky(prompts: list, **_: Any) -> list[float]:
+    texts = [prompt[0]["content"] for prompt in prompts]
+    values = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+    if any(text == LAST[0] for text in texts):
+        raise KeyError(f"no answer for {LAST[0]}")
+    return [float(values[text]) for text in texts]
+
+
+LAST = [""]
+
+
+def test_a_reward_function_that_raises_is_named_with_its_row(tmp_path: Path) -> None:
+    trainer = made(tmp_path, tiny.reward, picky, max_steps=1)
+    score = trainer._calculate_rewards
+
+    def aimed(inputs: list, prompts: list, *rest: Any) -> torch.Tensor:
+        LAST[0] = prompts[-1][0]["content"]
+        row = next(i for i, p in enumerate(prompts) if p[0]["content"] == LAST[0])
+        said = f"'picky' failed on row {row} at step 0, rank 0: KeyError: 'no answer for"
+        with pytest.raises(RuntimeError, match=said):
+            score(inputs, prompts, *rest)
+        LAST[0] = ""
+        return score(inputs, prompts, *rest)
+
+    trainer._calculate_rewards = aimed
+    trainer.train()
+
+
+async def slow_judge(completions: list, **_: Any) -> list[float]:
+    raise TimeoutError("the judge is away")
+
+
+def test_coroutines_and_models_are_left_as_they_are(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1, 1)
+    for untouched in (slow_judge, model, "path/of/a/model"):
+        assert workbook_trainer.named(untouched) is untouched
+    with pytest.raises(TimeoutError, match="the judge is away"):
+        made(tmp_path, tiny.reward, slow_judge, max_steps=1).train()
+
+
+def test_names_that_trl_logs_are_the_functions(tmp_path: Path) -> None:
+    class Grader:
+        def __call__(self, completions: list, **_: Any) -> list[float]:
+            return [0.0] * len(completions)
+
+    names = made(tmp_path, tiny.reward, picky, Grader()).reward_func_names
+    assert names == ["reward", "picky", "Grader"]
+
+
+@pytest.mark.parametrize("value", ["good", [1.0]])
+def test_a_reward_that_is_no_number_is_named_with_its_row(tmp_path: Path, value: Any) -> None:
+    def graded(completions: list, **_: Any) -> list:
+        return [0.5] * (len(completions) - 1) + [value]
+
+    with pytest.raises(RuntimeError, match=r"'graded' failed on row 0 at step 0, rank 0: \w+Error"):
+        made(tmp_path, graded, max_steps=1).train()
+
+
+def test_the_search_for_a_row_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workbook_trainer, "DIAGNOSIS_SECONDS", -1.0)
+    assert workbook_trainer._first_failing(lambda **_: 1 / 0, {"prompts": [1, 2, 3]}) is None
