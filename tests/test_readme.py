@@ -32,8 +32,10 @@ def test_the_example_runs_as_written(tmp_path, monkeypatch):
 def test_every_method_and_room_is_in_the_readme():
     from rlsd_lib.methods import METHODS
 
+    credits = (Path(__file__).parent.parent / "notebooks" / "16_credits.ipynb").read_text()
     for method in METHODS:
-        assert f"| `{method}` |" in README
+        assert f"`{method}`" in README, method
+        assert f"| `{method}` |" in README + credits, method
     package = Path(__file__).parent.parent / "rlsd_lib"
     tree = README[README.index("\nrlsd_lib/ ") : README.index("\noutputs/ ")]
     rooms = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]

@@ -15,6 +15,7 @@ from rlsd_lib.report.tables import DASH, Table, source_notes, with_arms
 from rlsd_lib.runs.records import Runs, is_finished, read_manifest
 
 THRESHOLD = 0.7  # of the training reward
+RESAMPLES = 100
 NOISE = 0.005  # of the mean reward of one run
 WINDOW = 200  # rollouts over which the reward is averaged before it is compared with it
 # Column: what it is called, and the difference that does not matter (of logs, for the rollouts).
@@ -98,6 +99,7 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
                     "mean": f"{math.exp(mean):.0f}" if is_ratio else f"{mean:.3f}",
                     f"against {against}": _shown(difference, is_ratio) if arm != against else DASH,
                     "verdict": decide(difference, *margin) if arm != against else DASH,
+                    "found again": found_again(whole, arm, against) if arm in intervals else DASH,
                 }
             )
     table = pd.DataFrame(rows)
@@ -105,12 +107,27 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
     notes = [
         f"intervals are of 95 % over labs, all arms of a measure together (Dunnett, against {against})",
         f"rollouts: until the mean reward of the last {WINDOW} reached {THRESHOLD}",
+        f"found again: in how many of {RESAMPLES} resamplings of the labs the two are told apart",
         *(
             f"{arm}: {count} runs never reached it, and count all their rollouts"
             for arm, count in never.items()
         ),
     ]
     return Table(table, [*notes, *source_notes(runs)])
+
+
+def found_again(values: pd.DataFrame, arm: str, against: str) -> str:
+    """Return in how many of `RESAMPLES` resamplings of the labs the interval of `arm` excludes 0.
+
+    `values` as in `dunnett_intervals`. Labs are drawn with replacement, so that it says how much the
+    verdict hangs on the labs at hand.
+    """
+    random, hits = np.random.default_rng(0), 0
+    for _ in range(RESAMPLES):
+        drawn = values.iloc[random.integers(len(values), size=len(values))]
+        difference = dunnett_intervals(drawn.reset_index(drop=True), against)[arm]
+        hits += difference.low > 0 or difference.high < 0
+    return f"{hits} of {RESAMPLES}"
 
 
 def _shown(difference: Interval, is_ratio: bool) -> str:

@@ -43,6 +43,8 @@ def test_a_planted_lead_is_found_and_said_as_a_ratio(tmp_path):
     assert table.loc[("rollouts to 0.7", "opd"), "verdict"] == "no difference larger than 10 %"
     assert table.loc[("mean reward over training", "rlsd"), "verdict"] == "above"
     assert table.loc[("success after training", "rlsd"), "verdict"].startswith("no difference")
+    assert table.loc[("rollouts to 0.7", "rlsd"), "found again"] == "100 of 100"
+    assert table.loc[("rollouts to 0.7", "opd"), "found again"] == "0 of 100"
     ratio = table.loc[("rollouts to 0.7", "rlsd"), "against grpo"]
     expected = np.exp(np.log(found.loc["rlsd", "rollouts"] / found.loc["grpo", "rollouts"]).mean())
     assert ratio.startswith(f"x {expected:.2f} [")
