@@ -53,7 +53,7 @@ def test_a_preset_passes_offline_and_says_what_it_does(capsys, tmp_path):
         ),
         "smoke-vl": (
             "32 rollouts per step = 4 prompts x 8",
-            "135 training and 8 test rows",
+            "131 training and 8 test rows",
             "the trainer takes every row",
             "0 over 512 will be left out",
         ),
@@ -99,7 +99,7 @@ def test_lengths_and_sizes_that_do_not_fit():
         ({"max_prompt_length": 50}, "max_prompt_length=50: every train prompt is longer, the"),
         ({"max_teacher_prompt_length": 300}, "no room in "),
         ({"max_completion_length": 1000}, "may take 1768 positions, the model has 1024"),
-        ({"train_size": 1000}, "train_size=1000: expected 1 to 135 rows"),
+        ({"train_size": 1000}, "train_size=1000: expected 1 to 131 rows"),
         ({"task_options": {"reward": "half"}}, "reward 'half'"),
     ):
         wrong = check(overrides=overrides).wrong
@@ -128,7 +128,7 @@ def test_a_folder_of_rows_is_checked(tmp_path, capsys):
     assert verdict([{k: v for k, v in row.items() if k != "problem_type"} for row in rows]) == 2
     assert "has no problem_type" in capsys.readouterr().out
     assert verdict([row | {"answer": ""} for row in rows]) == 2
-    assert "empty_answer 40" in capsys.readouterr().out
+    assert "'dropped: empty': 40" in capsys.readouterr().out
 
 
 def test_rows_that_show_the_student_the_reference_are_found():
