@@ -49,7 +49,7 @@ test: export HF_HUB_OFFLINE = 1
 test: export TRANSFORMERS_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not vllm" --on-cpu -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow and not vllm" --on-cpu -n $(WORKERS) --dist worksteal
 
 test-gpu: export HF_HUB_OFFLINE = 1
 test-gpu: export CUBLAS_WORKSPACE_CONFIG = :4096:8

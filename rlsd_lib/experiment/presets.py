@@ -131,7 +131,7 @@ PRESETS: dict[str, Preset] = {
         LAB_PRESET,
         summary="a lab of one digit, two steps: does everything run?",
         model_options=SMALL_LAB,
-        teacher_options={**SMALL_LAB, **EXPERT},
+        teacher_options={**SMALL_LAB, **EXPERT, "steps": 100, "ramp_steps": 30},
         task_options={"digits": 1},
         training={**LAB, **SMALL},
         train_size=40,
