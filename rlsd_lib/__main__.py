@@ -183,12 +183,13 @@ def _headroom(options: argparse.Namespace) -> int:
 
     folders = options.folder or [outputs_root() / "headroom"]
     runs = together(*(read_runs(folder) for folder in folders))
-    if options.preset:
-        runs = runs.of_preset(options.preset)
     if options.rates:
         print(best_rates(runs).to_string(index=False))
-    else:
-        print(compared(runs, options.against).markdown())
+        return 0
+    found = sorted(runs.runs["preset"].dropna().unique()) if len(runs.runs) else []
+    for preset in [options.preset] if options.preset else found:
+        table = compared(runs.of_preset(preset), options.against)
+        print(f"{preset}\n\n{table.markdown()}\n")
     return 0
 
 

@@ -349,6 +349,12 @@ def resolve_preset(
     }
     preset = replace(preset, **merged)
     if preset.lab_per_seed:
+        if preset.model != "lab" or "seed" in preset.model_options:
+            raise ValueError(
+                f"lab_per_seed pretrains the lab of the run's own seed; model={preset.model!r} with "
+                f"model_options={dict(preset.model_options)} leaves no room for it. Set "
+                "lab_per_seed=False, or leave out the model's seed."
+            )
         preset = replace(preset, model_options={**preset.model_options, "seed": seed})
     return preset, {k: v for k, v in overrides.items() if k not in changes}
 

@@ -22,7 +22,7 @@ from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.measure.logps import log_probabilities, padded
 from rlsd_lib.measure.oracle import oracle_signals
-from rlsd_lib.prompts import COLUMN, teacher_prompt
+from rlsd_lib.prompts import COLUMN, distinct_references, teacher_prompt, wrong_references
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.encode import messages_of
 from rlsd_lib.trainer.config import RLSDConfig
@@ -44,25 +44,32 @@ def alignment(
     """Compare credit functions by one step on the same rollouts; returns a row for each.
 
     `batches` of `problems` training problems with `config.num_generations` rollouts each are drawn;
-    the teacher is the model itself, and reads the row's reference. A credit function is called as
-    `RLSDTrainer` calls it, with the signals that its signature names; a wrong reference is that of
-    the next problem.
+    the teacher is the model itself, and reads the row's reference. A credit function gets the
+    signals that its signature names, lambda being `config.lambda_init`; a wrong reference is drawn
+    as in training.
 
     Columns: `cosine` of a batch's gradient with that of the probability of a right chain, with its
     95 % interval over batches (`low`, `high`); `cosine of the mean` gradient of all batches;
     `noise / signal`, the trace of the gradient's covariance over its squared mean, both unbiased;
     and the shares of a failed rollout's absolute credit on its `first error`, `after it` and on
-    `fillers`. A function without any credit has NaN.
+    `fillers`. A function without any credit has NaN shares. The last column, the same for all, is
+    the cosine of two halves of the true gradient's estimate: where it is below 1, so are all
+    cosines with it. Everything is of this one model.
 
     Raises:
         ValueError: the task cannot tell a right chain or a first error.
     """
-    if task.right_chain is None or task.first_error is None:
+    if None in (task.right_chain, task.first_error, task.decisions, task.nuisance_mask):
         raise ValueError(f"task {task.name!r} cannot tell right chains from wrong ones")
     parameters = [p for p in model.parameters() if p.requires_grad]
     count = batches * problems
     rows = [task.train[i % len(task.train)] for i in range(count)]
-    truth = _true_gradient(model, tokenizer, task, config, rows, parameters, seed)
+    halves = [
+        _true_gradient(model, tokenizer, task, config, half, parameters, seed)
+        for half in (rows[::2], rows[1::2])
+    ]
+    truth = (halves[0] + halves[1]) / 2
+    certainty = torch.nn.functional.cosine_similarity(*halves, dim=0).item()
     gradients: dict[str, list[Tensor]] = {name: [] for name in credits}
     shares: dict[str, list[Tensor]] = {name: [] for name in credits}
     for start in range(0, count, problems):
@@ -78,13 +85,14 @@ def alignment(
             blame = credit(**given).detach() * signals["mask"]
             loss = (blame * logps).sum() / signals["mask"].sum()
             found = torch.autograd.grad(loss, parameters, retain_graph=True)
-            gradients[name].append(torch.cat([g.flatten() for g in found]))
+            gradients[name].append(torch.cat([g.flatten().cpu() for g in found]))
             shares[name].append(_shares(blame[failed].abs(), signals["kinds"][failed]))
     return pd.DataFrame(
         {
             "credit": name,
             **_compared(torch.stack(gradients[name]), truth),
             **dict(zip(KINDS, torch.cat(shares[name]).nanmean(dim=0).tolist(), strict=True)),
+            "halves of the truth": certainty,
         }
         for name in credits
     )
@@ -97,12 +105,11 @@ def _compared(gradients: Tensor, truth: Tensor) -> dict[str, float]:
     """Cosines with the truth and noise of B gradients (B, P)."""
     batches = len(gradients)
     cosines = torch.nn.functional.cosine_similarity(gradients, truth[None])
-    moved = cosines[gradients.norm(dim=1) > 0]
     mean = gradients.mean(dim=0)
     # An unbiased trace of the covariance of one batch, and the squared mean without its share of it.
     noise = (gradients - mean).square().sum() / (batches - 1)
     signal = mean.square().sum() - noise / batches
-    interval = student_interval(moved.tolist()) if len(moved) else (float("nan"),) * 3
+    interval = student_interval(cosines.tolist())  # a batch without a gradient counts as 0
     return {
         **dict(zip(("cosine", "low", "high"), interval, strict=True)),
         "cosine of the mean": torch.nn.functional.cosine_similarity(mean, truth, dim=0).item(),
@@ -132,7 +139,8 @@ def _rollouts(
     chosen, mask = padded(ids)[..., None], padded([[1.0] * len(row) for row in ids])
 
     def score(seen: Sequence[Any], *, differentiable: bool = False) -> Tensor:
-        return log_probabilities(model, tokenizer, seen, ids, differentiable=differentiable)
+        found = log_probabilities(model, tokenizer, seen, ids, differentiable=differentiable)
+        return found.cpu()
 
     def told(references: Sequence[str]) -> Tensor:
         template = config.privileged_template
@@ -143,7 +151,8 @@ def _rollouts(
     ours = score(prompts, differentiable=True)
     logps = ours.gather(2, chosen)[..., 0]
     references = [row[COLUMN] for row in rows]
-    others = [*references[config.num_generations :], *references[: config.num_generations]]
+    distinct = distinct_references(task.train[COLUMN][:])
+    others = [wrong_references(reference, distinct, 1)[0] for reference in references]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     rewards = torch.tensor(task.reward(texts, **columns))
     groups = rewards.view(-1, config.num_generations)
@@ -160,7 +169,7 @@ def _rollouts(
         "advantages": ((groups - groups.mean(dim=1, keepdim=True)) / spread).flatten(),
         "gap": told(references) - logps.detach(),
         "mask": mask,
-        "lam": 1.0,
+        "lam": config.lambda_init,
         "epsilon_w": config.epsilon_w,
         "success": success,
         "rewards": rewards,
@@ -190,11 +199,11 @@ def _true_gradient(
         prompts = [messages_of(rows[i]) for i in part]
         ours = log_probabilities(model, tokenizer, prompts, chains, differentiable=True)
         mask = padded([[1.0] * len(chain) for chain in chains])
-        logps = (ours.gather(2, padded(chains)[..., None])[..., 0] * mask).sum(dim=1)
+        logps = (ours.cpu().gather(2, padded(chains)[..., None])[..., 0] * mask).sum(dim=1)
         objective = (torch.tensor(weights[part], dtype=logps.dtype) * logps).sum() / len(rows)
         for whole, found in zip(total, torch.autograd.grad(objective, parameters), strict=True):
             whole += found
-    return torch.cat([g.flatten() for g in total])
+    return torch.cat([g.flatten().cpu() for g in total])
 
 
 def _parts(count: int, size: int) -> Iterator[list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval
 from rlsd_lib.prompts import Prompt
@@ -29,13 +29,14 @@ def sample(
     batch_size: int = 64,
     seed: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    processors: Sequence[LogitsProcessor] = (),
     **settings: Any,
 ) -> list[list[int]]:
     """Sample one completion per prompt, as token ids up to and including its first end token.
 
     Prompts hold their images, where `processing` is a processor. Temperature 0 is greedy. Sampling
     is from the full distribution; `settings` are further fields of transformers' `GenerationConfig`
-    that change it. Of the model's own generation config only the end tokens count, beside the
+    that change it, and `processors` change the logits before them. Of the model's own generation config only the end tokens count, beside the
     tokenizer's: what is measured must not depend on the settings a model was published with.
 
     The same arguments give the same completions on the same machine; the model's mode and torch's
@@ -62,7 +63,11 @@ def sample(
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
                 encoded = encode(processing, batch, **(chat_template_kwargs or {})).to(model.device)
-                generated = model.generate(**encoded, generation_config=asked)
+                generated = model.generate(
+                    **encoded,
+                    generation_config=asked,
+                    logits_processor=LogitsProcessorList(processors),
+                )
                 rows += generated[:, encoded["input_ids"].shape[1] :].tolist()
         finally:
             model.generation_config = own

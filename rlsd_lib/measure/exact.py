@@ -13,16 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.tasks import Row, Task
-from rlsd_lib.tasks.encode import encode, messages_of
+from rlsd_lib.tasks.encode import messages_of
 
 
 class RightChains(LogitsProcessor):
@@ -64,7 +59,6 @@ class RightChains(LogitsProcessor):
         return self.masks[tokens]
 
 
-@torch.no_grad()
 def right_chains(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,32 +82,21 @@ def right_chains(
     """
     if task.right_chain is None:
         raise ValueError(f"task {task.name!r} cannot tell a right chain; draw samples instead")
-    settings = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    completions, weights, was_training = [], [], model.training
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        model.eval()
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            encoded = encode(tokenizer, [messages_of(row) for row in batch], **template)
-            processor = RightChains(task, batch, tokenizer)
-            generated = model.generate(
-                **encoded.to(model.device),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([processor]),
-            )[:, encoded["input_ids"].shape[1] :].tolist()
-            ended = torch.tensor([tokenizer.eos_token_id in ids for ids in generated])
-            weights += torch.where(ended, processor.log_weight.exp(), 0.0).tolist()
-            completions += [_until(ids, tokenizer.eos_token_id) for ids in generated]
-        model.train(was_training)
+    completions, weights = [], []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        chains = RightChains(task, batch, tokenizer)
+        ids = sample(
+            model,
+            tokenizer,
+            [messages_of(row) for row in batch],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed + start,
+            chat_template_kwargs=template,
+            processors=[chains],
+        )
+        ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in ids])
+        weights += torch.where(ended, chains.log_weight.exp(), 0.0).tolist()
+        completions += ids
     return completions, np.array(weights)
-
-
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids

@@ -1,8 +1,8 @@
 """How fast runs learn, and whether a bench could see better credit: arms against one, lab by lab.
 
 Where every method ends at the same accuracy, the difference is in how many rollouts it took. The
-headroom of a bench is what `oracle` gains on it over `grpo`: where that is nothing, no credit function
-can show anything.
+headroom of a bench is what `oracle` gains on it over `grpo`. It is a strong reference and no upper
+bound: it moves the blame to the first error, and does not know how certain the other tokens were.
 """
 
 import math
@@ -15,9 +15,9 @@ from rlsd_lib.report.tables import DASH, Table, source_notes, with_arms
 from rlsd_lib.runs.records import Runs, is_finished, read_manifest
 
 THRESHOLD = 0.7  # of the training reward
-RESAMPLES = 100
-NOISE = 0.005  # of the mean reward of one run
 WINDOW = 200  # rollouts over which the reward is averaged before it is compared with it
+NOISE = 0.01  # standard error of the mean reward of 2,000 rollouts
+RIGHT, ACCURACY = "right_chain_after", "accuracy_after"
 # Column: what it is called, and the difference that does not matter (of logs, for the rollouts).
 MEASURES = {
     "final": ("success after training", 0.02, "0.02"),
@@ -29,27 +29,25 @@ MEASURES = {
 def efficiency(runs: Runs) -> pd.DataFrame:
     """Return a row per finished run: arm, seed, learning rate, `final`, `mean` and `rollouts`.
 
-    `final` is the probability of a right chain after training where the task knows its chains, else
-    the held-out accuracy. `mean` is the training reward over all steps. `rollouts` is their number
-    when the mean reward of the last `WINDOW` first reached `THRESHOLD`; all of the run's where it
-    never did, which `reached` tells apart.
+    `final` is the probability of a right chain after training where every run has it, else the
+    held-out accuracy. `mean` is the training reward over all steps. `rollouts` is their number when
+    the mean reward of the last `WINDOW` first reached `THRESHOLD`; all of the run's where it never
+    did, which `reached` tells apart. `unit` is what a seed is: a lab, where it pretrains one.
     """
     frame = with_arms(runs.runs[is_finished(runs.runs)])
     rewards = {path: steps["reward"].to_numpy() for path, steps in runs.steps.groupby("path")}
+    final = RIGHT if RIGHT in frame and frame[RIGHT].notna().all() else ACCURACY
     rows = []
     for _, run in frame.iterrows():
-        config, reward = read_manifest(run["path"])["config"], rewards[run["path"]]
-        per_step = config["generation_batch_size"]
+        manifest, reward = read_manifest(run["path"]), rewards[run["path"]]
+        per_step = manifest["config"]["generation_batch_size"]
         steps = rollouts_to(reward, max(1, WINDOW // per_step))
-        right = run.get("right_chain_after", math.nan)
         rows.append(
             {
-                "arm": run["arm"],
-                "method": run["method"],
-                "preset": run["preset"],
-                "seed": run["seed"],
-                "rate": config["learning_rate"],
-                "final": run["accuracy_after"] if math.isnan(right) else right,
+                **run[["arm", "method", "preset", "seed"]],
+                "unit": "labs" if manifest.get("preset", {}).get("lab_per_seed") else "seeds",
+                "rate": manifest["config"]["learning_rate"],
+                "final": run[final],
                 "mean": float(reward.mean()),
                 "rollouts": per_step * (steps or len(reward)),
                 "reached": steps is not None,
@@ -69,8 +67,10 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
     """Return each arm beside `against`, with simultaneous 95 % intervals over labs (Dunnett).
 
     A row per arm and measure: its mean, the difference (for rollouts the ratio of geometric means),
-    its interval, and the verdict of `measure.intervals.decide`. Arms that lack a lab which `against`
-    has stand without an interval.
+    its interval, the verdict of `measure.intervals.decide`, and in how many of the sets with one lab
+    left out the two are told apart. No interval has an arm that lacks a lab of `against`, one that is
+    equal to it in every lab (their noise would count twice), or, for the rollouts, one with a run
+    that never reached the threshold, of which only a bound is known.
 
     Raises:
         ValueError: no finished run of the arm `against`.
@@ -79,59 +79,63 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
     if against not in set(found.get("arm", ())):
         names = ", ".join(sorted(set(found.get("arm", ())))) or "none"
         raise ValueError(f"no finished run of {against!r} to compare with; arms are: {names}")
-    rates = found.groupby("arm")["rate"].unique()
+    rates, unit = found.groupby("arm")["rate"].unique(), found["unit"].iloc[0]
+    missed = found[~found["reached"]].groupby("arm").size()
     rows = []
     for measure, (name, *margin) in MEASURES.items():
         is_ratio = measure == "rollouts"
         values = found.pivot_table(measure, "seed", "arm")
         values = values.loc[values[against].dropna().index]
         values = np.log(values) if is_ratio else values
-        whole = values.loc[:, values.notna().all()]
-        intervals = dunnett_intervals(whole, against) if whole.shape[1] > 1 else {}
+        bounds = set(missed.index) if is_ratio else set()
+        whole = values.loc[:, [_is_compared(values, arm, against, bounds) for arm in values]]
+        enough = whole.shape[1] > 1 and against in whole
+        intervals = dunnett_intervals(whole, against) if enough else {}
         for arm in sorted(values, key=lambda arm: (arm != against, arm)):
-            difference, mean = intervals.get(arm, Interval(math.nan)), values[arm].mean()
+            difference, mean = intervals.get(arm), values[arm].mean()
+            shown = f"{math.exp(mean):.0f}" if is_ratio else f"{mean:.3f}"
             rows.append(
                 {
                     "measure": name,
                     "arm": arm,
                     "rate": " ".join(f"{rate:g}" for rate in sorted(rates[arm])),
-                    "n labs": str(values[arm].notna().sum()),
-                    "mean": f"{math.exp(mean):.0f}" if is_ratio else f"{mean:.3f}",
-                    f"against {against}": _shown(difference, is_ratio) if arm != against else DASH,
-                    "verdict": decide(difference, *margin) if arm != against else DASH,
-                    "found again": found_again(whole, arm, against) if arm in intervals else DASH,
+                    f"n {unit}": str(values[arm].notna().sum()),
+                    "mean": f"over {shown}" if arm in bounds else shown,
+                    f"against {against}": DASH
+                    if difference is None
+                    else _shown(difference, is_ratio),
+                    "verdict": DASH if difference is None else decide(difference, *margin),
+                    "without one": DASH if difference is None else _again(whole, arm, against),
                 }
             )
-    table = pd.DataFrame(rows)
-    never = found[~found["reached"]].groupby("arm").size()
     notes = [
-        f"intervals are of 95 % over labs, all arms of a measure together (Dunnett, against {against})",
+        f"intervals are of 95 % over {unit}, all arms of a measure together (Dunnett, against "
+        f"{against}); the noise of all arms is taken as equal, and a {unit[:-1]}'s own level cancels",
         f"rollouts: until the mean reward of the last {WINDOW} reached {THRESHOLD}",
-        f"found again: in how many of {RESAMPLES} resamplings of the labs the two are told apart",
+        f"without one: in how many of the sets with one of the {unit} left out the two differ",
         *(
-            f"{arm}: {count} runs never reached it, and count all their rollouts"
-            for arm, count in never.items()
+            f"{arm}: {n} runs never reached it, so that only a bound is known"
+            for arm, n in missed.items()
         ),
     ]
-    return Table(table, [*notes, *source_notes(runs)])
+    return Table(pd.DataFrame(rows), [*notes, *source_notes(runs)])
 
 
-def found_again(values: pd.DataFrame, arm: str, against: str) -> str:
-    """Return in how many of `RESAMPLES` resamplings of the labs the interval of `arm` excludes 0.
+def _is_compared(values: pd.DataFrame, arm: str, against: str, bounds: set[str]) -> bool:
+    twin = arm != against and values[arm].equals(values[against])
+    return values[arm].notna().all() and not twin and arm not in bounds
 
-    `values` as in `dunnett_intervals`. Labs are drawn with replacement, so that it says how much the
-    verdict hangs on the labs at hand.
-    """
-    random, hits = np.random.default_rng(0), 0
-    for _ in range(RESAMPLES):
-        drawn = values.iloc[random.integers(len(values), size=len(values))]
-        difference = dunnett_intervals(drawn.reset_index(drop=True), against)[arm]
-        hits += difference.low > 0 or difference.high < 0
-    return f"{hits} of {RESAMPLES}"
+
+def _again(values: pd.DataFrame, arm: str, against: str) -> str:
+    """In how many of the sets of blocks with one left out the interval of `arm` excludes 0."""
+    if len(values) < 3:
+        return DASH
+    left = [dunnett_intervals(values.drop(block), against)[arm] for block in values.index]
+    return f"{sum(d.low > 0 or d.high < 0 for d in left)} of {len(left)}"
 
 
 def _shown(difference: Interval, is_ratio: bool) -> str:
-    """A difference, or the ratio whose logarithm it is; no ratio of positive numbers is below 0."""
+    """A difference, or the ratio whose logarithm it is; no interval leaves the range of a share."""
     if is_ratio:
         return "x " + f"{Interval(*(math.exp(end) for end in difference)):.2f}"
     mean, low, high = difference
@@ -139,12 +143,15 @@ def _shown(difference: Interval, is_ratio: bool) -> str:
 
 
 def best_rates(runs: Runs) -> pd.DataFrame:
-    """Return the best learning rate of each preset and method, with `mean` and `rollouts` there.
+    """Return the best learning rate of each preset and method of a sweep, and how it fared.
 
     Of the rates whose mean reward over training is within `NOISE` of the highest, the one that
-    needed the fewest rollouts to the threshold.
+    needed the fewest rollouts to the threshold. `is_edge`: no higher, or no lower, one was tried.
     """
     keys = ["preset", "method"]
     found = efficiency(runs).groupby([*keys, "rate"])[["mean", "rollouts"]].mean().reset_index()
-    good = found[found["mean"] >= found.groupby(keys)["mean"].transform("max") - NOISE]
+    by_method = found.groupby(keys)
+    ends = by_method["rate"].transform("min"), by_method["rate"].transform("max")
+    found["is_edge"] = (found["rate"] == ends[0]) | (found["rate"] == ends[1])
+    good = found[found["mean"] >= by_method["mean"].transform("max") - NOISE]
     return good.loc[good.groupby(keys)["rollouts"].idxmin()].reset_index(drop=True)

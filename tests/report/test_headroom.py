@@ -33,8 +33,11 @@ def test_the_threshold_is_passed_by_the_mean_of_a_window():
 
 def test_a_planted_lead_is_found_and_said_as_a_ratio(tmp_path):
     for seed in range(5):
-        for method, rise in [("grpo", 160), ("rlsd", 80), ("opd", 160)]:
-            write(tmp_path, method, seed, rise=rise + seed, steps=240)
+        noise = np.random.default_rng(seed).integers(-3, 4, size=3)
+        for (method, rise), shift in zip(
+            [("grpo", 160), ("rlsd", 80), ("opd", 160)], noise, strict=True
+        ):
+            write(tmp_path, method, seed, rise=rise + 2 * seed + shift, steps=240)
     runs = read_runs(tmp_path)
     found = efficiency(runs).set_index(["method", "seed"])
     assert found["reached"].all()
@@ -42,24 +45,39 @@ def test_a_planted_lead_is_found_and_said_as_a_ratio(tmp_path):
     assert table.loc[("rollouts to 0.7", "rlsd"), "verdict"] == "below"
     assert table.loc[("rollouts to 0.7", "opd"), "verdict"] == "no difference larger than 10 %"
     assert table.loc[("mean reward over training", "rlsd"), "verdict"] == "above"
-    assert table.loc[("success after training", "rlsd"), "verdict"].startswith("no difference")
-    assert table.loc[("rollouts to 0.7", "rlsd"), "found again"] == "100 of 100"
-    assert table.loc[("rollouts to 0.7", "opd"), "found again"] == "0 of 100"
+    assert table.loc[("success after training", "rlsd"), "verdict"] == "-"  # equal in every seed
+    assert table.loc[("rollouts to 0.7", "rlsd"), "without one"] == "5 of 5"
+    assert table.loc[("rollouts to 0.7", "opd"), "without one"] == "0 of 5"
     ratio = table.loc[("rollouts to 0.7", "rlsd"), "against grpo"]
     expected = np.exp(np.log(found.loc["rlsd", "rollouts"] / found.loc["grpo", "rollouts"]).mean())
     assert ratio.startswith(f"x {expected:.2f} [")
 
 
-def test_a_run_that_never_got_there_counts_its_rollouts_and_is_named(tmp_path):
-    write(tmp_path, "grpo", 0, rise=50)
-    write(tmp_path, "rlsd", 0, rise=50, top=0.5)
+def test_a_run_that_never_got_there_gives_a_bound_and_no_verdict(tmp_path):
+    for seed in range(5):
+        write(tmp_path, "grpo", seed, rise=50 + seed, steps=240)
+        write(tmp_path, "rlsd", seed, rise=50, top=0.5 if seed == 2 else 0.9, steps=240)
+        write(tmp_path, "opd", seed, rise=60 - seed, steps=240)
     runs = read_runs(tmp_path)
-    assert efficiency(runs).set_index("method").loc["rlsd", "rollouts"] == 200
+    assert not efficiency(runs).set_index(["method", "seed"]).loc[("rlsd", 2), "reached"]
     table = compared(runs)
+    rows = table.rows.set_index(["measure", "arm"])
+    bound = rows.loc[("rollouts to 0.7", "rlsd")]
+    assert bound["mean"].startswith("over ")
+    assert (bound["against grpo"], bound["verdict"], bound["without one"]) == ("-", "-", "-")
+    assert rows.loc[("rollouts to 0.7", "opd"), "verdict"] != "-"
     assert any(note.startswith("rlsd: 1 runs never reached it") for note in table.notes)
-    assert set(table.rows["verdict"]) == {"-", "not settled"}  # one lab settles nothing
-    with pytest.raises(ValueError, match="arms are: grpo, rlsd"):
+    with pytest.raises(ValueError, match="arms are: grpo, opd, rlsd"):
         compared(runs, "oracle")
+
+
+def test_one_seed_settles_nothing_and_an_equal_arm_is_no_second_control(tmp_path):
+    for method in ("grpo", "rlsd"):
+        write(tmp_path, method, 0, rise=50)
+    write(tmp_path, "opd", 0, rise=20)
+    rows = compared(read_runs(tmp_path)).rows.set_index(["measure", "arm"])
+    assert rows.loc[("mean reward over training", "opd"), "verdict"] == "not settled"
+    assert rows.loc[("mean reward over training", "rlsd"), "verdict"] == "-"
 
 
 def test_the_best_rate_is_the_fastest_of_those_with_the_highest_mean_reward(tmp_path):

@@ -92,7 +92,7 @@ class RightChain:
     """Reads a completion of a row token by token, and knows how a right one may go on.
 
     Filler words and a quoted reference are neither right nor wrong, and may stand anywhere before
-    the end. The operands of a column may change places.
+    the answer. The operands of a column may change places.
     """
 
     def __init__(self, row: Row) -> None:
@@ -101,6 +101,7 @@ class RightChain:
             operands = self._expected[place] | self._expected[place + 2]
             self._expected[place] = self._expected[place + 2] = operands
         self._position, self._quoting = 0, False
+        self._answer = len(self._expected) - len(row["answer"])  # where its digits begin
 
     @property
     def is_complete(self) -> bool:
@@ -111,13 +112,15 @@ class RightChain:
         """Return the tokens after which a right chain can still follow; none where it is complete."""
         if self.is_complete:
             return frozenset()
+        if self._position >= self._answer:
+            return frozenset(self._expected[self._position])
         quoted = "0123456789" if self._quoting else ""
         return ANYWHERE.union(quoted, self._expected[self._position])
 
     def read(self, token: str) -> bool:
         """Take the next token. False where it is the first wrong one."""
         self._quoting = token in QUOTE or (self._quoting and token.isdigit())
-        if token in FILLERS or self._quoting:
+        if self._position < self._answer and (token in FILLERS or self._quoting):
             return True
         if self.is_complete or token not in self._expected[self._position]:
             return False
