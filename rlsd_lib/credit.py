@@ -591,11 +591,12 @@ def drift_sums(
     `credited` is the credit of A and `reversed_credit` that of -A, both (N, T). Their mean is what
     a token receives when the verdict is a coin flip: 0 for GRPO and for a weight that ignores the
     sign of A, lam * abs(A) * sinh(Delta) for RLSD before clipping. Its sum along the gap, over
-    sum abs(A) * abs(Delta), is 1 for reverse-KL self-distillation with the coefficient abs(A).
+    sum abs(A) * Delta^2, is 1 for reverse-KL self-distillation with the coefficient abs(A), whose
+    credit is abs(A) * Delta, and close to lam for RLSD while gaps are small and not clipped.
     """
     gap = torch.where(mask.bool(), gap.detach(), 0.0)
     unjudged = 0.5 * (credited + reversed_credit) * mask
-    return {"drift": ((unjudged * gap).sum(), (advantages.abs()[:, None] * gap.abs()).sum())}
+    return {"drift": ((unjudged * gap).sum(), (advantages.abs()[:, None] * gap.square()).sum())}
 
 
 # --- shared by the functions above ---------------------------------------------------------------

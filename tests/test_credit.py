@@ -97,7 +97,7 @@ def test_conserved_weights_worked_out_by_hand():
 def test_drift_is_the_credit_that_no_verdict_caused():
     advantages, gap = torch.tensor([1.0, -2.0, 0.0]).double(), torch.randn(3, 40).double()
     mask = (torch.rand(3, 40) < 0.7).long()
-    scale = (advantages.abs()[:, None] * gap.abs() * mask).sum()
+    scale = (advantages.abs()[:, None] * gap.square() * mask).sum()
 
     def drift(function, **options):
         assigned = [function(a, gap, mask, **options) for a in (advantages, -advantages)]
@@ -111,6 +111,11 @@ def test_drift_is_the_credit_that_no_verdict_caused():
     torch.testing.assert_close(drift(credit.rlsd, **wide), expected)
     for blind in (credit.uniform, credit.rlsd_neutral):
         torch.testing.assert_close(drift(blind, **wide), torch.zeros_like(scale))
+
+    def reverse_kl(a, gap, mask):
+        return a.abs()[:, None] * gap * mask
+
+    torch.testing.assert_close(drift(reverse_kl), scale)  # 1
 
 
 @both

@@ -89,6 +89,18 @@ def share_interval(found: Iterable[bool]) -> Interval:
     return Interval(sum(marks) / len(marks), float(ends.low), float(ends.high))
 
 
+def pooled_share(shares: Values, highs: Values) -> Interval:
+    """Return the share of all completions of several runs (S,) with its Wilson interval.
+
+    `highs` (S,) are the upper ends of `share_interval`; they say how many completions there were,
+    because an end e solves (e - share)^2 = z^2 e (1 - e) / n.
+    """
+    share, high = np.asarray(shares, dtype=float), np.asarray(highs, dtype=float)
+    z = stats.norm.ppf((1 + LEVEL) / 2)
+    counts = np.round(z**2 * high * (1 - high) / (high - share) ** 2)
+    return share_interval(np.arange(int(counts.sum())) < round(float(counts @ share)))
+
+
 def share_difference(first: Interval, second: Interval) -> Interval:
     """Return first - second, two results of `share_interval`, with Newcombe's interval.
 

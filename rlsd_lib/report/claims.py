@@ -2,7 +2,9 @@
 
 A claim has parts: a number per seed, and the range in which the claim puts it. Student's 95 %
 interval of the mean over seeds decides: inside the range the part holds, outside it fails, across a
-border it is open. Thresholds that the paper does not give are ours and stand in a claim's rule.
+border it is open. "Above 0" fails also where the interval lies within `MARGIN` of 0: else no number
+of runs could refute a gain that is not there. Thresholds that the paper does not give are ours and
+stand in a claim's rule.
 """
 
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from math import inf, nan
 
 import pandas as pd
 
-from rlsd_lib.measure.intervals import Interval, student_interval
+from rlsd_lib.measure.intervals import Interval, decide, pooled_share, student_interval
 from rlsd_lib.report import paper_numbers as paper
 from rlsd_lib.report.tables import DASH, LAST, NO_VALUES, Arms, Table, source_notes
 from rlsd_lib.runs.records import Runs
@@ -20,6 +22,7 @@ from rlsd_lib.runs.records import Runs
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 NOT_SETTLED, NO_RUNS, NOT_TESTABLE = "not settled", "no runs", "not testable at this scale"
 MARGIN = 0.02  # accuracy or leak rate: the size of the paper's gain of RLSD over GRPO
+CLEAN = 189  # the fewest completions whose Wilson interval, without a leak, ends below MARGIN
 ACCURACY, REWARD = "accuracy_after", "reward"
 LEAK, DIVERGENCE = "rewards/leak/mean", "rlsd/divergence"
 VARIANTS = ("opsd", "opsd_teacher_top1", "opsd_student_top1")  # the paper's order of severity
@@ -30,6 +33,8 @@ PEAK = (10, 20)  # steps
 class Part:
     """One number per seed, and where the claim puts its mean: low < mean < high.
 
+    A border of 0 is that of a difference between accuracies, rewards or leak rates, and `decide`
+    says with `MARGIN` whether there is one.
     Seeds without a number (NaN, because only one side of a comparison has them) do not count.
     `slack` widens the interval at both ends by what each value leaves open by itself, where seeds
     that agree would hide it: no leak in 24 completions is no proof of none in a thousand. `why_not`
@@ -53,7 +58,11 @@ class Part:
 
     def holds(self) -> bool | None:
         """Return True or False where the interval over seeds decides, else None."""
-        _, low, high = self.estimate()  # NaN, of one seed or none, is on no side of a border
+        found = self.estimate()  # NaN, of one seed or none, is on no side of a border
+        if 0.0 in (self.low, self.high):
+            claimed = "above" if self.low == 0.0 else "below"
+            return {claimed: True, "not settled": None}.get(decide(found, MARGIN), False)
+        _, low, high = found
         if low > self.low and high < self.high:
             return True
         return False if high < self.low or low > self.high else None
@@ -107,6 +116,7 @@ def claims_table(lab: Runs, real: Runs) -> Table:
         *(f"{where}: {runs}" for where, runs in arms.items()),
         "[low, high]: Student's 95 % interval of the mean over seeds. Each stands alone: among "
         "twenty verdicts one may be wrong by chance",
+        f"above or below 0: not reproduced where the interval lies within {MARGIN} of 0, or beyond it",
         *(f"claim {n} is reproduced if {claim.rule}" for n, claim in enumerate(CLAIMS, 1)),
         *(note for runs in (lab, real) if len(runs.runs) for note in source_notes(runs)),
     ]
@@ -170,12 +180,22 @@ def _leak_order(arms: Arms) -> list[Part]:
 
 def _leak_free(arms: Arms) -> list[Part]:
     ours, theirs = (arms.final(method, "leak_rate_after") for method in ("rlsd", "grpo"))
-    above = arms.final("rlsd", "leak_rate_after_high") - ours
-    slack = float(above.mean()) if len(above) else 0.0
-    return [Part("leak rate, rlsd - grpo", ours - theirs, high=MARGIN, slack=slack)]
+    name, slack = "leak rate, rlsd - grpo", 0.0
+    if len(ours):
+        all_seeds = pooled_share(ours, arms.final("rlsd", "leak_rate_after_high"))
+        slack = all_seeds.high - all_seeds.mean
+        name += ", too few completions to hold" if slack >= MARGIN else ""
+    return [Part(name, ours - theirs, high=MARGIN, slack=slack)]
 
 
 def _entropy(arms: Arms) -> list[Part]:
+    if arms.preset.startswith("lab"):  # most of the entropy there is which filler word is said
+        arms = Arms(arms.runs, f"{arms.preset.removesuffix('-bare')}-bare")
+        if not arms.length:
+            why_not = (
+                "most of the lab's entropy is filler words, and there are no runs without them"
+            )
+            return [Part("entropy", NO_VALUES, why_not=why_not)]
     grpo, rlsd = (_left(arms, method, "entropy") for method in ("grpo", "rlsd"))
     why_not = ""
     if (arms.end("rlsd", "rlsd/lambda") > 0).any():
@@ -255,8 +275,8 @@ CLAIMS = (
     Claim(
         "RLSD does not leak",
         "stated (Theorem 5), no curve",
-        f"RLSD's held-out leak rate is less than {MARGIN} above GRPO's, widened by the half width of "
-        "its interval over problems",
+        f"RLSD's held-out leak rate is less than {MARGIN} above GRPO's, widened by what the completions "
+        f"of all seeds leave open (Wilson); {CLEAN} of them without a leak are the fewest that can do",
         _leak_free,
     ),
     Claim(
@@ -280,7 +300,8 @@ CLAIMS = (
     Claim(
         "GRPO's entropy collapses; RLSD's does not, even after lambda = 0",
         f"Fig. 5b: GRPO {_from_to(paper.FIGURE_5B['grpo'])}, RLSD {_from_to(paper.FIGURE_5B['rlsd'])}",
-        "GRPO loses more than a quarter of its entropy and RLSD, at lambda = 0, less",
+        "GRPO loses more than a quarter of its entropy and RLSD, at lambda = 0, less; on the lab in "
+        "runs without filler words alone",
         _entropy,
     ),
     Claim(

@@ -1,11 +1,16 @@
-"""Table 2 with the paper's numbers and ours, which come from finished run directories alone."""
+"""Table 2: the paper's numbers with the intervals that they lack, and beside them ours.
 
+Ours come from finished run directories alone.
+"""
+
+from math import hypot, sqrt
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from rlsd_lib.measure.intervals import Interval, student_interval
-from rlsd_lib.report.benchmarks import read_scores
+from rlsd_lib.measure.intervals import Interval, share_difference, share_interval, student_interval
+from rlsd_lib.report.benchmarks import BENCHMARKS, read_scores
 from rlsd_lib.report.paper_numbers import AVERAGE, SOURCE, table_2
 from rlsd_lib.report.tables import DASH, Table, settings_of, source_notes
 from rlsd_lib.runs.records import Runs, is_finished, is_number
@@ -13,6 +18,41 @@ from rlsd_lib.runs.records import Runs, is_finished, is_number
 BASE = "base"  # the row of the untrained model
 HELD_OUT = "held out"  # the data's own test split, judged by the task's verifier
 SETTINGS = ("overrides", "control", "max_steps")  # what makes two trainings of a method differ
+
+
+# The printed shares are counts of so many (a test says which are not). WeMath counts half points of
+# 525 problems, which the benchmark makes of its 1,740 questions: a binomial of 525 is no narrower.
+QUESTIONS = {name: BENCHMARKS[name].questions for name in table_2().columns.drop(AVERAGE)}
+QUESTIONS |= {"WeMath": 525}
+
+
+def paper_difference(first: str = "rlsd", second: str = "grpo") -> Table:
+    """Return two methods of the paper's Table 2 and their difference, in per cent, by benchmark.
+
+    Wilson's intervals of the shares and Newcombe's of the difference, for questions drawn anew; the
+    last column is the difference in standard errors. The two are taken as independent, which for
+    the same questions is on the safe side; the spread between training runs is not in it.
+    """
+    printed, rows, errors = table_2().loc[[first, second]], [], {}
+    for name, count in QUESTIONS.items():
+        shares = []
+        for share in printed[name] / 100:
+            _, low, high = share_interval(np.arange(count) < round(count * share))
+            shares.append(Interval(share, low, high))
+        errors[name] = 100 * hypot(*(sqrt(x.mean * (1 - x.mean) / count) for x in shares))
+        cells = [*shares, share_difference(*shares)]
+        shown = [f"{Interval(*(100 * value for value in cell)):.2f}" for cell in cells]
+        rows.append((name, str(count), *shown, 100 * cells[-1].mean / errors[name]))
+    mean, error = np.subtract(*printed[AVERAGE]), hypot(*errors.values()) / len(errors)
+    difference = f"{Interval(mean, mean - 1.96 * error, mean + 1.96 * error):.2f}"
+    rows.append((AVERAGE, DASH, *printed[AVERAGE].map("{:.2f}".format), difference, mean / error))
+    columns = ["benchmark", "questions", first, second, f"{first} - {second}", "standard errors"]
+    notes = [
+        f"{SOURCE}: 95 % intervals over questions, ours; none over training runs can be had",
+        "questions: assumed to be the public splits (MMMU val, MathVista testmini, MathVision test, "
+        "ZeroBench's sub-questions); WeMath's score is one of 525 problems",
+    ]
+    return Table(pd.DataFrame(rows, columns=columns), notes)
 
 
 def compare(runs: Runs, preset: str, own: Path | None = None) -> Table:

@@ -81,6 +81,16 @@ def group_outcomes(success: list[float]) -> tuple[Tensor, Tensor]:
     return rewards, torch.where(rewards == 1, chance, 1 - chance).prod(-1)
 
 
+def largest_share_moved(lams: list[float], mean_abs: list[float], epsilon_w: float) -> float:
+    """Largest share of a run's summed |A| that RLSD can move: sum lam_k eps m_k / sum m_k.
+
+    `lams` and `mean_abs` (steps,) are each step's lambda and mean |A|, as logged or as computed by
+    `group_mean_abs`. |A| falls as the success rate rises, so early steps weigh more.
+    """
+    moved = sum(lam * epsilon_w * size for lam, size in zip(lams, mean_abs, strict=True))
+    return moved / sum(mean_abs)
+
+
 def angle(u: Tensor, v: Tensor) -> Tensor:
     """Angle between two vectors in radians, accurate near 0 and near pi."""
     u, v = u / u.norm(), v / v.norm()

@@ -175,11 +175,18 @@ def matched_rounds(world: QuoteWorld, theta: Tensor, rounds: int) -> tuple[Tenso
     """
     grown = []
     for student, boost in zip(tables(theta), world.boosts, strict=True):
-        weight = student * mean_teacher(world.prior, boost) ** rounds
+        gain = mean_teacher(world.prior, boost)
+        weight = student * (gain / gain.max()) ** rounds  # finite for many rounds
         grown.append(weight / weight.sum())
     return grown[0], grown[1]
 
 
+def quoting_invades(world: QuoteWorld, theta: Tensor) -> bool:
+    """Whether the first matched round raises P(quote): its E_r boost exceeds the student's mean."""
+    gain = mean_teacher(world.prior, world.boosts[1])
+    return bool(gain[2] > tables(theta)[1] @ gain)
+
+
 def quoting_wins(world: QuoteWorld) -> bool:
-    """Whether live distillation ends in quoting: E_r boost of a quote exceeds that of sound work."""
+    """Whether quoting takes over in the end: E_r boost of a quote exceeds that of sound work."""
     return (world.answers - 1 + world.quote) / world.answers > max(world.help, 1.0)

@@ -10,6 +10,7 @@ from rlsd_lib.measure.intervals import (
     bootstrap_interval,
     decide,
     dunnett_intervals,
+    pooled_share,
     share_difference,
     share_interval,
     smallest_detectable,
@@ -152,3 +153,10 @@ def test_dunnett_and_verdicts_refuse_what_they_cannot_judge():
     assert np.isnan(dunnett_intervals(values[:1].fillna(0.0), "grpo")["rlsd"].low)
     with pytest.raises(ValueError, match="margin is 0"):
         decide(Interval(0.0, -1.0, 1.0), margin=0)
+
+
+def test_pooled_shares_are_the_share_of_all_completions() -> None:
+    groups = [[True] * 3 + [False] * 247, [False] * 250, [True] + [False] * 23]
+    shares = [share_interval(group) for group in groups]
+    found = pooled_share([share.mean for share in shares], [share.high for share in shares])
+    assert found == share_interval([mark for group in groups for mark in group])

@@ -1,13 +1,17 @@
 """Every claim can be reproduced and can fail to be, by runs that differ in what it is about."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from synthetic import PAPER, flat, ramp, write_folder, write_run
 
+from rlsd_lib.measure.intervals import share_interval
 from rlsd_lib.report.claims import (
     CLAIMS,
+    CLEAN,
+    MARGIN,
     NO_RUNS,
     NOT_REPRODUCED,
     NOT_SETTLED,
@@ -23,13 +27,16 @@ from rlsd_lib.runs.records import Runs, read_runs
 NOTHING = Runs(pd.DataFrame(), pd.DataFrame())
 DOUBLE = {"steps": 120, "parameters": {"max_steps": 120}}
 TRACE = {"parameters": {"preset": "lab-trace"}}
+BARE = {"parameters": {"preset": "lab-bare"}}
 
 
 def _write_rest(folder: Path, longer: float = 0.85, trace: float = 0.9) -> None:
-    """GRPO at twice the steps, and RLSD that is shown traces."""
+    """GRPO at twice the steps, RLSD that is shown traces, and both without filler words."""
     for seed in range(3):
         write_run(folder / f"longer-s{seed}", "grpo", seed, after=longer, **DOUBLE)
         write_run(folder / f"trace-s{seed}", "rlsd", seed, after=trace, **TRACE)
+        for method in ("grpo", "rlsd"):
+            write_run(folder / f"bare-{method}-s{seed}", method, seed, **BARE)
 
 
 def _judge(number: int, folder: Path, preset: str = "lab") -> str:
@@ -56,21 +63,28 @@ def test_runs_as_the_paper_has_them_reproduce_every_claim(as_printed: Runs) -> N
 FALLING = {"reward": ramp(0.9, 0.6)}
 AGAINST = [
     (1, {"sdpo": {"after": 0.95}}),
+    (1, {"sdpo": {"after": 0.9}}),  # as good, which is no gain
     (2, {"rlsd": {"after": 0.75}}),
+    (2, {"rlsd": {"after": 0.8}}),
     (3, {"grpo_opsd": {"after": 0.95}}),
+    (3, {"grpo_opsd": {"after": 0.9}}),
     (5, {"rlsd": {"reward": ramp(0.4, 0.9)}}),
+    (5, {"rlsd": {"reward": ramp(0.5, 0.8)}}),  # GRPO's own curve
     (6, {"opsd": {"reward": ramp(0.5, 0.8)}}),  # rises, and never falls
     (6, {"opsd": {"reward": lambda step: 0.5 * 0.8**step}}),  # falls from the start
+    (6, {"opsd": {"reward": flat(0.5)}}),
     (6, {"rlsd": FALLING}),
+    (6, {"rlsd": {"reward": flat(0.7)}}),
     (7, {"opsd_teacher_top1": {"rewards/leak/mean": ramp(0.0, 0.9)}}),  # another order
     (7, {"opsd_student_top1": {"rewards/leak/mean": ramp(0.05, 0.0)}}),  # no growth
+    (7, {"opsd_teacher_top1": {"rewards/leak/mean": ramp(0.0, 0.5)}}),  # no order
     (8, {"rlsd": {"leak_after": 0.3}}),
     (9, {"opd": {"rlsd/divergence": ramp(0.07, 0.065)}}),
     (9, {"opsd": {"rlsd/divergence": ramp(0.07, 0.01)}}),
     (10, {"rlsd": {"rlsd/clip_high_frac": flat(0.08)}}),
     (10, {"rlsd": {"rlsd/clip_low_frac": flat(0.005)}}),
-    (11, {"grpo": {"entropy": flat(0.42)}}),
-    (11, {"rlsd": {"entropy": ramp(0.42, 0.2)}}),
+    (11, {"grpo": {"entropy": flat(0.42), **BARE}}),
+    (11, {"rlsd": {"entropy": ramp(0.42, 0.2), **BARE}}),
     (13, {"rlsd": {"step_time": lambda step: 1.3 if step < 50 else 0.5}}),  # 0.7 over all
 ]
 
@@ -84,10 +98,50 @@ def test_a_claim_fails_on_runs_that_speak_against_it(as_printed: Runs, tmp_path:
 
 
 def test_claims_about_other_runs_fail_too(tmp_path: Path) -> None:
+    for longer in (0.95, 0.9):
+        folder = write_folder(tmp_path / str(longer), ["grpo", "rlsd"])
+        _write_rest(folder, longer=longer, trace=0.99)
+        assert _judge(4, folder) == NOT_REPRODUCED, longer
+        assert _judge(12, folder) == NOT_REPRODUCED
+    refuted = {4, 12} | {number for number, _ in AGAINST}
+    assert refuted == set(range(1, len(CLAIMS) + 1))
+
+
+def test_a_border_of_0_refutes_where_there_is_no_difference_of_the_margin() -> None:
+    for sign, border in ((1, {"low": 0.0}), (-1, {"high": 0.0})):
+        for middle, spread, expected in (
+            (0.03, 0.002, REPRODUCED),
+            (-0.03, 0.002, NOT_REPRODUCED),
+            (0.002, 0.004, NOT_REPRODUCED),  # [-0.008, 0.012]
+            (0.0, 0.02, NOT_SETTLED),
+            (0.015, 0.008, NOT_SETTLED),  # [-0.005, 0.035]
+        ):
+            values = sign * (middle + spread * pd.Series([-1.0, 0.0, 1.0]))
+            assert verdict([Part("gain", values, **border)]) == expected, (sign, middle, spread)
+
+
+def test_no_leak_can_be_shown_by_the_lab_and_not_by_few_completions(tmp_path: Path) -> None:
+    assert (
+        share_interval([False] * CLEAN).high < MARGIN < share_interval([False] * (CLEAN - 1)).high
+    )
+    for problems, expected in ((250, REPRODUCED), (24, NOT_SETTLED)):
+        folder = write_folder(tmp_path / str(problems), ["grpo"], grpo={"leak_after": 0.0})
+        clean = share_interval([False] * problems)
+        for seed in range(3):
+            path = write_run(folder / f"rlsd-s{seed}", "rlsd", seed)
+            metrics = json.loads((path / "metrics.json").read_text())
+            metrics |= {"leak_rate_after": 0.0, "leak_rate_after_high": clean.high}
+            (path / "metrics.json").write_text(json.dumps(metrics))
+        parts = CLAIMS[7].parts(Arms(read_runs(folder)))
+        assert verdict(parts) == expected, problems
+        assert ("too few completions" in parts[0].name) == (expected == NOT_SETTLED)
+
+
+def test_the_entropy_of_filler_words_says_nothing(tmp_path: Path) -> None:
     write_folder(tmp_path, ["grpo", "rlsd"])
-    _write_rest(tmp_path, longer=0.95, trace=0.99)
-    assert _judge(4, tmp_path) == NOT_REPRODUCED
-    assert _judge(12, tmp_path) == NOT_REPRODUCED
+    [part] = CLAIMS[10].parts(Arms(read_runs(tmp_path)))
+    assert verdict([part]) == NOT_TESTABLE
+    assert "filler words" in str(part)
 
 
 @pytest.mark.parametrize(("late", "expected"), [(0.7, REPRODUCED), (0.99, NOT_REPRODUCED)])
@@ -111,10 +165,12 @@ def test_what_was_not_run_or_cannot_be_seen_is_no_verdict(tmp_path: Path) -> Non
     write_folder(tmp_path / "some", ["grpo", "rlsd"])
     assert _judge(3, tmp_path / "some") == NO_RUNS
     assert _judge(1, tmp_path / "some") == NOT_SETTLED  # best of those that were run is not best
+    early = {"steps": 20, "parameters": {"preset": "smollm2"}}
     short = {method: {"steps": 20} for method in ("grpo", "rlsd", "opsd")}
     write_folder(tmp_path / "short", list(short), **short)
     assert _judge(6, tmp_path / "short") == NOT_TESTABLE
-    parts = CLAIMS[10].parts(Arms(read_runs(tmp_path / "short")))
+    write_folder(tmp_path / "real", ["grpo", "rlsd"], grpo=early, rlsd=early)
+    parts = CLAIMS[10].parts(Arms(read_runs(tmp_path / "real")))
     assert "lambda is above 0 to the end" in str(parts[1])
     assert verdict(parts) != REPRODUCED
 

@@ -5,6 +5,7 @@ import pytest
 from rlsd_lib.methods import METHODS
 from rlsd_lib.report.benchmarks import BENCHMARKS as OURS
 from rlsd_lib.report.paper_numbers import AVERAGE, BENCHMARKS, figure_1b, table_2
+from rlsd_lib.report.paper_tables import QUESTIONS, paper_difference
 
 
 def test_the_printed_averages_are_the_means_of_their_rows():
@@ -35,3 +36,19 @@ def test_what_was_counted_can_be_told_from_the_shares():
     odd = [("grpo", "ZeroBench"), ("opsd", "MMMU"), ("opsd", "ZeroBench")]
     assert cells.index[shares != cells].tolist() == odd
     assert not (table_2()["ZeroBench"] % 1 == 0).any()  # so not ZeroBench's 100 main questions
+    vision = table_2()["MathVision"]
+    assert ((vision * 3.04).round() / 3.04 - vision).abs().max() > 0.1  # nor MathVision's 304
+
+
+def test_only_mathvision_tells_rlsd_from_grpo_by_two_standard_errors():
+    rows = paper_difference().rows.set_index("benchmark")
+    errors = rows["standard errors"]
+    assert errors.index[errors.abs() > 2].tolist() == ["MathVision", AVERAGE]
+    assert rows.loc["MathVision", "rlsd - grpo"] == "3.91 [1.40, 6.42]"
+    assert rows.loc["MathVista", "rlsd - grpo"].startswith("1.90 [-1.7")
+    # The average is carried by it: without MathVision it is 1.4 standard errors.
+    others = [name for name in BENCHMARKS if name != "MathVision"]
+    gain = (table_2().loc["rlsd", others] - table_2().loc["grpo", others]).sum()
+    shares = table_2().loc[["rlsd", "grpo"], others] / 100
+    variance = (shares * (1 - shares)).sum() / [QUESTIONS[name] for name in others]
+    assert gain / (100 * variance.sum() ** 0.5) == pytest.approx(1.43, abs=0.01)

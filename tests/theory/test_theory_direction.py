@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +123,12 @@ def test_group_advantages_have_mean_zero_and_the_stated_size(p, group):
     mixed = (rewards.sum(-1) > 0) & (rewards.sum(-1) < group)
     same(advantages[mixed].square().mean(-1), torch.ones(int(mixed.sum())))
     assert (advantages[~mixed] == 0).all()
+
+
+def test_the_share_moved_weighs_steps_by_their_advantages():
+    assert di.largest_share_moved([0.5, 0.0], [1.0, 1.0], 0.2) == 0.05
+    assert di.largest_share_moved([0.5, 0.0], [3.0, 1.0], 0.2) == pytest.approx(0.075)
+    assert di.largest_share_moved([0.5, 0.5], [3.0, 0.0], 0.2) == pytest.approx(0.1)
 
 
 def test_group_outcomes_by_hand():

@@ -37,6 +37,16 @@ def test_a_perfect_step_of_the_student_raises_the_loss():
     same([student, teacher], [-0.26564801782, 0.31286808951])
 
 
+def test_an_infinitesimal_gradient_step_raises_it_too():
+    prior, boost = table([0.5, 0.5]), table([[1.0, 8.0, 1.0], [1.0, 1.0, 8.0]])
+    old = table([0.8, 0.1, 0.1])
+    pull = table([8.0, 4.5, 4.5]) / 17 - old
+    new = torch.softmax(old.log() + 1e-6 * pull, -1)
+    student, teacher = (float(x) / 1e-6 for x in shared.loss_split(prior, boost, old, new))
+    same(student, -pull.square().sum(), atol=1e-5)
+    same([student, teacher], [-0.1628, 0.2275], atol=1e-4)
+
+
 quote_worlds = st.builds(
     shared.QuoteWorld,
     answers=st.integers(2, 4),
@@ -128,6 +138,20 @@ def test_matched_snapshots_compound(world, rounds):
         shared.matched_rounds(world, world.start(), rounds), shared.tables(theta), strict=True
     ):
         same(closed, reached)
+
+
+@given(quote_worlds)
+@few
+def test_invasion_is_the_first_round_and_take_over_the_last(world):
+    first, second, last = (
+        shared.matched_rounds(world, world.start(), n)[1][2:].sum() for n in (0, 1, 10**6)
+    )
+    gain = wo.mean_teacher(world.prior, world.boosts[1])
+    mean = shared.tables(world.start())[1] @ gain
+    if abs(gain[2] - mean) > 1e-6:
+        assert (second > first) == shared.quoting_invades(world, world.start())
+    if abs(gain[2] - max(world.help, 1.0)) > 1e-3:
+        assert (last > 0.99) == shared.quoting_wins(world)
 
 
 def test_balance_of_quoting_and_reasoning():
