@@ -79,6 +79,7 @@ ORACLE = {**ANY_CREDIT, "method": ("oracle",)}
 WIDEST = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0}
 FROZEN = {"teacher_model_kind": "base"}
 PERMUTED = {"permute_credit": True}
+HINDSIGHT = {"method": ("hindsight",)}
 # Distillation that is told where to look, beside GRPO.
 TOLD = {"method": ("opsd_value_contrast",)}
 BESIDE = {**FROZEN, "policy_weight": 1.0}
@@ -124,7 +125,8 @@ SUITES: dict[str, Suite] = {
             {**LABS, **RLSD, "overrides": ({}, WIDEST)},
             {**LABS, "method": ("rlsd_negative_only", "rlsd_contrast"), "overrides": (WIDEST,)},
             {**LABS, "method": ("posterior_blame",), "overrides": (FROZEN, {**FROZEN, **PERMUTED})},
-            {**LABS, "method": ("hindsight",), "overrides": (FROZEN,)},
+            {**LABS, **HINDSIGHT, "overrides": (FROZEN, {**FROZEN, **PERMUTED})},
+            {**LABS, **HINDSIGHT, "overrides": (FROZEN,), "control": ("shuffled",)},
             {**LABS, **TOLD, "overrides": (BESIDE, {**BESIDE, **PERMUTED})},
             {**LABS, **TOLD, "overrides": (BESIDE,), "control": ("shuffled",)},
         ],
