@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 Evidence = Callable[[Tensor, Tensor], Tensor]
 Credit = Callable[..., Tensor]
@@ -467,17 +467,19 @@ def rewarded(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def opsd_value(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: Tensor) -> Tensor:
-    """min(V_{t-1} / V_0, 1): a prefix that is lost teaches nothing. Ours. -> (N, T) in [0, 1].
+def opsd_value(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
+    """min(exp(sum_{s < t} Delta_s), 1): a lost prefix teaches nothing. Ours. -> (N, T) in [0, 1].
 
     With h the hindsight teacher, grad J = -E_{y ~ P_S} sum_t V(y_<t) grad KL(h_t || P_S): forward-KL
-    OPSD is the all-action policy gradient, if P_T = h and each prefix has the weight V. The bound 1
-    keeps OPSD's scale and leaves that identity on prefixes that are better than the start. 0
-    outside the mask.
+    OPSD is the all-action policy gradient, if P_T = h and each prefix has the weight V. The weight
+    here is min(V_{t-1} / V_0, 1), whatever V_0 is: the identity holds per prompt up to the factor
+    V_0, so that a prompt that is rarely solved is taught as much as another. The bound 1 keeps
+    OPSD's scale and leaves the identity on prefixes that are better than the start. 0 outside the
+    mask.
     """
     keep, _, gap = _prepared(advantages, gap, mask)
-    values = value(group_success, gap, mask)
-    return torch.where(keep, (values[:, :-1] / values[:, :1]).clamp(max=1.0), 0.0)
+    before = pad(gap[:, :-1].cumsum(1), (1, 0))
+    return torch.where(keep, before.clamp(max=0.0).exp(), 0.0)
 
 
 @torch.no_grad()
@@ -501,12 +503,11 @@ def opsd_value_contrast(
     gap: Tensor,
     mask: Tensor,
     *,
-    group_success: Tensor,
     contrast_kl: Tensor,
     tau: float = 1.0,
 ) -> Tensor:
     """The product of `opsd_value` and `opsd_contrast`: both faults of OPSD mended. Ours."""
-    by_value = opsd_value(advantages, gap, mask, group_success=group_success)
+    by_value = opsd_value(advantages, gap, mask)
     return by_value * opsd_contrast(advantages, gap, mask, contrast_kl=contrast_kl, tau=tau)
 
 

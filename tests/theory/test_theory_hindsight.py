@@ -4,6 +4,7 @@ V(y_<t) is the student's success probability from a prefix, Q(y_<t, v) that afte
 the hindsight teacher h_t(v) = P_S(v | y_<t, success). Everything is enumerated, in float64.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ def tree(seed: int, vocab: int = 3, length: int = 3, certain: bool = False) -> T
     generator = torch.Generator().manual_seed(seed)
     student = [wo.random_simplex(generator, vocab**t, vocab) for t in range(length)]
     right = torch.rand(vocab**length, generator=generator, dtype=torch.float64)
-    listed = [tokens for _, tokens in wo.sequences(vocab, length)]
+    listed = list(product(range(vocab), repeat=length))
     rows = [wo.prefix_indices(tokens, vocab) for tokens in listed]
     return Tree(
         tuple(student),
@@ -136,8 +137,7 @@ def test_opsd_value_is_that_weight_bounded_by_the_start():
     for seed in SEEDS:
         world = tree(seed, certain=True)
         gap = world.gap([x.nan_to_num(nan=0.5) for x in world.hindsight_teacher])
-        ones, known = torch.ones_like(gap), {"group_success": world.group_success()}
-        weight = credit.opsd_value(world.right, gap, ones, **known)
+        weight = credit.opsd_value(world.right, gap, torch.ones_like(gap))
         for t, exact in enumerate(world.values[:-1]):
             alive = exact[world.rows[:, t]] > 0
             expected = (exact / world.values[0]).clamp(max=1.0)[world.rows[:, t]]
