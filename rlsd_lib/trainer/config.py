@@ -77,7 +77,9 @@ class RLSDConfig(GRPOConfig):
             Rescales the clipped weights of each rollout to mean 1. Not in the paper.
         credit_settings (`dict`, *optional*, defaults to `{}`):
             Settings of the method's credit function and of its weight by name, such as `tau`, in
-            place of their published defaults. lambda and epsilon_w have fields of their own.
+            place of their published defaults. lambda and epsilon_w have fields of their own, whose
+            defaults are RLSD's for every method: what others published for these is in
+            `methods.PUBLISHED`, and is used only if you set it.
         permute_credit (`bool`, *optional*, defaults to `False`):
             Shuffles the token credit, or the weight of the distillation term, over each rollout's
             own tokens: a control, which keeps its amount and loses its place.
