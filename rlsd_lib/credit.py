@@ -11,7 +11,7 @@ advantage is returned unchanged: a rollout without a reference keeps GRPO's cred
 `sampled_distillation`, which use no reward, return 0 there.) What else a function needs it names
 as a keyword: `lam`, `epsilon_w`, and the signals
 
-    success (N,)              whether the rollout was right, as bool
+    success (N,)              whether the rollout was right, as bool; False where none could score it
     group_success (N,)        share of right rollouts among the others of its group: `leave_one_out`
     wrong_gaps (K, N, T)      the gap when the teacher is shown the k-th wrong reference r' in place
                               of r; NaN for a wrong reference that the rollout's group lacks
@@ -338,7 +338,9 @@ def sdpg(
     The second term is minus the gradient of (alpha / 2) log(P_S / pi_ref)^2 as credit, equal to it
     while P_S is the policy that wrote the rollout; the sign of A may turn, and A = 0 gets credit.
     Published with alpha 1e-3, beside 1e-3 times KL(P_S || P_T), optionally on `rewarded` rollouts
-    only. Needs `reference_gap` (N, T); other shapes as in `rlsd`; the gap is not used.
+    only. Needs `reference_gap` (N, T); other shapes as in `rlsd`; the gap is not used. pi_ref is
+    TRL's reference model: with `beta = 0` there is none and the trainer's credit is plain A; with
+    `beta > 0` TRL's own beta KL(P_S || pi_ref) comes on top of this pull.
     """
     keep, advantage, reference_gap = _prepared(advantages, reference_gap, mask)
     return _inside(keep, advantage + alpha * reference_gap, advantage)
@@ -371,12 +373,17 @@ def rlsd_thought_only(
 def leave_one_out(success: Tensor, group_size: int) -> Tensor:
     """Share of right rollouts among the others of each group: (N,) in groups of neighbours -> (N,).
 
-    It does not depend on the rollout's own outcome. Raises ValueError for groups of one.
+    It does not depend on the rollout's own outcome. `success` is bool, or a number that is NaN for
+    a rollout that nobody scored: that one is no one's other, and where it leaves nobody the share
+    is 1/2. Raises ValueError for groups of one.
     """
     if group_size < 2:
         raise ValueError(f"group_size={group_size}: expected at least 2, to leave one out.")
     groups = success.float().view(-1, group_size)
-    return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
+    scored, right = ~groups.isnan(), groups.nan_to_num(nan=0.0)
+    others = scored.sum(1, keepdim=True) - scored.long()
+    shares = (right.sum(1, keepdim=True) - right) / others.clamp(min=1)
+    return torch.where(others > 0, shares, 0.5).flatten()
 
 
 @torch.no_grad()
@@ -385,7 +392,9 @@ def value(group_success: Tensor, gap: Tensor, mask: Tensor, *, floor: float = 1 
 
     V_0 is `group_success` (N,) within [floor, 1 - floor], V_t = min(V_0 exp(sum_{s <= t} Delta_s),
     1). Exact for the hindsight teacher P_T(v) = P_S(v | success), whose ratio P_T / P_S is
-    Q(y_<t, v) / V(y_<t) by Bayes' rule. Masked tokens change nothing.
+    Q(y_<t, v) / V(y_<t) by Bayes' rule. Masked tokens change nothing. In groups of G the success of
+    the others has G values: at G = 2 it is one bit, V_0 is `floor` or 1 - `floor`, and after the
+    latter the bound at 1 cuts nearly all that a token could add.
     """
     log_prior = group_success.to(gap.dtype).clamp(floor, 1 - floor).log()[:, None]
     evidence = torch.where(mask.bool(), gap, 0.0).cumsum(1)
@@ -490,12 +499,12 @@ def opsd_contrast(
 
     What the teacher says under any reference is format; only what the right one changes is taught.
     `contrast_kl` (N, T) in nats is `divergence.teacher_contrast`; tau 1 as released. Left out: the
-    target that the released code moves away from r' (its alpha 0.5), and its top-k. In [0, 1); 0
-    where r' says the same as r and outside the mask. -> (N, T).
+    target that the released code moves away from r' (its alpha 0.5), and its top-k. In [0, 1]; 0
+    where r' says the same as r, for every tau, and outside the mask. -> (N, T).
     """
-    keep, _, contrast_kl = _prepared(advantages, contrast_kl, mask)
-    # Written so that K = 0 gives 0 and an infinite K gives 1.
-    return torch.where(keep, 1 / (1 + tau / contrast_kl.clamp(min=0.0)), 0.0)
+    _, _, contrast_kl = _prepared(advantages, contrast_kl, mask)
+    # Written so that an infinite K gives 1; outside the mask K is 0.
+    return torch.where(contrast_kl <= 0, 0.0, 1 / (1 + tau / contrast_kl))
 
 
 def opsd_value_contrast(

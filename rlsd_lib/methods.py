@@ -183,7 +183,7 @@ METHODS: dict[str, Method] = {
         weight=credit.srpo_weight,
     ),
     "sdpg": Method(
-        "SDPG (2606.04036): GRPO plus reverse KL; its pull to pi_ref only with beta > 0",
+        "SDPG (2606.04036): reverse KL beside A; beta > 0 adds its pull to pi_ref and TRL's own KL",
         credit=credit.sdpg,
         teacher_sees=PRIVILEGED,
         divergence=Divergence("reverse_kl"),

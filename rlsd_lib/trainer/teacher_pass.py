@@ -168,7 +168,8 @@ class TeacherPass(GRPOTrainer):
         own = self._own_rows(len(inputs))
         output["rewards"] = self._rewards[own]
         if "group_success" in self.asked:
-            success = self._rewards >= self.args.success_reward_threshold
+            success = (self._rewards >= self.args.success_reward_threshold).float()
+            success = success.masked_fill(self._rewards.isnan(), torch.nan)
             share = leave_one_out(success, self.num_generations)[own]
             output[f"{states.SIGNAL}group_success"] = share
         output |= self._given_signals(inputs, output)

@@ -221,3 +221,32 @@ def test_posterior_blame_has_more_signal_per_noise_and_more_variance_than_grpo()
         assert square - mean.square().sum() > grpo_square - grpo_mean.square().sum(), seed
         better += int(mean.square().sum() / square > grpo_mean.square().sum() / grpo_square)
     assert better >= len(SEEDS) - 1
+
+
+def test_of_two_rollouts_the_others_success_is_one_bit_and_the_bound_cuts_after_a_right_one():
+    """V_0 is then 1/16 or 15/16. After a wrong other, `hindsight` points along grad J exactly and
+    `posterior_blame` is what the exact V_0 gives; after a right one both lose what lies above 1.
+    """
+    moved = 0
+    for seed in SEEDS:
+        world = tree(seed, certain=True)
+        assert 1 / 16 < world.values[0] < 15 / 16, seed
+        gap = world.gap([x.nan_to_num(nan=0.5) for x in world.hindsight_teacher])
+        exact, ends = credits(world, gap), {}
+        for other, prior in ((0, 1 / 16), (1, 15 / 16)):
+            pairs = torch.stack([world.right, torch.full_like(world.right, other)], dim=1)
+            known = {"group_success": credit.leave_one_out(pairs.flatten(), 2)[::2]}
+            a, ones = advantages(world), torch.ones_like(gap)
+            values = credit.value(known["group_success"], gap, ones)
+            close(values[:, 0], torch.full_like(a, prior), seed)
+            ends[other] = (
+                world.moments(credit.hindsight(a, gap, ones, **known))[0] * (1 - prior) ** 0.5,
+                credit.posterior_blame(a, gap, ones, **known),
+            )
+        truth = policy_gradient(world)
+        close(ends[0][0], truth * (1 / 16) ** 0.5 / world.values[0], seed)
+        close(ends[0][1], exact["posterior_blame"], seed)
+        cosines = [torch.cosine_similarity(end[0], truth, dim=0).item() for end in ends.values()]
+        assert abs(cosines[0] - 1) < 1e-12 and 0 < cosines[1] < 0.999, (seed, cosines)
+        moved += int((ends[1][1] - exact["posterior_blame"]).abs().max() > 1e-3)
+    assert moved == len(SEEDS)
