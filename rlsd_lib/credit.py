@@ -14,7 +14,7 @@ as a keyword: `lam`, `epsilon_w`, and the signals
     success (N,)              whether the rollout was right, as bool; False where none could score it
     group_success (N,)        share of right rollouts among the others of its group: `leave_one_out`
     wrong_gaps (K, N, T)      the gap when the teacher is shown the k-th wrong reference r' in place
-                              of r; NaN for a wrong reference that the rollout's group lacks
+                              of r; NaN for one that the rollout lacks
     reference_gap (N, T)      log pi_ref(y_t) - log P_S(y_t), nats
     thought (N, T)            1 on the tokens of the reasoning span
     first_error (N,)          place of the first wrong token, T for none
@@ -231,7 +231,8 @@ def rlcsd(
     mean over the others plus `eta` times the mean over the selected, each by its own number of
     tokens in the batch; here the credit is scaled by those counts, so that one mean over all tokens
     gives that loss. Rows of one call therefore depend on each other, and a few selected tokens get
-    large credit. Defaults are the released code's; its scripts have tau 0.02, beta 1, clip 2. Needs
+    large credit. A deviation: the counts are of one call, a micro-batch of one process, so that
+    accumulation changes the credit; the trainer refuses several processes. Defaults are the released code's; its scripts have tau 0.02, beta 1, clip 2. Needs
     `wrong_gaps` (K, N, T), K <= 4; other shapes as in `rlsd`.
     """
     keep, advantage, evidence = _prepared(advantages, contrast(gap, wrong_gaps), mask)
@@ -460,8 +461,9 @@ def srpo_weight(
 ) -> Tensor:
     """SRPO: exp(-beta H_T) on rollouts with A <= 0, of mean 1 over their tokens (2604.02288).
 
-    `teacher_entropy` (N, T) in nats, beta 1 as published. The mean is over the batch of the call.
-    0 on the other rollouts and outside the mask. -> (N, T).
+    `teacher_entropy` (N, T) in nats, beta 1 as published. A deviation: the mean is over the batch of
+    the call, a micro-batch of one process, so that accumulation changes the weight; the trainer
+    refuses several processes. 0 on the other rollouts and outside the mask. -> (N, T).
     """
     keep, advantage, entropy = _prepared(advantages, teacher_entropy, mask)
     routed = keep & (advantage <= 0)
