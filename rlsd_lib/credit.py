@@ -11,10 +11,10 @@ advantage is returned unchanged: a rollout without a reference keeps GRPO's cred
 `sampled_distillation`, which use no reward, return 0 there.) What else a function needs it names
 as a keyword: `lam`, `epsilon_w`, and the signals
 
-    success (N,)              whether the rollout was right, as bool
+    success (N,)              whether the rollout was right, as bool; False where none could score it
     group_success (N,)        share of right rollouts among the others of its group: `leave_one_out`
     wrong_gaps (K, N, T)      the gap when the teacher is shown the k-th wrong reference r' in place
-                              of r; NaN for a wrong reference that the rollout's group lacks
+                              of r; NaN for one that the rollout lacks
     reference_gap (N, T)      log pi_ref(y_t) - log P_S(y_t), nats
     thought (N, T)            1 on the tokens of the reasoning span
     first_error (N,)          place of the first wrong token, T for none
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 Evidence = Callable[[Tensor, Tensor], Tensor]
 Credit = Callable[..., Tensor]
@@ -231,7 +231,8 @@ def rlcsd(
     mean over the others plus `eta` times the mean over the selected, each by its own number of
     tokens in the batch; here the credit is scaled by those counts, so that one mean over all tokens
     gives that loss. Rows of one call therefore depend on each other, and a few selected tokens get
-    large credit. Defaults are the released code's; its scripts have tau 0.02, beta 1, clip 2. Needs
+    large credit. A deviation: the counts are of one call, a micro-batch of one process, so that
+    accumulation changes the credit; the trainer refuses several processes. Defaults are the released code's; its scripts have tau 0.02, beta 1, clip 2. Needs
     `wrong_gaps` (K, N, T), K <= 4; other shapes as in `rlsd`.
     """
     keep, advantage, evidence = _prepared(advantages, contrast(gap, wrong_gaps), mask)
@@ -338,7 +339,9 @@ def sdpg(
     The second term is minus the gradient of (alpha / 2) log(P_S / pi_ref)^2 as credit, equal to it
     while P_S is the policy that wrote the rollout; the sign of A may turn, and A = 0 gets credit.
     Published with alpha 1e-3, beside 1e-3 times KL(P_S || P_T), optionally on `rewarded` rollouts
-    only. Needs `reference_gap` (N, T); other shapes as in `rlsd`; the gap is not used.
+    only. Needs `reference_gap` (N, T); other shapes as in `rlsd`; the gap is not used. pi_ref is
+    TRL's reference model: with `beta = 0` there is none and the trainer's credit is plain A; with
+    `beta > 0` TRL's own beta KL(P_S || pi_ref) comes on top of this pull.
     """
     keep, advantage, reference_gap = _prepared(advantages, reference_gap, mask)
     return _inside(keep, advantage + alpha * reference_gap, advantage)
@@ -371,12 +374,17 @@ def rlsd_thought_only(
 def leave_one_out(success: Tensor, group_size: int) -> Tensor:
     """Share of right rollouts among the others of each group: (N,) in groups of neighbours -> (N,).
 
-    It does not depend on the rollout's own outcome. Raises ValueError for groups of one.
+    It does not depend on the rollout's own outcome. `success` is bool, or a number that is NaN for
+    a rollout that nobody scored: that one is no one's other, and where it leaves nobody the share
+    is 1/2. Raises ValueError for groups of one.
     """
     if group_size < 2:
         raise ValueError(f"group_size={group_size}: expected at least 2, to leave one out.")
     groups = success.float().view(-1, group_size)
-    return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
+    scored, right = ~groups.isnan(), groups.nan_to_num(nan=0.0)
+    others = scored.sum(1, keepdim=True) - scored.long()
+    shares = (right.sum(1, keepdim=True) - right) / others.clamp(min=1)
+    return torch.where(others > 0, shares, 0.5).flatten()
 
 
 @torch.no_grad()
@@ -385,7 +393,9 @@ def value(group_success: Tensor, gap: Tensor, mask: Tensor, *, floor: float = 1 
 
     V_0 is `group_success` (N,) within [floor, 1 - floor], V_t = min(V_0 exp(sum_{s <= t} Delta_s),
     1). Exact for the hindsight teacher P_T(v) = P_S(v | success), whose ratio P_T / P_S is
-    Q(y_<t, v) / V(y_<t) by Bayes' rule. Masked tokens change nothing.
+    Q(y_<t, v) / V(y_<t) by Bayes' rule. Masked tokens change nothing. In groups of G the success of
+    the others has G values: at G = 2 it is one bit, V_0 is `floor` or 1 - `floor`, and after the
+    latter the bound at 1 cuts nearly all that a token could add.
     """
     log_prior = group_success.to(gap.dtype).clamp(floor, 1 - floor).log()[:, None]
     evidence = torch.where(mask.bool(), gap, 0.0).cumsum(1)
@@ -451,8 +461,9 @@ def srpo_weight(
 ) -> Tensor:
     """SRPO: exp(-beta H_T) on rollouts with A <= 0, of mean 1 over their tokens (2604.02288).
 
-    `teacher_entropy` (N, T) in nats, beta 1 as published. The mean is over the batch of the call.
-    0 on the other rollouts and outside the mask. -> (N, T).
+    `teacher_entropy` (N, T) in nats, beta 1 as published. A deviation: the mean is over the batch of
+    the call, a micro-batch of one process, so that accumulation changes the weight; the trainer
+    refuses several processes. 0 on the other rollouts and outside the mask. -> (N, T).
     """
     keep, advantage, entropy = _prepared(advantages, teacher_entropy, mask)
     routed = keep & (advantage <= 0)
@@ -467,17 +478,19 @@ def rewarded(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def opsd_value(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: Tensor) -> Tensor:
-    """min(V_{t-1} / V_0, 1): a prefix that is lost teaches nothing. Ours. -> (N, T) in [0, 1].
+def opsd_value(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
+    """min(exp(sum_{s < t} Delta_s), 1): a lost prefix teaches nothing. Ours. -> (N, T) in [0, 1].
 
     With h the hindsight teacher, grad J = -E_{y ~ P_S} sum_t V(y_<t) grad KL(h_t || P_S): forward-KL
-    OPSD is the all-action policy gradient, if P_T = h and each prefix has the weight V. The bound 1
-    keeps OPSD's scale and leaves that identity on prefixes that are better than the start. 0
-    outside the mask.
+    OPSD is the all-action policy gradient, if P_T = h and each prefix has the weight V. The weight
+    here is min(V_{t-1} / V_0, 1), whatever V_0 is: the identity holds per prompt up to the factor
+    V_0, so that a prompt that is rarely solved is taught as much as another. The bound 1 keeps
+    OPSD's scale and leaves the identity on prefixes that are better than the start. 0 outside the
+    mask.
     """
     keep, _, gap = _prepared(advantages, gap, mask)
-    values = value(group_success, gap, mask)
-    return torch.where(keep, (values[:, :-1] / values[:, :1]).clamp(max=1.0), 0.0)
+    before = pad(gap[:, :-1].cumsum(1), (1, 0))
+    return torch.where(keep, before.clamp(max=0.0).exp(), 0.0)
 
 
 @torch.no_grad()
@@ -488,12 +501,12 @@ def opsd_contrast(
 
     What the teacher says under any reference is format; only what the right one changes is taught.
     `contrast_kl` (N, T) in nats is `divergence.teacher_contrast`; tau 1 as released. Left out: the
-    target that the released code moves away from r' (its alpha 0.5), and its top-k. In [0, 1); 0
-    where r' says the same as r and outside the mask. -> (N, T).
+    target that the released code moves away from r' (its alpha 0.5), and its top-k. In [0, 1]; 0
+    where r' says the same as r, for every tau, and outside the mask. -> (N, T).
     """
-    keep, _, contrast_kl = _prepared(advantages, contrast_kl, mask)
-    # Written so that K = 0 gives 0 and an infinite K gives 1.
-    return torch.where(keep, 1 / (1 + tau / contrast_kl.clamp(min=0.0)), 0.0)
+    _, _, contrast_kl = _prepared(advantages, contrast_kl, mask)
+    # Written so that an infinite K gives 1; outside the mask K is 0.
+    return torch.where(contrast_kl <= 0, 0.0, 1 / (1 + tau / contrast_kl))
 
 
 def opsd_value_contrast(
@@ -501,12 +514,11 @@ def opsd_value_contrast(
     gap: Tensor,
     mask: Tensor,
     *,
-    group_success: Tensor,
     contrast_kl: Tensor,
     tau: float = 1.0,
 ) -> Tensor:
     """The product of `opsd_value` and `opsd_contrast`: both faults of OPSD mended. Ours."""
-    by_value = opsd_value(advantages, gap, mask, group_success=group_success)
+    by_value = opsd_value(advantages, gap, mask)
     return by_value * opsd_contrast(advantages, gap, mask, contrast_kl=contrast_kl, tau=tau)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 
 from rlsd_lib import credit
 from rlsd_lib.credit import Credit, Evidence, silent, uniform
@@ -32,10 +33,15 @@ NEEDS_WRONG = {"wrong_gaps", "contrast_kl"}  # signals for which the teacher rea
 
 
 def keywords(function: Credit | None) -> dict[str, inspect.Parameter]:
-    """What a credit function takes after (advantages, gap, mask), by name."""
+    """What a credit function takes after (advantages, gap, mask), by name.
+
+    Names that a `functools.partial` binds are settled by whoever bound them, and not among these.
+    """
     if function is None:
         return {}
-    return dict(list(inspect.signature(function).parameters.items())[3:])
+    bound = function.keywords if isinstance(function, partial) else {}
+    parameters = list(inspect.signature(function).parameters.items())[3:]
+    return {name: parameter for name, parameter in parameters if name not in bound}
 
 
 def from_caller(function: Credit | None) -> set[str]:
@@ -177,7 +183,7 @@ METHODS: dict[str, Method] = {
         weight=credit.srpo_weight,
     ),
     "sdpg": Method(
-        "SDPG (2606.04036): GRPO plus reverse KL; its pull to pi_ref only with beta > 0",
+        "SDPG (2606.04036): reverse KL beside A; beta > 0 adds its pull to pi_ref and TRL's own KL",
         credit=credit.sdpg,
         teacher_sees=PRIVILEGED,
         divergence=Divergence("reverse_kl"),
@@ -212,4 +218,14 @@ METHODS: dict[str, Method] = {
         "perfect credit, where `signals` names the first error and the decisive tokens",
         credit=credit.oracle,
     ),
+}
+
+# What authors published for fields of `RLSDConfig` that every method shares. Nothing applies these:
+# a method changes its credit and no other setting, so lambda and epsilon_w are the configuration's,
+# 0.5 over 50 steps and 0.2 by default. Ask for them: RLSDConfig(method=m, **PUBLISHED.get(m, {})).
+PUBLISHED: dict[str, dict[str, float]] = {
+    "amr_sd": {"lambda_init": 0.2, "lambda_decay_steps": 50},
+    "antisd": {"lambda_init": 0.5, "lambda_decay_steps": 0},
+    "cepo": {"lambda_init": 0.5, "lambda_decay_steps": 25, "epsilon_w": 0.2},
+    "rlrt": {"lambda_init": 0.5, "epsilon_w": 1.0},
 }

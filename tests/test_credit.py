@@ -453,6 +453,14 @@ def test_the_scale_of_a_weight_is_at_most_one_or_one_in_the_mean():
     assert not nobody.credit(credit.srpo_weight).any()
 
 
+def test_a_weight_by_contrast_is_0_without_one_and_1_at_tau_0_with_one():
+    contrast_kl, ones = torch.tensor([[0.0, 1e-30, 2.0, math.inf, -1e-9]]), torch.ones(1, 5)
+    for tau, expected in ((0.0, [0.0, 1, 1, 1, 0]), (2.0, [0.0, 0, 0.5, 1, 0])):
+        given = {"contrast_kl": contrast_kl, "tau": tau}
+        weight = credit.opsd_contrast(torch.ones(1), 0 * ones, ones, **given)
+        torch.testing.assert_close(weight, torch.tensor([expected]))
+
+
 def test_every_row_ends_in_its_neighbour():
     """Limits: lambda or coefficient 0 is GRPO, a wrong gap of 0 is RLSD, one wrong answer is CEPO."""
     b = batch_of(3)
@@ -549,6 +557,12 @@ def test_leave_one_out_is_the_share_of_the_others():
     assert credit.leave_one_out(~success, 3)[0] == 1, "a rollout's own outcome does not enter"
     with pytest.raises(ValueError, match="group_size=1"):
         credit.leave_one_out(success, 1)
+
+
+def test_a_rollout_that_nobody_scored_is_no_ones_other():
+    success = torch.tensor([1.0, 0.0, torch.nan, 1.0, torch.nan, torch.nan])
+    shares = credit.leave_one_out(success, 3)
+    torch.testing.assert_close(shares, torch.tensor([0, 1, 0.5, 0.5, 1, 1]))
 
 
 def test_value_worked_out_by_hand():

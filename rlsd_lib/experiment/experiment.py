@@ -21,7 +21,7 @@ from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer, last_checkpoin
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval, share_interval
-from rlsd_lib.measure.rollouts import Rollout, look, task_signals
+from rlsd_lib.measure.rollouts import Rollout, check_from_tasks, look, task_signals
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT, from_caller
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
@@ -29,6 +29,7 @@ from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
 from rlsd_lib.tasks.encode import within
 from rlsd_lib.tasks.models import Loaded, load_model
+from rlsd_lib.trainer.checks import check_processes
 
 # Of these, metrics.json keeps the mean over the last ten steps; of everything under rlsd/, the mean
 # over the steps with a teacher pass.
@@ -63,6 +64,8 @@ class Experiment:
         self.parameters = RunParameters(**parameters)
         # Resolved once into nowhere, so that a bad value costs no directory.
         resolved = self.parameters.resolve(processes=self.parameters.num_processes)
+        check_from_tasks(resolved.config)
+        check_processes([resolved.config.credit, resolved.config.weight], resolved.processes)
         if self.parameters.num_processes > 1:
             accelerate_config(resolved.preset.accelerate)
         self.run = Run.start(

@@ -17,13 +17,14 @@ from rlsd_lib.experiment.controls import apply_control
 from rlsd_lib.experiment.launch import accelerate_config, launch_command
 from rlsd_lib.experiment.plan import FIELDS, describe, plan_of
 from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
+from rlsd_lib.measure.rollouts import check_from_tasks
 from rlsd_lib.methods import PRIVILEGED, PROMPT
 from rlsd_lib.runs.parameters import as_text, complete
 from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import DATA, Task
 from rlsd_lib.tasks.encode import Processing, prompt_lengths, within
 from rlsd_lib.tasks.lab import model as lab
-from rlsd_lib.trainer.checks import check_arguments, check_wrong_references
+from rlsd_lib.trainer.checks import check_arguments, check_processes, check_wrong_references
 from rlsd_lib.trainer.config import RLSDConfig
 
 
@@ -102,7 +103,10 @@ def resolve(parameters: Mapping[str, Any], template: str | None = None) -> Resol
     run = RunParameters.of(parameters)
     preset, _ = resolve_preset(run.preset, run.overrides, run.seed)
     count = preset.processes if run.num_processes == 1 else run.num_processes
-    return run.resolve(template=template, processes=count)
+    found = run.resolve(template=template, processes=count)
+    check_from_tasks(found.config)
+    check_processes([found.config.credit, found.config.weight], count)
+    return found
 
 
 def _settings(run: Resolved) -> Iterator[str]:

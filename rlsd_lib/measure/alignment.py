@@ -7,7 +7,6 @@ gradient is chance, and the shares where a failed rollout's blame goes. Nothing 
 function is judged in a minute. Whether the outcome follows is another question.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.measure.logps import log_probabilities, padded
 from rlsd_lib.measure.oracle import oracle_signals
+from rlsd_lib.methods import keywords
 from rlsd_lib.prompts import COLUMN, distinct_references, teacher_prompt, wrong_references
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.encode import messages_of
@@ -79,10 +79,9 @@ def alignment(
         signals, logps = _rollouts(model, tokenizer, task, config, drawn, seed + start)
         failed = ~signals["success"].bool()
         for name, credit in credits.items():
-            given = {
-                key: signals[key] for key in inspect.signature(credit).parameters if key in signals
-            }
-            blame = credit(**given).detach() * signals["mask"]
+            given = {key: signals[key] for key in keywords(credit) if key in signals}
+            arguments = signals["advantages"], signals["gap"], signals["mask"]
+            blame = credit(*arguments, **given).detach() * signals["mask"]
             loss = (blame * logps).sum() / signals["mask"].sum()
             found = torch.autograd.grad(loss, parameters, retain_graph=True)
             gradients[name].append(torch.cat([g.flatten().cpu() for g in found]))

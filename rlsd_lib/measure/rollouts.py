@@ -110,7 +110,7 @@ def look(
         prompt if text is None else teacher_prompt(prompt, text, config.privileged_template)
         for text in contexts
     ]
-    wrong = _wrong_contexts(config, task, problem, contexts)
+    others = _wrong_contexts(config, task, problem)
     compared = [
         _compare(
             config,
@@ -125,7 +125,7 @@ def look(
             ),
             ids,
         )
-        for told, others, ids in zip(seen, wrong, completions, strict=True)
+        for told, ids in zip(seen, completions, strict=True)
     ]
     # A peer's rollout that no other demonstrates is neither reweighted nor distilled.
     moved = [config.row.teacher_sees != PEER or context is not None for context in contexts]
@@ -188,15 +188,12 @@ def _contexts(
     ).texts
 
 
-def _wrong_contexts(
-    config: RLSDConfig, task: Task, problem: Row, contexts: list[str | None]
-) -> list[list[str]]:
-    """Wrong references for each rollout, drawn as in training; none where no credit asks."""
+def _wrong_contexts(config: RLSDConfig, task: Task, problem: Row) -> list[str]:
+    """The row's wrong references, drawn as in training; none where no credit asks."""
     if not config.row.asks & NEEDS_WRONG:
-        return [[]] * len(contexts)
+        return []
     distinct = distinct_references(task.train[COLUMN][:])
-    texts = wrong_references(problem[COLUMN], distinct, config.wrong_references)
-    return [texts if context is not None else [] for context in contexts]
+    return wrong_references(problem[COLUMN], distinct, config.wrong_references)
 
 
 def _compare(
@@ -260,6 +257,15 @@ def _known_signals(
         rows = [{k: v[i] for k, v in columns.items()} for i in range(len(completions))]
         given |= signals(rows, ids, _padded(compared, "mask"))
     return given
+
+
+def check_from_tasks(config: RLSDConfig) -> None:
+    """Refuse a method whose credit asks for what no task of the workbook gives: ValueError."""
+    if absent := sorted(from_caller(config.credit) - {"first_error", "decisions"}):
+        raise ValueError(
+            f"method={config.method!r} asks for {', '.join(absent)}, which no task of the workbook "
+            "knows. Train it in a script of your own, with RLSDTrainer(signals=fn)."
+        )
 
 
 def task_signals(task: Task, processing: Processing) -> Signals | None:

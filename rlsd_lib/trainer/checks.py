@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, ProcessorMixin
 
 from rlsd_lib import prompts
-from rlsd_lib.credit import Credit
+from rlsd_lib.credit import Credit, rlcsd, srpo_weight
 from rlsd_lib.methods import (
     METHODS,
     NEEDS_WRONG,
@@ -98,6 +98,12 @@ def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfi
         )
     if not asking:
         return []
+    if args.row.teacher_sees == PEER:
+        raise ValueError(
+            f"peer_context=True with a credit that asks for {', '.join(asking)}: wrong references "
+            "are other rows', and a peer's rollout differs from them in more than being right. Set "
+            "it to False."
+        )
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"{', '.join(asking)} need wrong references, which are drawn from the whole "
@@ -300,6 +306,17 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
                 f"{args.method!r} and beta={args.beta}. It comes from {SIGNALS[name]}."
             )
     return (*asked, *others)
+
+
+def check_processes(functions: Collection[Credit | None], processes: int) -> None:
+    """Refuse several processes for functions that count the tokens of a whole batch."""
+    for function in functions:
+        bare = function.func if isinstance(function, partial) else function
+        if processes > 1 and bare in (rlcsd, srpo_weight):
+            raise ValueError(
+                f"{_name_of(bare)} counts the tokens of the batch, of which each of {processes} "
+                "processes sees a part: its result would depend on their number. Train it on one."
+            )
 
 
 def check_signals(given: Any, shape: torch.Size, functions: Sequence[Credit]) -> None:

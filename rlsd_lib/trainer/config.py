@@ -21,6 +21,7 @@ from rlsd_lib.credit import (
 from rlsd_lib.divergence import Divergence
 from rlsd_lib.methods import (
     METHODS,
+    NEEDS_WRONG,
     PEER,
     PRIVILEGED,
     PROMPT,
@@ -77,7 +78,9 @@ class RLSDConfig(GRPOConfig):
             Rescales the clipped weights of each rollout to mean 1. Not in the paper.
         credit_settings (`dict`, *optional*, defaults to `{}`):
             Settings of the method's credit function and of its weight by name, such as `tau`, in
-            place of their published defaults. lambda and epsilon_w have fields of their own.
+            place of their published defaults. lambda and epsilon_w have fields of their own, whose
+            defaults are RLSD's for every method: what others published for these is in
+            `methods.PUBLISHED`, and is used only if you set it.
         permute_credit (`bool`, *optional*, defaults to `False`):
             Shuffles the token credit, or the weight of the distillation term, over each rollout's
             own tokens: a control, which keeps its amount and loses its place.
@@ -109,6 +112,7 @@ class RLSDConfig(GRPOConfig):
         peer_context (`bool`, *optional*, defaults to `False`):
             Shows the teacher a successful rollout of the same group instead of the row's
             `privileged_context`, as `sdpo` always does. A rollout without one keeps GRPO's credit.
+            Not for methods that compare the reference with wrong ones.
         max_teacher_prompt_length (`int`, *optional*):
             Tokens allowed for the teacher's prompt. A longer one has its privileged text shortened,
             never its question; the share of shortened rows is logged. `None` sets no limit.
@@ -315,6 +319,11 @@ class RLSDConfig(GRPOConfig):
                 return (
                     f"{method}, whose teacher sees no privileged_context that a peer could "
                     "replace. Leave it at False."
+                )
+            case "peer_context" if row.asks & NEEDS_WRONG:
+                return (
+                    f"{method}, which compares the reference with another row's: a peer's rollout "
+                    "differs from that in more than being right. Leave it at False."
                 )
             case "include_failed_rollout" | "include_environment_feedback" if sees != PEER:
                 return (

@@ -57,10 +57,10 @@ class TeacherPass(GRPOTrainer):
     While a teacher is needed, TRL's dictionary of a generation batch gains
     `teacher_per_token_logps` (N, T) and `rewards` (N,), NaN where no function could score; for
     methods with a divergence `teacher_hidden` (N, T, H), whose head is `_teacher_head`; where peers
-    are shown, `has_demonstration` (N,); for credits that ask for them `wrong_logps` (N, K, T), NaN
-    without a reference, and, by `states.SIGNAL` and their names, `group_success` (N,),
-    `teacher_entropy` and `contrast_kl` (N, T), and what `signals` returns. All are tensors, so that
-    they follow their rollouts through TRL's shuffle.
+    are shown, `has_demonstration` (N,); for credits that ask for them `wrong_logps` (N, K, T) and,
+    by `states.SIGNAL` and their names, `group_success` (N,), `teacher_entropy` and `contrast_kl`
+    (N, T), and what `signals` returns. All are tensors, so that they follow their rollouts through
+    TRL's shuffle.
 
     `asked` are the names that credit and weight may be given, `distinct` the references that wrong
     ones are drawn from. The subclass sets both, and `signals`, before this constructor runs.
@@ -168,7 +168,8 @@ class TeacherPass(GRPOTrainer):
         own = self._own_rows(len(inputs))
         output["rewards"] = self._rewards[own]
         if "group_success" in self.asked:
-            success = self._rewards >= self.args.success_reward_threshold
+            success = (self._rewards >= self.args.success_reward_threshold).float()
+            success = success.masked_fill(self._rewards.isnan(), torch.nan)
             share = leave_one_out(success, self.num_generations)[own]
             output[f"{states.SIGNAL}group_success"] = share
         output |= self._given_signals(inputs, output)
@@ -209,26 +210,18 @@ class TeacherPass(GRPOTrainer):
         if self.args.row.teacher_sees == PEER:
             shown = [context is not None for context in contexts]
             output["has_demonstration"] = torch.tensor(shown, device=self.accelerator.device)
-        self._add_contrast(inputs, contexts, scores, output)
+        self._add_contrast(inputs, scores, output)
 
     def _add_contrast(
-        self,
-        inputs: list[dict[str, Any]],
-        contexts: Contexts,
-        scores: Scores,
-        output: dict[str, Any],
+        self, inputs: list[dict[str, Any]], scores: Scores, output: dict[str, Any]
     ) -> None:
         """What the teacher says under wrong references, one more pass for each, and how sure it is."""
         asked, wrong = self.asked, []
         if self.distinct:
-            drawn = self._wrong_contexts(inputs, contexts)
+            drawn = self._wrong_contexts(inputs)
             wrong = [self.teacher_scores(self._final_prompts, texts, output) for texts in drawn]
         if "wrong_gaps" in asked:
-            bare = torch.tensor([context is None for context in contexts])
-            logps = torch.stack([each.logps for each in wrong], dim=1)
-            output["wrong_logps"] = logps.masked_fill(
-                bare.to(logps.device)[:, None, None], torch.nan
-            )
+            output["wrong_logps"] = torch.stack([each.logps for each in wrong], dim=1)
         if scores.hidden is None:
             return
         head, bias = scores.head
@@ -276,17 +269,10 @@ class TeacherPass(GRPOTrainer):
         self.log_means({"reference_in_prompt_frac": (found, len(contexts))})
         return contexts
 
-    def _wrong_contexts(
-        self, inputs: list[dict[str, Any]], contexts: Contexts
-    ) -> Iterator[Contexts]:
-        """For each of the wrong references, what the teacher reads instead; None stays None."""
+    def _wrong_contexts(self, inputs: list[dict[str, Any]]) -> Iterator[Contexts]:
+        """For each of the wrong references, what the teacher reads instead."""
         count = self.args.wrong_references
-        drawn = [
-            [None] * count
-            if context is None
-            else wrong_references(row.get(COLUMN) or "", self.distinct, count)
-            for row, context in zip(inputs, contexts, strict=True)
-        ]
+        drawn = (wrong_references(row[COLUMN], self.distinct, count) for row in inputs)
         return zip(*drawn, strict=True)
 
     def _peer_contexts(self, inputs: list[dict[str, Any]]) -> Contexts:

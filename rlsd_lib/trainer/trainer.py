@@ -111,6 +111,7 @@ class RLSDTrainer(TeacherPass):
         self._weight_asked: tuple[str, ...] = ()
         if args.weight is not None:
             self._weight_asked = checks.check_asked("weight", args.weight, args, signals)
+        checks.check_processes([credit or args.credit, args.weight], args.world_size)
         self.asked = (*self._asked, *self._weight_asked)
         self.distinct = checks.check_wrong_references(train_dataset, self.asked, args)
         self._has_lambda = args.row.has_lambda if credit is None else "lam" in self._asked

@@ -6,7 +6,7 @@ import tiny
 from rlsd_lib import METHODS
 from rlsd_lib.experiment.controls import CONTROLS, PLAIN_TEMPLATE, apply_control, check_control
 from rlsd_lib.experiment.presets import RunParameters
-from rlsd_lib.methods import PEER, PRIVILEGED
+from rlsd_lib.methods import NEEDS_WRONG, PEER, PRIVILEGED
 from rlsd_lib.runs.parameters import read_parameters
 from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.runs.suites import SUITES, jobs_of
@@ -51,7 +51,10 @@ def test_a_peer_in_place_of_the_reference_is_an_override():
         overrides = {"peer_context": True}
         overrides |= {"distillation_weight": 0.1} if row.needs_weight else {}
         run = RunParameters(method, "lab", overrides=overrides)
-        if row.teacher_sees == PRIVILEGED:
+        if row.asks & NEEDS_WRONG:
+            with pytest.raises(ValueError, match="compares the reference with another row's"):
+                run.resolve()
+        elif row.teacher_sees == PRIVILEGED:
             assert run.resolve().config.row.teacher_sees == PEER, method
         else:
             with pytest.raises(ValueError, match="no privileged_context that a peer could replace"):

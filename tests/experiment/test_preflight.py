@@ -11,6 +11,7 @@ import tiny_vlm
 from datasets import Dataset
 
 from rlsd_lib.__main__ import main
+from rlsd_lib.experiment.experiment import Experiment
 from rlsd_lib.experiment.preflight import Findings, check_rows, dry_run, resolve
 from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import Task, load_task
@@ -155,6 +156,23 @@ def test_a_control_sets_the_same_fields_as_in_the_run_itself():
         "15_rlsd", {"preset": "smoke-vl", "method": "rlsd", "overrides": {"peer_context": True}}
     )
     assert re.search(r"peer_context +True", found.text())
+
+
+def test_a_credit_that_the_workbook_cannot_train_is_refused_before_a_directory_is_claimed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RLSD_OUTPUTS", str(tmp_path))
+    for method, count, said in (
+        ("rlsd_thought_only", 1, r"'rlsd_thought_only' asks for thought.*signals=fn"),
+        ("rlcsd", 2, "rlcsd counts the tokens of the batch.*each of 2 processes"),
+        ("srpo", 2, "srpo_weight counts"),
+    ):
+        run = {"method": method, "preset": "smoke", "num_processes": count}
+        with pytest.raises(ValueError, match=said):
+            dry_run("16_credits", run)
+        with pytest.raises(ValueError, match=said):
+            Experiment(**run)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_notebook_that_trains_nothing_is_refused(capsys):

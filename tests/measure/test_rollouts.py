@@ -179,7 +179,7 @@ def test_a_look_samples_as_training_does_and_leaves_no_trace(tmp_path, task):
 
 
 def test_a_task_that_knows_where_a_rollout_went_wrong_tells_the_trainer(tmp_path, task):
-    """The first wrong token, T for none or for a right rollout; decisions are its other tokens."""
+    """The first wrong token, T for none or for a right rollout, and the tokens that decide."""
     encode = tiny.tokenizer().encode
     texts = ["auxb", "ab", "uuu"]
     ids = torch.tensor([row + [0] * (6 - len(row)) for row in map(encode, texts)])
@@ -188,7 +188,7 @@ def test_a_task_that_knows_where_a_rollout_went_wrong_tells_the_trainer(tmp_path
         task,
         verify=lambda text, row: text == "ab",
         first_error=lambda text, row: found[text],
-        nuisance_mask=lambda text: [letter == "u" for letter in text],
+        decisions=lambda text: [letter != "u" for letter in text],
     )
     given = lens.task_signals(knowing, tiny.tokenizer())([{}] * 3, ids, (ids != 0).long())
     assert given["first_error"].tolist() == [2, 6, 3]

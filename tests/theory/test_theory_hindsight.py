@@ -46,8 +46,8 @@ def test_the_policy_gradient_is_distillation_from_hindsight_weighted_by_value():
 def test_opsd_value_is_that_weight_bounded_by_the_start():
     for seed in SEEDS:
         world = hi.random_tree(seed, certain=True)
-        gap, known = world.gap(world.teacher), {"group_success": world.group_success}
-        weight = credit.opsd_value(world.right, gap, torch.ones_like(gap), **known)
+        gap = world.gap(world.teacher)
+        weight = credit.opsd_value(world.right, gap, torch.ones_like(gap))
         for t, exact in enumerate(world.values[:-1]):
             alive = exact[world.rows[:, t]] > 0
             expected = (exact / world.values[0]).clamp(max=1.0)[world.rows[:, t]]
@@ -108,3 +108,30 @@ def test_posterior_blame_has_more_signal_per_noise_and_more_variance_than_grpo()
         assert square - mean.square().sum() > grpo_square - grpo_mean.square().sum(), seed
         better += int(mean.square().sum() / square > grpo_mean.square().sum() / grpo_square)
     assert better >= len(SEEDS) - 1
+
+
+def test_of_two_rollouts_the_others_success_is_one_bit_and_the_bound_cuts_after_a_right_one():
+    """V_0 is then 1/16 or 15/16. After a wrong other, `hindsight` points along grad J exactly and
+    `posterior_blame` is what the exact V_0 gives; after a right one both lose what lies above 1.
+    """
+    for seed in SEEDS:
+        world = hi.random_tree(seed, certain=True)
+        assert 1 / 16 < world.values[0] < 15 / 16, seed
+        gap = world.gap(world.teacher)
+        exact, ends = hi.credits_of(world, gap), {}
+        a, ones = (world.right - world.group_success) / world.sigma, torch.ones_like(gap)
+        for other, prior in ((0, 1 / 16), (1, 15 / 16)):
+            pairs = torch.stack([world.right, torch.full_like(world.right, other)], dim=1)
+            known = {"group_success": credit.leave_one_out(pairs.flatten(), 2)[::2]}
+            values = credit.value(known["group_success"], gap, ones)
+            close(values[:, 0], torch.full_like(a, prior), seed)
+            ends[other] = (
+                hi.moments(world, credit.hindsight(a, gap, ones, **known))[0] * (1 - prior) ** 0.5,
+                credit.posterior_blame(a, gap, ones, **known),
+            )
+        truth = hi.policy_gradient(world)
+        close(ends[0][0], truth * (1 / 16) ** 0.5 / world.values[0], seed)
+        close(ends[0][1], exact["posterior_blame"], seed)
+        cosines = [torch.cosine_similarity(end[0], truth, dim=0).item() for end in ends.values()]
+        assert abs(cosines[0] - 1) < 1e-12 and 0 < cosines[1] < 0.999, (seed, cosines)
+        assert (ends[1][1] - exact["posterior_blame"]).abs().max() > 1e-3, seed

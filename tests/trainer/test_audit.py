@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-MOST_FILES, MOST_LINES = 16, 4200
+# No law of nature: where the import stands, rounded up, so that whoever adds to it has to say so
+# here. It was 3,200 lines with the paper's methods; the credits after it, with their signals, weights
+# and refusals, are the other thousand.
+MOST_FILES, MOST_LINES = 16, 4250
 
 
 def test_the_users_import_is_small() -> None:

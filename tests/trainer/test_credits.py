@@ -1,5 +1,6 @@
 """Every row of the table that came after the paper: it trains, with its signals, at its cost."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ import tiny_vlm
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rlsd_lib.credit import leave_one_out, oracle, permuted
-from rlsd_lib.methods import METHODS
+from rlsd_lib import RLSDConfig
+from rlsd_lib.credit import leave_one_out, oracle, permuted, rlcsd, srpo_weight
+from rlsd_lib.methods import METHODS, PUBLISHED, keywords
 from rlsd_lib.trainer import states
+from rlsd_lib.trainer.checks import check_processes
 from rlsd_lib.trainer.trainer import GATE_STEPS
 
 # Passes of the teacher over each rollout, where not one.
@@ -173,9 +176,9 @@ def test_wrong_references_are_drawn_by_the_rows_own_alone(tmp_path):
         trainer, seen = make(tmp_path, "cepo", seed=seed, wrong_references=1), {}
         find = trainer._wrong_contexts
 
-        def spy(rows, contexts, find=find, seen=seen):
-            drawn = list(find(rows, contexts))
-            seen.update(zip(contexts, drawn[0], strict=True))
+        def spy(rows, find=find, seen=seen):
+            drawn = list(find(rows))
+            seen.update(zip([row["privileged_context"] for row in rows], drawn[0], strict=True))
             return iter(drawn)
 
         trainer._wrong_contexts = spy
@@ -187,20 +190,21 @@ def test_wrong_references_are_drawn_by_the_rows_own_alone(tmp_path):
     assert all(wrong in column and wrong != own for own, wrong in shown[0].items())
 
 
-def test_a_rollout_without_a_peer_has_no_wrong_gap(tmp_path):
+def test_an_unscored_rollout_is_left_out_of_the_others_success(tmp_path):
     seen = []
 
-    def credit(advantages, gap, mask, *, wrong_gaps):
-        seen.append((wrong_gaps, mask))
+    def credit(advantages, gap, mask, *, group_success, rewards):
+        seen.extend(zip(rewards.tolist(), group_success.tolist(), strict=True))
         return advantages[:, None] + 0 * gap
 
-    trainer = make(tmp_path, "rlsd", peer_context=True, more={"credit": credit})
+    def reward(completions, **_):
+        return [None, 1.0, 1.0, 0.0] * (len(completions) // 4)
+
+    trainer = make(tmp_path, "rlsd", rewards=reward, max_steps=1, more={"credit": credit})
     trainer.train()
-    bare = [~mask.any(1) for _, mask in seen]
-    assert 0 < torch.cat(bare).sum() < 16
-    for (gaps, _), none in zip(seen, bare, strict=True):
-        assert torch.equal(gaps.isnan().all(2).any(0), none)
-        assert gaps[:, ~none].isfinite().all()
+    shares = {str(score): share for score, share in seen}
+    assert len(seen) == 8
+    assert shares == pytest.approx({"nan": 2 / 3, "1.0": 0.5, "0.0": 1.0})
 
 
 def test_the_weight_multiplies_the_divergence_of_each_token(tmp_path):
@@ -310,10 +314,37 @@ def test_what_nobody_gives_is_refused_before_the_model_loads(tmp_path):
         ("opsd", {"permute_credit": True}, "permute_credit=True means nothing"),
         ("opsd_contrast", {"distillation_mode": "sampled_token"}, "weights a divergence"),
         ("hindsight", {"importance_sampling_level": "sequence"}, "averages the token credit"),
+        ("cepo", {"peer_context": True}, "peer_context=True means nothing.*with another row's"),
+        ("opsd_value_contrast", {"peer_context": True}, "peer_context=True means nothing"),
+        ("rlsd", {"peer_context": True, "more": {"credit": asks_wrong}}, "asks for wrong_gaps"),
     ]
     for method, settings, said in cases:
         with pytest.raises(ValueError, match=f"(?s){said}"):
             make(tmp_path, method, "no/such-model", **settings)
+
+
+def test_a_count_over_the_batch_is_refused_on_several_processes(tmp_path, monkeypatch):
+    settings = {"beta": 0.0, "generation_batch_size": 16}
+    runs = {"rlcsd": ("rlcsd", {}), "srpo_weight": ("srpo", {})}
+    runs["rlcsd of one's own"] = "rlsd", {"credit": partial(rlcsd, tau=0.02)}
+    monkeypatch.setattr(RLSDConfig, "world_size", 2)
+    for name, (method, more) in runs.items():
+        with pytest.raises(ValueError, match=f"{name.split()[0]} counts the tokens.*each of 2"):
+            make(tmp_path, method, "no/such-model", more=more, **settings)
+    check_processes([rlcsd, srpo_weight], 1)
+    check_processes([oracle, None], 2)
+
+
+def test_published_settings_are_those_of_the_functions_and_are_used_only_if_asked_for(tmp_path):
+    for method, published in PUBLISHED.items():
+        config = tiny.config(tmp_path, method=method, **published)
+        assert {name: getattr(config, name) for name in published} == published
+        options = keywords(METHODS[method].credit)
+        for name, option in (("lambda_init", "lam"), ("epsilon_w", "epsilon_w")):
+            assert name not in published or published[name] == options[option].default, method
+        default = tiny.config(tmp_path, method=method)
+        names = ("lambda_init", "lambda_decay_steps", "epsilon_w")
+        assert [getattr(default, name) for name in names] == [0.5, 50, 0.2]
 
 
 def test_what_signals_returns_is_checked(tmp_path):

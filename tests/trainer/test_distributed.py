@@ -34,8 +34,9 @@ SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads
 # only success of the shared group on rank 1; nowhere.
 GOOD = [{0, 3, 5, 10, 11}, {1, 2}, {7}, set()]
 
-# Of the later rows one with wrong references, one with a weight of the divergence.
-NAMES = (*tiny.FIRST, "cepo", "opsd_value_contrast")
+# Of the later rows one with wrong references, one with a weight of the divergence, and two by the
+# success of the group's others, of which some are on the other rank.
+NAMES = (*tiny.FIRST, "cepo", "opsd_value_contrast", "hindsight", "posterior_blame")
 RUNS: dict[str, dict[str, Any]] = {name: {"method": name} for name in NAMES}
 RUNS["grpo_opsd"]["distillation_weight"] = 0.3
 RUNS |= {

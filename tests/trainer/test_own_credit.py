@@ -31,6 +31,28 @@ def test_the_tables_function_from_outside_gives_the_tables_run(tmp_path):
     assert not torch.equal(conserved.model.lm_head.weight, own.model.lm_head.weight)
 
 
+def test_what_a_partial_binds_stays_as_it_was_bound(tmp_path):
+    """The configuration's epsilon_w is 0.2 and its lambda falls; neither replaces a bound one."""
+    seen = []
+
+    def spy(*args, lam, epsilon_w):
+        seen.append((lam, epsilon_w))
+        return rlsd(*args, lam=lam, epsilon_w=epsilon_w)
+
+    def mine(advantages, gap, mask, *, lam, epsilon_w):
+        return spy(advantages, gap, mask, lam=lam, epsilon_w=epsilon_w)
+
+    bound = trained(tmp_path, partial(mine, epsilon_w=9.0))
+    assert seen == [(0.5, 9.0)] * 2 + [(0.49, 9.0)] * 2
+    wide = tiny.trainer(tmp_path, max_steps=2, epsilon_w=9.0)
+    wide.train()
+    assert torch.equal(bound.model.lm_head.weight, wide.model.lm_head.weight)
+    seen.clear()
+    constant = trained(tmp_path, partial(mine, lam=1.0))
+    assert seen == [(1.0, 0.2)] * 4
+    assert "rlsd/lambda" not in constant.state.log_history[0]
+
+
 def test_everything_that_may_be_asked_for_follows_its_rollout(tmp_path):
     """Rewards and success through TRL's shuffle and split; entropy at the rollout's own tokens."""
     seen = []
