@@ -144,7 +144,7 @@ def test_bad_requests_name_what_would_be_right():
     for name, options, message in [
         ("chain_sums", {}, "Unknown task 'chain_sums'. Did you mean 'chain_sum'"),
         ("chain_sum", {"min_term": 2}, "option of chain_sum 'min_term'. Did you mean 'min_terms'"),
-        ("arithmetic", {"digits": 9}, "digits is 9; choose 1 to 4"),
+        ("arithmetic", {"digits": 9}, "digits is 9; choose 1 to 8"),
         ("arithmetic", {"reference": "solution"}, "reference 'solution'.*Valid: answer, trace"),
         ("arithmetic", {"digits": 1, "test_size": 500}, "different test questions"),
         ("arithmetic", {"train_size": 0}, "train_size is 0"),

@@ -260,6 +260,8 @@ def test_trap_6_tool_tokens_get_no_credit(tmp_path):
         "completion_mask": torch.ones(1, 3, dtype=torch.long),
         "tool_mask": tool_mask,
         "teacher_per_token_logps": torch.zeros(1, 3),
+        "rewards": torch.ones(1),
+        "entropy": torch.ones(1, 3),
     }
     credited = trainer._token_advantages(inputs, torch.full((1, 3), -5.0))
     torch.testing.assert_close(credited, torch.tensor([[1.1, 1.0, 1.1]]))
