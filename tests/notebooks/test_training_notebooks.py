@@ -17,7 +17,16 @@ from rlsd_lib.report.paper_tables import HELD_OUT, compare
 from rlsd_lib.runs.execute import execute_notebook
 from rlsd_lib.runs.records import read_runs
 
-NOTEBOOKS = ("00_tour", "10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd")
+NOTEBOOKS = (
+    "00_tour",
+    "10_grpo",
+    "11_opd",
+    "12_opsd",
+    "13_sdpo",
+    "14_grpo_opsd",
+    "15_rlsd",
+    "16_credits",
+)
 
 
 @pytest.fixture
