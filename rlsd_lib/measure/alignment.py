@@ -21,6 +21,7 @@ from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.measure.logps import log_probabilities, padded
 from rlsd_lib.measure.oracle import oracle_signals
+from rlsd_lib.measure.rollouts import group_advantages
 from rlsd_lib.methods import keywords
 from rlsd_lib.prompts import COLUMN, distinct_references, teacher_prompt, wrong_references
 from rlsd_lib.tasks import Row, Task
@@ -28,6 +29,7 @@ from rlsd_lib.tasks.encode import messages_of
 from rlsd_lib.trainer.config import RLSDConfig
 
 CHAINS = 64  # right chains of a batch of the true gradient
+KINDS = ("first error", "after it", "fillers")  # of tokens of a failed rollout
 
 
 def alignment(
@@ -70,13 +72,15 @@ def alignment(
     ]
     truth = (halves[0] + halves[1]) / 2
     certainty = torch.nn.functional.cosine_similarity(*halves, dim=0).item()
+    asks_for_wrong = any("wrong_gaps" in keywords(credit) for credit in credits.values())
+    distinct = distinct_references(task.train[COLUMN][:]) if asks_for_wrong else []
     gradients: dict[str, list[Tensor]] = {name: [] for name in credits}
     shares: dict[str, list[Tensor]] = {name: [] for name in credits}
     for start in range(0, count, problems):
         drawn = [
             row for row in rows[start : start + problems] for _ in range(config.num_generations)
         ]
-        signals, logps = _rollouts(model, tokenizer, task, config, drawn, seed + start)
+        signals, logps = _rollouts(model, tokenizer, task, config, drawn, distinct, seed + start)
         failed = ~signals["success"].bool()
         for name, credit in credits.items():
             given = {key: signals[key] for key in keywords(credit) if key in signals}
@@ -95,9 +99,6 @@ def alignment(
         }
         for name in credits
     )
-
-
-KINDS = ("first error", "after it", "fillers")
 
 
 def _compared(gradients: Tensor, truth: Tensor) -> dict[str, float]:
@@ -128,9 +129,13 @@ def _rollouts(
     task: Task,
     config: RLSDConfig,
     rows: Sequence[Row],
+    distinct: Sequence[str],
     seed: int,
 ) -> tuple[dict[str, Any], Tensor]:
-    """What a credit function may ask for, for rollouts of `rows`, and their log P_S with a graph."""
+    """What a credit function may ask for, for rollouts of `rows`, and their log P_S with a graph.
+
+    Wrong references are drawn from `distinct`, and the teacher reads them where there are any.
+    """
     prompts = [messages_of(row) for row in rows]
     limit = config.max_completion_length
     ids = sample(model, tokenizer, prompts, max_new_tokens=limit, batch_size=256, seed=seed)
@@ -150,12 +155,12 @@ def _rollouts(
     ours = score(prompts, differentiable=True)
     logps = ours.gather(2, chosen)[..., 0]
     references = [row[COLUMN] for row in rows]
-    distinct = distinct_references(task.train[COLUMN][:])
-    others = [wrong_references(reference, distinct, 1)[0] for reference in references]
+    wrong = {}
+    if distinct:
+        others = [wrong_references(reference, distinct, 1)[0] for reference in references]
+        wrong["wrong_gaps"] = (told(others) - logps.detach())[None]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     rewards = torch.tensor(task.reward(texts, **columns))
-    groups = rewards.view(-1, config.num_generations)
-    spread = groups.std(dim=1, keepdim=True) + 1e-4
     success, width = rewards >= config.success_reward_threshold, mask.size(1)
     oracle = oracle_signals(task, rows, texts, width)
     fillers = padded([task.nuisance_mask(text) for text in texts]).bool()
@@ -165,7 +170,7 @@ def _rollouts(
     kinds[:, : fillers.size(1)][fillers] = KINDS.index("fillers")
     kinds[place.expand_as(kinds) == oracle["first_error"][:, None]] = KINDS.index("first error")
     return {
-        "advantages": ((groups - groups.mean(dim=1, keepdim=True)) / spread).flatten(),
+        "advantages": group_advantages(rewards, config.num_generations, config),
         "gap": told(references) - logps.detach(),
         "mask": mask,
         "lam": config.lambda_init,
@@ -174,7 +179,7 @@ def _rollouts(
         "rewards": rewards,
         "group_success": leave_one_out(success.float(), config.num_generations),
         "entropy": -(ours.detach().exp() * ours.detach()).sum(dim=-1),
-        "wrong_gaps": (told(others) - logps.detach())[None],
+        **wrong,
         **oracle,
         "kinds": kinds,
     }, logps

@@ -129,9 +129,7 @@ def look(
     ]
     # A peer's rollout that no other demonstrates is neither reweighted nor distilled.
     moved = [config.row.teacher_sees != PEER or context is not None for context in contexts]
-    advantages = rewards - rewards.mean()
-    if config.scale_rewards != "none":
-        advantages /= rewards.std() + 1e-4  # Eq. 1, with TRL's sample deviation
+    advantages = group_advantages(rewards, count, config)
     gap, mask = _padded(compared, "gap"), _padded(compared, "mask")
     mask *= torch.tensor(moved)[:, None]
     columns["prompt"] = [prompt] * count
@@ -156,6 +154,18 @@ def look(
         )
         for i, ids in enumerate(completions)
     ]
+
+
+def group_advantages(rewards: Tensor, group_size: int, config: RLSDConfig) -> Tensor:
+    """Rewards (N,) in groups of neighbours -> advantages (N,), by Eq. 1 with TRL's sample deviation.
+
+    Each group stands for the whole batch where `scale_rewards` is "batch".
+    """
+    groups = rewards.view(-1, group_size)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if config.scale_rewards != "none":
+        advantages /= groups.std(dim=1, keepdim=True) + 1e-4
+    return advantages.flatten()
 
 
 def token_frame(rollouts: Sequence[Rollout]) -> pd.DataFrame:
@@ -212,10 +222,8 @@ def _compare(
         log_probabilities(model, processing, [prompt], [ids], **how).cpu()
         for model, prompt in readers
     ]
-    (ours, theirs, *others), (log_p_s, log_p_t, *wrong) = (
-        [of_tokens(log_p, [ids])[0] for log_p in log_ps],
-        log_ps,
-    )
+    log_p_s, log_p_t, *wrong = log_ps
+    ours, theirs, *others = (of_tokens(log_p, [ids])[0] for log_p in log_ps)
     found = {"gap": theirs - ours, "mask": torch.ones_like(ours), "divergence": torch.empty(0)}
     if config.divergence is not None:
         found["divergence"] = config.divergence(log_p_t, log_p_s)[0]
