@@ -25,7 +25,9 @@ class Preset:
     `task_options` and `task_by_method` likewise for `load_task`. `num_samples` completions per
     held-out problem are drawn at temperature 1 for each accuracy. `data_seed` fixes the rows, so
     that runs with different seeds share train and test problems and differ in order and sampling
-    only; with `lab_per_seed` the seed also pretrains a lab of its own, so that seeds are labs. `teacher_options` make the external teacher of `opd`.
+    only; with `lab_per_seed` the seed also pretrains a lab of its own, so that seeds are labs, and
+    another `redraw` is the same lab with another order and sampling. `teacher_options` make the
+    external teacher of `opd`.
 
     `rollouts_per_step` (0: whatever `training` says) is kept for any number of processes, through
     the gradient accumulation; `processes` and `accelerate`, the name of a shipped config, are
@@ -50,6 +52,7 @@ class Preset:
     data_seed: int = 0
     save_model: bool = False
     lab_per_seed: bool = False
+    redraw: int = 0
     sees_images: bool = False
     lora: Mapping[str, Any] = field(default_factory=dict)
     max_prompt_length: int = 0
@@ -164,7 +167,14 @@ PRESETS: dict[str, Preset] = {
             "max_completion_length": 108,
             "max_steps": 250,
         },
-        by_method={"sdpo": FULL_LOGITS, "srpo": FULL_LOGITS, **OUR_WEIGHT},
+        by_method={
+            # The paper's OPSD: a verified trace, read by the policy as it was at the start.
+            **{name: {"teacher_model_kind": "base"} for name in DISTILLING[:3]},
+            "sdpo": FULL_LOGITS,
+            "srpo": FULL_LOGITS,
+            **OUR_WEIGHT,
+        },
+        task_by_method={name: {"reference": "trace"} for name in (*DISTILLING[:3], "grpo_opsd")},
         test_size=200,
         num_samples=2,
         lab_per_seed=True,
@@ -225,6 +235,7 @@ OF_PRESET = (
     "model",
     "model_options",
     "lab_per_seed",
+    "redraw",
     "teacher_model",
     "teacher_options",
     "task_options",
@@ -298,7 +309,7 @@ class RunParameters:
         settings: dict[str, Any] = {
             "output_dir": str(output_dir),
             "method": self.method,
-            "seed": self.seed,
+            "seed": self.seed + 1000 * preset.redraw,
             "use_cpu": not on_gpu,
             "bf16": on_gpu,
             "disable_tqdm": True,
@@ -347,7 +358,14 @@ def resolve_preset(
         key: {**getattr(preset, key), **value} if isinstance(value, Mapping) else value
         for key, value in changes.items()
     }
-    preset = replace(preset, **merged)
+    # What the run says of the task goes before what the preset says of it for the method.
+    by_method = {
+        method: {
+            name: v for name, v in options.items() if name not in changes.get("task_options", {})
+        }
+        for method, options in preset.task_by_method.items()
+    }
+    preset = replace(preset, **merged, task_by_method=by_method)
     if preset.lab_per_seed:
         if preset.model != "lab" or "seed" in preset.model_options:
             raise ValueError(

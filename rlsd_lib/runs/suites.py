@@ -70,18 +70,21 @@ TWINS = {"method": ("rlsd", "rlsd_neutral")}
 
 # The bench for credit: a seed is a lab, and rates are chosen on one that no comparison uses.
 CREDIT = {"preset": ("lab-credit",)}
-VALIDATION_LAB = {"seed": (100,)}
-RATES = tuple({"learning_rate": rate} for rate in (2.5e-5, 5e-5, 1e-4, 2e-4))
+LABS = {"seed": FIVE_SEEDS, **CREDIT}
+RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
 ANY_CREDIT = {"notebook": ("16_credits",)}
-LABS = {"seed": FIVE_SEEDS, **CREDIT, **ANY_CREDIT}
 ORACLE = {**ANY_CREDIT, "method": ("oracle",)}
 # Lambda stays: what a credit function can do, and not how soon it is switched off.
 WIDEST = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0}
-FROZEN = {"teacher_model_kind": "base"}
+# With an empty reference this is GRPO to the bit.
+EMPTY = {**WIDEST, "teacher_model_kind": "live"}
+# The same lab with other rollouts: how far apart two runs of one method are.
+REDRAWN = {"redraw": 1}
+FROZEN, FRESH, EMA = ({"teacher_model_kind": kind} for kind in ("base", "live", "ema"))
 PERMUTED = {"permute_credit": True}
-HINDSIGHT = {"method": ("hindsight",)}
+HINDSIGHT = {**ANY_CREDIT, "method": ("hindsight",)}
 # Distillation that is told where to look, beside GRPO.
-TOLD = {"method": ("opsd_value_contrast",)}
+TOLD = {**ANY_CREDIT, "method": ("opsd_value_contrast",)}
 BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
 FIRST_LAB = {
@@ -90,13 +93,32 @@ FIRST_LAB = {
     "overrides": ({"learning_rate": 2e-4, "lab_per_seed": True},),
 }
 
+
+def _sweep(arm: Mapping[str, Sequence[Any]], **settings: Any) -> dict[str, Sequence[Any]]:
+    """Four learning rates of one arm on the validation lab."""
+    rates = tuple({**settings, "learning_rate": rate} for rate in RATES)
+    return {"seed": (100,), **CREDIT, **arm, "overrides": rates}
+
+
 SUITES: dict[str, Suite] = {
     "demo": Suite(
         "GRPO, OPSD and RLSD on the lab from the same start: the main job, in minutes",
         [{**LAB, "seed": (0,), "max_steps": (100,), "notebook": ("10_grpo", "15_rlsd", "12_opsd")}],
     ),
     "paper": Suite(
-        "the paper's table on the lab: every method, five seeds, 200 steps, as printed",
+        "the paper's table on the bench for credit, between the oracle above and GRPO's own noise",
+        [
+            {**LABS, **GRPO, "overrides": ({}, REDRAWN)},
+            {**LABS, **ORACLE},
+            {**LABS, **RLSD, "overrides": ({}, WIDEST)},
+            {**LABS, **RLSD, "overrides": (WIDEST,), "control": ("shuffled",)},
+            {**LABS, **RLSD, "overrides": (EMPTY,), "control": ("empty",)},
+            {**LABS, "notebook": ("11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd")},
+            {**LABS, **OPSD, "overrides": (FRESH, EMA)},
+        ],
+    ),
+    "first-lab": Suite(
+        "the paper's table on the first lab: every method, five seeds, 200 steps, as printed",
         [
             {"seed": FIVE_SEEDS, **LAB, "notebook": BASELINES},
             {"seed": FIVE_SEEDS, **LAB, **OPSD, "method": TOP1},
@@ -104,27 +126,35 @@ SUITES: dict[str, Suite] = {
         ],
     ),
     "rates": Suite(
-        "learning rates of GRPO and of perfect credit on the bench for credit, on a validation lab",
+        "the learning rate of each method on the bench for credit, on a validation lab",
         [
-            {**CREDIT, **VALIDATION_LAB, "overrides": RATES, **GRPO},
-            {**CREDIT, **VALIDATION_LAB, "overrides": RATES, **ORACLE},
+            *map(_sweep, (GRPO, ORACLE, RLSD, {"notebook": ("11_opd",)}, OPSD)),
+            _sweep(RLSD, **WIDEST),
+            *(_sweep({"notebook": (name,)}) for name in ("13_sdpo", "14_grpo_opsd")),
+            *(_sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w) for w in (0.03, 0.3)),
+            _sweep(HINDSIGHT, **FROZEN),
+            _sweep(TOLD, **BESIDE),
+            # The paper trains OPSD at ten times the rate of GRPO.
+            {"seed": (100,), **CREDIT, **OPSD, "overrides": ({"learning_rate": 1e-3},)},
         ],
     ),
     "headroom": Suite(
-        "what perfect credit gains over GRPO, on the bench for credit and on the first lab",
-        [
-            {"seed": FIVE_SEEDS, **CREDIT, **GRPO},
-            {"seed": FIVE_SEEDS, **CREDIT, **ORACLE},
-            {"seed": FIVE_SEEDS, **FIRST_LAB, **GRPO},
-            {"seed": FIVE_SEEDS, **FIRST_LAB, **ORACLE},
-        ],
+        "what perfect credit gains over GRPO on the first lab; on the bench for credit see `paper`",
+        [{"seed": FIVE_SEEDS, **FIRST_LAB, **GRPO}, {"seed": FIVE_SEEDS, **FIRST_LAB, **ORACLE}],
     ),
     "credits": Suite(
-        "RLSD, its successors and our own credit beside `headroom`, with their controls, over labs",
+        "RLSD's successors and our own credit beside `paper`, with their controls, over labs",
         [
-            {**LABS, **RLSD, "overrides": ({}, WIDEST)},
-            {**LABS, "method": ("rlsd_negative_only", "rlsd_contrast"), "overrides": (WIDEST,)},
-            {**LABS, "method": ("posterior_blame",), "overrides": (FROZEN, {**FROZEN, **PERMUTED})},
+            *(
+                {**LABS, **ANY_CREDIT, "method": (method,), "overrides": (WIDEST,)}
+                for method in ("rlsd_negative_only", "rlsd_contrast")
+            ),
+            {
+                **LABS,
+                **ANY_CREDIT,
+                "method": ("posterior_blame",),
+                "overrides": (FROZEN, {**FROZEN, **PERMUTED}),
+            },
             {**LABS, **HINDSIGHT, "overrides": (FROZEN, {**FROZEN, **PERMUTED})},
             {**LABS, **HINDSIGHT, "overrides": (FROZEN,), "control": ("shuffled",)},
             {**LABS, **TOLD, "overrides": (BESIDE, {**BESIDE, **PERMUTED})},
