@@ -542,6 +542,32 @@ def oracle(
     return advantage * _mean_one(chosen.to(gap.dtype), keep)
 
 
+@torch.no_grad()
+def oracle_value(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    success_before: Tensor,
+    success_after: Tensor,
+    floor: float = 1 / 16,
+) -> Tensor:
+    """(V_t - V_{t-1}) / sigma with the policy's true V: the advantage function itself.
+
+    What `hindsight` estimates, and the credit of least variance among the unbiased ones. V_0 is
+    `success_before` (N,), V_t `success_after` (N, T), sigma^2 = V_0 (1 - V_0) with V_0 within
+    [floor, 1 - floor]. 0 on tokens that decide nothing; sums to (R - V_0) / sigma. As in `hindsight`,
+    rollouts of a group that agree have credit, and A does not enter. Shapes as in `rlsd`.
+    """
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    values = torch.cat([success_before[:, None], success_after], dim=1).to(gap.dtype)
+    # Behind a token outside the mask V is what it was after the last one inside.
+    place = torch.arange(1, gap.size(1) + 1, device=gap.device) * keep
+    values = values.gather(1, pad(place, (1, 0)).cummax(dim=1).values)
+    sigma = _deviation(values[:, :1].clamp(floor, 1 - floor))
+    return _inside(keep, values.diff(dim=1) / sigma, advantage)
+
+
 def permuted(credit: Credit, generator: torch.Generator) -> Credit:
     """`credit` with its token advantages shuffled over each rollout's own tokens.
 

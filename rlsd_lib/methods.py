@@ -213,10 +213,14 @@ METHODS: dict[str, Method] = {
         credit.opsd_contrast,
     ),
     "opsd_value_contrast": _weighted("OPSD with both weights (ours)", credit.opsd_value_contrast),
-    # A control without a teacher: the gap is 0.
+    # Controls without a teacher: the gap is 0.
     "oracle": Method(
         "perfect credit, where `signals` names the first error and the decisive tokens",
         credit=credit.oracle,
+    ),
+    "oracle_value": Method(
+        "the true advantage of each token, where `signals` gives the policy's own value",
+        credit=credit.oracle_value,
     ),
 }
 

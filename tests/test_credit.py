@@ -230,6 +230,8 @@ def batch_of(seed: int, scale: float = 1.0, rollouts: int = 8, tokens: int = 7) 
         "thought": uniform(rollouts, tokens) < 0.5,
         "first_error": torch.randint(0, tokens + 1, (rollouts,), generator=generator),
         "decisions": uniform(rollouts, tokens) < 0.4,
+        "success_before": uniform(rollouts),
+        "success_after": uniform(rollouts, tokens),
     }
     return Batch(advantages, scale * normal(rollouts, tokens), mask, signals)
 
@@ -330,6 +332,13 @@ def oracle_token(k: Token) -> float:
     return k.a if not picked else k.a * len(k.own) / len(picked) * (k in picked)
 
 
+def oracle_value_token(k: Token) -> float:
+    start = k.b.signals["success_before"][k.n].item()
+    before = [s.signal("success_after") for s in k.own if s.t < k.t]
+    prior = min(max(start, 1 / 16), 15 / 16)
+    return (k.signal("success_after") - [start, *before][-1]) / math.sqrt(prior * (1 - prior))
+
+
 def srpo_weight_token(k: Token) -> float:
     routed = [s for s in tokens_of(k.b) if s.a <= 0]
     mean = sum(math.exp(-s.signal("teacher_entropy")) for s in routed) / len(routed)
@@ -362,6 +371,7 @@ FORMULAS: dict[str, Callable[[Token], float]] = {
     "hindsight": lambda k: (k.value(after=True) - k.value(after=False)) / k.sigma,
     "posterior_blame": blame_token,
     "oracle": oracle_token,
+    "oracle_value": oracle_value_token,
 }
 WEIGHTS: dict[str, Callable[[Token], float]] = {
     "srpo_weight": srpo_weight_token,
@@ -372,7 +382,7 @@ WEIGHTS: dict[str, Callable[[Token], float]] = {
 }
 ROWS = {name: getattr(credit, name) for name in [*FORMULAS, *WEIGHTS]}
 # Rows whose credit may be of the other sign than A, and is not 0 where A = 0.
-TURNS_SIGN = {"antisd", "sdar", "sdpg", "privileged_baseline", "hindsight"}
+TURNS_SIGN = {"antisd", "sdar", "sdpg", "privileged_baseline", "hindsight", "oracle_value"}
 # Rows that count tokens over the whole batch of a call.
 OVER_THE_BATCH = {"rlcsd", "srpo_weight"}
 

@@ -22,7 +22,7 @@ from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval, share_interval
 from rlsd_lib.measure.rollouts import Rollout, check_from_tasks, look, task_signals
-from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT, from_caller
+from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.records import read_lines
@@ -267,8 +267,8 @@ class Experiment:
     def trainer(self) -> WorkbookTrainer:
         """The trainer of this run, which logs every step into the run directory."""
         external = {"teacher_model": self.teacher_model} if self.teacher_model else {}
-        if from_caller(self.config.credit):
-            external["signals"] = task_signals(self.task, self.tokenizer)
+        if signals := task_signals(self.model, self.task, self.tokenizer, self.config):
+            external["signals"] = signals
         trainer = WorkbookTrainer(
             self.model,
             [self.task.reward, self.task.leak],

@@ -20,7 +20,7 @@ from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.measure.logps import log_probabilities, padded
-from rlsd_lib.measure.oracle import oracle_signals
+from rlsd_lib.measure.oracle import error_signals, success_signals
 from rlsd_lib.measure.rollouts import group_advantages
 from rlsd_lib.methods import keywords
 from rlsd_lib.prompts import COLUMN, distinct_references, teacher_prompt, wrong_references
@@ -162,7 +162,8 @@ def _rollouts(
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     rewards = torch.tensor(task.reward(texts, **columns))
     success, width = rewards >= config.success_reward_threshold, mask.size(1)
-    oracle = oracle_signals(task, rows, texts, width)
+    oracle = error_signals(task, rows, texts, width)
+    oracle |= success_signals(model, tokenizer, task, rows, ids, width=width, max_new_tokens=limit)
     fillers = padded([task.nuisance_mask(text) for text in texts]).bool()
     place = torch.arange(width)[None]
     kinds = torch.full((len(rows), width), -1)

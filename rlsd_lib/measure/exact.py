@@ -23,8 +23,9 @@ from rlsd_lib.tasks.encode import messages_of
 class RightChains(LogitsProcessor):
     """Keeps generation on right chains, and the log-probability that the model would have.
 
-    `log_weight` (N,) is sum_t log P(allowed_t | y_<t) in nats; `is_complete` (N,) says which rows
-    have come to their end token.
+    `log_kept` (N, P) is the sum of log P(allowed_t | y_<t) in nats over the tokens t at each position
+    of the chain, `log_weight` (N,) that over all tokens; `is_complete` (N,) says which rows have
+    come to their end token.
     """
 
     def __init__(self, task: Task, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -33,23 +34,29 @@ class RightChains(LogitsProcessor):
         self.texts = {index: text for text, index in self.ids.items()}
         self.masks: dict[frozenset[str], Tensor] = {}  # by the tokens that are allowed
         self.is_complete = torch.zeros(len(rows), dtype=torch.bool)
-        self.log_weight = torch.zeros(len(rows))
+        self.log_kept = torch.zeros(len(rows), 1 + max(len(c.shortest) for c in self.chains))
         self._begun = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Read the token that was drawn last, and mask those (N, V) that would be wrong now."""
-        masks = []
+        masks, positions = [], []
         for i, (chain, last) in enumerate(zip(self.chains, input_ids[:, -1].tolist(), strict=True)):
             if self._begun and not self.is_complete[i]:
                 self.is_complete[i] = last == self.end
                 if last != self.end:
                     chain.read(self.texts[last])
             masks.append(self._mask(chain.allowed(), scores))
+            positions.append(chain.position)
         self._begun = True
         allowed = torch.stack(masks)
         log_mass = scores.log_softmax(-1).masked_fill(~allowed, -torch.inf).logsumexp(-1)
-        self.log_weight += torch.where(self.is_complete, 0.0, log_mass.cpu())
+        kept = torch.where(self.is_complete, 0.0, log_mass.float().cpu())
+        self.log_kept.scatter_add_(1, torch.tensor(positions)[:, None], kept[:, None])
         return scores.masked_fill(~allowed, -torch.inf)
+
+    @property
+    def log_weight(self) -> Tensor:
+        return self.log_kept.sum(dim=1)
 
     def _mask(self, tokens: frozenset[str], scores: Tensor) -> Tensor:
         if tokens not in self.masks:

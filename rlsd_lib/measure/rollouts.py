@@ -18,7 +18,7 @@ from rlsd_lib.credit import leave_one_out
 from rlsd_lib.divergence import forward_kl
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.logps import log_probabilities, of_tokens
-from rlsd_lib.measure.oracle import oracle_signals
+from rlsd_lib.measure.oracle import OF_ERRORS, OF_SUCCESS, error_signals, success_signals
 from rlsd_lib.methods import NEEDS_WRONG, PEER, PROMPT, from_caller, keywords
 from rlsd_lib.prompts import (
     COLUMN,
@@ -133,7 +133,7 @@ def look(
     gap, mask = _padded(compared, "gap"), _padded(compared, "mask")
     mask *= torch.tensor(moved)[:, None]
     columns["prompt"] = [prompt] * count
-    known = _known_signals(config, task, processing, compared, rewards, completions, columns)
+    known = _known_signals(config, model, task, processing, compared, rewards, completions, columns)
     weights, credits = _weights_and_credits(config, advantages, gap, mask, known)
     divergences = [row["divergence"] * kept for row, kept in zip(compared, moved, strict=True)]
     if config.weight is not None:
@@ -241,6 +241,7 @@ def _padded(compared: Sequence[dict[str, Tensor]], name: str) -> Tensor:
 
 def _known_signals(
     config: RLSDConfig,
+    model: PreTrainedModel,
     task: Task,
     processing: Processing,
     compared: Sequence[dict[str, Tensor]],
@@ -259,8 +260,8 @@ def _known_signals(
     if config.divergence is not None:
         names = ("teacher_entropy", "contrast_kl")
         given |= {name: _padded(compared, name) for name in names}
-    signals = task_signals(task, processing)
-    if signals is not None and from_caller(config.credit):
+    signals = task_signals(model, task, processing, config)
+    if signals is not None:
         ids = pad_sequence([torch.tensor(row) for row in completions], batch_first=True)
         rows = [{k: v[i] for k, v in columns.items()} for i in range(len(completions))]
         given |= signals(rows, ids, _padded(compared, "mask"))
@@ -269,23 +270,34 @@ def _known_signals(
 
 def check_from_tasks(config: RLSDConfig) -> None:
     """Refuse a method whose credit asks for what no task of the workbook gives: ValueError."""
-    if absent := sorted(from_caller(config.credit) - {"first_error", "decisions"}):
+    if absent := sorted(from_caller(config.credit) - OF_ERRORS - OF_SUCCESS):
         raise ValueError(
             f"method={config.method!r} asks for {', '.join(absent)}, which no task of the workbook "
             "knows. Train it in a script of your own, with RLSDTrainer(signals=fn)."
         )
 
 
-def task_signals(task: Task, processing: Processing) -> Signals | None:
-    """`signals` for `RLSDTrainer`, as `oracle_signals`, where the task knows where a chain went wrong."""
-    if task.first_error is None or task.decisions is None:
+def task_signals(
+    model: PreTrainedModel, task: Task, processing: Processing, config: RLSDConfig
+) -> Signals | None:
+    """`signals` for `RLSDTrainer`, where the credit asks for what the task knows, else None.
+
+    `model` is the policy, whose value `success_signals` reads as it is at the time.
+    """
+    asked, limit = from_caller(config.credit), config.max_completion_length
+    if not asked or task.first_error is None or task.decisions is None:
         return None
     tokenizer = tokenizer_of(processing)
 
     def signals(rows: list[Row], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         kept = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
-        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-        found = oracle_signals(task, rows, texts, ids.size(1))
+        texts, width = tokenizer.batch_decode(kept, skip_special_tokens=True), ids.size(1)
+        found = {}
+        if asked & OF_ERRORS:
+            found |= error_signals(task, rows, texts, width)
+        if asked & OF_SUCCESS:
+            sizes = {"width": width, "max_new_tokens": limit}
+            found |= success_signals(model, tokenizer, task, rows, kept, **sizes)
         return {name: value.to(ids.device) for name, value in found.items()}
 
     return signals

@@ -6,11 +6,13 @@ bound: it moves the blame to the first error, and does not know how certain the 
 """
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
 
 from rlsd_lib.measure.intervals import Interval, decide, dunnett_intervals
+from rlsd_lib.methods import METHODS
 from rlsd_lib.report.tables import DASH, Table, source_notes, with_arms
 from rlsd_lib.runs.records import Runs, is_finished, read_manifest
 
@@ -21,20 +23,23 @@ RIGHT, ACCURACY = "right_chain_after", "accuracy_after"
 # Column: what it is called, and the difference that does not matter (of logs, for the rollouts).
 MEASURES = {
     "final": ("success after training", 0.02, "0.02"),
+    "leak": ("completions that leak", 0.02, "0.02"),
     "mean": ("mean reward over training", 0.02, "0.02"),
     "rollouts": (f"rollouts to {THRESHOLD}", math.log(1.1), "10 %"),
 }
 
 
-def efficiency(runs: Runs) -> pd.DataFrame:
+def efficiency(runs: Runs, but: Collection[str] = ()) -> pd.DataFrame:
     """Return a row per finished run: arm, seed, learning rate, `final`, `mean` and `rollouts`.
+
+    Settings named in `but` do not tell arms apart.
 
     `final` is the probability of a right chain after training where every run has it, else the
     held-out accuracy. `mean` is the training reward over all steps. `rollouts` is their number when
     the mean reward of the last `WINDOW` first reached `THRESHOLD`; all of the run's where it never
     did, which `reached` tells apart. `unit` is what a seed is: a lab, where it pretrains one.
     """
-    frame = with_arms(runs.runs[is_finished(runs.runs)])
+    frame = with_arms(runs.runs[is_finished(runs.runs)], but)
     rewards = {path: steps["reward"].to_numpy() for path, steps in runs.steps.groupby("path")}
     final = RIGHT if RIGHT in frame and frame[RIGHT].notna().all() else ACCURACY
     rows = []
@@ -48,6 +53,7 @@ def efficiency(runs: Runs) -> pd.DataFrame:
                 "unit": "labs" if manifest.get("preset", {}).get("lab_per_seed") else "seeds",
                 "rate": manifest["config"]["learning_rate"],
                 "final": run[final],
+                "leak": run.get("leak_rate_after", math.nan),
                 "mean": float(reward.mean()),
                 "rollouts": per_step * (steps or len(reward)),
                 "reached": steps is not None,
@@ -66,6 +72,9 @@ def rollouts_to(reward: np.ndarray, window: int, threshold: float = THRESHOLD) -
 def compared(runs: Runs, against: str = "grpo") -> Table:
     """Return each arm beside `against`, with simultaneous 95 % intervals over labs (Dunnett).
 
+    Two families stand apart, each with its own noise and its own 95 %: arms whose gradient is that
+    of a policy with other credit, and arms with a distillation term, many of which collapse.
+
     A row per arm and measure: its mean, the difference (for rollouts the ratio of geometric means),
     its interval, the verdict of `measure.intervals.decide`, and in how many of the sets with one lab
     left out the two are told apart. No interval has an arm that lacks a lab of `against`, one that is
@@ -81,6 +90,8 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
         raise ValueError(f"no finished run of {against!r} to compare with; arms are: {names}")
     rates, unit = found.groupby("arm")["rate"].unique(), found["unit"].iloc[0]
     missed = found[~found["reached"]].groupby("arm").size()
+    terms = found.groupby("arm")["method"].first().map(lambda name: METHODS[name].divergence)
+    distilled = terms.notna()
     rows = []
     for measure, (name, *margin) in MEASURES.items():
         is_ratio = measure == "rollouts"
@@ -88,10 +99,16 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
         values = values.loc[values[against].dropna().index]
         values = np.log(values) if is_ratio else values
         bounds = set(missed.index) if is_ratio else set()
-        whole = values.loc[:, [_is_compared(values, arm, against, bounds) for arm in values]]
-        enough = whole.shape[1] > 1 and against in whole
-        intervals = dunnett_intervals(whole, against) if enough else {}
-        for arm in sorted(values, key=lambda arm: (arm != against, arm)):
+        blocks = {}
+        for is_distilled in (False, True):
+            family = [arm for arm in values if arm == against or distilled[arm] == is_distilled]
+            fit = [arm for arm in family if _is_compared(values, arm, against, bounds)]
+            blocks |= dict.fromkeys(family, values[fit] if against in fit else values[[]])
+        intervals: dict[str, Interval] = {}
+        for whole in blocks.values():
+            if whole.shape[1] > 1:
+                intervals |= dunnett_intervals(whole, against)
+        for arm in sorted(values, key=lambda arm: (arm != against, distilled[arm], arm)):
             difference, mean = intervals.get(arm), values[arm].mean()
             shown = f"{math.exp(mean):.0f}" if is_ratio else f"{mean:.3f}"
             rows.append(
@@ -105,12 +122,15 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
                     if difference is None
                     else _shown(difference, is_ratio),
                     "verdict": DASH if difference is None else decide(difference, *margin),
-                    "without one": DASH if difference is None else _again(whole, arm, against),
+                    "without one": DASH
+                    if difference is None
+                    else _again(blocks[arm], arm, against),
                 }
             )
     notes = [
-        f"intervals are of 95 % over {unit}, all arms of a measure together (Dunnett, against "
-        f"{against}); the noise of all arms is taken as equal, and a {unit[:-1]}'s own level cancels",
+        f"intervals are of 95 % over {unit} for all arms together (Dunnett, against {against}), those "
+        "with a distillation term and the others apart; the noise within a family is taken as equal, "
+        f"and a {unit[:-1]}'s own level cancels",
         f"rollouts: until the mean reward of the last {WINDOW} reached {THRESHOLD}",
         f"without one: in how many of the sets with one of the {unit} left out the two differ",
         *(
@@ -143,15 +163,15 @@ def _shown(difference: Interval, is_ratio: bool) -> str:
 
 
 def best_rates(runs: Runs) -> pd.DataFrame:
-    """Return the best learning rate of each preset and method of a sweep, and how it fared.
+    """Return the best learning rate of each arm of a sweep, and how it fared.
 
     Of the rates whose mean reward over training is within `NOISE` of the highest, the one that
     needed the fewest rollouts to the threshold. `is_edge`: no higher, or no lower, one was tried.
     """
-    keys = ["preset", "method"]
-    found = efficiency(runs).groupby([*keys, "rate"])[["mean", "rollouts"]].mean().reset_index()
-    by_method = found.groupby(keys)
-    ends = by_method["rate"].transform("min"), by_method["rate"].transform("max")
+    found = efficiency(runs, but=["learning_rate"])
+    found = found.groupby(["arm", "rate"])[["final", "mean", "rollouts"]].mean().reset_index()
+    by_arm = found.groupby("arm")
+    ends = by_arm["rate"].transform("min"), by_arm["rate"].transform("max")
     found["is_edge"] = (found["rate"] == ends[0]) | (found["rate"] == ends[1])
-    good = found[found["mean"] >= by_method["mean"].transform("max") - NOISE]
-    return good.loc[good.groupby(keys)["rollouts"].idxmin()].reset_index(drop=True)
+    good = found[found["mean"] >= by_arm["mean"].transform("max") - NOISE]
+    return good.loc[good.groupby("arm")["rollouts"].idxmin()].reset_index(drop=True)

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,14 +234,15 @@ def settings_of(parameters: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={flat[name]}" for name in sorted(flat))
 
 
-def with_arms(frame: pd.DataFrame) -> pd.DataFrame:
+def with_arms(frame: pd.DataFrame, but: Collection[str] = ()) -> pd.DataFrame:
     """Add a column `arm`: the method, and of its preset and settings what is not alike in all runs.
 
     `frame` is `Runs.runs`; runs without parameters (killed at once, never started) have no arm.
+    Settings named in `but` are left out: runs that differ in nothing else are one arm.
     """
     known = frame[frame["parameters"].notna()]
     given = [{"preset": p.get("preset"), **flat_settings(p)} for p in known["parameters"]]
-    names = {name for found in given for name in found}
+    names = {name for found in given for name in found} - set(but)
     apart = {n for n in names if len({repr(found.get(n)) for found in given}) > 1}
     labels = []
     for method, found in zip(known["method"], given, strict=True):

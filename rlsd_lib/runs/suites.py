@@ -74,6 +74,7 @@ LABS = {"seed": FIVE_SEEDS, **CREDIT}
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
 ANY_CREDIT = {"notebook": ("16_credits",)}
 ORACLE = {**ANY_CREDIT, "method": ("oracle",)}
+TRUE_VALUE = {**ANY_CREDIT, "method": ("oracle_value",)}
 # Lambda stays: what a credit function can do, and not how soon it is switched off.
 WIDEST = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0}
 # With an empty reference this is GRPO to the bit.
@@ -110,6 +111,7 @@ SUITES: dict[str, Suite] = {
         [
             {**LABS, **GRPO, "overrides": ({}, REDRAWN)},
             {**LABS, **ORACLE},
+            {**LABS, **TRUE_VALUE},
             {**LABS, **RLSD, "overrides": ({}, WIDEST)},
             {**LABS, **RLSD, "overrides": (WIDEST,), "control": ("shuffled",)},
             {**LABS, **RLSD, "overrides": (EMPTY,), "control": ("empty",)},
@@ -128,7 +130,7 @@ SUITES: dict[str, Suite] = {
     "rates": Suite(
         "the learning rate of each method on the bench for credit, on a validation lab",
         [
-            *map(_sweep, (GRPO, ORACLE, RLSD, {"notebook": ("11_opd",)}, OPSD)),
+            *map(_sweep, (GRPO, ORACLE, TRUE_VALUE, RLSD, {"notebook": ("11_opd",)}, OPSD)),
             _sweep(RLSD, **WIDEST),
             *(_sweep({"notebook": (name,)}) for name in ("13_sdpo", "14_grpo_opsd")),
             *(_sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w) for w in (0.03, 0.3)),

@@ -30,6 +30,9 @@ Row = dict[str, Any]
 class RightChain(Protocol):
     """Reads one completion of a row, a token's text at a time."""
 
+    shortest: list[str]  # the tokens of the shortest right completion, without an end token
+    position: int  # how many of those the completion has come past
+
     @property
     def is_complete(self) -> bool:
         """Whether only the end token may follow."""

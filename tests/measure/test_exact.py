@@ -8,6 +8,7 @@ import torch
 
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.exact import right_chains
+from rlsd_lib.measure.oracle import success_signals
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.lab.arithmetic import draw_problem, first_error, verify
 from rlsd_lib.tasks.lab.chains import Style, write_chain
@@ -87,3 +88,33 @@ def test_what_the_corpus_writes_is_allowed_up_to_its_first_error(task):
                 break
         assert chain.is_complete == (error is None)
         assert bool(chain.allowed()) != chain.is_complete
+
+
+def test_the_value_along_a_rollout_is_the_success_probability_of_its_prefix(lab, task):
+    """Before the first token that of the problem, 1 at a right end, 0 from the first error on."""
+    model, tokenizer = lab
+    problems = list(task.test)
+    rows, count = problems * 8, len(problems)
+    limit = {"max_new_tokens": RECIPE.max_completion_length}
+    _, weights = right_chains(model, tokenizer, task, problems * 40, **limit)
+    plain = sample(model, tokenizer, [row["prompt"] for row in rows], **limit, seed=3)
+    width = RECIPE.max_completion_length
+    found = success_signals(model, tokenizer, task, rows, plain, width=width, **limit)
+    exact = weights.reshape(40, -1).mean(axis=0)
+    before, after = found["success_before"].numpy(), found["success_after"]
+    assert np.array_equal(before[:count], before[-count:])  # the mean of a problem's eight chains
+    assert np.abs(before[:count] - exact).mean() < 0.03
+    assert np.corrcoef(before[:count], exact)[0, 1] > 0.95
+    texts = tokenizer.batch_decode(plain, skip_special_tokens=True)
+    ends = []
+    for row, text, ids, values in zip(rows, texts, plain, after, strict=True):
+        if len(text.split()) + 1 != len(ids):
+            continue  # cut, or with a special token inside, which the text does not have
+        error = first_error(text, row)
+        ends.append(error is None)
+        assert values[len(ids) - 1] == float(error is None)
+        assert not values[len(ids) if error is None else error :].any()
+        assert (values[:error] > 0).all() if error is not None else (values[: len(ids)] > 0).all()
+        steps = values[: len(ids) if error is None else error].diff()
+        assert (steps >= -1e-6).all()  # a token that keeps the chain right never lowers V
+    assert len(set(ends)) == 2

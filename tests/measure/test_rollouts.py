@@ -145,8 +145,12 @@ def test_every_method_can_be_looked_at(tmp_path, task):
     for method in METHODS:
         weight = {"distillation_weight": 1.0} if METHODS[method].needs_weight else {}
         config = tiny.config(tmp_path, method=method, success_reward_threshold=0.0, **weight)
-        if method in ("oracle", "rlsd_thought_only"):  # this task does not know where it went wrong
-            with pytest.raises(ValueError, match=r"This look has no (first_error|thought)"):
+        if method in (
+            "oracle",
+            "oracle_value",
+            "rlsd_thought_only",
+        ):  # this task does not know where it went wrong
+            with pytest.raises(ValueError, match=r"This look has no (first_error|success|thought)"):
                 lens.look(tiny.model(), tiny.tokenizer(), task, 0, config)
             continue
         rollouts = lens.look(tiny.model(), tiny.tokenizer(), task, 0, config, teacher=tiny.model(1))
@@ -190,15 +194,18 @@ def test_a_task_that_knows_where_a_rollout_went_wrong_tells_the_trainer(tmp_path
         first_error=lambda text, row: found[text],
         decisions=lambda text: [letter != "u" for letter in text],
     )
-    given = lens.task_signals(knowing, tiny.tokenizer())([{}] * 3, ids, (ids != 0).long())
+    config = tiny.config(tmp_path, method="oracle")
+    signals = lens.task_signals(tiny.model(), knowing, tiny.tokenizer(), config)
+    given = signals([{}] * 3, ids, (ids != 0).long())
     assert given["first_error"].tolist() == [2, 6, 3]
     assert given["decisions"].int().tolist() == [
         [1, 0, 1, 1, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [0, 0, 0, 0, 0, 0],
     ]
-    assert lens.task_signals(task, tiny.tokenizer()) is None
-    config = tiny.config(tmp_path, method="oracle")
+    assert lens.task_signals(tiny.model(), task, tiny.tokenizer(), config) is None
+    grpo = tiny.config(tmp_path, method="grpo")
+    assert lens.task_signals(tiny.model(), knowing, tiny.tokenizer(), grpo) is None
     looked = lens.look(
         tiny.model(), tiny.tokenizer(), replace(knowing, first_error=lambda *_: 0), 0, config
     )

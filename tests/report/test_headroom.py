@@ -84,5 +84,5 @@ def test_the_best_rate_is_the_fastest_of_those_with_the_highest_mean_reward(tmp_
     for rate, rise in [(1e-5, 150), (1e-4, 20), (1e-3, 60)]:
         write(tmp_path, "grpo", 100, rise=rise, rate=rate)
         write(tmp_path, "rlsd", 100, rise=170 - rise, rate=rate)
-    best = best_rates(read_runs(tmp_path)).set_index("method")["rate"]
+    best = best_rates(read_runs(tmp_path)).set_index("arm")["rate"]
     assert best.to_dict() == {"grpo": 1e-4, "rlsd": 1e-5}

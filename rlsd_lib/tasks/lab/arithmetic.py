@@ -96,37 +96,38 @@ class RightChain:
     """
 
     def __init__(self, row: Row) -> None:
-        self._expected = [{token} for token in bare_chain(row).split()]
+        self.shortest = bare_chain(row).split()
+        self._expected = [{token} for token in self.shortest]
         for place in range(1, 9 * len(str(row["first"])), 9):
             operands = self._expected[place] | self._expected[place + 2]
             self._expected[place] = self._expected[place + 2] = operands
-        self._position, self._quoting = 0, False
+        self.position, self._quoting = 0, False
         self._answer = len(self._expected) - len(row["answer"])  # where its digits begin
 
     @property
     def is_complete(self) -> bool:
         """Whether the answer's last digit was read."""
-        return self._position == len(self._expected)
+        return self.position == len(self._expected)
 
     def allowed(self) -> frozenset[str]:
         """Return the tokens after which a right chain can still follow; none where it is complete."""
         if self.is_complete:
             return frozenset()
-        if self._position >= self._answer:
-            return frozenset(self._expected[self._position])
+        if self.position >= self._answer:
+            return frozenset(self._expected[self.position])
         quoted = "0123456789" if self._quoting else ""
-        return ANYWHERE.union(quoted, self._expected[self._position])
+        return ANYWHERE.union(quoted, self._expected[self.position])
 
     def read(self, token: str) -> bool:
         """Take the next token. False where it is the first wrong one."""
         self._quoting = token in QUOTE or (self._quoting and token.isdigit())
-        if self._position < self._answer and (token in FILLERS or self._quoting):
+        if self.position < self._answer and (token in FILLERS or self._quoting):
             return True
-        if self.is_complete or token not in self._expected[self._position]:
+        if self.is_complete or token not in self._expected[self.position]:
             return False
-        if len(self._expected[self._position]) == 2:  # the other operand follows two tokens later
-            self._expected[self._position + 2] = self._expected[self._position] - {token}
-        self._position += 1
+        if len(self._expected[self.position]) == 2:  # the other operand follows two tokens later
+            self._expected[self.position + 2] = self._expected[self.position] - {token}
+        self.position += 1
         return True
 
 
