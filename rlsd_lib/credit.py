@@ -435,6 +435,24 @@ def hindsight(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: T
     return _inside(keep, values.diff(dim=1) / _deviation(values), advantage)
 
 
+def hindsight_contrast(
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    group_success: Tensor,
+    wrong_gaps: Tensor,
+) -> Tensor:
+    """`hindsight` with Delta - log mean_k exp(Delta'_k) in place of Delta. Ours.
+
+    What the teacher says under any reference, such as a quotation, changes no value: only what the
+    right reference r adds to a wrong one r' does. Biased also where P_T is the hindsight teacher of
+    r, by what r' gives away. `wrong_gaps` (K, N, T), the rest as in `hindsight`.
+    """
+    evidence = contrast(gap, wrong_gaps)
+    return hindsight(advantages, evidence, mask, group_success=group_success)
+
+
 @torch.no_grad()
 def posterior_blame(
     advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: Tensor

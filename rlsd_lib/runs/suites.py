@@ -84,6 +84,7 @@ REDRAWN = {"redraw": 1}
 FROZEN, FRESH, EMA = ({"teacher_model_kind": kind} for kind in ("base", "live", "ema"))
 PERMUTED = {"permute_credit": True}
 HINDSIGHT = {**ANY_CREDIT, "method": ("hindsight",)}
+HINDSIGHT_CONTRAST = {**ANY_CREDIT, "method": ("hindsight_contrast",)}
 # Distillation that is told where to look, beside GRPO.
 TOLD = {**ANY_CREDIT, "method": ("opsd_value_contrast",)}
 BESIDE = {**FROZEN, "policy_weight": 1.0}
@@ -134,7 +135,7 @@ SUITES: dict[str, Suite] = {
             _sweep(RLSD, **WIDEST),
             *(_sweep({"notebook": (name,)}) for name in ("13_sdpo", "14_grpo_opsd")),
             *(_sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w) for w in (0.03, 0.3)),
-            _sweep(HINDSIGHT, **FROZEN),
+            *(_sweep(arm, **FROZEN) for arm in (HINDSIGHT, HINDSIGHT_CONTRAST)),
             _sweep(TOLD, **BESIDE),
             # The paper trains OPSD at ten times the rate of GRPO.
             {"seed": (100,), **CREDIT, **OPSD, "overrides": ({"learning_rate": 1e-3},)},
@@ -159,6 +160,8 @@ SUITES: dict[str, Suite] = {
             },
             {**LABS, **HINDSIGHT, "overrides": (FROZEN, {**FROZEN, **PERMUTED})},
             {**LABS, **HINDSIGHT, "overrides": (FROZEN,), "control": ("shuffled",)},
+            {**LABS, **HINDSIGHT_CONTRAST, "overrides": (FROZEN, {**FROZEN, **PERMUTED})},
+            {**LABS, **HINDSIGHT_CONTRAST, "overrides": (FROZEN,), "control": ("shuffled",)},
             {**LABS, **TOLD, "overrides": (BESIDE, {**BESIDE, **PERMUTED})},
             {**LABS, **TOLD, "overrides": (BESIDE,), "control": ("shuffled",)},
         ],
