@@ -1,8 +1,8 @@
 """How fast runs learn, and whether a bench could see better credit: arms against one, lab by lab.
 
 Where every method ends at the same accuracy, the difference is in how many rollouts it took. The
-headroom of a bench is what `oracle` gains on it over `grpo`. It is a strong reference and no upper
-bound: it moves the blame to the first error, and does not know how certain the other tokens were.
+headroom of a bench is what perfect credit gains on it over `grpo`. `oracle` moves A to the first
+error, `oracle_value` knows the true advantage of every token.
 """
 
 import math

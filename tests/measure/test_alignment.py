@@ -41,7 +41,7 @@ def outcome(advantages, gap, mask, *, rewards):
 
 def test_signs_and_shares_are_those_of_the_credit(setting):
     rows = {"grpo": credit.uniform, "against": against, "oracle": credit.oracle}
-    rows |= {"silent": credit.silent, "rlsd": credit.rlsd}
+    rows |= {"silent": credit.silent, "rlsd": credit.rlsd, "value": credit.oracle_value}
     before = torch.get_rng_state()
     table = alignment(*setting, rows, **REQUESTS).set_index("credit")
     assert torch.equal(before, torch.get_rng_state())
@@ -50,6 +50,9 @@ def test_signs_and_shares_are_those_of_the_credit(setting):
     assert table.loc["oracle", "first error"] == pytest.approx(1.0)
     assert table.loc["oracle", ["after it", "fillers"]].tolist() == [0.0, 0.0]
     assert table.loc["silent"].isna().sum() >= 3
+    # The true advantage puts no blame behind an error.
+    assert table.loc["value", "after it"] == 0.0
+    assert table.loc["value", "cosine"] > table.loc["grpo", "cosine"]
     # Uniform blame falls on kinds of token by their number: one token in a chain is the first error.
     assert 0.02 < table.loc["grpo", "first error"] < 0.2
     assert table.loc["rlsd", "first error"] > table.loc["grpo", "first error"]
