@@ -8,10 +8,9 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 import tiny
 import torch
 from filelock import FileLock
+from forked import Forked
 from transformers import TrainerCallback
 
 from rlsd_lib import RLSDTrainer
@@ -157,29 +157,26 @@ def refuse_one(folder: Path, rank: int) -> list[str]:
 USE_CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
-def processes(
-    folder: Path, world: int, module: str, settings: dict[str, str]
-) -> list[subprocess.Popen]:
+def processes(folder: Path, world: int, module: str, settings: dict[str, str]) -> list[Forked]:
     """Start `module.train_all` on every rank, with the environment of a launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    code = (
-        f"import sys; sys.path[:0] = {[str(path) for path in Path(__file__).parents[:2]]!r}\n"
-        f"from pathlib import Path; import {module}\n"
-        f"{module}.train_all(Path({str(folder)!r}), {world})"
-    )
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     shared |= {"OMP_NUM_THREADS": "1", **settings}
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
+        Forked(
+            train_rank,
+            *(module, folder, world),
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"errors-{rank}.txt").open("w"),
+            errors=folder / f"errors-{rank}.txt",
         )
         for rank in range(world)
     ]
+
+
+def train_rank(module: str, folder: Path, world: int) -> None:
+    import_module(module).train_all(folder, world)
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +205,11 @@ def run_two(folder: Path, module: str, settings: dict[str, str]) -> str:
     ranks = processes(folder, 2, module, settings)
     try:
         codes = [rank.wait(TIMEOUT) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        return f"two processes hang; finished: {sorted(p.stem for p in folder.glob('*.pt'))}"
     finally:
         for rank in ranks:
             rank.kill()
+    if None in codes:
+        return f"two processes hang; finished: {sorted(p.stem for p in folder.glob('*.pt'))}"
     errors = [(folder / f"errors-{rank}.txt").read_text()[-2000:] for rank in range(2)]
     return "" if codes == [0, 0] else f"exit codes {codes}\n" + "\n".join(errors)
 
