@@ -118,3 +118,12 @@ def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-outputs"
+
+
+@pytest.fixture(scope="module")
+def smoke_lab(shared_outputs: Path) -> tuple:
+    """Model and tokenizer of the preset `smoke`: the lab that the training notebooks pretrain."""
+    from rlsd_lib.experiment.presets import PRESETS
+    from rlsd_lib.tasks.models import load_model
+
+    return load_model("lab", shared_outputs / "cache", **PRESETS["smoke"].model_options)

@@ -6,22 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from rlsd_lib.experiment.presets import PRESETS
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.oracle import success_signals
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.lab.arithmetic import draw_problem, first_error, verify
 from rlsd_lib.tasks.lab.chains import Style, write_chain
-from rlsd_lib.tasks.lab.model import LabRecipe, load_lab
+from rlsd_lib.tasks.lab.model import LabRecipe
 
-RECIPE = LabRecipe(
-    digits=1, hidden_size=64, steps=250, ramp_steps=50, hard_share=0.7, hard_high=0.5, nuisance=0.3
-)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    return load_lab(tmp_path_factory.mktemp("cache"), RECIPE)
+LONGEST = LabRecipe(**PRESETS["smoke"].model_options).max_completion_length
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +27,10 @@ def is_right(text: str, row: dict) -> bool:
     return verify(text, row) and first_error(text, row) is None
 
 
-def test_weights_and_samples_estimate_the_same_probability(lab, task):
-    model, tokenizer = lab
+def test_weights_and_samples_estimate_the_same_probability(smoke_lab, task):
+    model, tokenizer = smoke_lab
     rows = list(task.test) * 40
-    limit = {"max_new_tokens": RECIPE.max_completion_length}
+    limit = {"max_new_tokens": LONGEST}
     ids, weights = right_chains(model, tokenizer, task, rows, **limit)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     ended = zip(texts, rows, weights > 0, strict=True)
@@ -53,8 +47,8 @@ def test_weights_and_samples_estimate_the_same_probability(lab, task):
     assert errors[0] < errors[1] / 2
 
 
-def test_the_draw_is_repeatable_and_leaves_torch_as_it_was(lab, task):
-    model, tokenizer = lab
+def test_the_draw_is_repeatable_and_leaves_torch_as_it_was(smoke_lab, task):
+    model, tokenizer = smoke_lab
     before = torch.get_rng_state()
     draws = [
         right_chains(model, tokenizer, task, list(task.test), max_new_tokens=30, seed=seed)
@@ -65,15 +59,15 @@ def test_the_draw_is_repeatable_and_leaves_torch_as_it_was(lab, task):
     assert np.array_equal(draws[0][1], draws[1][1])
 
 
-def test_a_chain_that_does_not_end_in_time_weighs_nothing(lab, task):
-    _, weights = right_chains(*lab, task, list(task.test), max_new_tokens=3)
+def test_a_chain_that_does_not_end_in_time_weighs_nothing(smoke_lab, task):
+    _, weights = right_chains(*smoke_lab, task, list(task.test), max_new_tokens=3)
     assert not weights.any()
 
 
-def test_a_task_without_right_chains_is_refused(lab):
+def test_a_task_without_right_chains_is_refused(smoke_lab):
     task = load_task("chain_sum", train_size=2, test_size=2, seed=0)
     with pytest.raises(ValueError, match="cannot tell a right chain"):
-        right_chains(*lab, task, list(task.test), max_new_tokens=3)
+        right_chains(*smoke_lab, task, list(task.test), max_new_tokens=3)
 
 
 def test_what_the_corpus_writes_is_allowed_up_to_its_first_error(task):
@@ -90,15 +84,15 @@ def test_what_the_corpus_writes_is_allowed_up_to_its_first_error(task):
         assert bool(chain.allowed()) != chain.is_complete
 
 
-def test_the_value_along_a_rollout_is_the_success_probability_of_its_prefix(lab, task):
+def test_the_value_along_a_rollout_is_the_success_probability_of_its_prefix(smoke_lab, task):
     """Before the first token that of the problem, 1 at a right end, 0 from the first error on."""
-    model, tokenizer = lab
+    model, tokenizer = smoke_lab
     problems = list(task.test)
     rows, count = problems * 8, len(problems)
-    limit = {"max_new_tokens": RECIPE.max_completion_length}
+    limit = {"max_new_tokens": LONGEST}
     _, weights = right_chains(model, tokenizer, task, problems * 40, **limit)
     plain = sample(model, tokenizer, [row["prompt"] for row in rows], **limit, seed=3)
-    width = RECIPE.max_completion_length
+    width = LONGEST
     found = success_signals(model, tokenizer, task, rows, plain, width=width, **limit)
     exact = weights.reshape(40, -1).mean(axis=0)
     before, after = found["success_before"].numpy(), found["success_after"]
