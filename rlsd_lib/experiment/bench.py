@@ -1,31 +1,28 @@
 """`rlsd bench`: what a step of each trainer costs beside GRPO's, measured.
 
-Trainers take turns, each turn in a fresh process, and train on the very same rollouts: those of each
-step are generated once, with a fixed seed. Generation is timed by itself and counts the same for
-every trainer.
-
-The trainers, TRL's own among them, run on a preset's task, or on a random Qwen3 that reads prompts of
-exact length and writes completions of exact length; nothing is downloaded. The learning rate is 0,
-so that all can be given the same rollouts at every step, and differ in what they compute from them.
+Trainers, TRL's own among them, take turns, each turn in a fresh process. All train on the same
+rollouts, those of each step generated once, and at a learning rate of 0, so that they differ only in
+what they compute from them. The task is a preset's, or a random Qwen3 reads prompts and writes
+completions of exact length; nothing is downloaded.
 """
 
 import contextlib
 import copy
-import itertools
 import os
-import re
 import resource
+import sys
 import tempfile
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from unittest.mock import Mock
 
 import pandas as pd
 import psutil
@@ -44,11 +41,9 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from rlsd_lib.experiment.plan import Plan, config_named, expect, shape_of
-from rlsd_lib.experiment.presets import PRESETS, RunParameters
+from rlsd_lib.experiment.experiment import Experiment
+from rlsd_lib.experiment.plan import Plan, check_fields, config_named, shape_of
 from rlsd_lib.names import look_up
-from rlsd_lib.runs.paths import outputs_root
-from rlsd_lib.tasks.models import load_model
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
@@ -57,11 +52,13 @@ SYNTHETIC = "synthetic"  # a model in `SHAPES` that is nobody's
 SPECIAL = ("<pad>", "</s>", "<unk>")
 # A contender, a folder, a number of steps -> its trainer.
 Build = Callable[[str, Path, int], Trainer]
-# Seconds by part of each timed step, rollouts by call, peak MiB.
+# Seconds by part of each timed step, rollouts by step, peak MiB.
 Turn = tuple[list[dict[str, float]], dict[int, list], float]
 STEP, GENERATION, REST = "step, s", "generation, s", "without generation, s"
 TEACHER, PEAK = "teacher pass, s", "peak MiB"
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B")  # of `--gpu`
+Whole = Annotated[int, lambda n: isinstance(n, int) and n >= 1, "a whole number >= 1"]
+Group = Annotated[int, lambda n: isinstance(n, int) and n >= 2, "2 or more, a group"]
 
 
 # What is raced
@@ -104,19 +101,15 @@ class Sizes:
         ValueError: for a size that cannot be, naming it and what was expected.
     """
 
-    prompt: int = 1024
-    completion: int = 256
-    generations: int = 8
-    vocabulary: int = 4096
-    reference: int = 64
+    prompt: Whole = 1024
+    completion: Whole = 256
+    generations: Group = 8
+    vocabulary: Whole = 4096
+    reference: Whole = 64
     model: str = SYNTHETIC
 
     def __post_init__(self) -> None:
-        for name, size in vars(self).items():
-            if name != "model":
-                whole = isinstance(size, int) and size >= 1
-                expect(whole, name, size, "a whole number >= 1")
-        expect(self.generations >= 2, "generations", self.generations, "2 or more, a group")
+        check_fields(self)
 
     def build(self, name: str, folder: Path, steps: int) -> Trainer:
         """The trainer of a contender, ready for `steps` steps of one group each.
@@ -213,19 +206,15 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def preset_trainer(preset: str, name: str, folder: Path, steps: int) -> Trainer:
-    """The trainer of "GRPO" or "RLSD" on the model and task of a preset, at a constant lambda.
+    """The trainer of a run of "GRPO" or "RLSD" with a preset, at a constant lambda.
 
     Raises:
         ValueError: for an unknown preset.
     """
-    row = PRESETS[look_up(preset, PRESETS, "preset")]
-    task = replace(row, test_size=1).load_task(name.lower())
     overrides = {"learning_rate": 0.0, "lambda_decay_steps": 0, "save_strategy": "no"}
-    run = RunParameters(name.lower(), preset, max_steps=steps, overrides=overrides)
-    config = run.resolve(folder, template=task.privileged_template).config
-    model, tokenizer = load_model(row.model, outputs_root() / "cache", **row.model_options)
-    rewards = [task.reward, task.leak]
-    return RLSDTrainer(model, rewards, config, task.train, processing_class=tokenizer)
+    place = {"max_steps": steps, "run_dir": str(folder / "run")}
+    method = name.lower()
+    return Experiment(method=method, preset=preset, overrides=overrides, **place).trainer()
 
 
 # Time and memory
@@ -234,12 +223,12 @@ def preset_trainer(preset: str, name: str, folder: Path, steps: int) -> Trainer:
 class Clock(TrainerCallback):
     """Seconds of each optimiser step without its generation, of generation and of the teacher pass.
 
-    Rollouts that are in `rollouts` already, under the number of the call, are used again.
+    Rollouts that are in `rollouts` already, under the number of their step, are used again.
     """
 
     def __init__(self, trainer: Any, rollouts: dict[int, list]) -> None:
         self.steps: list[dict[str, float]] = []
-        self.rollouts, self.calls = rollouts, itertools.count()
+        self.rollouts = rollouts
         # The narrowest function of TRL's that returns completions: of one turn, and of SDPO's.
         if isinstance(trainer, GRPOTrainer):
             turn = trainer._generate_single_turn
@@ -264,11 +253,11 @@ class Clock(TrainerCallback):
         return result
 
     def _rollouts(self, generate: Callable[[], list]) -> list:
-        call = next(self.calls)
-        if call not in self.rollouts:
-            torch.manual_seed(call)
-            self.rollouts[call] = self._timed(GENERATION, generate)
-        return copy.deepcopy(self.rollouts[call])
+        step = len(self.steps)
+        if step not in self.rollouts:
+            torch.manual_seed(step)
+            self.rollouts[step] = self._timed(GENERATION, generate)
+        return copy.deepcopy(self.rollouts[step])
 
 
 def train(build: Build, name: str, steps: int, rollouts: dict[int, list]) -> Turn:
@@ -284,14 +273,19 @@ def train(build: Build, name: str, steps: int, rollouts: dict[int, list]) -> Tur
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
-    on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident() - before
+    if torch.cuda.is_available():
+        return clock.steps[1:], clock.rollouts, torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
     return clock.steps[1:], clock.rollouts, peak / 2**20
 
 
 def train_apart(*turn: Any) -> Turn:
-    """`train` in a process of its own, so that no trainer inherits another one's memory."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    """`train` in a process of its own, so that no trainer inherits another one's memory.
+
+    Forked by a small server: a spawned process would begin with the peak of its parent.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
         return pool.submit(train, *turn).result()
 
 
@@ -305,14 +299,6 @@ def now() -> float:
     elif torch.get_num_threads() == 1:
         return time.process_time()
     return time.perf_counter()
-
-
-def _peak_resident() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage, whose peak includes that of the process that started this one.
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 # The race
@@ -389,22 +375,17 @@ def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
     `trace` receives the pass with every function that it calls, for chrome://tracing or
     ui.perfetto.dev.
     """
-    profiles = []
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = sizes.build("RLSD", Path(folder), 2)
+        trainer: Any = sizes.build("RLSD", Path(folder), 1)
         trainer.args.teacher_pass = "shared"
-        score = trainer.teacher_scores
-
-        def profiled(*args: Any, **kwargs: Any) -> Any:
-            with profile(with_stack=True) as found:
-                profiles.append(found)
-                return score(*args, **kwargs)
-
-        trainer.teacher_scores = profiled
+        score = trainer.teacher_scores = Mock(wraps=trainer.teacher_scores)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        trainer.train()  # whose pass is the warm-up
+        args, kwargs = score.call_args
+        with trainer.completion_head.applied(True), profile(with_stack=True) as found:
+            score(*args, **kwargs)
     trace.parent.mkdir(parents=True, exist_ok=True)
-    profiles[-1].export_chrome_trace(str(trace))  # the first was to warm up
+    found.export_chrome_trace(str(trace))
     by = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
-    table = profiles[-1].key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)
+    table = found.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)
     return f"{sizes}\n{table}\ntrace: {trace}"

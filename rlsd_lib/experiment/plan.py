@@ -11,7 +11,7 @@ import json
 import textwrap
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pandas as pd
 import torch
@@ -33,16 +33,6 @@ RESERVED = 2.0  # GiB per GPU: CUDA context, communication buffers, fragmentatio
 VLLM_WORK = 1.5  # GiB that vLLM needs beside weights and cache
 ALWAYS = "always"  # the phase of what stays for the whole run
 NO_TEACHER = "none"  # the `teacher_model_kind` of GRPO
-
-CHOICES = {
-    "sharding": ("ddp", "fsdp2", "zero3"),
-    "dtype": ("float32", "bfloat16"),
-    "teacher_model_kind": ("live", "base", "ema", "snapshot", NO_TEACHER),
-}
-SHARES = ("mfu", "mbu", "vllm_gpu_memory_utilization")
-FROM_0 = ("privileged_length", "lora_rank")
-
-
 # What a model costs
 
 
@@ -142,10 +132,22 @@ def shape_of(config: Any) -> ModelShape:
 # What a run costs
 
 
-def expect(holds: bool, name: str, value: Any, expected: str) -> None:
-    """Raise ValueError with the name, the value and what was expected, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name}={value!r}: expected {expected}.")
+Positive = Annotated[float, lambda value: value > 0, "a number > 0"]
+FromZero = Annotated[float, lambda value: value >= 0, "a number >= 0"]
+Share = Annotated[float, lambda value: 0 < value < 1, "a share in (0, 1)"]
+
+
+def check_fields(settings: Any) -> None:
+    """Raise ValueError for a field of a dataclass whose annotation does not allow its value."""
+    for f in fields(settings):
+        value, holds, expected = getattr(settings, f.name), True, ""
+        if get_origin(f.type) is Literal:
+            holds, expected = value in get_args(f.type), ", ".join(get_args(f.type))
+        elif get_origin(f.type) is Annotated:
+            test, expected = f.type.__metadata__
+            holds = test(value)
+        if not holds:
+            raise ValueError(f"{f.name}={value!r}: expected {expected}.")
 
 
 @dataclass(frozen=True)
@@ -161,40 +163,31 @@ class Plan:
     """
 
     shape: ModelShape
-    gpus: int
-    prompt_length: int
-    max_completion_length: int
-    rollouts: int  # per optimiser step, over all GPUs
-    num_generations: int = 8
-    per_device_train_batch_size: int = 1
-    privileged_length: int = 128
+    gpus: Positive
+    prompt_length: Positive
+    max_completion_length: Positive
+    rollouts: Positive  # per optimiser step, over all GPUs
+    num_generations: Positive = 8
+    per_device_train_batch_size: Positive = 1
+    privileged_length: FromZero = 128
     sees_images: bool = False
-    sharding: str = "ddp"
-    dtype: str = "float32"  # of the weights; computing is in bf16
+    sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; computing is in bf16
     gradient_checkpointing: bool = True
-    lora_rank: int = 0  # 0 trains all weights
-    teacher_model_kind: str = "snapshot"
+    lora_rank: FromZero = 0  # 0 trains all weights
+    teacher_model_kind: Literal["live", "base", "ema", "snapshot", "none"] = "snapshot"
     use_vllm: bool = False  # on the training GPUs
-    vllm_gpu_memory_utilization: float = 0.3
+    vllm_gpu_memory_utilization: Share = 0.3
     vllm_enable_sleep_mode: bool = False
-    gpu_memory: float = 80.0  # GiB of one GPU
-    tflops: float = 989.0  # of one GPU
-    bandwidth: float = 3.35  # TB/s
-    mfu: float = 0.4  # share of `tflops` that training and prefill reach
-    mbu: float = 0.6  # share of `bandwidth` that decoding reaches
+    gpu_memory: Positive = 80.0  # GiB of one GPU
+    tflops: Positive = 989.0  # of one GPU
+    bandwidth: Positive = 3.35  # TB/s
+    mfu: Share = 0.4  # share of `tflops` that training and prefill reach
+    mbu: Share = 0.6  # share of `bandwidth` that decoding reaches
     speeds: str = "assumed, an H100's data sheet and guesses"  # where they come from
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            name, value = f.name, getattr(self, f.name)
-            if name in CHOICES:
-                expect(value in CHOICES[name], name, value, ", ".join(CHOICES[name]))
-            elif name in SHARES:
-                expect(0 < value < 1, name, value, "a share in (0, 1)")
-            elif name in FROM_0:
-                expect(value >= 0, name, value, "a number >= 0")
-            elif f.type in (int, float):
-                expect(value > 0, name, value, "a number > 0")
+        check_fields(self)
 
     @property
     def grpo(self) -> "Plan":

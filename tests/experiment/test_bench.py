@@ -65,7 +65,8 @@ def test_all_trainers_train_on_the_rollouts_of_the_first(here, monkeypatch):
 
 def test_a_preset_is_raced_on_its_own_task(here, monkeypatch):
     # Nothing is pretrained for this.
-    monkeypatch.setattr(bench, "load_model", lambda *_, **__: (tiny.model(), tiny.tokenizer()))
+    loaded = tiny.model(), tiny.tokenizer()
+    monkeypatch.setattr("rlsd_lib.experiment.experiment.load_model", lambda *_, **__: loaded)
     table = bench.race(partial(preset_trainer, "smoke"), ["RLSD"], steps=1)
     assert table["teacher pass, s"].isna().tolist() == [True, False]
     assert (table["step, s"] > table["generation, s"]).all()
