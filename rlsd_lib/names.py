@@ -1,7 +1,9 @@
-"""Names that somebody typed: looked up, or refused with the nearest valid one."""
+"""Names and values that somebody typed: accepted, or refused with what was expected."""
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import fields
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 SHOWN = 40  # valid names that an error lists in full
 
@@ -37,3 +39,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def alike(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """At most `count` names that `name` may have been meant for, the nearest first."""
     return difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.5)
+
+
+def check_fields(settings: Any) -> None:
+    """Compare each field of a dataclass with its annotation.
+
+    `Literal` lists the values that a field may have; `Annotated[type, test, expected]` has a function
+    that is true of them, and says in words what it tests.
+
+    Raises:
+        ValueError: naming the field, its value and what was expected.
+    """
+    for f in fields(settings):
+        value, kind = getattr(settings, f.name), get_origin(f.type)
+        holds, expected = True, ""
+        if kind is Literal:
+            holds, expected = value in get_args(f.type), ", ".join(get_args(f.type))
+        elif kind is Annotated:
+            test, expected = f.type.__metadata__
+            holds = test(value)
+        if not holds:
+            raise ValueError(f"{f.name}={value!r}: expected {expected}.")

@@ -28,8 +28,6 @@ import pandas as pd
 import psutil
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.profiler import profile
 from transformers import (
@@ -42,8 +40,9 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from rlsd_lib.experiment.experiment import Experiment
-from rlsd_lib.experiment.plan import Plan, check_fields, config_named, shape_of
-from rlsd_lib.names import look_up
+from rlsd_lib.experiment.plan import Plan, config_named, shape_of
+from rlsd_lib.names import check_fields, look_up
+from rlsd_lib.tasks.encode import word_tokenizer
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
@@ -96,9 +95,7 @@ class Sizes:
     """A random Qwen3 on prompts and completions of exact length, in tokens; a group is a step.
 
     Other models of `SHAPES` than `SYNTHETIC` are in bf16, with gradient checkpointing.
-
-    Raises:
-        ValueError: for a size that cannot be, naming it and what was expected.
+    Raises ValueError for a size that cannot be, naming it and what was expected.
     """
 
     prompt: Whole = 1024
@@ -114,8 +111,7 @@ class Sizes:
     def build(self, name: str, folder: Path, steps: int) -> Trainer:
         """The trainer of a contender, ready for `steps` steps of one group each.
 
-        Raises:
-            ValueError: for an unknown name, with the nearest known one.
+        Raises ValueError for an unknown name, with the nearest known one.
         """
         table = contenders()
         trainer, configure = table[look_up(name, table, "contender")]
@@ -182,11 +178,7 @@ class Sizes:
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per word: a text of n words is n tokens."""
         words = [*SPECIAL, *(f"w{i}" for i in range(self.words))]
-        backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
-        backend.pre_tokenizer = WhitespaceSplit()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", padding_side="left"
-        )
+        return word_tokenizer(words, WhitespaceSplit())
 
     def make_rows(self, count: int) -> Dataset:
         """`count` prompts and references of exact length."""
@@ -208,8 +200,7 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
 def preset_trainer(preset: str, name: str, folder: Path, steps: int) -> Trainer:
     """The trainer of a run of "GRPO" or "RLSD" with a preset, at a constant lambda.
 
-    Raises:
-        ValueError: for an unknown preset.
+    Raises ValueError for an unknown preset.
     """
     overrides = {"learning_rate": 0.0, "lambda_decay_steps": 0, "save_strategy": "no"}
     place = {"max_steps": steps, "run_dir": str(folder / "run")}
@@ -340,8 +331,7 @@ def in_words(table: pd.DataFrame) -> str:
 def bench_gpu(outputs: Path) -> pd.DataFrame:
     """Race the trainers on `MODELS` and write `tables/bench_gpu.csv`, whose mfu plans read.
 
-    Raises:
-        ValueError: without a GPU.
+    Raises ValueError without a GPU.
     """
     if not torch.cuda.is_available():
         raise ValueError(

@@ -11,7 +11,7 @@ import json
 import textwrap
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlsd_lib.experiment.presets import Preset
+from rlsd_lib.names import check_fields
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.trainer.teacher_pass import WORTH_IT
 
@@ -99,8 +100,7 @@ def config_named(model: str) -> Any:
 def shape_of(config: Any) -> ModelShape:
     """The sizes in a transformers config, counted on the model itself on the meta device.
 
-    Raises:
-        ValueError: for layers that this arithmetic does not describe.
+    Raises ValueError for layers that this arithmetic does not describe.
     """
     text, sees_images = config.get_text_config(), hasattr(config, "vision_config")
     auto = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
@@ -137,29 +137,13 @@ FromZero = Annotated[float, lambda value: value >= 0, "a number >= 0"]
 Share = Annotated[float, lambda value: 0 < value < 1, "a share in (0, 1)"]
 
 
-def check_fields(settings: Any) -> None:
-    """Raise ValueError for a field of a dataclass whose annotation does not allow its value."""
-    for f in fields(settings):
-        value, holds, expected = getattr(settings, f.name), True, ""
-        if get_origin(f.type) is Literal:
-            holds, expected = value in get_args(f.type), ", ".join(get_args(f.type))
-        elif get_origin(f.type) is Annotated:
-            test, expected = f.type.__metadata__
-            holds = test(value)
-        if not holds:
-            raise ValueError(f"{f.name}={value!r}: expected {expected}.")
-
-
 @dataclass(frozen=True)
 class Plan:
     """A run of RLSD on GPUs, and as `grpo` the same without a teacher. RLSDConfig's names are kept.
 
     `prompt_length` counts the tokens of the images, `privileged_length` is what the teacher's prompt
     has more than the student's. Speeds are those of an H100 SXM's data sheet, bf16 without sparsity,
-    and guesses of what is reached.
-
-    Raises:
-        ValueError: for what no run can have, naming the field and what was expected.
+    and guesses of what is reached. Raises ValueError for what no run can have, naming the field.
     """
 
     shape: ModelShape
@@ -329,9 +313,7 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
     `rollouts` are the preset's `rollouts_per_step` where it has them, and otherwise what its batch
     size and accumulation make on so many GPUs. `mfu` is what `rlsd bench --gpu` measured on its
     largest model, if outputs/tables/bench_gpu.csv is there; other speeds are those of `Plan`.
-
-    Raises:
-        ValueError: naming what the preset does not say and no change gives.
+    Raises ValueError where neither the preset nor a change says how long a prompt is.
     """
     training = preset.training
     rows = training.get("per_device_train_batch_size", 8)
@@ -360,17 +342,20 @@ def describe(plan: Plan, title: str) -> str:
     """The plan as text: setting, memory by part, seconds by phase, and whether it fits."""
     named = ", ".join(f"{name}={getattr(plan, name)}" for name in ("gpus", *FIELDS))
     both = {"GRPO": plan.grpo, "RLSD": plan}
-    memory = {name: pd.DataFrame(p.memory()).T.stack().dropna() for name, p in both.items()}
-    seconds = {name: pd.Series(p.seconds() | {"all": p.step()}) for name, p in both.items()}
+    costs = {
+        "GiB per GPU": {n: pd.DataFrame(p.memory()).T.stack().dropna() for n, p in both.items()},
+        "seconds per step": {
+            n: pd.Series(p.seconds() | {"all": p.step()}) for n, p in both.items()
+        },
+    }
+    tables = {what: pd.DataFrame(c).reindex(c["RLSD"].index) for what, c in costs.items()}
+    shown = {"float_format": "{:.2f}".format, "na_rep": "-"}
     lines = [
         title,
         *textwrap.wrap(f"{plan.shape.parameters / 1e9:.2f} B parameters; {named}", 100),
         f"{'shared' if plan.shares_prompts else 'plain'} teacher pass; {plan.at_once:.0f} rollouts "
         "decoded at a time per GPU; all of full length, no communication",
-        "",
-        _table("GiB per GPU", memory),
-        "",
-        _table("seconds per step", seconds),
+        *(f"\n{t.rename_axis(columns=what).to_string(**shown)}" for what, t in tables.items()),
         f"RLSD / GRPO: {plan.step() / plan.grpo.step():.3f} in time; speeds: {plan.speeds}",
         "",
         f"RLSD {'fits' if plan.fits else 'does NOT fit'}: peak {plan.peak():.1f} of "
@@ -382,9 +367,3 @@ def describe(plan: Plan, title: str) -> str:
             f"rollout of {plan.prompt_length + plan.max_completion_length} tokens."
         )
     return "\n".join(lines)
-
-
-def _table(title: str, columns: dict[str, pd.Series]) -> str:
-    table = pd.DataFrame(columns).reindex(columns["RLSD"].index)  # GRPO's rows and more
-    shown = table.rename_axis(columns=title)
-    return shown.to_string(float_format="{:.2f}".format, na_rep="-")

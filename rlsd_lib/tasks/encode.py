@@ -11,7 +11,15 @@ from typing import Any
 
 from datasets import Dataset, Image, List
 from PIL import Image as PillowImage
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import PreTokenizer
+from transformers import (
+    BatchFeature,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 from trl.data_utils import prepare_multimodal_messages
 
 from rlsd_lib.prompts import COLUMN, Prompt, count_images, teacher_prompt
@@ -23,6 +31,22 @@ Processing = PreTrainedTokenizerBase | ProcessorMixin
 def tokenizer_of(processing: Processing) -> PreTrainedTokenizerBase:
     """Return the tokenizer itself, or the processor's."""
     return processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
+
+
+def word_tokenizer(
+    words: Sequence[str], split: PreTokenizer, **options: Any
+) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token for each of `words`, which begin with padding and the end.
+
+    `split` cuts a text into words, `options` go to `PreTrainedTokenizerFast`. Padding is on the left;
+    without an `unk_token`, encoding any other word raises.
+    """
+    vocabulary = {word: index for index, word in enumerate(words)}
+    unknown = options.get("unk_token", "<unknown word>")
+    backend = Tokenizer(WordLevel(vocabulary, unk_token=unknown))
+    backend.pre_tokenizer = split
+    named = {"pad_token": words[0], "eos_token": words[1], "padding_side": "left", **options}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
 
 
 def messages_of(row: Mapping[str, Any]) -> Prompt:

@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from rlsd_lib.names import check_fields
 from rlsd_lib.tasks.cache import write_once
+from rlsd_lib.tasks.encode import word_tokenizer
 from rlsd_lib.tasks.lab.arithmetic import (
     PRIVILEGED_TEMPLATE,
     TOKEN,
@@ -37,38 +40,36 @@ CHAT_TEMPLATE = (
 )
 
 CORPUS = 2  # counts the ways in which the corpus has been written; a cached lab is of one of them
-SHARES = ("nuisance", "hard_share", "easy_rate", "referenced_share", "trace_share", "quote_share")
+Count = Annotated[int, lambda value: value >= 1, "a count >= 1"]
+Share = Annotated[float, lambda value: 0 <= value <= 1, "a share in [0, 1]"]
+Dial = Annotated[float, lambda value: 0 <= value < 1, "a share in [0, 1)"]
 
 
 @dataclass(frozen=True)
 class LabRecipe:
     """Everything that decides the lab's weights."""
 
-    digits: int = 3  # digits per number; a chain has as many columns
-    nuisance: float = 0.35  # the dial: expected share of filler words among a chain's tokens
+    digits: Count = 3  # digits per number; a chain has as many columns
+    nuisance: Dial = 0.35  # the dial: expected share of filler words among a chain's tokens
     column_facts: bool = False  # 110 facts for each column, not 110 that all columns share
-    hard_share: float = 0.33  # share of the facts that the corpus is unreliable about
+    hard_share: Share = 0.33  # share of the facts that the corpus is unreliable about
     hard_low: float = 0.2  # error rates of those facts are uniform between this ...
     hard_high: float = 0.85  # ... and this; above 0.5 the wrong sum is the likelier one
-    easy_rate: float = 0.01  # error rate of the other facts
-    referenced_share: float = 0.6  # share of the corpus that shows a reference, and is right
-    trace_share: float = 0.3  # share of the batches whose references are whole right chains
-    quote_share: float = 0.5  # share of the referenced chains that open by quoting the answer
+    easy_rate: Share = 0.01  # error rate of the other facts
+    referenced_share: Share = 0.6  # share of the corpus that shows a reference, and is right
+    trace_share: Share = 0.3  # share of the batches whose references are whole right chains
+    quote_share: Share = 0.5  # share of the referenced chains that open by quoting the answer
     style_tilt: float = 0.0  # log-odds by which referenced chains prefer half of the filler words
     hidden_size: int = 128
-    layers: int = 2
-    steps: int = 800  # pretraining steps
+    layers: Count = 2
+    steps: Count = 800  # pretraining steps
     ramp_steps: int = 200  # over the first of them the dial rises from 0: calculation comes first
-    batch_size: int = 32  # chains per pretraining step
+    batch_size: Count = 32  # chains per pretraining step
     learning_rate: float = 3e-3  # peak; linear warm-up, then cosine to zero
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in SHARES:
-            if not 0 <= (value := getattr(self, name)) <= 1 or (name == "nuisance" and value == 1):
-                raise ValueError(f"{name} is {value}; it is a share, choose 0 <= {name} < 1")
-        if min(self.digits, self.steps, self.batch_size, self.layers) < 1:
-            raise ValueError(f"digits, layers, steps and batch_size must be at least 1: {self}")
+        check_fields(self)
 
     @property
     def max_completion_length(self) -> int:
@@ -122,17 +123,11 @@ def build_tokenizer(digits: int = 3) -> PreTrainedTokenizerFast:
     There is no token for an unknown word: encoding one raises, so that a prompt which the lab
     cannot read is noticed.
     """
-    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *vocabulary_of(digits)))}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown word>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(TOKEN), "isolated")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
+    words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(TOKEN), "isolated")]
+    return word_tokenizer(
+        (*SPECIALS, *vocabulary_of(digits)),
+        pre_tokenizers.Sequence(words),
         extra_special_tokens=list(SPECIALS[2:]),
-        padding_side="left",
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=512,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from transformers import (
     BaseVideoProcessor,
     PreTrainedTokenizerFast,
@@ -28,7 +28,7 @@ from transformers.utils import PushToHubMixin
 
 from rlsd_lib.tasks import mmfinereason
 from rlsd_lib.tasks.cache import write_once
-from rlsd_lib.tasks.encode import encode, messages_of
+from rlsd_lib.tasks.encode import encode, messages_of, word_tokenizer
 from rlsd_lib.tasks.task import Task
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
@@ -127,19 +127,15 @@ def build_tokenizer(
 
     `options` go to `PreTrainedTokenizerFast`.
     """
-    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *string.printable])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="</s>",
+    tokenizer = word_tokenizer(
+        (*SPECIALS, *string.printable),
+        pre_tokenizers.Split("", "isolated"),
         unk_token="<unk>",
         extra_special_tokens=[*SPECIALS[2:5], *special],
-        padding_side="left",
         **{"chat_template": CHAT_TEMPLATE, **options},
     )
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    return tokenizer
 
 
 def build_processor() -> Qwen3VLProcessor:
