@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["rlsd_lib.experiment.experiment"])
 
 
+def process(target: Callable[..., Any], *args: Any) -> BaseProcess:
+    """A process of the server's, not started; the server is, where there is none."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Libraries read these when they are imported.
+        for name, value in {**KERNEL, "DS_ACCELERATOR": "cpu"}.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return FORKS.Process(target=target, args=args)
+
+
 class Forked:
     """`target(*args)` in a process group of its own, with what is used of `subprocess.Popen`."""
 
@@ -34,13 +45,8 @@ class Forked:
     def __init__(
         self, target: Callable[..., Any], *args: Any, env: Mapping[str, str], errors: Path | None
     ) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            # Libraries read these when they are imported.
-            for name, value in {**KERNEL, "DS_ACCELERATOR": "cpu"}.items():
-                patch.setenv(name, value)
-            forkserver.ensure_running()
         ready, ours = FORKS.Pipe(duplex=False)
-        self._process = FORKS.Process(target=_run, args=(ours, dict(env), errors, target, *args))
+        self._process = process(_run, ours, dict(env), errors, target, *args)
         self._process.start()
         ours.close()
         ready.recv()  # before that a signal to its group would go to the group of the server

@@ -30,14 +30,13 @@ NOTEBOOKS = (
     "15_rlsd",
     "16_credits",
 )
-# Their kernels start from nothing, as a user's do; so does one that launches processes.
+# Their kernels start from nothing, as a user's do.
 COLD = {"00_tour", "40_qwen3_vl"}
 
 
 def execute(name: str, parameters: Mapping[str, Any], folder: Path, **options: Any) -> Path:
     """`execute_notebook`, in a forked kernel where the start is not what is tested."""
-    cold = name in COLD or "num_processes" in parameters
-    with nullcontext() if cold else forked_kernels():
+    with nullcontext() if name in COLD else forked_kernels():
         return execute_notebook(name, parameters, run_dir=folder, **options)
 
 

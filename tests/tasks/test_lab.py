@@ -1,6 +1,5 @@
 """The lab: its language, its corpus, its cache; its full recipe in a slow test."""
 
-import multiprocessing
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -8,6 +7,7 @@ from random import Random
 import pytest
 import tiny
 import torch
+from forked import process
 
 from rlsd_lib.measure.evaluate import evaluate
 from rlsd_lib.tasks import load_task
@@ -115,8 +115,7 @@ def test_pretraining_is_cached_and_repeats_itself(tmp_path):
 
 
 def test_processes_that_start_at_once_do_not_collide(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=load_lab, args=(tmp_path, TINY)) for _ in range(2)]
+    workers = [process(load_lab, tmp_path, TINY) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -135,10 +134,13 @@ def test_an_interrupted_pretraining_leaves_nothing_to_read(tmp_path, monkeypatch
 def test_recipes_differ_in_their_digest_and_are_checked():
     digests = {LabRecipe().digest(), replace(LabRecipe(), seed=1).digest(), TINY.digest()}
     assert len(digests) == 3
-    with pytest.raises(ValueError, match="nuisance is 1"):
-        LabRecipe(nuisance=1.0)
-    with pytest.raises(ValueError, match="at least 1"):
-        LabRecipe(steps=0)
+    for value, said in (
+        ({"nuisance": 1.0}, r"nuisance=1\.0: expected a share in \[0, 1\)"),
+        ({"hard_share": 1.5}, r"hard_share=1\.5: expected a share in \[0, 1\]"),
+        ({"steps": 0}, "steps=0: expected a count >= 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            LabRecipe(**value)
 
 
 @pytest.mark.slow
