@@ -54,6 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     pairs = options.pairs if count is None else [*options.pairs, f"num_processes={count}"]
     given = _parse_pairs(pairs, read_parameters(source))
     full = complete(source, given)
+    _say_edits(source, given)
     if options.accelerate:
         os.environ["RLSD_ACCELERATE"] = options.accelerate  # read by `launch`, in the kernel
     if options.dry_run:
@@ -78,6 +79,15 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _say_edits(source: Path, given: Mapping[str, Any]) -> None:
+    """Say which defaults of a notebook decide this run and are not those that were committed."""
+    from rlsd_lib.runs.parameters import edited_defaults
+
+    edits = {k: pair for k, pair in edited_defaults(source).items() if k not in given}
+    for name, (committed, now) in edits.items():
+        print(f"{source.name}: {name}={now!r} by its parameters cell, committed: {committed!r}")
+
+
 def _suite(options: argparse.Namespace) -> int:
     from rlsd_lib.runs.processes import on_sigterm, terminate_children
     from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan, settle
@@ -85,6 +95,9 @@ def _suite(options: argparse.Namespace) -> int:
     changes = _parse_pairs(options.pairs)
     jobs = jobs_of(options.name, changes)
     print(f"{options.name}: {SUITES[options.name].purpose}")
+    first = {job.notebook: job.parameters for job in jobs}
+    for notebook, given in first.items():
+        _say_edits(find_notebook(notebook), given)
     if changes:  # a suite as it stands is known to resolve
         _check_that_they_resolve(jobs)
     if options.jobs is None:

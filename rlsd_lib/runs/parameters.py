@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlsd_lib.names import nearest
+from rlsd_lib.runs.provenance import git
 
 _TYPES = {kind.__name__: kind for kind in (str, int, float, bool, dict, list)}
 
@@ -32,7 +33,24 @@ def read_parameters(source: Path) -> dict[str, Parameter]:
         ValueError: there is not exactly one cell tagged "parameters", or a line in it is not
             `name: type = literal`.
     """
-    cells = json.loads(source.read_text())["cells"]  # nbformat takes a second to import
+    return _declared(source, source.read_text())
+
+
+def edited_defaults(source: Path) -> dict[str, tuple[Any, Any]]:
+    """Defaults that differ from those of git's HEAD, by name: (committed, now).
+
+    Empty where HEAD has no such notebook; a parameter that HEAD does not declare is left out.
+    """
+    committed = git(source.parent, "show", f"HEAD:./{source.name}")
+    if committed is None:
+        return {}
+    before, now = _declared(source, committed), read_parameters(source)
+    pairs = {name: (before[name].default, now[name].default) for name in now if name in before}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _declared(source: Path, text: str) -> dict[str, Parameter]:
+    cells = json.loads(text)["cells"]  # nbformat takes a second to import
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
     if len(tagged) != 1:
         raise ValueError(f'{source.name}: {len(tagged)} cells tagged "parameters", expected one')

@@ -15,16 +15,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NEUTRAL = {"overrides": {}, "max_steps": -1, "control": "none", "num_processes": 1}
 
 
-def project_root() -> Path | None:
-    """The nearest folder, from here upwards, that holds a pyproject.toml."""
-    here = Path.cwd()
-    return next((f for f in (here, *here.parents) if (f / "pyproject.toml").is_file()), None)
-
-
 def outputs_root() -> Path:
-    """Where run folders go: RLSD_OUTPUTS if set, else `outputs` in the project, else here."""
-    told = os.environ.get("RLSD_OUTPUTS")
-    return Path(told).resolve() if told else (project_root() or Path.cwd()) / "outputs"
+    """Where runs and caches lie: RLSD_OUTPUTS if set, else `outputs` in the clone, else here.
+
+    The clone is that of the installed package, wherever one stands: a notebook that is opened in
+    another folder must not pretrain the lab again, and its runs lie beside those of `rlsd run`.
+    """
+    if told := os.environ.get("RLSD_OUTPUTS"):
+        return Path(told).resolve()
+    is_clone = (REPOSITORY / "pyproject.toml").is_file()  # not so where a wheel is installed
+    return (REPOSITORY if is_clone else Path.cwd()) / "outputs"
 
 
 def default_run_dir(group: str, parameters: Mapping[str, Any]) -> Path:
@@ -73,7 +73,7 @@ def find_notebook(name_or_path: str | Path) -> Path:
     """
     given = Path(name_or_path)
     file = given if given.suffix == ".ipynb" else given.with_name(given.name + ".ipynb")
-    folders = [root / "notebooks" for root in (project_root(), REPOSITORY) if root]
+    folders = [root / "notebooks" for root in (Path.cwd(), REPOSITORY)]
     for candidate in (file, *(folder / file for folder in folders)):
         if candidate.is_file():
             return candidate.resolve()

@@ -50,17 +50,23 @@ def git_state(root: Path = REPOSITORY) -> dict[str, Any]:
     included; other files change no result.
     """
     # Without the lock that `git status` takes: killed with the run it would block the next commit.
-    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--", *CODE]
-    unknown = {"commit": None, "dirty": None}
-    if not (root / "pyproject.toml").is_file():  # installed as a wheel: the folder is not ours
-        return unknown
-    try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return unknown
-    lines = done.stdout.splitlines()
+    words = ["--no-optional-locks", "status", "--porcelain=v2", "--branch", "--", *CODE]
+    # Where a wheel is installed the folder is not ours.
+    said = git(root, *words) if (root / "pyproject.toml").is_file() else None
+    if said is None:
+        return {"commit": None, "dirty": None}
+    lines = said.splitlines()
     commit = lines[0].removeprefix("# branch.oid ")
     return {"commit": commit, "dirty": not all(line.startswith("# ") for line in lines)}
+
+
+def git(folder: Path, *words: str) -> str | None:
+    """What `git WORDS` prints in `folder`; None where it fails, or where there is no git."""
+    try:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def package_versions() -> dict[str, str | None]:

@@ -14,9 +14,11 @@ lock file is deleted, and two hosts should not start the same directory in the s
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +60,8 @@ class Run:
 
         Under `rlsd run` the runner owns the directory, and its kernel attaches. In other kernels
         an exception in a later cell marks the run failed, and the cell that starts a run may be
-        executed again: it begins an unfinished run of this kernel anew.
+        executed again: it begins an unfinished run of this kernel anew. What another process has
+        left in the default directory stays, and the run gets a directory beside it.
 
         Args:
             run_dir: the directory; "" means the default, see `paths.default_run_dir`.
@@ -81,10 +84,11 @@ class Run:
             return run
         group = source.stem if source else "runs"
         path = Path(run_dir or paths.default_run_dir(group, parameters)).resolve()
+        if get_ipython() and not run_dir and if_exists == "raise":
+            path = _beside(path)
         found = records.manifest_or_none(path)
-        mine = _STARTED.get(path) if get_ipython() else None
-        if mine and mine._is_open():
-            mine._lock.release(force=True)
+        if get_ipython() and _is_ours(path):
+            _STARTED[path]._lock.release(force=True)
         else:
             _check_allowed(path, if_exists)
         attempt = found["attempt"] + 1 if found else 1
@@ -213,6 +217,20 @@ class Run:
             self.fail(f"{type(error).__name__}: {error}")
 
 
+def _beside(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... with no run but an open one of this kernel."""
+    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    free = next(name for name in names if _is_ours(name) or records.state_of(name) is None)
+    if free != path:
+        state = records.state_of(path)
+        sys.stdout.write(f"{path.name} is kept ({state}); this run goes to {free}\n")
+    return free
+
+
+def _is_ours(path: Path) -> bool:
+    return path in _STARTED and _STARTED[path]._is_open()
+
+
 def _check_allowed(path: Path, if_exists: str) -> None:
     if if_exists not in IF_EXISTS:
         raise ValueError(f"if_exists={if_exists!r}: expected one of {', '.join(IF_EXISTS)}")
@@ -226,9 +244,11 @@ def _check_allowed(path: Path, if_exists: str) -> None:
     if if_exists == "resume" and state == "finished":
         raise FileExistsError(f"{path} is finished: there is nothing to resume")
     if if_exists == "raise" and state is not None:
+        resume = 'if_exists="resume" (--if-exists resume) goes on with it; '
+        again = resume if state != "finished" else ""
         raise FileExistsError(
-            f"{path} already holds a run ({state}). Choose another run_dir, or say "
-            'if_exists="overwrite" (--if-exists overwrite) to replace it'
+            f'{path} already holds a run ({state}). {again}if_exists="overwrite" '
+            "(--if-exists overwrite) replaces it; or choose another run_dir"
         )
 
 

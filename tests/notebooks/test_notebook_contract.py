@@ -114,6 +114,14 @@ def test_a_family_shares_every_cell_but_its_own(family: tuple[str, ...]) -> None
         assert list(read_parameters(other)) == list(read_parameters(first)), other.stem
 
 
+def test_a_training_notebook_names_the_folder_of_its_runs() -> None:
+    """By hand and by `rlsd run`, its runs lie in one place."""
+    for path in (p for p in NOTEBOOKS if p.name[0] in "124"):
+        cells = nbformat.read(path, as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        assert set(re.findall(r'\bnotebook ?= ?"(\w+)"', code)) == {path.stem}
+
+
 def test_a_collapsed_policy_is_told_and_measured(capsys) -> None:
     """A run that stopped here would be missing from every table, by its own outcome."""
     [checks] = [cell for cell in shared_code(FOLDER / "15_rlsd.ipynb") if "a step is mis" in cell]

@@ -14,6 +14,7 @@ from conftest import FINISH, START, NotebookMaker
 from rlsd_lib.runs import execute
 from rlsd_lib.runs.execute import NotebookError, execute_notebook
 from rlsd_lib.runs.records import read_lines, read_runs, state_of
+from rlsd_lib.runs.run import Run
 
 
 def test_a_notebook_runs_from_a_foreign_folder_inside_its_run_directory(
@@ -93,6 +94,27 @@ def test_plain_papermill_claims_by_itself_and_may_run_the_start_cell_again(
     with pytest.raises(papermill.PapermillExecutionError, match="FileExistsError"):
         papermill.execute_notebook(*words, progress_bar=False)
     assert state_of(tmp_path / "a") == "finished"
+
+
+def test_plain_papermill_runs_a_notebook_as_often_as_one_likes(
+    make_notebook: NotebookMaker, tmp_path: Path
+) -> None:
+    # In the default directory, where nobody has chosen what is there; and the start cell twice.
+    fails = make_notebook("fails", cells=(START, START, "1 / 0"))
+    works = make_notebook("works", cells=(START, START, FINISH))
+    with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
+        papermill.execute_notebook(fails, tmp_path / "out.ipynb", progress_bar=False)
+    for _ in range(2):
+        done = papermill.execute_notebook(works, tmp_path / "out.ipynb", progress_bar=False)
+    runs = read_runs(tmp_path / "outputs").runs
+    assert runs["group"].tolist() == ["runs"] * 3
+    assert runs["status"].tolist() == ["failed", "finished", "finished"]
+    first, second, third = runs["name"]
+    assert (second, third) == (f"{first}-2", f"{first}-3")
+    said = [cell.outputs[0].text for cell in done.cells[1:3]]
+    assert said == [f"{first} is kept (failed); this run goes to {runs['path'][2]}\n"] * 2
+    with pytest.raises(FileExistsError, match=r"failed.*--if-exists resume"):  # batches are strict
+        Run.start(parameters={"method": "rlsd", "seed": 0, "rate": 1e-5, "overrides": {}})
 
 
 def test_a_cell_that_raises_under_plain_papermill_fails_the_run(

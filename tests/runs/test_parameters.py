@@ -1,14 +1,23 @@
 """Parameters: read from the notebook's cell, judged before anything runs, typed on a command line."""
 
+import subprocess
 from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import NotebookMaker
 
+from rlsd_lib.__main__ import main
 from rlsd_lib.runs import paths
 from rlsd_lib.runs.execute import execute_notebook
-from rlsd_lib.runs.parameters import Parameter, as_text, complete, parse_value, read_parameters
+from rlsd_lib.runs.parameters import (
+    Parameter,
+    as_text,
+    complete,
+    edited_defaults,
+    parse_value,
+    read_parameters,
+)
 
 
 def test_a_wrong_parameter_is_refused_before_anything_is_written(
@@ -25,6 +34,23 @@ def test_a_wrong_parameter_is_refused_before_anything_is_written(
         with pytest.raises(error, match=message):
             execute_notebook(source, given, run_dir=tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_parameters_cell_that_was_edited_is_told_and_not_silent(
+    make_notebook: NotebookMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_notebook(cells=("1 + 1",))
+    assert edited_defaults(source) == {}  # no checkout
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["init"], ["add", source.name], ["commit", "-m", "one"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True, capture_output=True)
+    assert edited_defaults(source) == {}
+    source.write_text(source.read_text().replace("seed: int = 0", "seed: int = 3"))
+    assert edited_defaults(source) == {"seed": (0, 3)}
+    for pairs, is_said in (([], True), (["-p", "seed=5"], False)):
+        assert main(["run", str(source), *pairs]) == 0
+        said = capsys.readouterr().out
+        assert ("tiny.ipynb: seed=3 by its parameters cell, committed: 0" in said) is is_said
 
 
 def test_a_field_that_is_given_as_a_parameter_is_told_where_it_goes(

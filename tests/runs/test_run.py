@@ -278,15 +278,15 @@ def test_the_default_directory_is_the_same_for_the_same_parameters(tmp_path: Pat
     )
 
 
-def test_outputs_stand_in_the_project_of_the_current_folder(
+def test_outputs_stand_in_the_clone_wherever_one_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RLSD_OUTPUTS")
-    inner = tmp_path / "project" / "notebooks"
-    inner.mkdir(parents=True)
-    (tmp_path / "project" / "pyproject.toml").touch()
-    monkeypatch.chdir(inner)
-    assert paths.outputs_root() == tmp_path / "project" / "outputs"
+    (tmp_path / "pyproject.toml").touch()  # of a project that is not the clone
+    monkeypatch.chdir(tmp_path)
+    assert paths.outputs_root() == paths.REPOSITORY / "outputs"
+    monkeypatch.setattr(paths, "REPOSITORY", tmp_path / "site-packages")
+    assert paths.outputs_root() == tmp_path / "outputs"
 
 
 def test_a_run_that_ends_while_its_state_is_read_was_not_killed(
