@@ -6,20 +6,26 @@ that a typing mistake costs no second.
 
 import argparse
 import dataclasses
+import json
 import math
 import os
+import shlex
+import shutil
+import signal
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rlsd_lib.runs import NotebookError
-from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
+from rlsd_lib.runs import Interrupted, NotebookError
+from rlsd_lib.runs.paths import REPOSITORY, default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
     from rlsd_lib.runs.parameters import Parameter
@@ -29,23 +35,38 @@ MACHINES = Path("tables", "machines")  # in the outputs: what was run on which m
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 (a run failed) or 2 (bad input)."""
-    options = parser().parse_args(argv)
+    """Run the command line; returns the exit status.
+
+    0, 1 (a run failed), 2 (bad input) or 130 (stopped by ctrl-C or a SIGTERM, and can go on).
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = parser().parse_args(words)
+    go_on = shlex.join(["rlsd", *words, *options.resume_with])
     try:
         return options.command(options)
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
-        print(f"rlsd: {error}", file=sys.stderr)
+        _complain(f"rlsd: {error}")
         return 2
-    except NotebookError as error:  # in a line: the traceback is in the notebook
-        print(f"rlsd: failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("rlsd: interrupted", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as error:
+        _complain(f"\nrlsd: interrupted: {str(error) or 'at once'}\ngo on with\n  {go_on}")
         return 130
+    except NotebookError as error:  # in a line: the traceback is in the notebook
+        _complain(f"rlsd: failed: {error}")
+        return 1
+
+
+def _complain(text: str) -> None:
+    """Write to stderr, on a terminal in lines that fit."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        whole = {"break_long_words": False, "break_on_hyphens": False}  # paths
+        text = "\n".join(textwrap.fill(line, width, **whole) for line in text.split("\n"))
+    print(text, file=sys.stderr)
 
 
 def _run(options: argparse.Namespace) -> int:
     from rlsd_lib.runs.execute import execute_notebook
+    from rlsd_lib.runs.follow import followed
     from rlsd_lib.runs.parameters import complete, read_parameters
     from rlsd_lib.runs.records import state_of
 
@@ -72,11 +93,42 @@ def _run(options: argparse.Namespace) -> int:
             print(f"{folder}: finished already, kept")
             return 0
         mode = "overwrite"
+    _check([full])
     print(f"{source.name} -> {folder}", flush=True)
     begun = time.monotonic()
-    execute_notebook(source, given, run_dir=folder, if_exists=mode)
-    print(f"finished in {_clock(time.monotonic() - begun)}")
+    with followed([folder]):
+        execute_notebook(source, given, run_dir=folder, if_exists=mode)
+    print(f"finished in {_clock(time.monotonic() - begun)}{_accuracies(folder)}")
+    print(f"lies in  {folder}")
+    print(f"open     {_short(folder / source.name)}, or: rlsd table {_short(folder.parent)}")
     return 0
+
+
+def _check(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Judge training runs before anything exists, and say what of them changes nothing."""
+    from rlsd_lib.experiment.judged import judged
+
+    for line in judged(runs):
+        print(f"note: {line}", flush=True)
+
+
+def _accuracies(folder: Path) -> str:
+    """Accuracy before and after with 95 % intervals, where a run has them."""
+    from rlsd_lib.measure.intervals import Interval
+
+    file, ends = folder / "metrics.json", ("", "_low", "_high")
+    metrics = json.loads(file.read_text()) if file.exists() else {}
+    found = [
+        f"{Interval(*(metrics.get(f'accuracy_{when}{end}', math.nan) for end in ends)):.2f} {when}"
+        for when in ("before", "after")
+        if f"accuracy_{when}" in metrics
+    ]
+    return "".join([", accuracy ", ", ".join(found)] if found else [])
+
+
+def _short(path: Path) -> Path:
+    """A path as one would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _say_edits(source: Path, given: Mapping[str, Any]) -> None:
@@ -89,6 +141,10 @@ def _say_edits(source: Path, given: Mapping[str, Any]) -> None:
 
 
 def _suite(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from rlsd_lib.runs.follow import followed
+    from rlsd_lib.runs.parameters import complete
     from rlsd_lib.runs.processes import on_sigterm, terminate_children
     from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan, settle
 
@@ -99,7 +155,7 @@ def _suite(options: argparse.Namespace) -> int:
     for notebook, given in first.items():
         _say_edits(find_notebook(notebook), given)
     if changes:  # a suite as it stands is known to resolve
-        _check_that_they_resolve(jobs)
+        _check([complete(find_notebook(job.notebook), job.parameters) for job in jobs])
     if options.jobs is None:
         options.jobs = len(jobs) if options.submitit == "slurm" else 1
     if options.jobs < 1:
@@ -118,9 +174,11 @@ def _suite(options: argparse.Namespace) -> int:
 
     def leave() -> None:  # start nothing more; what runs may still save and stop
         terminate_children()
+        print("\nstopping; runs in training save a checkpoint first", file=sys.stderr)
         raise KeyboardInterrupt
 
-    with on_sigterm(leave):
+    folders = [job.run_dir for job in rest]
+    with on_sigterm(leave), on_sigterm(leave, signal.SIGINT), followed(folders):
         for count, outcome in enumerate(chain(settled, outcomes), 1):
             line = f"[{count}/{len(jobs)}] {outcome.job.run_dir.name}: {outcome.status}"
             if outcome.seconds:
@@ -128,23 +186,15 @@ def _suite(options: argparse.Namespace) -> int:
                 rounds = math.ceil((len(jobs) - count) / options.jobs)
                 line += f" in {_clock(outcome.seconds)}"
                 line += f", about {_clock(rounds * fmean(took))} left" if rounds else ""
-            print(line, flush=True)
+            tqdm.write(line)  # above the bars
             missing += [outcome] if outcome.status not in ("done", "kept") else []
     for outcome in missing:
         print(f"{outcome.status}: {outcome.job.run_dir}\n{outcome.error}", file=sys.stderr)
     if any(outcome.status == "failed before" for outcome in missing):
         print("failed before: --retry-failed makes them again", file=sys.stderr)
+    folder = _short(jobs[0].run_dir.parent)
+    print(f"lies in  {folder}\nopen     rlsd table {folder}, or: rlsd report {options.name}")
     return 1 if missing else 0
-
-
-def _check_that_they_resolve(jobs: "Sequence[Job]") -> None:
-    from rlsd_lib.experiment.presets import RunParameters
-    from rlsd_lib.runs.parameters import complete
-
-    for job in jobs:
-        full = complete(find_notebook(job.notebook), job.parameters)
-        if "method" in full and "preset" in full:
-            RunParameters.of(full).resolve()
 
 
 def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":
@@ -160,6 +210,38 @@ def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[O
     from rlsd_lib.runs.suites import run_jobs
 
     return run_jobs(jobs, options.jobs, mode)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from rlsd_lib.experiment.controls import CONTROLS
+    from rlsd_lib.experiment.presets import PRESETS
+    from rlsd_lib.methods import METHODS
+    from rlsd_lib.runs.parameters import as_text, read_parameters
+    from rlsd_lib.runs.suites import SUITES
+
+    notebooks = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+    parts = {
+        "notebooks (rlsd run NAME -p PARAMETER=VALUE)": {
+            file.stem: ", ".join(
+                f"{p.name}={as_text(p.default)}" for p in read_parameters(file).values()
+            )
+            for file in notebooks
+        },
+        "suites (rlsd suite NAME)": {name: suite.purpose for name, suite in SUITES.items()},
+        "presets (-p preset=NAME)": {name: preset.summary for name, preset in PRESETS.items()},
+        "methods (-p method=NAME)": {name: row.summary for name, row in METHODS.items()},
+        "controls (-p control=NAME): what the teacher reads": CONTROLS,
+    }
+    for title, entries in parts.items():
+        print(f"{title}\n")
+        for name, said in entries.items():
+            print(
+                textwrap.fill(
+                    f"{name:<20} {said}", 79, initial_indent="  ", subsequent_indent=" " * 23
+                )
+            )
+        print()
+    return 0
 
 
 def _clock(seconds: float) -> timedelta:
@@ -291,9 +373,17 @@ def parser() -> argparse.ArgumentParser:
     """The sub-commands and their options; `command` of what it parses is the function to call."""
     purpose = "Run a notebook or a suite, read runs back as a table, measure and plan the cost."
     words = argparse.ArgumentParser(prog="rlsd", description=purpose)
+    words.add_argument("--version", action="version", version=f"rlsd {version('rlsd-lib')}")
     commands = words.add_subparsers(required=True, metavar="COMMAND")
 
-    run = _command(commands, _run, "run one notebook in a run directory of its own")
+    run = _command(
+        commands,
+        _run,
+        "run one notebook in a run directory of its own",
+        "rlsd run 15_rlsd -p preset=smoke",
+        """rlsd run 15_rlsd -p seed=1 -p overrides='{"epsilon_w": 0.5}'""",
+    )
+    run.set_defaults(resume_with=("--if-exists", "resume"))
     run.add_argument("notebook", help='a path, or a name such as "15_rlsd"')
     _add_pairs(run, "a parameter of the notebook")
     run.add_argument("--num-processes", type=int, metavar="N", help="as -p num_processes=N")
@@ -304,7 +394,14 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--if-exists", choices=modes, default="raise", help=kept)
     run.add_argument("--dry-run", action="store_true", help="check it and say what it would do")
 
-    suite = _command(commands, _suite, "run a named set of runs; finished ones are kept")
+    suite = _command(
+        commands,
+        _suite,
+        "run a named set of runs; finished ones are kept",
+        "rlsd suite demo --jobs 2",
+        "rlsd suite paper --list",
+    )
+    suite.set_defaults(resume_with=("--resume",))
     suite.add_argument("name")
     _add_pairs(suite, "a parameter of every notebook")
     suite.add_argument("--jobs", type=int, metavar="N", help="at a time (default: 1, on slurm all)")
@@ -315,28 +412,66 @@ def parser() -> argparse.ArgumentParser:
     asked = "what submitit asks the cluster for, such as timeout_min or gpus_per_node"
     _add_pairs(suite, asked, "--submitit-options")
 
-    table = _command(commands, _table, "a table with intervals over run directories")
+    table = _command(
+        commands,
+        _table,
+        "show run directories as a table with intervals",
+        "rlsd table outputs/demo",
+        "rlsd table outputs/paper --against grpo --format csv",
+    )
     table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
     table.add_argument("--against", metavar="METHOD", help="paired differences from this method")
     table.add_argument("--paper", metavar="PRESET", help="instead: the paper's Table 2 with ours")
     table.add_argument("--machines", action="store_true", help="instead: what was run on what")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 
-    headroom = _command(commands, _headroom, "who learns faster, by how many rollouts, over labs")
+    headroom = _command(
+        commands,
+        _headroom,
+        "show who learns faster, by how many rollouts, over labs",
+        "rlsd headroom outputs/headroom outputs/credits --preset lab-credit",
+        "rlsd headroom outputs/rates --rates",
+    )
     headroom.add_argument("folder", nargs="*", help="one or several (default: outputs/headroom)")
     headroom.add_argument("--preset", help="only its runs")
     headroom.add_argument("--against", default="grpo", metavar="ARM", help="whom to compare with")
     headroom.add_argument("--rates", action="store_true", help="instead: each method's best rate")
 
-    report = _command(commands, _report, "one page with a suite's tables and figures")
+    report = _command(
+        commands,
+        _report,
+        "write one page with a suite's tables and figures",
+        "rlsd report demo",
+        "rlsd report outputs/paper",
+    )
     report.add_argument("suite", help="a suite that was run, or a folder of runs")
 
-    plan = _command(commands, _plan, "memory and cost of a preset on GPUs, by arithmetic")
+    _command(
+        commands,
+        _list,
+        "list notebooks with their parameters, presets, suites, methods and controls",
+        "rlsd list",
+        "rlsd list | grep lab",
+    )
+
+    plan = _command(
+        commands,
+        _plan,
+        "say by arithmetic what memory and time a preset takes on GPUs",
+        "rlsd plan --preset qwen3-vl-8b --gpus 8",
+        "rlsd plan --preset qwen3-text -p max_completion_length=1200",
+    )
     plan.add_argument("--preset", required=True)
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="of all nodes")
     _add_pairs(plan, "a setting or speed, such as max_completion_length, gpu_memory or mfu")
 
-    bench = _command(commands, _bench, "step time and memory of RLSD beside GRPO, as ratios")
+    bench = _command(
+        commands,
+        _bench,
+        "measure step time and memory of RLSD beside GRPO, as ratios",
+        "rlsd bench --preset smoke --steps 5",
+        'rlsd bench --against GRPO RLSD "TRL SDPO" -p prompt=512',
+    )
     bench.add_argument("--preset", default="lab")
     bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
     bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
@@ -349,9 +484,18 @@ def parser() -> argparse.ArgumentParser:
     return words
 
 
-def _command(commands: Any, function: Callable, purpose: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(function.__name__.removeprefix("_"), help=purpose)
-    parser.set_defaults(command=function)
+def _command(
+    commands: Any, function: Callable, purpose: str, *examples: str
+) -> argparse.ArgumentParser:
+    """A sub-command: its name and purpose, in a sentence, and what one may type."""
+    parser = commands.add_parser(
+        function.__name__.removeprefix("_"),
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=function, resume_with=())
     return parser
 
 

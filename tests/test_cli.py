@@ -10,6 +10,9 @@ import pytest
 from conftest import START, NotebookMaker
 
 from rlsd_lib.__main__ import main
+from rlsd_lib.experiment.controls import CONTROLS
+from rlsd_lib.experiment.presets import PRESETS
+from rlsd_lib.methods import METHODS
 from rlsd_lib.report.tables import make_table, settings_of
 from rlsd_lib.runs import suites
 from rlsd_lib.runs.records import read_runs, state_of
@@ -88,12 +91,35 @@ def test_the_command_is_installed_and_explains_itself(capsys: pytest.CaptureFixt
     words = [sys.executable, "-m", "rlsd_lib", "--help"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "usage: rlsd" in done.stdout
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("rlsd 0.")
     assert (Path(sys.executable).parent / "rlsd").exists()
-    for command in ("run", "suite", "table", "report", "plan", "bench"):
+    for command in ("run", "suite", "table", "headroom", "report", "list", "plan", "bench"):
         with pytest.raises(SystemExit) as left:
             main([command, "--help"])
         assert left.value.code == 0
-        assert f"usage: rlsd {command}" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"usage: rlsd {command}" in said
+        assert re.search(r"\n\n[A-Z][^.]+\.\n\n", said), "a sentence"
+        examples = said.split("examples:")[1].strip().splitlines()
+        assert [line.strip().startswith(f"rlsd {command}") for line in examples] == [True] * 2
+
+
+def test_everything_that_has_a_name_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    for names in (METHODS, PRESETS, CONTROLS, suites.SUITES, ("15_rlsd", "epsilon_w=0.2")):
+        assert all(re.search(rf"\b{re.escape(name)}\b", said) for name in names)
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_a_training_run_is_judged_before_a_directory_or_a_kernel_exists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "15_rlsd", "-p", "preset=smok"]) == 2
+    assert "Did you mean 'smoke'?" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
 
 
 # ---- suites -----------------------------------------------------------------------------------
@@ -153,12 +179,8 @@ def test_a_suite_is_checked_before_its_first_run(
     assert main(["suite", "demmo"]) == 2
     assert "Did you mean 'demo'" in capsys.readouterr().err
     assert main(["suite", "tiny", "--jobs", "0"]) == 2
-    for change, said in {
-        "preset=smok": "'smoke'",
-        'overrides={"epsilon": "x"}': "epsilon='x'",
-    }.items():
-        assert main(["suite", "demo", "-p", change, "--list"]) == 2
-        assert said in capsys.readouterr().err
+    assert main(["suite", "demo", "-p", 'overrides={"epsilon": "x"}', "--list"]) == 2
+    assert "epsilon='x'" in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
 
 

@@ -14,14 +14,14 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import PreTrainedModel, PrinterCallback
 
 from rlsd_lib.experiment.controls import apply_control
-from rlsd_lib.experiment.launch import accelerate_config, run_workers
+from rlsd_lib.experiment.launch import run_workers
 from rlsd_lib.experiment.presets import RunParameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
 from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer, last_checkpoint
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval, share_interval
-from rlsd_lib.measure.rollouts import Rollout, check_from_tasks, look, task_signals
+from rlsd_lib.measure.rollouts import Rollout, look, task_signals
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
 from rlsd_lib.runs import paths, provenance
@@ -29,7 +29,6 @@ from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
 from rlsd_lib.tasks.encode import within
 from rlsd_lib.tasks.models import Loaded, load_model
-from rlsd_lib.trainer.checks import check_processes
 
 # Of these, metrics.json keeps the mean over the last ten steps; of everything under rlsd/, the mean
 # over the steps with a teacher pass.
@@ -62,18 +61,14 @@ class Experiment:
         self, *, notebook: str | None = None, if_exists: str = "raise", **parameters: Any
     ) -> None:
         self.parameters = RunParameters(**parameters)
-        # Resolved once into nowhere, so that a bad value costs no directory.
-        resolved = self.parameters.resolve(processes=self.parameters.num_processes)
-        check_from_tasks(resolved.config)
-        check_processes([resolved.config.credit, resolved.config.weight], resolved.processes)
-        if self.parameters.num_processes > 1:
-            accelerate_config(resolved.preset.accelerate)
+        self.parameters.checked()  # into nowhere: a bad value costs no directory
         self.run = Run.start(
             self.parameters.run_dir,
             parameters=asdict(self.parameters),
             notebook=notebook,
             if_exists=if_exists,
         )
+        self.run.record(phase="loading the model (a lab is pretrained on first use)")
         self._prepare()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         if self.teacher_model is not None:
@@ -87,6 +82,7 @@ class Experiment:
             model=self.model.name_or_path or self.preset.model,
             data={name: provenance.fingerprint(rows) for name, rows in data.items()},
             evaluation={**self._sampling(), "greedy_samples": 1},
+            phase="ready",
             prompts_too_long=self.prompts_too_long,
         )
 
@@ -149,6 +145,8 @@ class Experiment:
             facts["lambda"] = f"{config.lambda_init}{f' over {steps} steps' if steps else ''}"
         if config.row.has_lambda and "epsilon_w" in config.row.asks:
             facts["epsilon_w"] = str(config.epsilon_w)
+        if idle := self.parameters.idle(config):
+            facts["changes nothing"] = "; ".join(idle)
         facts["parameters"] = f"{self.model.num_parameters():,}"
         facts |= {"processes": processes} if processes > 1 else {}
         facts["run directory"] = self.run.path.name
@@ -178,6 +176,7 @@ class Experiment:
         the greedy accuracy, and where the task knows its right chains the probability of one, by
         importance sampling. Problems are resampled; the leak rate counts one completion per problem.
         """
+        self.run.record(phase=f"evaluating {when}")
         settings, measured = self._sampling(), (self.model, self.tokenizer, self.task)
         once = {**settings, "num_samples": 1, "temperature": 0.0}
         # Training leaves its autocast on the model's forward; before and after must not differ.
@@ -230,6 +229,7 @@ class Experiment:
             RuntimeError: a launched process failed.
             Stopped: after a SIGTERM; a checkpoint is written, and the run can be resumed.
         """
+        self.run.record(phase="training")
         if self.parameters.num_processes == 1:
             trained = self.train_here(save=self.preset.save_model)
         else:

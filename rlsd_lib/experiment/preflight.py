@@ -5,7 +5,7 @@ only on the hub is noted as not checked.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +17,13 @@ from rlsd_lib.experiment.controls import apply_control
 from rlsd_lib.experiment.launch import accelerate_config, launch_command
 from rlsd_lib.experiment.plan import FIELDS, describe, plan_of
 from rlsd_lib.experiment.presets import Preset, Resolved, RunParameters, resolve_preset
-from rlsd_lib.measure.rollouts import check_from_tasks
 from rlsd_lib.methods import PRIVILEGED, PROMPT
 from rlsd_lib.runs.parameters import as_text, complete
 from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.tasks import DATA, Task
 from rlsd_lib.tasks.encode import Processing, prompt_lengths, within
 from rlsd_lib.tasks.lab import model as lab
-from rlsd_lib.trainer.checks import check_arguments, check_processes, check_wrong_references
+from rlsd_lib.trainer.checks import check_arguments, check_wrong_references
 from rlsd_lib.trainer.config import RLSDConfig
 
 
@@ -69,6 +68,7 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
     preset = run.preset
     found = Findings([f"{notebook}: {preset.summary}", *_settings(run)])
     found.checked += ["method, preset, overrides and control exist", _batch_in_words(run)]
+    found.lines += [f"note: {line}" for line in RunParameters.of(parameters).idle(run.config)]
     config, processing = _local_model(preset)
     if config is None:
         found.unseen.append(f"{preset.model} is not on this machine: positions, prompt lengths")
@@ -103,10 +103,24 @@ def resolve(parameters: Mapping[str, Any], template: str | None = None) -> Resol
     run = RunParameters.of(parameters)
     preset, _ = resolve_preset(run.preset, run.overrides, run.seed)
     count = preset.processes if run.num_processes == 1 else run.num_processes
-    found = run.resolve(template=template, processes=count)
-    check_from_tasks(found.config)
-    check_processes([found.config.credit, found.config.weight], count)
-    return found
+    return run.checked(template=template, processes=count)
+
+
+def check(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Judge runs by all their parameters, with the errors of their `Experiment`; load no model.
+
+    Returns what the runs set that changes nothing, each sentence once.
+    """
+    idle: list[str] = []
+    for run in map(RunParameters.of, runs):
+        preset, config, *_ = run.checked()
+        if preset.task not in DATA:
+            try:
+                preset.load_task(run.method)  # by which a wrong option comes to light
+            except TypeError as error:
+                raise TypeError(f"task_options={dict(preset.task_options)}: {error}") from error
+        idle += run.idle(config)
+    return list(dict.fromkeys(idle))
 
 
 def _settings(run: Resolved) -> Iterator[str]:

@@ -10,10 +10,14 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 import torch
 
 from rlsd_lib.experiment.controls import PLAIN_TEMPLATE, check_control
+from rlsd_lib.experiment.launch import accelerate_config
 from rlsd_lib.experiment.paper_presets import DISTILLING, PAPER, REAL_PRESETS
+from rlsd_lib.measure.rollouts import check_from_tasks
 from rlsd_lib.methods import METHODS, PROMPT
 from rlsd_lib.names import look_up
 from rlsd_lib.tasks import Task, load_task
+from rlsd_lib.tasks.lab.model import LabRecipe
+from rlsd_lib.trainer.checks import check_processes
 from rlsd_lib.trainer.config import RLSDConfig
 
 
@@ -299,6 +303,12 @@ class RunParameters:
             TypeError: for an override of another type than its field's.
         """
         check_control(self.control, self.method)
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps={self.max_steps}: expected a step count >= 1, or -1 for the preset's"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: expected a number >= 0")
         preset, overrides = resolve_preset(self.preset, self.overrides, self.seed)
         if METHODS[self.method].teacher_sees == PROMPT and not preset.teacher_model:
             raise ValueError(
@@ -330,6 +340,51 @@ class RunParameters:
             settings["gradient_accumulation_steps"] = _micro_batches(preset, settings)
         settings |= shared_batch(settings, processes)
         return Resolved(preset, RLSDConfig(**settings), processes, self.control)
+
+    def checked(self, *, template: str | None = None, processes: int | None = None) -> Resolved:
+        """As `resolve`, and refuse all else that can be judged before a directory is claimed.
+
+        Raises:
+            ValueError: as `resolve`; a credit that no task serves, or that several processes would
+                spoil; an option that the lab does not have.
+            FileNotFoundError: for an unknown accelerate config.
+        """
+        count = self.num_processes if processes is None else processes
+        found = self.resolve(template=template, processes=count)
+        check_from_tasks(found.config)
+        check_processes([found.config.credit, found.config.weight], count)
+        if count > 1:
+            accelerate_config(found.preset.accelerate)
+        if found.preset.model == "lab":
+            for name in found.preset.model_options:
+                look_up(name, [option.name for option in fields(LabRecipe)], "option of the lab")
+        return found
+
+    def idle(self, config: RLSDConfig) -> list[str]:
+        """Which overrides change nothing in a run with this `config`, a sentence each."""
+        row, kind = config.row, config.teacher_model_kind
+        matters = {
+            "epsilon_w": row.has_lambda and "epsilon_w" in row.asks,
+            "lambda_init": row.has_lambda,
+            "lambda_warmup_steps": row.has_lambda,
+            "lambda_decay_steps": row.has_lambda,
+            "teacher_model_kind": config.uses_teacher,
+            "teacher_sync_steps": config.uses_teacher and kind in ("ema", "snapshot"),
+            "teacher_update_rate": config.uses_teacher and kind == "ema",
+            "teacher_pass": config.uses_teacher,
+            "privileged_template": config.uses_teacher,
+            "max_teacher_prompt_length": config.uses_teacher,
+            "teacher_options": row.teacher_sees == PROMPT,
+            "teacher_model": row.teacher_sees == PROMPT,
+        }
+        said = [
+            f"{name}={self.overrides[name]!r} changes nothing for method={self.method!r}"
+            for name in self.overrides
+            if not matters.get(name, True)
+        ]
+        if "epsilon" in self.overrides and matters["epsilon_w"]:
+            said.append("epsilon clips GRPO's policy ratio; the weight's clip is epsilon_w")
+        return said
 
 
 def resolve_preset(

@@ -3,3 +3,7 @@
 
 class NotebookError(RuntimeError):
     """A cell raised, the kernel died, or the notebook never finished its run."""
+
+
+class Interrupted(NotebookError):
+    """Ctrl-C or a SIGTERM ended the notebook; its run can be resumed."""

@@ -5,6 +5,8 @@ stands. Here the first two are errors, the folder is made, and the notebook runs
 """
 
 import logging
+import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-from rlsd_lib.runs import NotebookError
+from rlsd_lib.runs import Interrupted, NotebookError
 from rlsd_lib.runs.parameters import complete
 from rlsd_lib.runs.paths import default_run_dir, find_notebook, outputs_root
 from rlsd_lib.runs.processes import on_sigterm, terminate_children
@@ -52,6 +54,8 @@ def execute_notebook(
         FileExistsError: the run directory is taken.
         NotebookError: a cell raised, the kernel died, or the notebook began a run and did not
             finish it; the run is marked failed.
+        Interrupted: ctrl-C or a SIGTERM; training saves a checkpoint first. The run is marked
+            interrupted. A second ctrl-C ends the kernel at once and raises KeyboardInterrupt.
     """
     source = find_notebook(notebook)
     full = complete(source, parameters)
@@ -60,20 +64,31 @@ def execute_notebook(
     run = Run.start(folder, parameters={**full, **place}, notebook=source, if_exists=if_exists)
     told: list[str] = []
 
-    def hand_on() -> None:  # the kernel may save and stop; its end then ends this run
-        told.append("SIGTERM")
-        terminate_children()
+    def hand_on(name: str = "SIGTERM") -> None:  # the kernel saves and stops; that ends this run
+        told.append(name)
+        if not terminate_children():
+            raise KeyboardInterrupt  # there is no kernel yet
+
+    def ctrl_c() -> None:
+        if "ctrl-C" in told:
+            raise KeyboardInterrupt
+        sys.stderr.write(
+            "\nstopping; training saves a checkpoint first, ctrl-C again does not wait\n"
+        )
+        hand_on("ctrl-C")
 
     try:
-        with on_sigterm(hand_on):
+        with on_sigterm(hand_on), on_sigterm(ctrl_c, signal.SIGINT):
             _run_cells(source, run, {**parameters, **place})
         if run.manifest["attached"] and not (run.path / "metrics.json").exists():
             raise NotebookError("the notebook ended without run.finish(metrics)")
     except Exception as error:
         reason = _reason(error)
         if told and not reason.startswith("Stopped: "):
-            reason = f"Stopped: SIGTERM outside of training ({reason})"
+            reason = f"Stopped: {told[0]} outside of training ({reason})"
         run.fail(reason)
+        if told:
+            raise Interrupted(reason.removeprefix("Stopped: ")) from error
         raise NotebookError(f"{reason}; see {run.path / source.name}") from error
     except BaseException as error:  # interrupted: nobody will look for a reason in the notebook
         run.fail(type(error).__name__)
@@ -96,7 +111,8 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
         parameters,
         kernel_name="python3",
         cwd=str(run.path),
-        progress_bar=False,
+        # A notebook that trains has steps to show, see `followed`; of others the cells are counted.
+        progress_bar="method" not in run.manifest["parameters"] and sys.stderr.isatty(),
         kernel_manager_class=_kernel_manager(run),
     )
 
@@ -106,7 +122,7 @@ def _kernel_manager(run: Run) -> type[AsyncKernelManager]:
     variables = {HANDED_ON: str(run.path), "RLSD_OUTPUTS": str(outputs_root()), **KERNEL}
     # Jupyter fills in variables that stand in these texts; a dollar of a path must stay one.
     variables = {name: value.replace("$", "$$") for name, value in variables.items()}
-    spec = KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=ERROR"]), env=variables)
+    spec = KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=CRITICAL"]), env=variables)
     return type("OwnInterpreter", (AsyncKernelManager,), {"kernel_spec": spec})
 
 

@@ -1,4 +1,4 @@
-"""Ending processes: on SIGTERM, which clusters send some time before they kill, or at once."""
+"""Ending processes: on ctrl-C or the SIGTERM of a cluster some time before it kills, or at once."""
 
 import signal
 import threading
@@ -9,22 +9,26 @@ import psutil
 
 
 @contextmanager
-def on_sigterm(action: Callable[[], None]) -> Iterator[None]:
-    """Do `action` on a SIGTERM that comes inside; outside of the main thread, do nothing."""
+def on_sigterm(
+    action: Callable[[], None], number: signal.Signals = signal.SIGTERM
+) -> Iterator[None]:
+    """Do `action` on a SIGTERM, or the signal `number`, inside; in other threads do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: action())
+    before = signal.signal(number, lambda *_: action())
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
-def terminate_children() -> None:
-    """Send a SIGTERM to every process that this one has started."""
-    for child in psutil.Process().children():
+def terminate_children() -> bool:
+    """Send a SIGTERM to every process that this one has started; whether there is any."""
+    children = psutil.Process().children()
+    for child in children:
         child.terminate()
+    return bool(children)
 
 
 def kill_tree(pid: int) -> None:

@@ -31,9 +31,9 @@ def read_runs(folder: str | Path) -> Runs:
 
     A row of `runs` holds path, group (the folder above), name, status, error, notebook, each
     parameter (and all of them as `parameters`), commit, dirty, started, seconds, and the final
-    metrics. Runs that did not finish are rows too; their status says so: "failed", "running",
-    "running/killed" where the owner is gone, or "not started" where a suite has planned them. A row
-    of `steps` holds the same identity and one logged line.
+    metrics. Runs that did not finish are rows too; their status says so: "failed", "interrupted"
+    (by ctrl-C or a cluster), "running", "running/killed" where the owner is gone, or "not started"
+    where a suite has planned them. A row of `steps` holds the same identity and one logged line.
 
     Raises:
         FileNotFoundError: `folder` does not exist.
@@ -114,7 +114,7 @@ def manifest_or_none(path: Path) -> dict[str, Any] | None:
 
 
 def state_of(path: Path) -> str | None:
-    """How a run stands: None (no run), finished, failed, running or running/killed.
+    """How a run stands: None (no run), finished, failed, interrupted, running or running/killed.
 
     Only a live process has the lock on the directory. A run of another host counts as running
     while its lock file is there, since not every shared disk carries locks between hosts.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HANDED_ON = "RLSD_RUN"  # environment variable: the directory that a runner claimed for its kernel
+INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons of runs begin that can go on
 IF_EXISTS = ("raise", "overwrite", "resume")
 # What the manifest says by itself; `record` may not replace it.
 RESERVED = ("status", "error", "attempt", "resumed", "started", "seconds", "owner")
@@ -175,14 +176,15 @@ class Run:
             self.close()
 
     def fail(self, error: str) -> None:
-        """Mark the run failed, with the reason."""
+        """Mark the run failed, or interrupted, with the reason."""
         self.close(error)
 
     def close(self, error: str | None = None) -> None:
-        """Mark the run finished, or failed with an `error`; its directory is free again."""
+        """Mark the run finished, or with an `error` failed or interrupted; it is free again."""
         begun = datetime.fromisoformat(self.manifest["started"])
         seconds = round((datetime.now(UTC) - begun).total_seconds(), 2)
-        self._update(status="finished" if error is None else "failed", error=error, seconds=seconds)
+        ended = "interrupted" if (error or "").startswith(INTERRUPTED) else "failed"
+        self._update(status=ended if error else "finished", error=error, seconds=seconds)
         if self._lock:
             self._lock.release(force=True)
 

@@ -26,8 +26,6 @@ from rlsd_lib.runs.parameters import as_text, complete
 from rlsd_lib.runs.paths import default_run_dir, find_notebook
 from rlsd_lib.runs.records import PLAN, owned, read_manifest, state_of, write_json
 
-INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons begin
-
 
 class Suite(NamedTuple):
     """A named set of runs with one line that says what it is for."""
@@ -224,8 +222,6 @@ class Job:
         wrong with it.
         """
         found = state_of(self.run_dir)
-        if found == "failed" and read_manifest(self.run_dir)["error"].startswith(INTERRUPTED):
-            return "to run"
         return found if found in ("finished", "failed", "running") else "to run"
 
 

@@ -35,6 +35,12 @@ from rlsd_lib.prompts import DEFAULT_TEMPLATE, check_template
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
 TEACHER_PASSES = AUTO, PLAIN, SHARED = "auto", "plain", "shared"
 DISTILLATION_MODES = FULL, TOP_K, SAMPLED = "full_logits", "topk_logits", "sampled_token"
+# Names that TRL refuses after the first rollouts only.
+OF_TRL = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+}
 # What a field's value must be, and in words.
 VALUES = {
     "lambda_init": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
@@ -174,6 +180,8 @@ class RLSDConfig(GRPOConfig):
         self._check_values()
         self._check_options()
         super().__post_init__()
+        for name, valid in OF_TRL.items():
+            look_up(getattr(self, name), valid, name)
         self._check_settings()
         if self.uses_teacher or self.has_token_credit:
             self._check_against_grpo()

@@ -11,6 +11,7 @@ import tiny_vlm
 from datasets import Dataset
 
 from rlsd_lib.__main__ import main
+from rlsd_lib.experiment import preflight
 from rlsd_lib.experiment.experiment import Experiment
 from rlsd_lib.experiment.preflight import Findings, check_rows, dry_run, resolve
 from rlsd_lib.runs.paths import find_notebook
@@ -173,6 +174,44 @@ def test_a_credit_that_the_workbook_cannot_train_is_refused_before_a_directory_i
         with pytest.raises(ValueError, match=said):
             Experiment(**run)
     assert not any(tmp_path.iterdir())
+
+
+def test_every_typo_is_found_before_anything_exists(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLSD_OUTPUTS", str(tmp_path))
+    base = {"method": "rlsd", "preset": "smoke"}
+    assert preflight.check([base]) == []
+    for change, said in (
+        ({"preset": "smok"}, "Did you mean 'smoke'"),
+        ({"method": "rsld"}, "Did you mean 'rlsd'"),
+        ({"control": "shufled"}, "Did you mean 'shuffled'"),
+        ({"max_steps": 0}, "max_steps=0: expected a step count >= 1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"overrides": {"epsilonw": 0.5}}, "Did you mean 'epsilon_w'"),
+        ({"overrides": {"loss_type": "dappo"}}, "Did you mean 'dapo'"),
+        ({"overrides": {"scale_rewards": "grup"}}, "Did you mean 'group'"),
+        ({"overrides": {"importance_sampling_level": "tokn"}}, "Did you mean 'token'"),
+        ({"overrides": {"lr_scheduler_type": "liner"}}, "liner"),
+        ({"overrides": {"model_options": {"digitz": 2}}}, "Did you mean 'digits'"),
+        ({"overrides": {"task_options": {"digitz": 2}}}, "digitz"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=said):
+            preflight.check([{**base, **change}])
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_changes_nothing_is_told():
+    for method, overrides, said in (
+        ("grpo", {"epsilon_w": 0.5}, "epsilon_w=0.5 changes nothing for method='grpo'"),
+        ("rlsd", {"epsilon_w": 0.5, "lambda_init": 1.0}, None),
+        ("rlsd", {"epsilon": 0.5}, "the weight's clip is epsilon_w"),
+        ("grpo", {"epsilon": 0.5}, None),
+        ("rlsd", {"teacher_update_rate": 0.5}, "teacher_update_rate=0.5 changes nothing"),
+        ("rlsd", {"teacher_update_rate": 0.5, "teacher_model_kind": "ema"}, None),
+        ("opsd", {"lambda_init": 1.0}, "lambda_init=1.0 changes nothing for method='opsd'"),
+    ):
+        found = preflight.check([{"method": method, "preset": "smoke", "overrides": overrides}] * 2)
+        assert len(found) == (said is not None), (method, overrides)
+        assert said is None or said in found[0]
 
 
 def test_a_notebook_that_trains_nothing_is_refused(capsys):

@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import papermill
 import pytest
 from conftest import FINISH, START, NotebookMaker
 
+from rlsd_lib.__main__ import main
 from rlsd_lib.runs import execute
 from rlsd_lib.runs.execute import NotebookError, execute_notebook
 from rlsd_lib.runs.records import read_lines, read_runs, state_of
@@ -68,6 +72,28 @@ def test_a_kernel_that_dies_leaves_a_failed_run(
     with pytest.raises(NotebookError, match="died"):
         execute_notebook(source, run_dir=tmp_path / "a")
     assert state_of(tmp_path / "a") == "failed"
+
+
+def test_ctrl_c_interrupts_a_run_and_says_how_it_goes_on(
+    make_notebook: NotebookMaker, tmp_path: Path
+) -> None:
+    wait = "import time\nfor _ in range(600 * (not run.manifest['resumed'])):\n    time.sleep(0.1)"
+    source, folder = make_notebook(cells=(START, "run.log(1, {})", wait, FINISH)), tmp_path / "a"
+    words = ["run", str(source), "-p", "seed=3", "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "rlsd_lib", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (folder / "metrics.jsonl").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert f"go on with\n  rlsd {' '.join(words)} --if-exists resume" in said
+    assert "Traceback" not in said
+    assert "interrupted: ctrl-C outside of training" in said
+    assert state_of(folder) == "interrupted"
+    assert main([*words, "--if-exists", "resume"]) == 0
+    assert state_of(folder) == "finished"
 
 
 def test_a_run_that_is_begun_must_be_finished(make_notebook: NotebookMaker, tmp_path: Path) -> None:
