@@ -6,6 +6,7 @@ that a typing mistake costs no second.
 
 import argparse
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -65,6 +66,11 @@ def _complain(text: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    """Run one notebook in a run directory of its own.
+
+    rlsd run 15_rlsd -p preset=smoke
+    rlsd run 15_rlsd -p seed=1 -p overrides='{"epsilon_w": 0.5}'
+    """
     from rlsd_lib.runs.execute import execute_notebook
     from rlsd_lib.runs.follow import followed
     from rlsd_lib.runs.parameters import complete, read_parameters
@@ -141,6 +147,11 @@ def _say_edits(source: Path, given: Mapping[str, Any]) -> None:
 
 
 def _suite(options: argparse.Namespace) -> int:
+    """Run a named set of runs; finished ones are kept.
+
+    rlsd suite demo --jobs 2
+    rlsd suite paper --list
+    """
     from tqdm import tqdm
 
     from rlsd_lib.runs.follow import followed
@@ -213,6 +224,11 @@ def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[O
 
 
 def _list(options: argparse.Namespace) -> int:
+    """List notebooks with their parameters, presets, suites, methods and controls.
+
+    rlsd list
+    rlsd list | grep lab
+    """
     from rlsd_lib.experiment.controls import CONTROLS
     from rlsd_lib.experiment.presets import PRESETS
     from rlsd_lib.methods import METHODS
@@ -249,6 +265,11 @@ def _clock(seconds: float) -> timedelta:
 
 
 def _table(options: argparse.Namespace) -> int:
+    """Show run directories as a table with intervals.
+
+    rlsd table outputs/demo
+    rlsd table outputs/paper --against grpo --format csv
+    """
     if options.machines:
         from rlsd_lib.runs.machines import hardware_table
 
@@ -272,6 +293,11 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _headroom(options: argparse.Namespace) -> int:
+    """Show who learns faster, by how many rollouts, over labs.
+
+    rlsd headroom outputs/headroom outputs/credits --preset lab-credit
+    rlsd headroom outputs/rates --rates
+    """
     from rlsd_lib.report.headroom import best_rates, compared
     from rlsd_lib.report.tables import together
     from rlsd_lib.runs.records import read_runs
@@ -289,6 +315,11 @@ def _headroom(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    """Write one page with a suite's tables and figures.
+
+    rlsd report demo
+    rlsd report outputs/paper
+    """
     from rlsd_lib.report.page import write_report
 
     print(write_report(options.suite))
@@ -296,6 +327,11 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    """Measure step time and memory of RLSD beside GRPO, as ratios.
+
+    rlsd bench --preset smoke --steps 5
+    rlsd bench --against GRPO RLSD "TRL SDPO" -p prompt=512
+    """
     from functools import partial
 
     from rlsd_lib.experiment import bench
@@ -335,6 +371,11 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    """Say by arithmetic what memory and time a preset takes on GPUs.
+
+    rlsd plan --preset qwen3-vl-8b --gpus 8
+    rlsd plan --preset qwen3-text -p max_completion_length=1200
+    """
     from rlsd_lib.experiment.plan import FIELDS, describe, plan_of
     from rlsd_lib.experiment.presets import PRESETS
     from rlsd_lib.names import look_up
@@ -376,13 +417,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--version", action="version", version=f"rlsd {version('rlsd-lib')}")
     commands = words.add_subparsers(required=True, metavar="COMMAND")
 
-    run = _command(
-        commands,
-        _run,
-        "run one notebook in a run directory of its own",
-        "rlsd run 15_rlsd -p preset=smoke",
-        """rlsd run 15_rlsd -p seed=1 -p overrides='{"epsilon_w": 0.5}'""",
-    )
+    run = _command(commands, _run)
     run.set_defaults(resume_with=("--if-exists", "resume"))
     run.add_argument("notebook", help='a path, or a name such as "15_rlsd"')
     _add_pairs(run, "a parameter of the notebook")
@@ -394,13 +429,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--if-exists", choices=modes, default="raise", help=kept)
     run.add_argument("--dry-run", action="store_true", help="check it and say what it would do")
 
-    suite = _command(
-        commands,
-        _suite,
-        "run a named set of runs; finished ones are kept",
-        "rlsd suite demo --jobs 2",
-        "rlsd suite paper --list",
-    )
+    suite = _command(commands, _suite)
     suite.set_defaults(resume_with=("--resume",))
     suite.add_argument("name")
     _add_pairs(suite, "a parameter of every notebook")
@@ -412,66 +441,30 @@ def parser() -> argparse.ArgumentParser:
     asked = "what submitit asks the cluster for, such as timeout_min or gpus_per_node"
     _add_pairs(suite, asked, "--submitit-options")
 
-    table = _command(
-        commands,
-        _table,
-        "show run directories as a table with intervals",
-        "rlsd table outputs/demo",
-        "rlsd table outputs/paper --against grpo --format csv",
-    )
+    table = _command(commands, _table)
     table.add_argument("folder", nargs="*", help="one or several (default: all outputs)")
     table.add_argument("--against", metavar="METHOD", help="paired differences from this method")
     table.add_argument("--paper", metavar="PRESET", help="instead: the paper's Table 2 with ours")
     table.add_argument("--machines", action="store_true", help="instead: what was run on what")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 
-    headroom = _command(
-        commands,
-        _headroom,
-        "show who learns faster, by how many rollouts, over labs",
-        "rlsd headroom outputs/headroom outputs/credits --preset lab-credit",
-        "rlsd headroom outputs/rates --rates",
-    )
+    headroom = _command(commands, _headroom)
     headroom.add_argument("folder", nargs="*", help="one or several (default: outputs/headroom)")
     headroom.add_argument("--preset", help="only its runs")
     headroom.add_argument("--against", default="grpo", metavar="ARM", help="whom to compare with")
     headroom.add_argument("--rates", action="store_true", help="instead: each method's best rate")
 
-    report = _command(
-        commands,
-        _report,
-        "write one page with a suite's tables and figures",
-        "rlsd report demo",
-        "rlsd report outputs/paper",
-    )
+    report = _command(commands, _report)
     report.add_argument("suite", help="a suite that was run, or a folder of runs")
 
-    _command(
-        commands,
-        _list,
-        "list notebooks with their parameters, presets, suites, methods and controls",
-        "rlsd list",
-        "rlsd list | grep lab",
-    )
+    _command(commands, _list)
 
-    plan = _command(
-        commands,
-        _plan,
-        "say by arithmetic what memory and time a preset takes on GPUs",
-        "rlsd plan --preset qwen3-vl-8b --gpus 8",
-        "rlsd plan --preset qwen3-text -p max_completion_length=1200",
-    )
+    plan = _command(commands, _plan)
     plan.add_argument("--preset", required=True)
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="of all nodes")
     _add_pairs(plan, "a setting or speed, such as max_completion_length, gpu_memory or mfu")
 
-    bench = _command(
-        commands,
-        _bench,
-        "measure step time and memory of RLSD beside GRPO, as ratios",
-        "rlsd bench --preset smoke --steps 5",
-        'rlsd bench --against GRPO RLSD "TRL SDPO" -p prompt=512',
-    )
+    bench = _command(commands, _bench)
     bench.add_argument("--preset", default="lab")
     bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
     bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
@@ -484,15 +477,14 @@ def parser() -> argparse.ArgumentParser:
     return words
 
 
-def _command(
-    commands: Any, function: Callable, purpose: str, *examples: str
-) -> argparse.ArgumentParser:
-    """A sub-command: its name and purpose, in a sentence, and what one may type."""
+def _command(commands: Any, function: Callable) -> argparse.ArgumentParser:
+    """The sub-command of a function, whose docstring is a sentence and what one may type."""
+    sentence, examples = inspect.getdoc(function).split("\n\n")
     parser = commands.add_parser(
         function.__name__.removeprefix("_"),
-        help=purpose,
-        description=f"{purpose[0].upper()}{purpose[1:]}.",
-        epilog="\n  ".join(["examples:", *examples]),
+        help=sentence[0].lower() + sentence[1:-1],
+        description=sentence,
+        epilog=textwrap.indent(examples, "  ").replace("  ", "examples:\n  ", 1),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=function, resume_with=())
