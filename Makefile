@@ -1,5 +1,5 @@
 # Each target makes its own environment in .venv on a fresh machine.
-#   make demo       GRPO, OPSD and RLSD on the lab, their table, and the paths of what they made
+#   make demo       GRPO, OPSD and RLSD on the lab, and what was learned from them
 #   make test       the tests, offline once the environment exists
 #   make test-gpu   what a CUDA card can show, at most 150 s
 #   make test-vllm  the tests with real vLLM rollouts, on a CPU or a GPU, in .venv-vllm
@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/rlsd suite demo --jobs 2
-	$(BIN)/rlsd table "$${RLSD_OUTPUTS:-outputs}/demo" --paths
+	$(BIN)/rlsd table "$${RLSD_OUTPUTS:-outputs}/demo" --learned
 
 test: export HF_HUB_OFFLINE = 1
 test: export TRANSFORMERS_OFFLINE = 1

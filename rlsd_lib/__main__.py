@@ -275,17 +275,28 @@ def _table(options: argparse.Namespace) -> int:
 
         print(hardware_table(outputs_root() / MACHINES))
         return 0
-    from rlsd_lib.report.tables import make_table, paired_differences, together
+    from rlsd_lib.report.tables import make_table, numbers, paired_differences, together
     from rlsd_lib.runs.records import read_runs
 
     runs = together(*map(read_runs, options.folder or [outputs_root()]))
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    if options.learned:
+        from rlsd_lib.report.learned import learned, to_open
+
+        print(learned(runs, options.against or "grpo").fitted(min(width, 78)))
+        print("\n" + "\n".join(str(_short(path)) for path in to_open(runs)))
+        return 0
     if options.paper:
         from rlsd_lib.report.paper_tables import compare
 
         table = compare(runs, options.paper)
     else:
         table = paired_differences(runs, options.against) if options.against else make_table(runs)
-    print(table.markdown())
+    if options.format == "csv":
+        plain = not (options.paper or options.against)
+        print((numbers(runs) if plain else table.rows).to_csv(index=False), end="")
+        return 0
+    print(table.markdown() if options.all else table.fitted(width))
     for path in runs.runs["path"] if options.paths and not runs.runs.empty else ():
         files = [*Path(path).glob("*.ipynb"), *sorted(Path(path).glob("figures/*"))]
         print("\n" + "\n".join(str(file) for file in files))
@@ -322,7 +333,8 @@ def _report(options: argparse.Namespace) -> int:
     """
     from rlsd_lib.report.page import write_report
 
-    print(write_report(options.suite))
+    page = write_report(options.suite)
+    print(f"{page}\nopen it in a browser; its figures and tables lie beside it")
     return 0
 
 
@@ -446,6 +458,9 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--against", metavar="METHOD", help="paired differences from this method")
     table.add_argument("--paper", metavar="PRESET", help="instead: the paper's Table 2 with ours")
     table.add_argument("--machines", action="store_true", help="instead: what was run on what")
+    table.add_argument("--learned", action="store_true", help="instead: what was seen, in short")
+    table.add_argument("--all", action="store_true", help="every column, however wide")
+    table.add_argument("--format", choices=("text", "csv"), default="text", help="csv: numbers")
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 
     headroom = _command(commands, _headroom)

@@ -4,6 +4,8 @@
 """
 
 import json
+import math
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +40,13 @@ METRICS = {
     "leak_rate_after": ("leak after", 3),
     "seconds_per_step": ("s / step", 2),
 }
+# Columns that a narrow screen can do without, the first of them first.
+LEAST = (
+    *("clip low", "clip high", "intervention", "entropy", "greedy after", "pass@4 after"),
+    *("pass@8 after", "s / step", "reward", "leak before", "detectable", "preset", "seeds"),
+    *("accuracy before", "n"),
+)
+NARROW = 26  # to which a column of words may be wrapped before others go
 FIRST, LAST = 3, 10  # steps averaged at the start and at the end of a curve
 NO_VALUES = pd.Series(dtype=float)
 
@@ -55,6 +64,55 @@ class Table(NamedTuple):
 
     def _repr_markdown_(self) -> str:
         return self.markdown()
+
+    def fitted(self, width: int) -> str:
+        """Return the table in lines of at most `width` characters, but for paths.
+
+        The ends of an interval share a column. What `LEAST` names goes, as far as it must, and is
+        named; then the longest column is wrapped.
+        """
+        rows, gone = _joined(self.rows), []
+        for name in [name for name in LEAST if name in rows]:
+            is_needed = name == "preset" and rows[name].nunique() > 1
+            if _wide(rows, NARROW) > width and not is_needed:
+                rows, gone = rows.drop(columns=name), [*gone, name]
+        notes = [*self.notes, *([f"no room for {', '.join(gone)}: --all"] if gone else [])]
+        how = {"initial_indent": "- ", "subsequent_indent": "  ", "break_on_hyphens": False}
+        lines = [
+            f"- {note}" if " /" in note.replace(" / ", "") else textwrap.fill(note, width, **how)
+            for note in notes
+        ]
+        return "\n\n".join(filter(None, (_markdown(_wrapped(rows, width)), "\n".join(lines))))
+
+
+def _joined(rows: pd.DataFrame) -> pd.DataFrame:
+    """Columns "low, x" and "high, x" as one, of texts."""
+    texts = rows.map(_text)
+    for low in [name for name in rows if str(name).startswith("low, ")]:
+        over = low.removeprefix("low, ")
+        ends = "[" + texts[low] + ", " + texts.pop(f"high, {over}") + "]"
+        texts[low] = ends.where(rows[low].notna(), DASH)
+        texts = texts.rename(columns={low: f"over {over}"})
+    return texts
+
+
+def _wide(rows: pd.DataFrame, most: float = math.inf) -> int:
+    """Characters of a row, with columns of `most` characters at most."""
+    widths = [max(len(name), *map(len, rows[name])) for name in rows]
+    return sum(min(width, most) + 3 for width in widths) + 1
+
+
+def _wrapped(rows: pd.DataFrame, width: int) -> pd.DataFrame:
+    """The rows with their longest column over several lines, if they are wider than `width`."""
+    if (more := _wide(rows) - width) <= 0:
+        return rows
+    lengths = rows.map(len).max()
+    longest, lines = lengths.idxmax(), []
+    for row in rows.to_dict("records"):
+        parts = textwrap.wrap(row[longest], max(lengths[longest] - more, 12)) or [""]
+        lines.append({**row, longest: parts[0]})
+        lines += [{**dict.fromkeys(row, " "), longest: part} for part in parts[1:]]
+    return pd.DataFrame(lines)
 
 
 def _markdown(rows: pd.DataFrame) -> str:
@@ -83,12 +141,7 @@ def make_table(runs: Runs) -> Table:
     frame = runs.runs
     if frame.empty:
         return Table(frame, ["no runs here yet"])
-    finished = frame[is_finished(frame)]
-    metrics = [name for name in METRICS if name in frame and frame[name].notna().any()]
-    measured = finished[finished[metrics].notna().any(axis=1)]
-    keyed = measured.assign(settings=[settings_of(p) for p in measured["parameters"]])
-    keys = [k for k in ("group", "method", "preset", "settings") if k in keyed]
-    groups = [cells for _, cells in keyed.groupby(keys, sort=True, dropna=False)]
+    keys, metrics, groups = _grouped(frame)
     rows = pd.DataFrame([_row(cells, keys, metrics) for cells in groups]).fillna(DASH)
     if groups and rows["group"].nunique() == 1:
         del rows["group"]
@@ -99,8 +152,35 @@ def make_table(runs: Runs) -> Table:
         notes.append("n > 1: mean over seeds, 95 % Student interval of the mean")
     if any(len(cells) == 1 for cells in groups):
         notes.append("n = 1: one seed; its interval is over problems and not over seeds")
-    notes += [f"finished, no metrics: {p}" for p in finished.drop(measured.index)["path"]]
+    bare = frame[is_finished(frame) & frame[metrics].isna().all(axis=1)]
+    notes += [f"finished, no metrics: {path}" for path in bare["path"]]
     return Table(rows, [*dict.fromkeys(notes), *source_notes(runs)])
+
+
+def numbers(runs: Runs) -> pd.DataFrame:
+    """Return the rows of `make_table` as numbers: of each metric the mean, `_low` and `_high`."""
+    if runs.runs.empty:
+        return runs.runs
+    keys, metrics, groups = _grouped(runs.runs)
+    ends = ("", "_low", "_high")
+    return pd.DataFrame(
+        {**cells.iloc[0][keys], "n": len(cells)}
+        | {
+            f"{name}{end}": value
+            for name in metrics
+            for end, value in zip(ends, interval_of(cells, name), strict=True)
+        }
+        for cells in groups
+    )
+
+
+def _grouped(frame: pd.DataFrame) -> tuple[list[str], list[str], list[pd.DataFrame]]:
+    """What sets groups apart, the metrics that any run has, and the finished runs of each group."""
+    metrics = [name for name in METRICS if name in frame and frame[name].notna().any()]
+    measured = frame[is_finished(frame) & frame[metrics].notna().any(axis=1)]
+    keyed = measured.assign(settings=[settings_of(p) for p in measured["parameters"]])
+    keys = [k for k in ("group", "method", "preset", "settings") if k in keyed]
+    return keys, metrics, [cells for _, cells in keyed.groupby(keys, sort=True, dropna=False)]
 
 
 def _row(cells: pd.DataFrame, keys: list[str], metrics: list[str]) -> dict[str, str]:
@@ -112,13 +192,22 @@ def _row(cells: pd.DataFrame, keys: list[str], metrics: list[str]) -> dict[str, 
     return {**row, **{METRICS[name][0]: _cell(cells, name) for name in metrics}}
 
 
+def interval_of(cells: pd.DataFrame, name: str) -> Interval:
+    """A metric over seeds with Student's interval; of one seed with the run's own, if it has one."""
+    values = [v for v in cells.get(name, ()) if is_number(v)]
+    if not values:
+        return Interval(math.nan, math.nan, math.nan)
+    found = student_interval(values)
+    if not found.is_known and f"{name}_low" in cells:
+        found = Interval(found.mean, *cells[[f"{name}_low", f"{name}_high"]].iloc[0])
+    return found
+
+
 def _cell(cells: pd.DataFrame, name: str) -> str:
     values = [v for v in cells[name] if is_number(v)]
     if not values:
         return DASH
-    found = student_interval(values)
-    if not found.is_known and f"{name}_low" in cells:
-        found = Interval(found.mean, *cells[[f"{name}_low", f"{name}_high"]].iloc[0])
+    found = interval_of(cells, name)
     shown = found if name.startswith("accuracy") else found.mean
     partial = f" (n={len(values)})" if len(values) < len(cells) else ""
     return f"{shown:.{METRICS[name][1]}f}{partial}"

@@ -145,7 +145,7 @@ def test_the_report_shows_every_table_and_figure_and_hides_no_run(tmp_path, smok
     )
     with forked_kernels():
         assert main(["report", str(runs)]) == 0
-    page = Path(capsys.readouterr().out.strip())
+    page = Path(capsys.readouterr().out.split()[0])
     assert json.loads((page.parent / "metrics.json").read_text()) == {"runs": 2, "incomplete": 1}
     assert "| RLSD is above GRPO" in (page.parent / "claims.md").read_text()
     text = page.read_text()
@@ -154,6 +154,13 @@ def test_the_report_shows_every_table_and_figure_and_hides_no_run(tmp_path, smok
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []  # nothing from elsewhere
     assert "experiment.train" not in text
     assert "import pandas" not in text  # no code
+    assert text.index("What was learned") < text.index("What was measured")
+    assert "Not seen: rlsd" in text
+    assert not re.search(r"[\[(]'|'[\])]|\.\.\.</td>", text), (
+        "a Python repr, or a cell that was cut"
+    )
+    pictures = {path.stem for path in (page.parent / "figures").glob("*.png")}
+    assert {"rollout_best", "rollout_worst"} <= pictures
 
 
 def test_leakage_is_measured_on_the_saved_models_of_finished_runs(tmp_path, smoke_run):

@@ -1,8 +1,10 @@
 """Tables over runs: right numbers, honest partners, and nothing hidden."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from synthetic import write_folder, write_run
 
@@ -10,7 +12,7 @@ from rlsd_lib.__main__ import main
 from rlsd_lib.report import plots
 from rlsd_lib.report.claims import claims_table
 from rlsd_lib.report.paper_tables import compare
-from rlsd_lib.report.tables import make_table, paired_differences, with_arms
+from rlsd_lib.report.tables import LEAST, make_table, paired_differences, with_arms
 from rlsd_lib.runs.records import Runs, read_runs
 from rlsd_lib.runs.run import Run
 
@@ -106,6 +108,42 @@ def test_the_command_shows_differences_over_several_folders(tmp_path: Path, caps
     assert "a, b: 6 of 6 runs" in said
     assert main(["table", folders[1], "--against", "grpo"]) == 2
     assert "no finished run of 'grpo'" in capsys.readouterr().err
+
+
+def test_a_table_fits_the_screen_and_says_what_it_left_out(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0, "weight_clip": "log"}
+    for name, given in {"a": {}, "b": {"overrides": many}}.items():
+        write_run(tmp_path / name, "rlsd", 0, parameters=given)
+    write_run(tmp_path / "grpo", "grpo", 0)
+    runs = read_runs(tmp_path)
+    for words in ([], ["--against", "grpo"]):
+        for columns in (80, 120, 300):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            assert main(["table", str(tmp_path), *words]) == 0
+            said = capsys.readouterr().out
+            assert max(map(len, said.splitlines())) <= min(columns, 120)
+            assert words or "lambda_decay_steps=0," in said  # wrapped between words
+    assert main(["table", str(tmp_path), "--all"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"| {name} " in said for name in LEAST if name in make_table(runs).rows)
+    narrow = make_table(runs).fitted(80)
+    assert "no room for clip low, clip high, s / step" in narrow
+    assert "| clip low" not in narrow
+
+
+def test_a_table_for_machines_has_numbers(tmp_path: Path, capsys) -> None:
+    write_folder(tmp_path, ["grpo", "rlsd"], seeds=3)
+    assert main(["table", str(tmp_path), "--format", "csv"]) == 0
+    table = pd.read_csv(StringIO(capsys.readouterr().out)).set_index("method")
+    assert table.loc["rlsd", "n"] == 3
+    ends = table.loc["rlsd", ["accuracy_after_low", "accuracy_after", "accuracy_after_high"]]
+    assert ends.is_monotonic_increasing
+    assert ends["accuracy_after"] == pytest.approx(0.9, abs=0.02)
+    assert main(["table", str(tmp_path), "--against", "grpo", "--format", "csv"]) == 0
+    found = pd.read_csv(StringIO(capsys.readouterr().out))
+    assert found["low, seeds"][0] <= found["accuracy - grpo"][0] <= found["high, seeds"][0]
 
 
 def test_a_run_without_method_and_preset_is_no_arm_and_stops_no_table(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""What a folder of runs has shown, for somebody who has just made them: a table and five sentences."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from rlsd_lib.measure.intervals import Interval
+from rlsd_lib.report.tables import DASH, Table, interval_of, paired_differences, with_arms
+from rlsd_lib.runs.records import Runs, is_finished
+
+LEAKS = 0.05  # share of completions from which on the sentences speak of leaking
+
+
+def learned(runs: Runs, baseline: str = "grpo") -> Table:
+    """Return a row per method with its accuracy, its difference to `baseline` and its leak rate.
+
+    The notes are five sentences, all made from the runs: which differences were seen and which not,
+    who leaks, how far one may trust it, and what to open. Differences are paired by problem and
+    seed; their intervals are over seeds where there are several, else over problems.
+
+    Raises:
+        ValueError: no finished run of `baseline`.
+    """
+    arms = with_arms(runs.runs[is_finished(runs.runs)])
+    differences = paired_differences(runs, baseline).rows.set_index("method")
+    gaps = {arm: _difference(row) for arm, row in differences.iterrows()}
+    groups = dict(list(arms.groupby("arm")))
+    rows = [
+        {
+            "method": arm,
+            "before": f"{interval_of(cells, 'accuracy_before').mean:.2f}",
+            "after": f"{interval_of(cells, 'accuracy_after'):.2f}",
+            f"after - {baseline}": f"{gaps[arm]:+.2f}" if arm in gaps else DASH,
+            "leak": f"{interval_of(cells, 'leak_rate_after').mean:.2f}",
+        }
+        for arm, cells in groups.items()
+    ]
+    names = ", ".join(path.name for path in to_open(runs))
+    sentences = [*_seen(gaps, baseline), _leak(groups), _trust(arms), f"To open: {names}."]
+    return Table(pd.DataFrame(rows), sentences)
+
+
+def _difference(row: pd.Series) -> Interval:
+    over = "seeds" if row["n seeds"] > 1 else "problems"
+    return Interval(row.iloc[0], row[f"low, {over}"], row[f"high, {over}"])
+
+
+def _seen(gaps: dict[str, Interval], baseline: str) -> list[str]:
+    """A sentence on the differences whose interval leaves out 0, and one on the others."""
+    clear = {arm: gap for arm, gap in gaps.items() if not gap.low <= 0 <= gap.high}
+    seen = ", ".join(f"{arm} {gap:+.2f}" for arm, gap in clear.items())
+    open_ = ", ".join(f"{arm} {gap:+.2f}" for arm, gap in gaps.items() if arm not in clear)
+    return [
+        f"Seen, in accuracy less {baseline}'s: {seen}." if seen else "No difference was seen.",
+        f"Not seen: {open_}. An interval that holds 0 says neither better nor as good."
+        if open_
+        else "Every difference was seen.",
+    ]
+
+
+def _leak(groups: dict[str, pd.DataFrame]) -> str:
+    """What became of the method that speaks most of a reference which it was not shown."""
+    rates = {arm: interval_of(cells, "leak_rate_after").mean for arm, cells in groups.items()}
+    arm = max(rates, key=lambda name: (rates[name] == rates[name], rates[name]))
+    if not rates[arm] >= LEAKS:
+        return f"No method speaks of a reference in {LEAKS:.0%} of its completions."
+    before, after = (interval_of(groups[arm], f"accuracy_{w}").mean for w in ("before", "after"))
+    made = groups[arm]["preset"].str.startswith("lab").any()
+    return (
+        f"{arm} speaks of a reference that it was not shown in {rates[arm]:.0%} of its completions, "
+        f"and its accuracy went from {before:.2f} to {after:.2f}"
+        f"{'; the lab is a model organism, whose teacher was made to quote' if made else ''}."
+    )
+
+
+def _trust(arms: pd.DataFrame) -> str:
+    count = arms["seed"].nunique()
+    if count > 1:
+        return f"The intervals are over {count} seeds: what another training run may change is in them."
+    return (
+        "One seed settles nothing: the intervals are over problems, and another training run may "
+        "move every difference."
+    )
+
+
+def to_open(runs: Runs) -> list[Path]:
+    """Return at most three files of the first run of RLSD, or of all: its notebook and heat maps."""
+    done = runs.runs[is_finished(runs.runs)]
+    best = done.sort_values("method", key=lambda names: names != "rlsd", kind="stable").iloc[0]
+    folder = Path(best["path"])
+    files = [*folder.glob("*.ipynb"), *sorted(folder.glob("figures/gap_*.png"))]
+    return files[:3] or [folder]

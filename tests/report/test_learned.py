@@ -1,0 +1,43 @@
+"""What a folder of runs has shown, in a table and five sentences."""
+
+from pathlib import Path
+
+import pytest
+from synthetic import write_folder, write_run
+
+from rlsd_lib.__main__ import main
+from rlsd_lib.report.learned import learned
+from rlsd_lib.runs.records import read_runs
+from rlsd_lib.runs.run import Run
+
+
+def test_one_seed_says_what_was_seen_and_that_it_settles_nothing(tmp_path: Path, capsys) -> None:
+    for method, after, leak in (("grpo", 0.8, 0.0), ("rlsd", 0.8, 0.0), ("opsd", 0.1, 0.9)):
+        folder = write_run(tmp_path / method[0], method, 0, after=after, leak_after=leak)
+        Run.attach(folder).add_evaluation("after", correct=[after - 0.1, after + 0.1] * 20)
+    (tmp_path / "r" / "15_rlsd.ipynb").touch()
+    rows, said = learned(read_runs(tmp_path))
+    assert rows["method"].tolist() == ["grpo", "opsd", "rlsd"]
+    seen, unseen, leak, trust, opens = said
+    assert seen.startswith("Seen, in accuracy less grpo's: opsd -0.70 [")
+    assert unseen.startswith("Not seen: rlsd +0.00 [")
+    assert leak.startswith("opsd speaks of a reference that it was not shown in 90%")
+    assert "from 0.50 to 0.10; the lab is a model organism" in leak
+    assert trust.startswith("One seed settles nothing")
+    assert opens == "To open: 15_rlsd.ipynb."
+
+    assert main(["table", str(tmp_path), "--learned"]) == 0
+    *lines, path = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 78
+    assert path == str(tmp_path / "r" / "15_rlsd.ipynb")
+
+
+def test_several_seeds_are_the_unit(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["grpo", "rlsd"], seeds=3)
+    said = learned(read_runs(tmp_path)).notes
+    assert said[0].startswith("Seen, in accuracy less grpo's: rlsd +0.03 [")
+    assert said[1] == "Every difference was seen."
+    assert said[2] == "No method speaks of a reference in 5% of its completions."
+    assert said[3].startswith("The intervals are over 3 seeds")
+    with pytest.raises(ValueError, match="no finished run of 'sdpo'"):
+        learned(read_runs(tmp_path), "sdpo")
