@@ -30,6 +30,7 @@ import torch
 from datasets import Dataset
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.profiler import profile
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -302,12 +303,16 @@ def race(build: Build, names: Sequence[str], steps: int = 3, rounds: int = 1) ->
     is NaN where device memory did not suffice.
     """
     timed: dict[str, list[dict[str, float]]] = {name: [] for name in (BASE, *names)}
+    turns = tqdm(total=rounds * len(timed), unit="turn", disable=None)  # on a terminal alone
     for _ in range(rounds):
         rollouts: dict[int, list] = {}
         for name, found in timed.items():
+            turns.set_description(name)
             with contextlib.suppress(torch.OutOfMemoryError):
                 timings, rollouts, peak = train_apart(build, name, steps, rollouts)
                 found += [{**step, PEAK: peak} for step in timings]
+            turns.update()
+    turns.close()
     parts = (GENERATION, REST, TEACHER, PEAK)
     medians = {name: pd.DataFrame(found, columns=parts).median() for name, found in timed.items()}
     table = pd.DataFrame(medians).T.astype(float)

@@ -6,7 +6,7 @@ import pandas as pd
 
 from rlsd_lib.measure.intervals import Interval
 from rlsd_lib.report.tables import DASH, Table, interval_of, paired_differences, with_arms
-from rlsd_lib.runs.records import Runs, is_finished
+from rlsd_lib.runs.records import Runs, is_finished, left_out
 
 LEAKS = 0.05  # share of completions from which on the sentences speak of leaking
 
@@ -15,8 +15,9 @@ def learned(runs: Runs, baseline: str = "grpo") -> Table:
     """Return a row per method with its accuracy, its difference to `baseline` and its leak rate.
 
     The notes are five sentences, all made from the runs: which differences were seen and which not,
-    who leaks, how far one may trust it, and what to open. Differences are paired by problem and
-    seed; their intervals are over seeds where there are several, else over problems.
+    who leaks, how far one may trust it, and what to open; a line more names runs without a result.
+    Differences are paired by problem and seed; their intervals are over seeds where there are
+    several, else over problems.
 
     Raises:
         ValueError: no finished run of `baseline`.
@@ -37,7 +38,7 @@ def learned(runs: Runs, baseline: str = "grpo") -> Table:
     ]
     names = ", ".join(path.name for path in to_open(runs))
     sentences = [*_seen(gaps, baseline), _leak(groups), _trust(arms), f"To open: {names}."]
-    return Table(pd.DataFrame(rows), sentences)
+    return Table(pd.DataFrame(rows), [*sentences, *filter(None, [left_out(runs.runs)])])
 
 
 def _difference(row: pd.Series) -> Interval:

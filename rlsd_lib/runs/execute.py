@@ -88,7 +88,7 @@ def execute_notebook(
             reason = f"Stopped: {told[0]} outside of training ({reason})"
         run.fail(reason)
         if told:
-            raise Interrupted(reason.removeprefix("Stopped: ")) from error
+            raise Interrupted(reason.removeprefix("Stopped: ").partition(" (in cell")[0]) from error
         raise NotebookError(f"{reason}; see {run.path / source.name}") from error
     except BaseException as error:  # interrupted: nobody will look for a reason in the notebook
         run.fail(type(error).__name__)
