@@ -122,14 +122,12 @@ def _accuracies(folder: Path) -> str:
     """Accuracy before and after with 95 % intervals, where a run has them."""
     from rlsd_lib.measure.intervals import Interval
 
-    file, ends = folder / "metrics.json", ("", "_low", "_high")
+    file, said = folder / "metrics.json", ""
     metrics = json.loads(file.read_text()) if file.exists() else {}
-    found = [
-        f"{Interval(*(metrics.get(f'accuracy_{when}{end}', math.nan) for end in ends)):.2f} {when}"
-        for when in ("before", "after")
-        if f"accuracy_{when}" in metrics
-    ]
-    return "".join([", accuracy ", ", ".join(found)] if found else [])
+    for when in ("before", "after"):
+        ends = [metrics.get(f"accuracy_{when}{end}", math.nan) for end in ("", "_low", "_high")]
+        said += f", {Interval(*ends):.2f} {when}" if f"accuracy_{when}" in metrics else ""
+    return said.replace(",", ", accuracy", 1)
 
 
 def _short(path: Path) -> Path:
@@ -235,27 +233,23 @@ def _list(options: argparse.Namespace) -> int:
     from rlsd_lib.runs.parameters import as_text, read_parameters
     from rlsd_lib.runs.suites import SUITES
 
-    notebooks = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+    files = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+    declared = {file.stem: read_parameters(file).values() for file in files}
     parts = {
-        "notebooks (rlsd run NAME -p PARAMETER=VALUE)": {
-            file.stem: ", ".join(
-                f"{p.name}={as_text(p.default)}" for p in read_parameters(file).values()
-            )
-            for file in notebooks
+        "notebooks, rlsd run NAME -p PARAMETER=VALUE": {
+            name: ", ".join(f"{p.name}={as_text(p.default)}" for p in parameters)
+            for name, parameters in declared.items()
         },
-        "suites (rlsd suite NAME)": {name: suite.purpose for name, suite in SUITES.items()},
-        "presets (-p preset=NAME)": {name: preset.summary for name, preset in PRESETS.items()},
-        "methods (-p method=NAME)": {name: row.summary for name, row in METHODS.items()},
-        "controls (-p control=NAME): what the teacher reads": CONTROLS,
+        "suites, rlsd suite NAME": {name: suite.purpose for name, suite in SUITES.items()},
+        "presets, -p preset=NAME": {name: preset.summary for name, preset in PRESETS.items()},
+        "methods, -p method=NAME": {name: row.summary for name, row in METHODS.items()},
+        "controls, -p control=NAME: what the teacher reads": CONTROLS,
     }
+    indent = {"initial_indent": "  ", "subsequent_indent": " " * 23}
     for title, entries in parts.items():
         print(f"{title}\n")
         for name, said in entries.items():
-            print(
-                textwrap.fill(
-                    f"{name:<20} {said}", 79, initial_indent="  ", subsequent_indent=" " * 23
-                )
-            )
+            print(textwrap.fill(f"{name:<20} {said}", 79, **indent))
         print()
     return 0
 

@@ -253,6 +253,17 @@ OF_PRESET = (
 )
 
 
+# Overrides that matter only where a run has lambda, a teacher, or another model as the teacher.
+OF_LAMBDA = ("lambda_init", "lambda_warmup_steps", "lambda_decay_steps")
+OF_TEACHER = [
+    "teacher_model_kind",
+    "teacher_pass",
+    "privileged_template",
+    "max_teacher_prompt_length",
+]
+OF_OTHER_MODEL = ("teacher_model", "teacher_options")
+
+
 class Resolved(NamedTuple):
     """A run that is checked and not begun: its preset with the overrides, and its configuration."""
 
@@ -344,10 +355,7 @@ class RunParameters:
     def checked(self, *, template: str | None = None, processes: int | None = None) -> Resolved:
         """As `resolve`, and refuse all else that can be judged before a directory is claimed.
 
-        Raises:
-            ValueError: as `resolve`; a credit that no task serves, or that several processes would
-                spoil; an option that the lab does not have.
-            FileNotFoundError: for an unknown accelerate config.
+        Raises FileNotFoundError for an unknown accelerate config, else errors like `resolve`.
         """
         count = self.num_processes if processes is None else processes
         found = self.resolve(template=template, processes=count)
@@ -365,21 +373,15 @@ class RunParameters:
         row, kind = config.row, config.teacher_model_kind
         matters = {
             "epsilon_w": row.has_lambda and "epsilon_w" in row.asks,
-            "lambda_init": row.has_lambda,
-            "lambda_warmup_steps": row.has_lambda,
-            "lambda_decay_steps": row.has_lambda,
-            "teacher_model_kind": config.uses_teacher,
+            **dict.fromkeys(OF_LAMBDA, row.has_lambda),
+            **dict.fromkeys(OF_TEACHER, config.uses_teacher),
+            **dict.fromkeys(OF_OTHER_MODEL, row.teacher_sees == PROMPT),
             "teacher_sync_steps": config.uses_teacher and kind in ("ema", "snapshot"),
             "teacher_update_rate": config.uses_teacher and kind == "ema",
-            "teacher_pass": config.uses_teacher,
-            "privileged_template": config.uses_teacher,
-            "max_teacher_prompt_length": config.uses_teacher,
-            "teacher_options": row.teacher_sees == PROMPT,
-            "teacher_model": row.teacher_sees == PROMPT,
         }
         said = [
-            f"{name}={self.overrides[name]!r} changes nothing for method={self.method!r}"
-            for name in self.overrides
+            f"{name}={value!r} changes nothing for method={self.method!r}"
+            for name, value in self.overrides.items()
             if not matters.get(name, True)
         ]
         if "epsilon" in self.overrides and matters["epsilon_w"]:

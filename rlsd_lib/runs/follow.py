@@ -57,12 +57,12 @@ def followed(folders: Sequence[Path]) -> Iterator[None]:
     and every `SPARSE_SECONDS`. Where there are several, a line begins with the run's name.
     """
     since, ended = datetime.now(UTC).isoformat(timespec="milliseconds"), threading.Event()
-    screen = Bars() if sys.stderr.isatty() else Lines()
+    show = Bars().show if sys.stderr.isatty() else Lines().show
 
     def follow() -> None:
         while not ended.wait(TICK_SECONDS):
-            screen.show({folder: standing(folder, since) for folder in folders})
-        screen.show(dict.fromkeys(folders))
+            for folder in folders:
+                show(folder if len(folders) > 1 else None, standing(folder, since))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -71,44 +71,45 @@ def followed(folders: Sequence[Path]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def _named(folder: Path, words: str, is_one: bool) -> str:
-    return words if is_one else f"{folder.name}: {words}"
+        for folder in folders:
+            show(folder if len(folders) > 1 else None, None)
 
 
 class Bars:
     """A bar in place for each run at work."""
 
     def __init__(self) -> None:
-        self.bars: dict[Path, tqdm] = {}
+        self.bars: dict[Path | None, tqdm] = {}
 
-    def show(self, found: dict[Path, Standing | None]) -> None:
-        """Draw how each run stands; a run without a standing loses its bar."""
-        for folder, now in found.items():
-            if now is None:
-                if bar := self.bars.pop(folder, None):
-                    bar.close()
-                continue
-            bar = self.bars.get(folder) or tqdm(
-                bar_format="{desc} {bar}", leave=False, dynamic_ncols=True
-            )
-            self.bars[folder] = bar
+    def show(self, folder: Path | None, now: Standing | None) -> None:
+        """Draw how the run in `folder` stands, or take its bar away; None is the only run."""
+        if now is None:  # a bar without steps is false
+            if folder in self.bars:
+                self.bars.pop(folder).close()
+        else:
+            if folder not in self.bars:
+                how = {"bar_format": "{desc} {bar}", "leave": False, "dynamic_ncols": True}
+                self.bars[folder] = tqdm(**how)
+            bar = self.bars[folder]
             bar.total, bar.n = now.steps, now.step
-            bar.set_description_str(_named(folder, now.words, len(found) == 1))
+            bar.set_description_str(_named(folder, now.words))
 
 
 class Lines:
     """Plain lines, sparse enough for a log file."""
 
     def __init__(self) -> None:
-        self.last: dict[Path, tuple[str, float]] = {}  # phase and time of the last line
+        # Of the last line: phase, whether a step was done, and when.
+        self.last: dict[Path | None, tuple[str, bool, float]] = {}
 
-    def show(self, found: dict[Path, Standing | None]) -> None:
-        """Write a line for each run of which one is due."""
-        for folder, now in found.items():
-            phase, when = self.last.get(folder, ("", 0.0))
-            if now and (now.phase != phase or time.monotonic() - when > SPARSE_SECONDS):
-                self.last[folder] = now.phase, time.monotonic()
-                sys.stderr.write(_named(folder, now.words, len(found) == 1) + "\n")
-                sys.stderr.flush()
+    def show(self, folder: Path | None, now: Standing | None) -> None:
+        """Write a line if one is due."""
+        *known, when = self.last.get(folder, ("", False, 0.0))
+        if now and (known != [now.phase, now.step > 0] or time.monotonic() > when + SPARSE_SECONDS):
+            self.last[folder] = now.phase, now.step > 0, time.monotonic()
+            sys.stderr.write(_named(folder, now.words) + "\n")
+            sys.stderr.flush()
+
+
+def _named(folder: Path | None, words: str) -> str:
+    return f"{folder.name}: {words}" if folder else words
