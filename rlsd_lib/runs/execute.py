@@ -59,6 +59,8 @@ def execute_notebook(
     """
     source = find_notebook(notebook)
     full = complete(source, parameters)
+    import papermill  # noqa: F401, takes a second, in which there is no kernel yet to hand on to
+
     folder = Path(run_dir or default_run_dir(source.stem, full)).resolve()
     place = {"run_dir": str(folder)} if "run_dir" in full else {}
     run = Run.start(folder, parameters={**full, **place}, notebook=source, if_exists=if_exists)
@@ -66,8 +68,7 @@ def execute_notebook(
 
     def hand_on(name: str = "SIGTERM") -> None:  # the kernel saves and stops; that ends this run
         told.append(name)
-        if not terminate_children():
-            raise KeyboardInterrupt  # there is no kernel yet
+        terminate_children()
 
     def ctrl_c() -> None:
         if "ctrl-C" in told:

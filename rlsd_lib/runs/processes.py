@@ -23,12 +23,10 @@ def on_sigterm(
         signal.signal(number, before)
 
 
-def terminate_children() -> bool:
-    """Send a SIGTERM to every process that this one has started; whether there is any."""
-    children = psutil.Process().children()
-    for child in children:
+def terminate_children() -> None:
+    """Send a SIGTERM to every process that this one has started."""
+    for child in psutil.Process().children():
         child.terminate()
-    return bool(children)
 
 
 def kill_tree(pid: int) -> None:

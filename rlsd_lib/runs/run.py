@@ -184,7 +184,7 @@ class Run:
         begun = datetime.fromisoformat(self.manifest["started"])
         seconds = round((datetime.now(UTC) - begun).total_seconds(), 2)
         ended = "interrupted" if (error or "").startswith(INTERRUPTED) else "failed"
-        self._update(status=ended if error else "finished", error=error, seconds=seconds)
+        self._update(status="finished" if error is None else ended, error=error, seconds=seconds)
         if self._lock:
             self._lock.release(force=True)
 
