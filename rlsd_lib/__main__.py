@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
         execute_notebook(source, given, run_dir=folder, if_exists=mode)
     print(f"finished in {_clock(time.monotonic() - begun)}{_accuracies(folder)}")
     print(f"lies in  {folder}")
-    print(f"open     {_short(folder / source.name)}, or: rlsd table {_short(folder.parent)}")
+    print(f"open     {source.name} there, or: rlsd table {_short(folder.parent)}")
     return 0
 
 
@@ -159,7 +159,7 @@ def _suite(options: argparse.Namespace) -> int:
 
     changes = _parse_pairs(options.pairs)
     jobs = jobs_of(options.name, changes)
-    print(f"{options.name}: {SUITES[options.name].purpose}")
+    print(textwrap.fill(f"{options.name}: {SUITES[options.name].purpose}", 79))
     first = {job.notebook: job.parameters for job in jobs}
     for notebook, given in first.items():
         _say_edits(find_notebook(notebook), given)

@@ -43,8 +43,8 @@ METRICS = {
 # Columns that a narrow screen can do without, the first of them first.
 LEAST = (
     *("clip low", "clip high", "intervention", "entropy", "greedy after", "pass@4 after"),
-    *("pass@8 after", "s / step", "reward", "leak before", "detectable", "preset", "seeds"),
-    *("accuracy before", "n"),
+    *("pass@8 after", "s / step", "reward", "leak before", "detectable", "preset", "settings"),
+    *("seeds", "accuracy before", "n"),
 )
 NARROW = 26  # to which a column of words may be wrapped before others go
 FIRST, LAST = 3, 10  # steps averaged at the start and at the end of a curve
@@ -73,7 +73,7 @@ class Table(NamedTuple):
         """
         rows, gone = _joined(self.rows), []
         for name in [name for name in LEAST if name in rows]:
-            is_needed = name == "preset" and rows[name].nunique() > 1
+            is_needed = name in ("preset", "settings") and rows[name].nunique() > 1
             if _wide(rows, NARROW) > width and not is_needed:
                 rows, gone = rows.drop(columns=name), [*gone, name]
         notes = [*self.notes, *([f"no room for {', '.join(gone)}: --all"] if gone else [])]

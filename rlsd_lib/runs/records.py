@@ -87,7 +87,8 @@ def described(runs: Runs) -> str:
     finished = frame[is_finished(frame)]
     folders = ", ".join(dict.fromkeys(frame["group"]))
     seeds = sorted(finished["seed"].dropna().unique()) if "seed" in finished else []
-    commits = dict.fromkeys(str(commit)[:7] for commit in finished.get("commit", ()))
+    known = [commit for commit in finished.get("commit", ()) if isinstance(commit, str)]
+    commits = dict.fromkeys(commit[:7] for commit in known)
     line = f"{folders}: {len(finished)} of {len(frame)} runs"
     line += f", seeds {' '.join(f'{seed:g}' for seed in seeds)}" if seeds else ""
     line += f", commit {' '.join(commits)}" if commits else ""
