@@ -18,9 +18,10 @@ PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>{title}</title>
 <style>
-body {{ font: 15px/1.5 Georgia, serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 15px/1.5 Georgia, serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }}
+p, ul {{ max-width: 62rem; }}
 table {{ border-collapse: collapse; font: 12px/1.4 sans-serif; }}
-th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; overflow-wrap: break-word; }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .4rem; text-align: left; overflow-wrap: break-word; }}
 pre {{ font-size: 12px; white-space: pre-wrap; }} ul {{ font-size: 12px; color: #444; }}
 img {{ max-width: 100%; }} a.anchor-link {{ display: none; }} .about, caption {{ color: #666; }}
 </style></head>
