@@ -71,7 +71,6 @@ def _run(options: argparse.Namespace) -> int:
     rlsd run 15_rlsd -p preset=smoke
     rlsd run 15_rlsd -p seed=1 -p overrides='{"epsilon_w": 0.5}'
     """
-    from rlsd_lib.runs.execute import execute_notebook
     from rlsd_lib.runs.follow import followed
     from rlsd_lib.runs.parameters import complete, read_parameters
     from rlsd_lib.runs.records import state_of
@@ -100,6 +99,8 @@ def _run(options: argparse.Namespace) -> int:
             return 0
         mode = "overwrite"
     _check([full])
+    from rlsd_lib.runs.execute import execute_notebook  # a second to import
+
     print(f"{source.name} -> {folder}", flush=True)
     begun = time.monotonic()
     with followed([folder]):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import papermill
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -59,8 +60,6 @@ def execute_notebook(
     """
     source = find_notebook(notebook)
     full = complete(source, parameters)
-    import papermill  # noqa: F401, takes a second, in which there is no kernel yet to hand on to
-
     folder = Path(run_dir or default_run_dir(source.stem, full)).resolve()
     place = {"run_dir": str(folder)} if "run_dir" in full else {}
     run = Run.start(folder, parameters={**full, **place}, notebook=source, if_exists=if_exists)
@@ -99,8 +98,6 @@ def execute_notebook(
 
 
 def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
-    import papermill  # a second to import: only when something runs
-
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its warnings are errors here, above
     # papermill formats its paths with the parameters, so a brace must be doubled to stay one.
     source_path, target = (
@@ -129,8 +126,6 @@ def _kernel_manager(run: Run) -> type[AsyncKernelManager]:
 
 def _reason(error: BaseException) -> str:
     """One line for the manifest: papermill's own message is a page with the traceback."""
-    from papermill import PapermillExecutionError
-
-    if isinstance(error, PapermillExecutionError):
+    if isinstance(error, papermill.PapermillExecutionError):
         return f"{error.ename}: {error.evalue} (in cell [{error.exec_count}])"
     return f"{type(error).__name__}: {error}"
