@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"rlsd: {error}")
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
-        _complain(f"\nrlsd: interrupted: {str(error) or 'at once'}\ngo on with\n  {go_on}")
+        why = f": {error}" if str(error) else ""
+        _complain(f"\nrlsd: interrupted{why}\ngo on with\n  {go_on}")
         return 130
     except NotebookError as error:  # in a line: the traceback is in the notebook
         _complain(f"rlsd: failed: {error}")
