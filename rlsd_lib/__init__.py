@@ -10,6 +10,7 @@ from typing import Any
 _HOME = {
     "RLSDTrainer": "rlsd_lib.trainer.trainer",
     "RLSDConfig": "rlsd_lib.trainer.config",
+    "CreditViewer": "rlsd_lib.report.viewer",
     "METHODS": "rlsd_lib.methods",
     "PRESETS": "rlsd_lib.experiment.presets",
     "Experiment": "rlsd_lib.experiment.experiment",

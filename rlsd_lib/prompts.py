@@ -91,7 +91,7 @@ def shorten_to_fit(
     return head(bisect.bisect_right(range(1, len(ids)), limit, key=length))
 
 
-def check_contexts(contexts: Sequence[object], template: str) -> None:
+def check_contexts(contexts: Sequence[object], template: str, column: str = COLUMN) -> None:
     """Refuse rows whose privileged text is missing, empty, not a string, or holds an image token.
 
     Raises ValueError with the rows. An empty text is accepted only under a template that adds no
@@ -100,18 +100,20 @@ def check_contexts(contexts: Sequence[object], template: str) -> None:
     rows = list(enumerate(contexts))
     null = render(template, "x", "") == "x"
     wrong = [i for i, text in rows if text is not None and not isinstance(text, str)]
-    refuse(wrong, f"have a {COLUMN} that is not a string", "Convert it to str.")
+    refuse(wrong, f"have a {column} that is not a string", "Convert it to str.")
     empty = [i for i, text in rows if text is None or not (text.strip() or null)]
-    refuse(empty, f"have no {COLUMN}", "Fill the column, or drop these rows.")
+    refuse(empty, f"have no {column}", "Fill the column, or drop these rows.")
     images = [i for i, text in rows if has_image_token(text)]
     refuse(
         images,
-        f"have an image placeholder in {COLUMN}",
+        f"have an image placeholder in {column}",
         "The teacher sees the student's images only; remove the placeholder.",
     )
 
 
-def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
+def count_in_prompts(
+    prompts: Sequence[Prompt], contexts: Sequence[str], column: str = COLUMN
+) -> int:
     """Count rows whose privileged text stands in the student's prompt; refuse the clear leaks.
 
     Raises ValueError with the rows. A text shorter than for `holds_reference` (a number, a choice) can stand
@@ -120,7 +122,7 @@ def count_in_prompts(prompts: Sequence[Prompt], contexts: Sequence[str]) -> int:
     pairs = list(zip(prompts, contexts, strict=True))
     refuse(
         [i for i, (prompt, context) in enumerate(pairs) if holds_reference(prompt, context)],
-        f"hold their {COLUMN} in the student's own prompt",
+        f"hold their {column} in the student's own prompt",
         "The student would see the reference. Remove it from the prompt.",
     )
     return sum(_holds(prompt, context) for prompt, context in pairs)

@@ -329,6 +329,7 @@ class RunParameters:
         on_gpu = torch.cuda.is_available()
         settings: dict[str, Any] = {
             "output_dir": str(output_dir),
+            "run_name": Path(output_dir).parent.name or None,  # in a tracker, with report_to
             "method": self.method,
             "seed": self.seed + 1000 * preset.redraw,
             "use_cpu": not on_gpu,
@@ -401,7 +402,8 @@ def resolve_preset(
         TypeError: for an override of another type than its field's.
     """
     preset = PRESETS[look_up(name, PRESETS, "preset")]
-    known = {f.name: f.type for f in fields(RLSDConfig) if f.init}
+    # The tasks name their columns themselves.
+    known = {f.name: f.type for f in fields(RLSDConfig) if f.init and f.name != "privileged_column"}
     known |= {f.name: f.type for f in fields(Preset) if f.name in OF_PRESET}
     for key, value in overrides.items():
         if look_up(key, known, "override") in IDENTITY:

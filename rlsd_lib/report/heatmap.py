@@ -2,20 +2,105 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 # Blue against red through white: told apart with every common kind of colour blindness.
 PALETTE = colormaps["RdBu"].with_extremes(bad="#d9d9d9")  # grey: no value, a masked token
 COLUMNS = 96  # character cells in a row
+EDGE = {"edgecolor": "#c8c8c8", "linewidth": 0.4}  # a hair that keeps neutral tokens apart
+# Boxes that wrap at the width of the page; the text around them has the colour of its theme.
+HTML = """<figure class="rlsd-heat"><style>
+.rlsd-heat {{ margin: .6em 0; font: 13px/1.5 monospace; max-width: 62rem }}
+.rlsd-heat figcaption {{ font: 14px sans-serif; margin-bottom: .35em }}
+.rlsd-heat div {{ display: flex; flex-wrap: wrap; gap: 2px }}
+.rlsd-heat span {{ padding: 0 3px; border-radius: 2px; box-shadow: 0 0 0 .5px #c8c8c8;
+  overflow-wrap: anywhere }}
+.rlsd-heat i {{ flex-basis: 100% }}
+.rlsd-heat small {{ display: flex; gap: .5em; margin-top: .5em; font: 12px sans-serif }}
+.rlsd-heat b {{ width: 9em; height: 1.1em; border-radius: 2px }}
+</style><figcaption>{title}</figcaption><div>{tokens}</div>
+<small>{low}<b style="background:linear-gradient(90deg,{stops})"></b>{high}
+&ensp;white: {middle}</small></figure>"""
 # What tokenizers write for a space and a line end, and what a reader sees instead.
-MARKS = {"Ġ": "·", "▁": "·", " ": "·", "Ċ": "↵\n", "\n": "↵\n", "\t": "→", "ĉ": "→", "\r": "␍"}
+MARKS = {"Ġ": "·", "▁": "·", " ": "·", "Ċ": "↵\n", "\n": "↵\n", "\t": "→", "ĉ": "→", "\r": "↩"}
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """A rollout's tokens, coloured by a value each: HTML in a notebook, a PNG in a file.
+
+    A token is blue above `center` and red below, white at it and grey for NaN; at `limit` from the
+    center it has full colour.
+    """
+
+    tokens: list[str]
+    values: list[float]
+    title: str
+    center: float
+    limit: float
+
+    def _look(self, value: float) -> tuple[str, str]:
+        """The colour of a token, and of the ink on it, as hexadecimal numbers."""
+        scale = Normalize(self.center - self.limit, self.center + self.limit, clip=True)
+        dark = abs(value - self.center) > 0.55 * self.limit  # both ends of the palette
+        return to_hex(PALETTE(scale(value))), "#ffffff" if dark else "#000000"
+
+    def figure(self) -> Figure:
+        """Return the picture as a figure, in rows of `COLUMNS` characters."""
+        pieces = list(place([show_token(token) for token in self.tokens]))
+        rows = pieces[-1].row + 1
+        wide = max(16, len(self.title), *(p.column + len(p.text) for p in pieces))
+        figure = new_figure((0.105 * wide + 1.2, 0.25 * rows + 0.55))
+        axes = figure.subplots()
+        axes.set(xlim=(0, wide), ylim=(rows, 0))
+        axes.set_axis_off()
+        # A dollar sign is a dollar sign here, not the beginning of a formula.
+        axes.set_title(self.title, loc="left", fontsize=10, parse_math=False)
+        middle = {"ha": "center", "va": "center", "family": "monospace", "fontsize": 9}
+        for text, column, row, token in pieces:
+            paper, ink = self._look(self.values[token])
+            box = Rectangle((column, row), len(text), 0.9, facecolor=paper, **EDGE)
+            axes.add_patch(box)
+            place_of = (column + len(text) / 2, row + 0.46)
+            axes.text(*place_of, text, color=ink, parse_math=False, **middle)
+        ends = self.center - self.limit, self.center + self.limit
+        scale = ScalarMappable(Normalize(*ends), PALETTE)
+        bar = figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.01, aspect=max(4, 2.5 * rows))
+        bar.set_ticks([ends[0], self.center, ends[1]])
+        return figure
+
+    def savefig(self, path: str | Path, **options: Any) -> None:
+        """Write the picture as `Figure.savefig` does."""
+        self.figure().savefig(path, **options)
+
+    def _repr_html_(self) -> str:
+        spans = []
+        for token, value in zip(self.tokens, self.values, strict=True):
+            paper, ink = self._look(value)
+            look = f'style="background:{paper};color:{ink}" title="{escape(f"{token!r}: {value:.4g}")}"'
+            for line in show_token(token).splitlines(keepends=True):
+                spans.append(f"<span {look}>{escape(line.rstrip())}</span>")
+                spans += ["<i></i>"] if line.endswith("\n") else []
+        stops = ",".join(to_hex(PALETTE(i / 8)) for i in range(9))
+        low, middle, high = (self.center + k * self.limit for k in (-1, 0, 1))
+        return HTML.format(
+            title=escape(self.title),
+            tokens="".join(spans),
+            stops=stops,
+            low=f"{low:.3g}",
+            middle=f"{middle:.3g}",
+            high=f"{high:.3g}",
+        )
 
 
 def token_heatmap(
@@ -25,7 +110,7 @@ def token_heatmap(
     title: str,
     center: float = 0.0,
     limit: float | None = None,
-) -> Figure:
+) -> Heatmap:
     """Colour each token by its value: blue above `center`, red below, white at it, grey for NaN.
 
     `center` is the neutral value, 0 for a gap and 1 for a weight. `limit` is the distance from it
@@ -43,25 +128,27 @@ def token_heatmap(
         limit = max((abs(v - center) for v in values if not math.isnan(v)), default=0.0) or 1.0
     if not limit > 0:
         raise ValueError(f"limit={limit}: expected a positive number")
-    pieces = list(place([show_token(token) for token in tokens]))
-    rows = pieces[-1].row + 1
-    wide = max(16, len(title), *(p.column + len(p.text) for p in pieces))
-    figure = new_figure((0.105 * wide + 1.2, 0.25 * rows + 0.55))
-    axes = figure.subplots()
-    axes.set(xlim=(0, wide), ylim=(rows, 0))
-    axes.set_axis_off()
-    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
-    scale = ScalarMappable(Normalize(center - limit, center + limit, clip=True), PALETTE)
-    middle = {"ha": "center", "va": "center", "family": "monospace", "fontsize": 9}
-    for text, column, row, token in pieces:
-        width, value = len(text), values[token]
-        axes.add_patch(Rectangle((column, row), width, 0.92, color=scale.to_rgba(value)))
-        ink = "white" if abs(value - center) > 0.55 * limit else "black"  # the ends are dark
-        # A dollar sign is a dollar sign here, not the beginning of a formula.
-        place_of = (column + width / 2, row + 0.46)
-        axes.text(*place_of, text, color=ink, parse_math=False, **middle)
-    figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.01, aspect=max(4, 2.5 * rows))
-    return figure
+    return Heatmap(list(tokens), list(values), title, center, limit)
+
+
+def credit_heatmap(
+    tokens: Sequence[str],
+    credit: Sequence[float],
+    advantage: float,
+    *,
+    title: str,
+    limit: float | None = None,
+) -> Heatmap:
+    """Show a rollout's token advantages A_hat_t as multiples of its advantage A, around GRPO's 1.
+
+    `limit` is the distance from 1 that gets full colour. Where A is 0 there is no multiple, and
+    A_hat_t itself is shown, around 0. Raises ValueError as `token_heatmap` does.
+    """
+    if advantage == 0:
+        return token_heatmap(tokens, credit, title=f"{title}: token advantage (A = 0)")
+    title = f"{title}: token advantage / A (A = {advantage:.2f})"
+    multiples = [value / advantage for value in credit]
+    return token_heatmap(tokens, multiples, title=title, center=1.0, limit=limit)
 
 
 def new_figure(size: tuple[float, float]) -> Figure:

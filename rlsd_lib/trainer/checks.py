@@ -79,18 +79,20 @@ def check_arguments(
     if isinstance(dataset, Dataset):
         _check_videos(dataset)
     if args.include_environment_feedback:
-        _check_column(dataset, "include_environment_feedback=True")
+        _check_column(dataset, args.privileged_column, "include_environment_feedback=True")
     if args.uses_teacher and sees == PRIVILEGED:
-        _check_column(dataset, method)
+        column = args.privileged_column
+        _check_column(dataset, column, method)
         if isinstance(dataset, Dataset):  # a streamed one is checked batch by batch
-            contexts = dataset[prompts.COLUMN][:]
-            prompts.check_contexts(contexts, args.privileged_template)
-            prompts.count_in_prompts(dataset["prompt"][:], contexts)
+            contexts = dataset[column][:]
+            prompts.check_contexts(contexts, args.privileged_template, column)
+            prompts.count_in_prompts(dataset["prompt"][:], contexts, column)
 
 
 def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfig) -> list[str]:
     """The references that a wrong one is drawn from; none where nothing asks for one."""
     count, asking = args.wrong_references, sorted(NEEDS_WRONG.intersection(asked))
+    column = args.privileged_column
     if count > 1 and "wrong_gaps" not in asking:
         raise ValueError(
             f"wrong_references={count} means nothing where no credit asks for wrong_gaps: "
@@ -107,14 +109,14 @@ def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfi
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"{', '.join(asking)} need wrong references, which are drawn from the whole "
-            f"{prompts.COLUMN!r} column: a streaming data set has none. Give a datasets.Dataset."
+            f"{column!r} column: a streaming data set has none. Give a datasets.Dataset."
         )
-    _check_column(dataset, ", ".join(asking))
-    distinct = prompts.distinct_references(dataset[prompts.COLUMN][:])
+    _check_column(dataset, column, ", ".join(asking))
+    distinct = prompts.distinct_references(dataset[column][:])
     if len(distinct) <= count:
         raise ValueError(
             f"wrong_references={count} needs {count + 1} different references or more, the "
-            f"{prompts.COLUMN!r} column of the training set has {len(distinct)}. Give rows with "
+            f"{column!r} column of the training set has {len(distinct)}. Give rows with "
             f"other references, lower wrong_references, or use a method without {asking[0]}."
         )
     return distinct
@@ -128,12 +130,12 @@ def _check_videos(dataset: Dataset) -> None:
     prompts.refuse(sorted(found), "hold a video", VIDEO_ADVICE)
 
 
-def _check_column(dataset: Any, what: str) -> None:
+def _check_column(dataset: Any, column: str, what: str) -> None:
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and prompts.COLUMN not in columns:
+    if columns is not None and column not in columns:
         raise ValueError(
-            f"{what} needs a {prompts.COLUMN!r} column (str: what the teacher may see and the "
-            f"student may not). The dataset has {columns}."
+            f"{what} needs a {column!r} column (str: what the teacher may see and the student may "
+            f"not). The dataset has {columns}: set privileged_column to one of them, or add it."
         )
 
 

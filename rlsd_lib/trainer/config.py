@@ -30,7 +30,7 @@ from rlsd_lib.methods import (
     keywords,
 )
 from rlsd_lib.names import look_up
-from rlsd_lib.prompts import DEFAULT_TEMPLATE, check_template
+from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, check_template
 
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
 TEACHER_PASSES = AUTO, PLAIN, SHARED = "auto", "plain", "shared"
@@ -112,6 +112,9 @@ class RLSDConfig(GRPOConfig):
             steps ask the teacher, so that other steps stay TRL's to the bit; `True` in every
             training step, GRPO's too; `False` never. Set it where the cost of two methods is
             compared. No effect elsewhere, on compiled models, or with prompt tuning.
+        privileged_column (`str`, *optional*, defaults to `"privileged_context"`):
+            The dataset column (str) that the teacher may read and the student may not, such as
+            `"solution"`. Reward functions get it under its own name.
         privileged_template (`str`, *optional*):
             The teacher's user turn. Must contain `{prompt}` and `{privileged_context}`; other
             braces are left alone.
@@ -162,6 +165,7 @@ class RLSDConfig(GRPOConfig):
     teacher_update_rate: float = 0.05
     teacher_pass: str = AUTO
     completion_head: bool | None = None
+    privileged_column: str = COLUMN
     privileged_template: str = DEFAULT_TEMPLATE
     peer_context: bool = False
     max_teacher_prompt_length: int | None = None
@@ -378,7 +382,7 @@ class RLSDConfig(GRPOConfig):
             self.check_keeps_token_credit(f"method={self.method!r}")
         if self.remove_unused_columns and self.row.teacher_sees not in (None, PROMPT):
             raise ValueError(
-                "remove_unused_columns=True would drop the privileged_context column before the "
+                f"remove_unused_columns=True would drop the {self.privileged_column} column before the "
                 "teacher sees it. Set remove_unused_columns=False."
             )
         if self.use_liger_kernel:

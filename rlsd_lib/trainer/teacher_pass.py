@@ -20,7 +20,6 @@ from rlsd_lib.credit import Credit, leave_one_out
 from rlsd_lib.divergence import teacher_contrast, teacher_entropy
 from rlsd_lib.methods import PEER, PROMPT
 from rlsd_lib.prompts import (
-    COLUMN,
     Prompt,
     check_contexts,
     count_in_prompts,
@@ -262,22 +261,23 @@ class TeacherPass(GRPOTrainer):
             return [None] * len(inputs)
         if sees == PEER:
             return self._peer_contexts(inputs)
-        contexts = [row.get(COLUMN) for row in inputs]
+        column = self.args.privileged_column
+        contexts = [row.get(column) for row in inputs]
         with checks.on_every_rank():
-            check_contexts(contexts, self.args.privileged_template)
-            found = count_in_prompts(self._final_prompts, contexts)
+            check_contexts(contexts, self.args.privileged_template, column)
+            found = count_in_prompts(self._final_prompts, contexts, column)
         self.log_means({"reference_in_prompt_frac": (found, len(contexts))})
         return contexts
 
     def _wrong_contexts(self, inputs: list[dict[str, Any]]) -> Iterator[Contexts]:
         """For each of the wrong references, what the teacher reads instead."""
-        count = self.args.wrong_references
-        drawn = (wrong_references(row[COLUMN], self.distinct, count) for row in inputs)
+        count, column = self.args.wrong_references, self.args.privileged_column
+        drawn = (wrong_references(row[column], self.distinct, count) for row in inputs)
         return zip(*drawn, strict=True)
 
     def _peer_contexts(self, inputs: list[dict[str, Any]]) -> Contexts:
         asked = self.args.include_environment_feedback
-        feedback = [row.get(COLUMN) if asked else None for row in inputs]
+        feedback = [row.get(self.args.privileged_column) if asked else None for row in inputs]
         shown = demonstrations(
             gather_object(self._completions),
             self._rewards.tolist(),

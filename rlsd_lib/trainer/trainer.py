@@ -41,7 +41,8 @@ GATE_STEPS, GATE_SHARE = 10, 0.93
 class RLSDTrainer(TeacherPass):
     """GRPO whose token advantages are shaped by a teacher that sees privileged information.
 
-    A drop-in for [`~trl.GRPOTrainer`] with one more dataset column, `privileged_context` (str).
+    A drop-in for [`~trl.GRPOTrainer`] with one more dataset column (str), `privileged_context` or
+    the one that `privileged_column` names.
     With `method="grpo"`, or while lambda is 0, every step is bit-identical to the parent's, unless
     `completion_head=True`. Evaluation runs no teacher: its loss is GRPO's for every method.
 
@@ -148,7 +149,9 @@ class RLSDTrainer(TeacherPass):
         if training and self._has_lambda:
             lam = self.args.lambda_at(self.state.global_step)
             self._metrics["train"]["rlsd/lambda"].append(lam)
+        advantages = inputs["advantages"]
         if "rewards" not in inputs:
+            self._show_credit(inputs, advantages)
             if training:
                 self._metrics["train"]["rlsd/intervention"].append(0.0)
             return super()._compute_loss(model, inputs)
@@ -158,7 +161,14 @@ class RLSDTrainer(TeacherPass):
             loss = super()._compute_loss(model, inputs)
         if self._pending is not None:
             raise RuntimeError("TRL's loss never asked for log-probabilities: credit not applied.")
+        self._show_credit(inputs, advantages)
         return loss + self._distillation_loss(model, hidden[0], inputs) if hidden else loss
+
+    def _show_credit(self, inputs: dict[str, Any], advantages: Tensor) -> None:
+        if self.model.training:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, CreditCallback):
+                    callback.on_credit(self, inputs, advantages)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -339,6 +349,17 @@ class RLSDTrainer(TeacherPass):
         whole = not sharded.is_sharded(self.accelerator)
         if self.teacher is not None and self.teacher.adapter is not None and whole:
             load_trained_adapter(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+
+class CreditCallback(TrainerCallback):
+    """A callback that also sees the rollouts of every training micro-step with their credit."""
+
+    def on_credit(self, trainer: RLSDTrainer, inputs: dict[str, Any], advantages: Tensor) -> None:
+        """Called on every rank, once for each micro-step.
+
+        `inputs` is TRL's dictionary, whose `advantages` are the token advantages (N, T), or (N,)
+        in a step of plain GRPO; `advantages` (N,) are those of the rollouts. Neither may be changed.
+        """
 
 
 class TeacherCallback(TrainerCallback):

@@ -1,5 +1,6 @@
 """The presets of real size say what the paper says, for any number of processes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +108,14 @@ def test_overrides_of_every_kind_are_taken() -> None:
     given = {"epsilon_w": 1, "optim": "sgd", "reward_weights": [1.0, 0.0], "report_to": "none"}
     given |= {"distillation_weight": None, "save_steps": 5, "lr_scheduler_kwargs": {}}
     assert resolve_preset("lab", given)[1] == given
+
+
+def test_a_tracker_gets_the_name_of_the_run(tmp_path: Path) -> None:
+    parameters = RunParameters("rlsd", "lab", overrides={"report_to": "trackio"})
+    config = parameters.resolve(tmp_path / "rlsd-lab-s0" / "checkpoints").config
+    assert (config.report_to, config.run_name) == (["trackio"], "rlsd-lab-s0")
+    with pytest.raises(ValueError, match="Unknown override 'privileged_column'"):
+        resolve_preset("lab", {"privileged_column": "answer"})
 
 
 def test_an_unknown_override_names_a_few_of_the_many() -> None:

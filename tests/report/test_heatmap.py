@@ -1,15 +1,17 @@
 """The token heat map shows every token legibly, on the colour of its value."""
 
 import math
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rlsd_lib.report.heatmap import place, show_token, token_heatmap
+from rlsd_lib.report.heatmap import credit_heatmap, place, show_token, token_heatmap
 
 
 def faces(figure: Figure) -> list[tuple[float, float, float]]:
@@ -18,20 +20,25 @@ def faces(figure: Figure) -> list[tuple[float, float, float]]:
 
 
 def test_the_heat_map_colours_by_sign_and_greys_what_has_no_value() -> None:
-    figure = token_heatmap(["a", "b", "c", "d"], [1.4, 1.0, 0.6, math.nan], title="w", center=1)
+    picture = token_heatmap(["a", "b", "c", "d"], [1.4, 1.0, 0.6, math.nan], title="w", center=1)
+    figure = picture.figure()
     above, at, below, none = faces(figure)
     assert above[2] > above[0] + 0.25  # blue
     assert below[0] > below[2] + 0.25  # red
     assert min(at) > 0.95
     assert len(set(none)) == 1 and none[0] < 0.9  # grey
     # Letters stand out from the colour behind them.
-    assert [text.get_color() for text in figure.axes[0].texts] == ["white", "black"] * 2
+    assert [text.get_color() for text in figure.axes[0].texts] == ["#ffffff", "#000000"] * 2
+    # The same colours on the page.
+    shown = re.findall(r"background:(#\w+);color:(#\w+)", picture._repr_html_())
+    assert [to_rgb(paper) for paper, _ in shown] == faces(figure)
+    assert [ink for _, ink in shown] == [text.get_color() for text in figure.axes[0].texts]
 
 
 def test_a_limit_clips_and_equal_values_are_neutral() -> None:
-    first, second = faces(token_heatmap(["a", "b"], [0.5, 50.0], title="gap", limit=0.5))
+    first, second = faces(token_heatmap(["a", "b"], [0.5, 50.0], title="gap", limit=0.5).figure())
     assert first == second
-    [colour] = faces(token_heatmap(["a"], [0.0], title="gap"))
+    [colour] = faces(token_heatmap(["a"], [0.0], title="gap").figure())
     assert min(colour) > 0.95
 
 
@@ -74,10 +81,38 @@ def test_layout_wraps_at_the_margin_and_at_line_ends() -> None:
 
 
 def test_the_picture_is_written_and_a_dollar_is_no_formula(tmp_path: Path) -> None:
-    figure = token_heatmap(["$\\x$", "_", "^$", "\\frac"], [1, -1, 0.2, 0], title="$\\x$")
+    picture = token_heatmap(["$\\x$", "_", "^$", "\\frac"], [1, -1, 0.2, 0], title="$\\x$")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure.savefig(tmp_path / "heat.png")
+        picture.savefig(tmp_path / "heat.png")
     pixels = np.asarray(Image.open(tmp_path / "heat.png").convert("RGB")).reshape(-1, 3)
     assert len(np.unique(pixels, axis=0)) > 10
-    assert [text.get_text() for text in figure.axes[0].texts] == ["$\\x$", "_", "^$", "\\frac"]
+    assert [text.get_text() for text in picture.figure().axes[0].texts] == [
+        "$\\x$",
+        "_",
+        "^$",
+        "\\frac",
+    ]
+
+
+def test_the_page_keeps_tokens_apart_and_none_of_them_is_markup() -> None:
+    page = token_heatmap(["a", "<b>", "c\n\nd"], [1.0, 0.0, -1.0], title="<i>")._repr_html_()
+    inside = page[page.index("<div>") : page.index("</div>")]
+    assert re.findall(r">([^<>]*)</span>", inside) == ["a", "&lt;b&gt;", "c↵", "↵", "d"]
+    assert inside.count("<i></i>") == 2  # a line end each
+    assert "<figcaption>&lt;i&gt;</figcaption>" in page
+
+
+def test_credit_is_shown_around_grpo() -> None:
+    """A multiple of the rollout's advantage: 1 is GRPO, and the clip is the end of the scale."""
+    picture = credit_heatmap(["a", "b"], [-1.65, -1.5], -1.5, title="wrong", limit=0.1)
+    assert picture.values == pytest.approx([1.1, 1.0])
+    assert (picture.center, picture.limit) == (1.0, 0.1)
+    assert "A = -1.50" in picture.title
+    assert [t.get_text() for t in picture.figure().axes[1].get_yticklabels()] == [
+        "0.9",
+        "1.0",
+        "1.1",
+    ]
+    silent = credit_heatmap(["a"], [0.5], 0.0, title="x")
+    assert (silent.center, silent.values) == (0.0, [0.5])

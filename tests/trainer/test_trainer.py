@@ -128,6 +128,33 @@ def test_non_strings_and_missing_columns_are_refused(tmp_path):
     tiny.trainer(tmp_path, data=tiny.dataset().remove_columns("privileged_context"), method="grpo")
 
 
+def test_the_privileged_column_may_have_another_name(tmp_path):
+    """The same run, bit by bit, also where wrong references are drawn; rewards see the name."""
+    data, names = tiny.dataset(), []
+
+    def reward(completions, **columns):
+        names.extend(columns)
+        return tiny.reward(completions)
+
+    renamed = data.rename_column("privileged_context", "solution")
+    for method in ("rlsd", "cepo"):
+        heads = []
+        for given in (
+            {"data": data},
+            {"data": renamed, "rewards": reward, "privileged_column": "solution"},
+        ):
+            trainer = tiny.trainer(tmp_path, method=method, **given)
+            trainer.train()
+            heads.append(trainer.model.lm_head.weight)
+        assert torch.equal(*heads), method
+    assert "solution" in names and "privileged_context" not in names
+    with pytest.raises(ValueError, match=r"needs a 'solution' column.*set privileged_column"):
+        tiny.trainer(tmp_path, data=data, privileged_column="solution")
+    empty = tiny.dataset(solution=[""] * 32)
+    with pytest.raises(ValueError, match="32 dataset rows have no solution"):
+        tiny.trainer(tmp_path, data=empty, privileged_column="solution")
+
+
 def test_trap_23_a_reference_in_the_students_prompt_is_refused(tmp_path):
     prompts = [[{"role": "user", "content": "add: the sum is three hundred"}]] * 8
     data = Dataset.from_dict(

@@ -1,0 +1,133 @@
+"""`CreditViewer`: what a training run's credit does to the tokens of a few rollouts, as it trains."""
+
+from collections.abc import Iterator
+from html import escape
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from torch import Tensor
+from transformers.integrations import TensorBoardCallback
+
+from rlsd_lib.report.heatmap import credit_heatmap
+from rlsd_lib.trainer.states import policy_mask
+from rlsd_lib.trainer.trainer import CreditCallback, RLSDTrainer
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>:root {{ color-scheme: light dark }} body {{ font: 15px sans-serif; margin: 2em }}
+pre {{ white-space: pre-wrap; max-width: 62rem }}</style></head>
+<body><h1>{title}</h1>{body}</body></html>
+"""
+NAME = "rlsd/credit"  # of the table, in the tracker
+
+
+class Shown(NamedTuple):
+    """One rollout, token by token; `credit` is NaN on tokens that a tool wrote."""
+
+    prompt: str
+    tokens: list[str]
+    credit: list[float]
+    advantage: float
+    reward: float
+
+
+class CreditViewer(CreditCallback):
+    """Writes the token credit of some rollouts every few optimiser steps, as heat maps and a table.
+
+        RLSDTrainer(..., callbacks=[CreditViewer(every_steps=50, rollouts=4)])
+
+    Each such step gets a page, `step-000050.html`, and a PNG for each rollout. What is shown are
+    the advantages that enter the loss, as multiples of the rollout's, in the main process's first
+    micro-step: the best rollout, the worst, the second best, and so on. If `report_to` names
+    `trackio` or `wandb`, each gets a table with a row per token, and `tensorboard` gets it as text.
+
+    Args:
+        every_steps: optimiser steps from one page to the next; the first is of step 0.
+        rollouts: how many are shown; a smaller micro-batch is shown whole.
+        folder: where the pages go; "" for `credit` in the trainer's output_dir.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(self, every_steps: int = 50, rollouts: int = 4, folder: str | Path = "") -> None:
+        if every_steps < 1 or rollouts < 1:
+            raise ValueError(
+                f"every_steps={every_steps}, rollouts={rollouts}: expected 1 or more of each."
+            )
+        self.every_steps, self.rollouts, self.folder = every_steps, rollouts, folder
+        self.last = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Another train() shows its first step again."""
+        self.last = -1
+
+    def on_credit(self, trainer: RLSDTrainer, inputs: dict[str, Any], advantages: Tensor) -> None:
+        """Write the page of this step, if one is due."""
+        step, state = trainer.state.global_step, trainer.state
+        if not state.is_world_process_zero or step % self.every_steps or step == self.last:
+            return
+        self.last = step
+        shown = list(read_rollouts(trainer, inputs, advantages, self.rollouts))
+        folder = Path(self.folder or Path(trainer.args.output_dir) / "credit")
+        folder.mkdir(parents=True, exist_ok=True)
+        body = []
+        for number, rollout in enumerate(shown):
+            told = rollout.tokens, rollout.credit, rollout.advantage
+            title = f"rollout {number}, reward {rollout.reward:.3g}"
+            picture = credit_heatmap(*told, title=title)
+            picture.savefig(folder / f"step-{step:06d}-{number}.png", dpi=150, bbox_inches="tight")
+            body.append(f"<pre>{escape(rollout.prompt)}</pre>{picture._repr_html_()}")
+        page = PAGE.format(title=f"Token credit at step {step}", body="\n".join(body))
+        (folder / f"step-{step:06d}.html").write_text(page, encoding="utf-8")
+        if shown:
+            _track(trainer, _table(step, shown))
+
+
+def read_rollouts(
+    trainer: RLSDTrainer, inputs: dict[str, Any], advantages: Tensor, count: int
+) -> Iterator[Shown]:
+    """Read `count` rollouts out of TRL's dictionary, in turn from the best and the worst end.
+
+    `advantages` (N,) are the rollouts'. Those whose tokens are all masked are left out.
+    """
+    tokenizer, mask = trainer._tokenizer, policy_mask(inputs).bool()
+    credit = inputs["advantages"]
+    credit = (credit[:, None] if credit.dim() == 1 else credit).expand(mask.shape)
+    credit = credit.float().masked_fill(~mask, float("nan"))
+    order = [i for i in advantages.argsort(descending=True).tolist() if mask[i].any()]
+    turns = [order[k // 2] if k % 2 == 0 else order[-1 - k // 2] for k in range(len(order))]
+    for row in turns[:count]:
+        kept = inputs["completion_mask"][row].bool()
+        question = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        yield Shown(
+            tokenizer.decode(question),
+            [tokenizer.decode([token]) for token in inputs["completion_ids"][row][kept].tolist()],
+            credit[row][kept].tolist(),
+            advantages[row].item(),
+            inputs["rewards"][row].item() if "rewards" in inputs else float("nan"),
+        )
+
+
+def _table(step: int, shown: list[Shown]) -> pd.DataFrame:
+    """A row per token of all rollouts."""
+    columns = ("step", "rollout", "reward", "advantage", "position", "token", "token advantage")
+    rows = [
+        (step, number, each.reward, each.advantage, position, token, value)
+        for number, each in enumerate(shown)
+        for position, (token, value) in enumerate(zip(each.tokens, each.credit, strict=True))
+    ]
+    return pd.DataFrame(rows, columns=list(columns))
+
+
+def _track(trainer: RLSDTrainer, table: pd.DataFrame) -> None:
+    """Give the table to the trackers of the run."""
+    for name in {"trackio", "wandb"}.intersection(trainer.args.report_to):
+        tracker = import_module(name)
+        tracker.log({NAME: tracker.Table(dataframe=table)})
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            text = table.to_csv(sep="|", index=False)
+            callback.tb_writer.add_text(NAME, f"<pre>{escape(text)}</pre>", table["step"].iloc[0])
