@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pandas.io.formats.style import Styler
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import PreTrainedModel, PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from rlsd_lib.experiment.controls import apply_control
 from rlsd_lib.experiment.launch import run_workers
@@ -24,6 +26,7 @@ from rlsd_lib.measure.intervals import Interval, bootstrap_interval, share_inter
 from rlsd_lib.measure.rollouts import Rollout, look, task_signals
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
+from rlsd_lib.report.tables import readable
 from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
@@ -101,6 +104,7 @@ class Experiment:
 
     def _prepare(self, processes: int = 1) -> None:
         """Load models and rows, and resolve the configuration of one of `processes`."""
+        disable_progress_bar()  # a bar for each model read or written would bury the pictures
         method, seed, control = (getattr(self.parameters, k) for k in ("method", "seed", "control"))
         self.preset, _ = resolve_preset(self.parameters.preset, self.parameters.overrides, seed)
         self.metrics: dict[str, Any] = {}
@@ -127,7 +131,7 @@ class Experiment:
         cache = paths.outputs_root() / "cache"
         return load_model(name, cache, sees_images=self.preset.sees_images, **options)
 
-    def summary(self) -> pd.DataFrame:
+    def summary(self) -> Styler:
         """What decides this run, in a few lines."""
         config, processes = self.config, self.parameters.num_processes
         teacher = config.teacher_model_kind if config.uses_teacher else "none"
@@ -150,9 +154,9 @@ class Experiment:
         facts["parameters"] = f"{self.model.num_parameters():,}"
         facts |= {"processes": processes} if processes > 1 else {}
         facts["run directory"] = self.run.path.name
-        return pd.Series(facts, name="value").to_frame()
+        return readable(pd.Series(facts, name="value").to_frame())
 
-    def prompts(self, row: int = 0) -> pd.DataFrame:
+    def prompts(self, row: int = 0) -> Styler:
         """What student and teacher read for test problem `row`, side by side."""
         problem, sees = self.task.test[row], self.config.row.teacher_sees
         contexts = {
@@ -167,7 +171,7 @@ class Experiment:
             "teacher reads": "(no teacher)" if sees is None else prompt_text(seen),
             "answer": problem["answer"],
         }
-        return pd.Series(texts, name=f"test problem {row}").to_frame()
+        return readable(pd.Series(texts, name=f"test problem {row}").to_frame())
 
     def evaluate(self, when: str) -> pd.DataFrame:
         """Accuracy, pass@k and leak rate on the held-out problems; one row per sampled completion.
@@ -214,11 +218,10 @@ class Experiment:
             "chat_template_kwargs": self.config.chat_template_kwargs,
         }
 
-    def report(self) -> pd.DataFrame:
-        """Accuracies and leak rate so far, with their 95 % intervals."""
-        rows = [(*key, *value) for key, value in self.estimates.items()]
-        frame = pd.DataFrame(rows, columns=["measure", "when", "mean", "low", "high"])
-        return frame.sort_values("measure", kind="stable", ignore_index=True).round(3)
+    def report(self) -> Styler:
+        """Accuracies and leak rate so far, before beside after, with their 95 % intervals."""
+        found = pd.Series({key: f"{value:.3f}" for key, value in self.estimates.items()})
+        return readable(found.unstack(sort=False).rename_axis("share of held-out problems"))
 
     def train(self) -> pd.DataFrame:
         """Train, from the last checkpoint if the run was resumed; returns a row per logged step.
@@ -319,10 +322,10 @@ class Experiment:
         """Write rollouts with their token credit to samples.jsonl."""
         self.run.add_samples(map(asdict, rollouts))
 
-    def finish(self) -> pd.Series:
+    def finish(self) -> Styler:
         """Write metrics.json, mark the run finished, and return the metrics."""
         self.run.finish(self.metrics)
-        return pd.Series(self.metrics, name="value").to_frame()
+        return readable(pd.Series(self.metrics, name="value").to_frame())
 
 
 def take_weights(model: PreTrainedModel, folder: Path) -> None:

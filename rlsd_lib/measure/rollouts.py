@@ -25,6 +25,7 @@ from rlsd_lib.prompts import (
     Prompt,
     demonstrations,
     distinct_references,
+    prompt_text,
     teacher_prompt,
     without_pixels,
     wrong_references,
@@ -54,9 +55,9 @@ class Rollout:
     divergence: list[float]  # D(P_T, P_S) at each token; empty without a distillation term
 
     @property
-    def signal(self) -> list[float]:
-        """What moves each token: the divergence of a pure distillation method, else the credit."""
-        return self.credit if any(self.credit) or not self.divergence else self.divergence
+    def question(self) -> str:
+        """All text that the student reads."""
+        return prompt_text(self.problem["prompt"])
 
     @property
     def reference(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlsd_lib.runs.execute import execute_notebook
 from rlsd_lib.runs.paths import outputs_root
-from rlsd_lib.runs.records import described, is_finished, read_runs
+from rlsd_lib.runs.records import described, is_finished, read_runs, runs_folder
 
 NOTEBOOK = "20_compare"
 # Folders beside the suite's that the claims table also needs, by the notebook's parameter.
@@ -45,13 +45,7 @@ def write_report(suite_or_folder: str | Path) -> Path:
         ValueError: no run in it has finished.
         NotebookError: a cell of the notebook raised.
     """
-    places = (Path(suite_or_folder), outputs_root() / suite_or_folder)
-    folder = next((place.resolve() for place in places if place.is_dir()), None)
-    if folder is None:
-        raise FileNotFoundError(
-            f"{suite_or_folder}: no such folder here or in {outputs_root()}; "
-            "run the suite first, or name the folder of its runs"
-        )
+    folder = runs_folder(suite_or_folder)
     runs = read_runs(folder)
     if not is_finished(runs.runs).any():
         raise ValueError(f"{folder}: no finished run to report on")

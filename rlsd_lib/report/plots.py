@@ -13,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rlsd_lib.report.heatmap import new_figure
 from rlsd_lib.report.heatmap import token_heatmap as token_heatmap
@@ -22,16 +23,37 @@ from rlsd_lib.runs.records import Runs, described, is_finished, left_out
 SIZE = (6.4, 3.8)
 Colour = tuple[float, float, float]
 # Ten colours and seven dashes: seventy names before a pair comes again.
+# What a logged metric is, in words and with its unit.
+WORDS = {
+    "reward": "mean reward of the step's rollouts",
+    "entropy": "entropy, nats per token",
+    "rewards/leak/mean": "share of rollouts that speak of a reference",
+    "rlsd/divergence": "divergence of teacher and student, nats per token",
+    "rlsd/intervention": "mean of |token advantage / A - 1|",
+    "rlsd/clip_low_frac": "share of tokens clipped from below",
+    "rlsd/clip_high_frac": "share of tokens clipped from above",
+    "rlsd/gap_abs_mean": "mean size of the gap, nats",
+    "rlsd/lambda": "lambda",
+}
 DASHES = ("", (4, 1.5), (1, 1), (3, 1.2, 1.5, 1.2), (6, 2), (5, 1, 1, 1), (2, 2))
 
 
-def training_curve(steps: pd.DataFrame, metric: str, *, window: int = 1, title: str = "") -> Figure:
+def training_curve(
+    steps: pd.DataFrame,
+    metric: str,
+    *,
+    window: int = 1,
+    title: str = "",
+    bound: pd.Series | None = None,
+) -> Figure:
     """A metric against the step: the mean over seeds, with the 95 % bootstrap interval shaded.
 
     `steps` has a row per run and step, with columns `step`, `path`, `method` (a line each) and the
     metric, which is averaged over `window` steps within each run before anything else. Methods get
     colours and dashes in the order of all finished rows, so that one looks alike in every figure of
-    these steps, whichever methods logged the metric.
+    these steps, whichever methods logged the metric. The axis begins at 0 where no value is
+    negative, and rewards in [0, 1] are shown on all of it. `bound` is what theory allows at each
+    row of `steps`, which are one run's then, and drawn as a dotted line.
 
     Raises:
         ValueError: an absent column, no row with a value, or a window below 1.
@@ -42,12 +64,19 @@ def training_curve(steps: pd.DataFrame, metric: str, *, window: int = 1, title: 
     data = data.sort_values(["path", "step"])
     smooth = data.groupby("path")[metric].rolling(window, min_periods=1).mean()
     data[metric] = smooth.droplevel("path")
-    figure, axes = canvas(title or metric)
+    figure, axes = canvas(title or (f"mean of {window} steps" if window > 1 else ""))
     colours = _colours(steps.loc[is_finished(steps), "method"])
     dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(colours)}
     look = {"palette": colours, "dashes": dashes, "errorbar": ("ci", 95), "seed": 0}
     sns.lineplot(data, x="step", y=metric, hue="method", style="method", ax=axes, **look)
-    axes.set(xlabel="optimiser step", ylabel=metric)
+    if bound is not None:
+        smooth = bound.rolling(window, min_periods=1).mean()
+        axes.plot(steps["step"], smooth, color="0.3", ls=":", label="largest possible")
+    axes.set(xlabel="optimiser step", ylabel=WORDS.get(metric, metric))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if data[metric].min() >= 0:
+        whole = metric.startswith("reward") and data[metric].max() <= 1
+        axes.set_ylim(0, 1 if whole else None)
     _name_legend(axes, data.groupby("method")["path"].nunique())
     return footnote(figure, left_out(steps))
 
@@ -138,7 +167,7 @@ def _colours(names: Iterable[object]) -> dict[object, Colour]:
 def _name_legend(axes: Axes, runs: pd.Series) -> None:
     """Say under the axes, which get room for it, how many runs each line stands for."""
     handles, names = axes.get_legend_handles_labels()
-    labels = [f"{name} (n={runs[name]})" for name in names]
+    labels = [f"{name} (n={runs[name]})" if name in runs else name for name in names]
     columns = 2 if max(map(len, labels)) < 44 else 1
     axes.get_figure().set_size_inches(SIZE[0], SIZE[1] + 0.18 * -(-len(labels) // columns))
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns}

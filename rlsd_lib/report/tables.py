@@ -7,11 +7,14 @@ import json
 import math
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
+from pandas.io.formats.style import Styler
 
 from rlsd_lib.measure.intervals import (
     Interval,
@@ -410,3 +413,22 @@ class Arms:
 
 def _most_common(values: pd.Series, default: Any) -> Any:
     return next(iter(values.value_counts().index), default)
+
+
+def readable(frame: pd.DataFrame) -> Styler:
+    """Return a table for a notebook: text whole, on the left, with its line ends, and escaped."""
+    text = {"text-align": "left", "white-space": "pre-wrap"}
+    head = {"selector": "th", "props": "text-align: left; vertical-align: top"}
+    table = frame.style.format(_digits, escape="html").set_table_styles([head])
+    return table.set_properties(**text, subset=frame.select_dtypes(exclude="number").columns)
+
+
+def _digits(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def answer(text: str) -> HTML:
+    """Return an exercise's answer, folded away until a reader opens it."""
+    return HTML(f"<details><summary>the answer</summary><pre>{escape(text)}</pre></details>")

@@ -117,4 +117,22 @@ def test_a_notebook_shows_each_figure_once(make_notebook: NotebookMaker, tmp_pat
     shown = [list(o.data) for c in executed.cells for o in c.get("outputs", []) if "data" in o]
     assert len(shown) == 2, json.dumps(shown)
     assert "image/png" in shown[0]
-    assert "image/png" in shown[1]
+    assert "text/html" in shown[1]
+
+
+def test_axes_say_what_they_show(steps: pd.DataFrame) -> None:
+    one = steps[(steps["method"] == "grpo") & (steps["seed"] == 0)].sort_values("step")
+    share = one.assign(reward=one["reward"] / 4)
+    figure = plots.training_curve(share, "reward", bound=share["reward"] + 1)
+    [axes] = figure.axes
+    figure.canvas.draw()
+    ticks = [tick for tick in axes.get_xticks() if 1 <= tick <= 4]
+    assert ticks and all(float(tick).is_integer() for tick in ticks)
+    assert axes.get_ylim() == (0, 1)
+    assert axes.get_ylabel() == "mean reward of the step's rollouts"
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["grpo (n=1)", "largest possible"]
+    [beyond] = plots.training_curve(one, "reward").axes  # 4 is no share
+    assert beyond.get_ylim()[0] == 0 and beyond.get_ylim()[1] > 4
+    [below] = plots.training_curve(one.assign(gap=-one["step"]), "gap").axes
+    assert below.get_ylim()[0] < -4

@@ -9,7 +9,7 @@ import pytest
 from synthetic import write_folder, write_run
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.report import plots
+from rlsd_lib.report import plots, tables
 from rlsd_lib.report.claims import claims_table
 from rlsd_lib.report.paper_tables import compare
 from rlsd_lib.report.tables import LEAST, make_table, paired_differences, with_arms
@@ -158,3 +158,15 @@ def test_other_problems_are_no_pair(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"the same"', '"others"'))
     with pytest.raises(ValueError, match="grpo-s0 and rlsd-s0 were not judged on the same"):
         paired_differences(read_runs(tmp_path))
+
+
+def test_a_table_for_a_notebook_is_whole_left_aligned_and_no_markup():
+    text = "a <b>question</b>\nin two lines, " + "long " * 20
+    frame = pd.DataFrame({"text": [text, 5e-05], "share": [0.12345, 1.0]}, index=["x", "rate"])
+    page = tables.readable(frame).to_html()
+    assert text.replace("<b>", "&lt;b&gt;").replace("</b>", "&lt;/b&gt;") in page
+    assert "white-space: pre-wrap" in page and "text-align: left" in page
+    for shown in (">5e-05<", ">0.123<", ">1<"):
+        assert shown in page
+    folded = tables.answer("0 < 1").data
+    assert folded.startswith("<details>") and "0 &lt; 1" in folded

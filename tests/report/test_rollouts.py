@@ -1,0 +1,58 @@
+"""What a notebook shows of a rollout: GRPO's credit is white, and sliders recompute RLSD's."""
+
+import pytest
+import tiny
+import torch
+
+from rlsd_lib.credit import rlsd
+from rlsd_lib.measure.rollouts import Rollout
+from rlsd_lib.report.rollouts import credit_sliders, rollout_heatmaps
+
+
+def rollout(**changes) -> Rollout:
+    given = {
+        "problem": {"prompt": [{"role": "user", "content": "1+2"}], "privileged_context": "3" * 50},
+        "teacher_prompt": "1+2|3",
+        "completion": "ab",
+        "tokens": ["a", "b"],
+        "reward": 0.0,
+        "advantage": -2.0,
+        "gap": [-3.0, 0.01],
+        "weight": [1.2, 0.99],
+        "credit": [-2.2, -1.99],
+        "divergence": [],
+    }
+    return Rollout(**{**given, **changes})
+
+
+def test_the_multiplier_is_shown_around_grpo_up_to_the_clip(tmp_path):
+    found = rollout_heatmaps(rollout(), tiny.config(tmp_path), "rollout 0")
+    assert list(found) == ["gap", "multiplier"]
+    picture = found["multiplier"]
+    assert (picture.center, picture.limit) == (1.0, pytest.approx(0.1))
+    assert picture.values == pytest.approx([1.1, 0.995])
+    assert "clip at 1 ± 0.1" in picture.title and len(picture.title) < 120
+    assert rollout().question == "1+2"
+    flat = rollout(credit=[-2.0, -2.0])
+    grpo = rollout_heatmaps(flat, tiny.config(tmp_path, method="grpo"), "x")["multiplier"]
+    assert grpo.values == [1.0, 1.0] and "clip" not in grpo.title
+
+
+def test_a_method_without_a_reward_shows_its_divergence(tmp_path):
+    config = tiny.config(tmp_path, method="opsd")
+    found = rollout_heatmaps(rollout(credit=[0.0, 0.0], divergence=[0.5, 0.1]), config, "x")
+    assert list(found) == ["gap", "divergence"]
+    assert (found["divergence"].center, found["divergence"].values) == (0.0, [0.5, 0.1])
+
+
+def test_sliders_recolour_the_rollout():
+    sliders = credit_sliders(rollout())
+    lam, epsilon_w, picture = sliders.children
+    before = picture.value
+    lam.value, epsilon_w.value = 1.0, 3.0
+    assert picture.value != before
+    one = torch.ones(1, 2)
+    credit = rlsd(torch.tensor([-2.0]), torch.tensor([[-3.0, 0.01]]), one, lam=1.0, epsilon_w=3.0)
+    assert f"{credit[0, 0] / -2:.4g}" in picture.value
+    lam.value = 0.0
+    assert picture.value.count("background:#f6f7f7") == 2  # white: GRPO
