@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 from filelock import FileLock
 
+from rlsd_lib.runs.paths import REPOSITORY, outputs_root
+
 LOCK = ".run.lock"  # in a run directory: whoever has the lock on it writes the run, see `run`
 PLAN = "suite.json"  # in a suite's folder: the runs that it is to have, and the commands
 
@@ -58,6 +60,34 @@ def read_runs(folder: str | Path) -> Runs:
         ]
         rows += [_identity(path, "not started") for path in planned if path not in paths]
     return Runs(pd.DataFrame(rows), pd.DataFrame(lines))
+
+
+def runs_folder(named: str | Path = "") -> Path:
+    """The folder of runs with this path, from here or from the repository, or name in outputs.
+
+    Without one it is that of the suite in outputs which finished last, every planned run included.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if named:
+        places = (Path(named), REPOSITORY / named, outputs_root() / named)
+        found = [place.resolve() for place in places if place.is_dir()]
+        missing = f"{named}: no such folder here, in {REPOSITORY} or in {outputs_root()}"
+    else:
+        ended = {f.parent: _ended(f) for f in outputs_root().glob(f"*/{PLAN}")}
+        found = sorted((f for f in ended if ended[f]), key=ended.__getitem__, reverse=True)
+        missing = f"no suite has finished in {outputs_root()}"
+    if not found:
+        raise FileNotFoundError(f"{missing}. Run one (rlsd suite demo), or name a folder of runs.")
+    return found[0]
+
+
+def _ended(plan: Path) -> float:
+    """When the last run of a suite finished, in seconds of the clock; 0 where one has not."""
+    runs = [plan.parent / name for each in _read_json(plan)["plans"] for name in each["runs"]]
+    done = all(state_of(path) == "finished" for path in runs)
+    return max((path / "manifest.json").stat().st_mtime for path in runs) if done else 0.0
 
 
 def is_finished(frame: pd.DataFrame) -> pd.Series:

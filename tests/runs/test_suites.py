@@ -1,6 +1,8 @@
 """Suites: what is left to do; a killed suite goes on where it stood."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from conftest import START, NotebookMaker
 from rlsd_lib.__main__ import main
 from rlsd_lib.report.tables import make_table
 from rlsd_lib.runs import suites
-from rlsd_lib.runs.records import read_manifest, read_runs, state_of
+from rlsd_lib.runs.records import read_manifest, read_runs, runs_folder, state_of
 from rlsd_lib.runs.run import Run
 from rlsd_lib.runs.suites import Job, Suite, jobs_of, settle
 
@@ -102,3 +104,23 @@ def test_a_killed_suite_redoes_nothing_and_ends_in_the_same_table(
         finish(never_killed / folder.name, seed)
     tables = [make_table(read_runs(tmp_path / name)) for name in ("outputs", "never-killed")]
     assert tables[0].markdown() == tables[1].markdown()
+
+
+def test_a_folder_of_runs_is_found_by_its_name_or_as_the_suite_that_finished_last(tmp_path):
+    outputs = tmp_path / "outputs"  # where the fixture of every test says that they are
+    for when, (suite, ends) in enumerate({"demo": True, "paper": True, "rates": False}.items()):
+        for name in ("a", "b"):
+            run = Run.start(outputs / suite / name, parameters={})
+            if ends or name == "a":
+                run.finish({})
+            os.utime(outputs / suite / name / "manifest.json", (when, when))
+        plans = [{"runs": ["a", "b"]}]
+        (outputs / suite / "suite.json").write_text(json.dumps({"plans": plans}))
+    assert runs_folder() == outputs / "paper"  # the newest, rates, has not finished
+    assert runs_folder("demo") == runs_folder(outputs / "demo") == outputs / "demo"
+    assert runs_folder("outputs").name == "outputs"  # of the repository
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder here.*rlsd suite demo"):
+        runs_folder("nowhere")
+    shutil.rmtree(outputs)
+    with pytest.raises(FileNotFoundError, match="no suite has finished"):
+        runs_folder()
