@@ -5,7 +5,7 @@
 #   make test-vllm  the tests with real vLLM rollouts, on a CPU or a GPU, in .venv-vllm
 #   make test-latest  the trainer's tests with the newest release of every library but torch
 #   make lint       ruff, and the contract of rooms: who may import whom
-#   make notebook   JupyterLab
+#   make notebook   JupyterLab, with the tour open and the whole workbook in reach
 # Settings: PYTHON=python3.12 (3.11 or newer), TORCH_ARGS="--index-url ..." for another torch build.
 
 PYTHON ?= python3
@@ -87,4 +87,4 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 notebook: $(STAMP)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks/00_tour.ipynb --ServerApp.root_dir=.

@@ -90,6 +90,17 @@ def check_trained(folder: Path) -> None:
     assert np.mean(kept["greedy"]) == pytest.approx(metrics["accuracy_greedy_after"])
 
 
+def test_an_own_credit_is_shown_aligned_trained_and_compared(tmp_path, smoke_run):
+    small = {"steps": 2, "seeds": 1, "batches": 2, "problems": 4}
+    folder = smoke_run(tmp_path / "run", "01_your_own_credit", **small)
+    assert "def my_credit" in json.loads((folder / "manifest.json").read_text())["credit"]
+    runs = read_runs(folder / "runs").runs
+    assert sorted(runs["method"]) == ["grpo", "mine", "rlsd"]
+    assert (runs["status"] == "finished").all()
+    assert abs(json.loads((folder / "metrics.json").read_text())["cosine"]) <= 1
+    assert {path.stem for path in (folder / "figures").glob("*.png")} >= {"wrong_mine", "alignment"}
+
+
 def test_a_notebook_trains_on_two_processes(tmp_path, smoke_run):
     """From its parameters cell to the trained weights, which the kernel evaluates."""
     folder = smoke_run(tmp_path / "run", "15_rlsd", num_processes=2)
