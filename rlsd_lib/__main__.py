@@ -432,7 +432,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--num-processes", type=int, metavar="N", help="as -p num_processes=N")
     run.add_argument("--accelerate", help="multi_gpu, multi_cpu, fsdp2, zero3, or a file")
     run.add_argument("--run-dir", default="", help="default: from the notebook and its parameters")
-    modes = ("skip", "raise", "overwrite", "resume")
+    modes = ("skip", "raise", "overwrite", "resume", "resume-older")
     kept = "skip: keep a finished run, make an unfinished one again (default: raise)"
     run.add_argument("--if-exists", choices=modes, default="raise", help=kept)
     run.add_argument("--dry-run", action="store_true", help="check it and say what it would do")

@@ -19,7 +19,7 @@ from rlsd_lib.experiment.controls import apply_control
 from rlsd_lib.experiment.launch import run_workers
 from rlsd_lib.experiment.presets import RunParameters, resolve_preset
 from rlsd_lib.experiment.progress import LiveCurve, Recorder
-from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer, last_checkpoint
+from rlsd_lib.experiment.workbook_trainer import WorkbookTrainer
 from rlsd_lib.measure.evaluate import accuracies, evaluate, per_problem
 from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval, share_interval
@@ -32,6 +32,7 @@ from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
 from rlsd_lib.tasks.encode import within
 from rlsd_lib.tasks.models import Loaded, load_model
+from rlsd_lib.trainer.checkpoints import last_checkpoint
 
 # Of these, metrics.json keeps the mean over the last ten steps; of everything under rlsd/, the mean
 # over the steps with a teacher pass.
@@ -255,9 +256,12 @@ class Experiment:
         leaves the trained model in the run directory. Raises Stopped like `train`.
         """
         trainer = self.trainer()
-        resumed = self.run.manifest["resumed"]
-        checkpoint = last_checkpoint(self.config.output_dir) if resumed else None
+        folder, manifest = self.config.output_dir, self.run.manifest
+        whole = manifest["if_exists"] == "resume-older"
+        checkpoint = last_checkpoint(folder, whole=whole) if manifest["resumed"] else None
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.changes and trainer.is_world_process_zero():
+            self.run.record(changes=trainer.changes)
         if save:
             trainer.save_model(str(self.run.path / "model"))
         return {

@@ -4,25 +4,23 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import wraps
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, PartialState
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import is_async_callable
 
 from rlsd_lib.runs.processes import on_sigterm
+from rlsd_lib.trainer.checkpoints import last_checkpoint
 from rlsd_lib.trainer.states import policy_mask
 from rlsd_lib.trainer.trainer import RLSDTrainer
 from rlsd_lib.trainer.upstream import mends
 
-MARK = "complete.json"  # the last file of a checkpoint
 DIAGNOSIS_SECONDS = 10.0  # for trying rows one by one after a reward function has raised
 
 logger = logging.getLogger(__name__)
@@ -86,13 +84,9 @@ class WorkbookTrainer(RLSDTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
-            if self.args.should_save:
-                (folder / MARK).unlink(missing_ok=True)
-            with without_rotation():
-                super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                (folder / MARK).write_text(f'{{"step": {self.state.global_step}}}\n')
+            super()._save_checkpoint(model, trial)
+        except FloatingPointError:  # of the weights, before anything was written
+            raise
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             disk = shutil.disk_usage(next(place for place in folder.parents if place.exists()))
@@ -103,10 +97,6 @@ class WorkbookTrainer(RLSDTrainer):
                 f"{disk.free / 2**30:.1f} GiB free: {type(error).__name__}: {error}. What was "
                 f"written of it is removed; {kept}."
             ) from error
-        if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
-        self.accelerator.wait_for_everyone()
 
 
 # Signals
@@ -203,22 +193,3 @@ def guard_server(client: Any, step: Callable[[], int], seconds: float) -> None:
             ) from error
 
     client.session.request = request
-
-
-# Checkpoints
-
-
-@mends("transformers", "5.17.0", "transformers/trainer.py, _save_checkpoint: rotates at its end")
-def without_rotation() -> AbstractContextManager:
-    """Keep older checkpoints inside: the parent deletes them before the new one has its mark."""
-    return patch("transformers.trainer.rotate_checkpoints")
-
-
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint in `output_dir`; a warning names newer incomplete ones."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
-        if (path / MARK).is_file():
-            return path
-        logger.warning("%s has no %s: incomplete, ignored", path, MARK)
-    return None

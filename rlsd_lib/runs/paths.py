@@ -46,7 +46,7 @@ def run_name(parameters: Mapping[str, Any]) -> str:
     rest = settings(parameters)
     parts += [str(rest.pop("control"))] if "control" in rest else []
     parts += [digest(rest)[:6]] if rest else []
-    return "-".join(parts).replace(os.sep, "_") or "run"
+    return "-".join(parts).replace(os.sep, "_").lstrip(".") or "run"
 
 
 def settings(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reading run directories: one manifest, the state of a run, or a whole folder as tidy frames."""
 
 import json
+import logging
 import math
 import os
 import socket
@@ -14,7 +15,20 @@ from filelock import FileLock
 from rlsd_lib.runs.paths import REPOSITORY, outputs_root
 
 LOCK = ".run.lock"  # in a run directory: whoever has the lock on it writes the run, see `run`
+# What every manifest holds, by example.
+SHAPE: dict[str, Any] = {
+    **{"status": "", "attempt": 0, "parameters": {}, "git": {}, "started": ""},
+    "owner": {"pid": 0, "host": ""},
+}
+DAMAGED = {
+    "status": "damaged",
+    "error": "its manifest.json cannot be read; --if-exists overwrite sets it aside",
+    **dict.fromkeys(("notebook", "seconds"), None),
+}
 PLAN = "suite.json"  # in a suite's folder: the runs that it is to have, and the commands
+
+
+logger = logging.getLogger(__name__)
 
 
 class Runs(NamedTuple):
@@ -47,6 +61,9 @@ def read_runs(folder: str | Path) -> Runs:
     paths = sorted({p.parent for mark in ("manifest.json", LOCK) for p in root.rglob(mark)})
     rows, lines = [], []
     for path in paths:
+        if manifest_or_none(path) is None and not (path / LOCK).exists():
+            logger.warning("%s is no run's: skipped", path / "manifest.json")
+            continue
         facts = _facts(path)
         metrics = path / "metrics.json"
         rows.append({**(_read_json(metrics) if metrics.exists() else {}), **facts})
@@ -137,11 +154,21 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def manifest_or_none(path: Path) -> dict[str, Any] | None:
-    """The manifest of the run directory `path`, or None where there is none."""
+    """The manifest of the run directory `path`, or None where there is none, or no run's.
+
+    Beside a run's lock file, one that cannot be read stands as `DAMAGED`.
+    """
     try:
-        return read_manifest(path)
+        manifest = read_manifest(path)
     except FileNotFoundError:  # asking first would miss a run that is overwritten in between
         return None
+    except (ValueError, IsADirectoryError):
+        manifest = None
+    if isinstance(manifest, dict) and all(
+        isinstance(manifest.get(name), type(value)) for name, value in SHAPE.items()
+    ):
+        return manifest
+    return {**SHAPE, **DAMAGED} if (path / LOCK).exists() else None
 
 
 def state_of(path: Path) -> str | None:

@@ -11,12 +11,14 @@ lock when that process ends, however it ends. Not every shared disk carries lock
 lock file is deleted, and two hosts should not start the same directory in the same second.
 """
 
+import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
@@ -32,7 +34,15 @@ if TYPE_CHECKING:
 
 HANDED_ON = "RLSD_RUN"  # environment variable: the directory that a runner claimed for its kernel
 INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons of runs begin that can go on
-IF_EXISTS = ("raise", "overwrite", "resume")
+IF_EXISTS = ("raise", "overwrite", "resume", "resume-older")
+# What a resumed run may have otherwise; its trainer judges the steps.
+FREE = ("max_steps", "run_dir")
+# The files of a run, beside its notebook and those that its manifest lists under `files`.
+OWN = (
+    *("manifest.json*", "metrics.json*", "samples.jsonl", "evaluation_*.json", "figures/*.png"),
+    *("checkpoints/*", "model/*", "workers.log", "worker_errors.jsonl", "training.json"),
+    *(records.LOCK, ".*.json*", "*.ipynb_checkpoints/*"),
+)
 # What the manifest says by itself; `record` may not replace it.
 RESERVED = ("status", "error", "attempt", "resumed", "started", "seconds", "owner")
 PATIENCE_SECONDS = 0.5  # `state_of` takes the lock for an instant, which must not refuse a start
@@ -69,13 +79,14 @@ class Run:
             parameters: everything that decides the run, as JSON-like values.
             notebook: name or path of the notebook, for its hash and the default directory.
             if_exists: "raise", "overwrite" (start from empty), or "resume" (keep the files of a
-                failed or killed run, if there is one, and go on).
+                failed or killed run, if there is one, and go on) or "resume-older" (the same, and
+                training passes over damaged checkpoints).
 
         Raises:
             FileExistsError: the directory holds a run that `if_exists` does not give up, another
-                process owns it, or it holds files that are no run.
+                process owns it, or it holds files that are of no run.
             FileNotFoundError: `notebook` does not exist.
-            ValueError: `if_exists` is unknown.
+            ValueError: `if_exists` is unknown, or the run to resume has other parameters.
         """
         source = paths.find_notebook(notebook) if notebook else None
         handed = os.environ.get(HANDED_ON)
@@ -91,18 +102,22 @@ class Run:
         if get_ipython() and _is_ours(path):
             _STARTED[path]._lock.release(force=True)
         else:
-            _check_allowed(path, if_exists)
+            _check_allowed(path, if_exists, found, parameters)
         attempt = found["attempt"] + 1 if found else 1
         # Everything slow comes first: a process that is refused reads in the manifest by whom.
-        resumed = found is not None and if_exists == "resume"
-        manifest = {"attempt": attempt, "resumed": resumed, **_manifest(parameters, source)}
+        resumed = found is not None and if_exists.startswith("resume")
+        manifest = {"attempt": attempt, "if_exists": if_exists, "resumed": resumed}
+        manifest |= _manifest(parameters, source)
+        if resumed:
+            before = {name: found[name] for name in ("attempt", "started", "git")}
+            manifest |= {"earlier": [*found.get("earlier", ()), before]}
         run = _STARTED[path] = cls(path, attempt, _lock(path, found))
         if resumed:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 records.drop_torn_line(path / name)
             (path / "metrics.json").unlink(missing_ok=True)
         else:
-            _empty(path)
+            _empty(path, found)
         records.write_json(path / "manifest.json", manifest)
         if shell := get_ipython():
             shell.events.register("post_run_cell", run._after_cell)
@@ -184,7 +199,8 @@ class Run:
         begun = datetime.fromisoformat(self.manifest["started"])
         seconds = round((datetime.now(UTC) - begun).total_seconds(), 2)
         ended = "interrupted" if (error or "").startswith(INTERRUPTED) else "failed"
-        self._update(status="finished" if error is None else ended, error=error, seconds=seconds)
+        status, files = "finished" if error is None else ended, _others(self.path, None)
+        self._update(status=status, error=error, seconds=seconds, files=files)
         if self._lock:
             self._lock.release(force=True)
 
@@ -233,7 +249,9 @@ def _is_ours(path: Path) -> bool:
     return path in _STARTED and _STARTED[path]._is_open()
 
 
-def _check_allowed(path: Path, if_exists: str) -> None:
+def _check_allowed(
+    path: Path, if_exists: str, found: Mapping[str, Any] | None, parameters: Mapping[str, Any]
+) -> None:
     if if_exists not in IF_EXISTS:
         raise ValueError(f"if_exists={if_exists!r}: expected one of {', '.join(IF_EXISTS)}")
     # Files before the state: a run that begins in between is then no foreign file.
@@ -243,8 +261,16 @@ def _check_allowed(path: Path, if_exists: str) -> None:
         raise FileExistsError(f"{path} holds files but no run: choose another run_dir")
     if state == "running":
         raise FileExistsError(records.owned(path))
-    if if_exists == "resume" and state == "finished":
-        raise FileExistsError(f"{path} is finished: there is nothing to resume")
+    if if_exists.startswith("resume") and found is not None:
+        if state in ("finished", "damaged"):
+            why = "there is nothing" if state == "finished" else "nobody knows what there is"
+            raise FileExistsError(f"{path} is {state}: {why} to resume")
+        _check_same(path, found["parameters"], parameters)
+    if if_exists == "overwrite" and (others := _others(path, found)):
+        raise FileExistsError(
+            f"{path} holds {', '.join(others[:5])}, which its run has not written, and overwriting "
+            "would delete it. Move it elsewhere, or choose another run_dir"
+        )
     if if_exists == "raise" and state is not None:
         resume = 'if_exists="resume" (--if-exists resume) goes on with it; '
         again = resume if state != "finished" else ""
@@ -268,13 +294,42 @@ def _lock(path: Path, found: Mapping[str, Any] | None) -> FileLock:
     return lock
 
 
-def _empty(path: Path) -> None:
-    """Delete an earlier run's files, the manifest first: half a run must not be resumed."""
+def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with other parameters: its manifest would claim them for old steps."""
+    now = json.loads(json.dumps(dict(now), default=records.plain))
+    for name in before.keys() & now.keys() - {*FREE}:
+        if before[name] != now[name]:
+            raise ValueError(
+                f"{path} was begun with {name}={before[name]!r}, and this call has {now[name]!r}. "
+                "Resume with the same parameters, or choose another run_dir"
+            )
+
+
+def _others(path: Path, found: Mapping[str, Any] | None) -> list[str]:
+    """Files below a run directory that the run of manifest `found` has not written."""
+    listed = {*(found or {}).get("files", ())} | {(found or {}).get("notebook")}
+    files = (str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    return sorted(
+        name
+        for name in files
+        if name not in listed and not any(fnmatch(name, pattern) for pattern in OWN)
+    )
+
+
+def _empty(path: Path, found: Mapping[str, Any] | None) -> None:
+    """Delete an earlier run's files, the manifest first: half a run must not be resumed.
+
+    A damaged manifest is set aside. What the run has not written stays.
+    """
+    if found and found["status"] == "damaged":
+        (path / "manifest.json").replace(path / "manifest.json.damaged")
     (path / "manifest.json").unlink(missing_ok=True)
-    for item in path.iterdir():
-        if item.is_dir():
-            shutil.rmtree(item)
-        elif item.name != records.LOCK:
+    kept = {path / name for name in (*_others(path, found), records.LOCK, "manifest.json.damaged")}
+    for item in sorted(path.rglob("*"), reverse=True):  # what a folder holds comes before it
+        if item.is_dir() and not item.is_symlink():
+            with suppress(OSError):  # not empty
+                item.rmdir()
+        elif item not in kept:
             item.unlink()
 
 

@@ -317,4 +317,6 @@ def _run_job(job: Job, workers: int, if_exists: str) -> Outcome:
     seconds = time.monotonic() - begun
     if done.returncode == 0:
         return Outcome(job, "done", seconds)
+    if job.state() == "running":  # another suite was faster
+        return Outcome(job, "busy", seconds, owned(job.run_dir))
     return Outcome(job, "failed", seconds, done.stderr.strip()[-2000:] or "no error output")

@@ -148,7 +148,7 @@ class Teacher:
     def load(self, folder: Path, student: nn.Module) -> None:
         """Restore what `save` wrote. The student must have the checkpoint's weights. Collective.
 
-        Raises ValueError on every rank, if one finds no teacher state, or that of another teacher.
+        Raises ValueError on every rank, if one finds no teacher state.
         """
         with on_every_rank():
             state = self._checked_state(folder)
@@ -174,20 +174,6 @@ class Teacher:
                 "would silently restart from the initial policy. Resume from a checkpoint written "
                 "by RLSDTrainer, or use teacher_model_kind='live' or 'base'."
             )
-        if state is not None and state["kind"] != self.kind:
-            raise ValueError(
-                f"{folder} was written with teacher_model_kind={state['kind']!r}, this run has "
-                f"{self.kind!r}. Resume with the same kind."
-            )
-        if state is None or state["weights"] != WEIGHTS_FILE:
-            return state
-        weights = folder / WEIGHTS_FILE
-        if not weights.exists():
-            raise ValueError(f"{folder} holds no {WEIGHTS_FILE} to restore the teacher from.")
-        with safe_open(str(weights), "pt") as file:
-            differ = sorted(set(file.keys()) ^ self._own_parameters().keys())
-        if differ:
-            raise ValueError(f"{weights} is of another model: it differs in {differ[:5]}.")
         return state
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:

@@ -30,7 +30,7 @@ from rlsd_lib.prompts import (
     without_images,
     wrong_references,
 )
-from rlsd_lib.trainer import checks, shared_prompts, states, upstream
+from rlsd_lib.trainer import checkpoints, checks, shared_prompts, states, upstream
 from rlsd_lib.trainer.config import AUTO, PLAIN, SHARED, RLSDConfig
 from rlsd_lib.trainer.shared_prompts import Prompts
 from rlsd_lib.trainer.teacher import Teacher
@@ -161,6 +161,8 @@ class TeacherPass(GRPOTrainer):
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.model.training:
+            checkpoints.check_weights(self.model, self.state.global_step, self.accelerator)
         output = super()._generate_and_score_completions(inputs)
         if not (self.model.training and any(map(self.args.has_credit_at, self._served))):
             return output

@@ -7,6 +7,7 @@ and student.
 """
 
 import copy
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    TrainOutput,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 
 from rlsd_lib.credit import (
     Credit,
@@ -29,13 +35,13 @@ from rlsd_lib.credit import (
     weight_sums,
 )
 from rlsd_lib.divergence import divergence
-from rlsd_lib.trainer import checks, sharded, states
+from rlsd_lib.trainer import checkpoints, checks, sharded, states, upstream
 from rlsd_lib.trainer.config import SAMPLED, RLSDConfig
 from rlsd_lib.trainer.teacher_pass import Signals, TeacherPass
-from rlsd_lib.trainer.upstream import load_trained_adapter
 
 # AntiSD's gate: steps whose mean entropy is the measure, and the share of it below which it shuts.
 GATE_STEPS, GATE_SHARE = 10, 0.93
+ROLLOUTS = "rlsd_rollouts_{rank}.pt"  # of a checkpoint: what later steps will use again
 
 
 class RLSDTrainer(TeacherPass):
@@ -122,6 +128,9 @@ class RLSDTrainer(TeacherPass):
         self._pending: dict[str, Any] | None = None
         self._checkpoint: str | None = None
         self._saved: Path | None = None
+        self._sampler: Any = None
+        self._settings: dict[str, Any] = {}
+        self.changes: list[dict[str, Any]] = []
         super().__init__(
             model,
             reward_funcs,
@@ -318,24 +327,98 @@ class RLSDTrainer(TeacherPass):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """As the parent's; on a resume the teacher is restored as well.
+        """As the parent's; a resumed run is the same run, bit by bit, or it is refused.
 
         Another call without a checkpoint copies the student anew: steps and teacher age start at 0.
-        Raises ValueError on every rank, if the checkpoint has no teacher state, or another's, or if
-        an earlier call released a teacher that this one needs.
+        `changes` lists, by the step from which they hold, the settings that a resumed run may
+        change (`checkpoints.FREE`) and has changed.
+
+        Raises:
+            ValueError: on every rank, if a file of the checkpoint is missing or damaged, if it is
+                of a run with other settings, model, rows or rewards, if it has no teacher state, or
+                if an earlier call released a teacher that this one needs.
+            FloatingPointError: on every rank, if weights or gradient are no longer finite.
         """
-        self._checkpoint = resume_from_checkpoint or None
-        if resume_from_checkpoint is True:
-            self._checkpoint = get_last_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        given = resume_from_checkpoint
+        if given is True:
+            folder = self.args.output_dir
+            given = checkpoints.last_checkpoint(folder) or get_last_checkpoint(folder) or True
+        self._checkpoint = str(given) if given and given is not True else None
+        self._settings, self.changes = checkpoints.settings_of(self), []
+        # Of an earlier call: rollouts that it had not used up, and where it was in them.
+        self._step, self._buffered_inputs = 0, None
+        if self._checkpoint is not None:
+            self._take_up(Path(self._checkpoint))
+        output = super().train(self._checkpoint or given, *args, **kwargs)
+        checkpoints.check_weights(self.model, self.state.global_step, self.accelerator)
+        return output
+
+    def _take_up(self, folder: Path) -> None:
+        """Judge a checkpoint, and restore the rollouts in whose midst it was written."""
+        with checks.on_every_rank():
+            apart = sharded.is_sharded(self.accelerator)
+            content = checkpoints.check(folder, sharded_state=apart)
+            if content is None:
+                return
+            differ = checkpoints.changed(folder, content["settings"], self._settings)
+        step = int(folder.name.rpartition("-")[2])
+        self.changes = content["changes"] + ([{"step": step, **differ}] if differ else [])
+        file = folder / ROLLOUTS.format(rank=self.accelerator.process_index)
+        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        self._step, self._served = state["step"], range(*state["served"])
+        self._buffered_inputs, self._teacher_head = state["inputs"], state["head"]
+
+    def _save_rollouts(self, folder: Path) -> None:
+        """Write the rollouts that later steps will use again, and how far they are used."""
+        midway = self._step % self._micro_steps_served() != 0
+        state = {
+            "step": self._step,
+            "served": [self._served.start, self._served.stop],
+            "inputs": self._buffered_inputs if midway else None,
+            "head": self._teacher_head if midway else None,
+        }
+        torch.save(state, folder / ROLLOUTS.format(rank=self.accelerator.process_index))
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            return  # stopped after its last step; the parent would make one more
+        upstream.order_of_epoch(self._sampler, kwargs["epoch"])
+        super()._run_epoch(**kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As the parent's; refuses a gradient that would destroy the weights. Collective."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # In float16 an infinite gradient lowers the loss scale, and the step is left out.
+        known = norm is not None and self.accelerator.mixed_precision != "fp16"
+        if known and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient's norm is {float(norm)} at step {self.state.global_step}. The step "
+                f"is not made; checkpoints under {self.args.output_dir} are intact."
+            )
+        return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Before the parent, which deletes older checkpoints at its end.
+        step, output_dir = self.state.global_step, self._get_output_dir(trial)
+        self._saved = folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        checkpoints.check_weights(self.model, step, self.accelerator)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            (folder / checkpoints.MARK).unlink(missing_ok=True)
         if self.teacher is not None:
-            step = self.state.global_step
-            self._saved = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            self.teacher.save(self._saved, step)
-        super()._save_checkpoint(model, trial)
+            self.teacher.save(folder, step)
+        self._save_rollouts(folder)
+        with upstream.without_rotation():
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal(folder, self._settings, self.changes)
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir, limit, best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -348,7 +431,9 @@ class RLSDTrainer(TeacherPass):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         whole = not sharded.is_sharded(self.accelerator)
         if self.teacher is not None and self.teacher.adapter is not None and whole:
-            load_trained_adapter(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+            upstream.load_trained_adapter(
+                self.accelerator.unwrap_model(self.model), resume_from_checkpoint
+            )
 
 
 class CreditCallback(TrainerCallback):

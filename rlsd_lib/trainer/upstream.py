@@ -208,6 +208,21 @@ def _frozen_halves(model: PeftModel) -> dict[str, Tensor]:
 # --- transformers and accelerate -----------------------------------------------------------------
 
 
+@mends("transformers", "5.17.0", "transformers/trainer.py, _save_checkpoint: rotates at its end")
+def without_rotation() -> AbstractContextManager:
+    """Keep older checkpoints inside: the parent deletes them before the new one has its mark."""
+    return patch("transformers.trainer.rotate_checkpoints")
+
+
+@mends("trl", "1.16.0", "trl/trainer/utils.py, RepeatSampler: resumed with the first order")
+def order_of_epoch(sampler: Any, epoch: int) -> None:
+    """Set a `RepeatSampler` to the order that an uninterrupted run gives `epoch`, from 0."""
+    if getattr(sampler, "shuffle", False):
+        sampler.generator.manual_seed(sampler.seed)
+        for _ in range(epoch):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
 @mends("transformers", "5.17.0", "transformers/trainer.py, Trainer._load_from_checkpoint")
 def load_trained_adapter(student: PeftModel, checkpoint: str | Path) -> None:
     """Restore the trained adapter, which lies beside the teacher's sub-folder in a checkpoint.

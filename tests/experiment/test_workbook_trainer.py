@@ -12,7 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from rlsd_lib.experiment import workbook_trainer
-from rlsd_lib.experiment.workbook_trainer import MARK, Stopped, WorkbookTrainer
+from rlsd_lib.experiment.workbook_trainer import Stopped, WorkbookTrainer
+from rlsd_lib.trainer.checkpoints import MARK, last_checkpoint
 
 EVERY_STEP = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
@@ -38,7 +39,7 @@ def weights(trainer: WorkbookTrainer) -> dict[str, torch.Tensor]:
 
 
 def resume(trainer: WorkbookTrainer) -> None:
-    last = workbook_trainer.last_checkpoint(trainer.args.output_dir)
+    last = last_checkpoint(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=str(last))
 
 
@@ -50,13 +51,13 @@ def folders(path: Path) -> list[str]:
 
 
 def test_incomplete_checkpoints_are_ignored_and_named(tmp_path: Path, caplog: Any) -> None:
-    assert workbook_trainer.last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path) is None
     whole = tmp_path / "checkpoint-9"
     for folder in (whole, tmp_path / "checkpoint-10", tmp_path / "checkpoint-best"):
         folder.mkdir()
         (folder / "trainer_state.json").touch()
     (whole / MARK).touch()
-    assert workbook_trainer.last_checkpoint(tmp_path) == whole
+    assert last_checkpoint(tmp_path) == whole
     assert f"checkpoint-10 has no {MARK}: incomplete, ignored" in caplog.text
 
 
@@ -93,7 +94,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_one(tmp_path: Path)
     with pytest.raises(SystemExit):
         trainer.train()
     assert folders(tmp_path) == ["checkpoint-1", "checkpoint-2"]
-    assert workbook_trainer.last_checkpoint(tmp_path).name == "checkpoint-1"
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
     again = made(tmp_path, **EVERY_STEP, save_total_limit=2)
     begun: list[int] = []
     again.add_callback(At(1, lambda: begun.append(again.state.global_step)))
@@ -109,16 +110,57 @@ def test_a_checkpoint_written_again_is_incomplete_until_it_is_whole(tmp_path: Pa
     save = again.save_model
 
     def watched(*args: Any, **kwargs: Any) -> None:
-        assert workbook_trainer.last_checkpoint(tmp_path) is None
+        assert last_checkpoint(tmp_path) is None
         save(*args, **kwargs)
 
     again.save_model = watched
     again.args.save_total_limit = 1
     again.train()
-    last = workbook_trainer.last_checkpoint(tmp_path)
+    last = last_checkpoint(tmp_path)
     assert last.name == "checkpoint-1"
     saved = torch.load(last / "training_args.bin", weights_only=False)
     assert saved.save_total_limit == 1, "a checkpoint holds the settings of its run"
+
+
+# ---- NaN and infinity --------------------------------------------------------------------------
+
+
+def spoil(trainer: WorkbookTrainer, what: str) -> None:
+    parameter = next(trainer.model.parameters())
+    if what == "gradient":
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+    elif what == "learning rate":
+        trainer.optimizer.param_groups[0]["lr"] = 1e38  # finite weights, which no forward survives
+        trainer.lr_scheduler.step = lambda: None
+    else:
+        with torch.no_grad():
+            parameter.view(-1)[0] = float(what)
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+@pytest.mark.parametrize("what", ["gradient", "learning rate", "nan", "inf"])
+def test_a_step_that_destroys_the_run_costs_no_good_checkpoint(
+    tmp_path: Path, what: str, step: int
+) -> None:
+    """In the first step, one in the middle and the last one."""
+    broken = made(tmp_path, **EVERY_STEP, save_total_limit=1)
+    broken.add_callback(At(step, lambda: spoil(broken, what)))
+    at = step + 1 if what == "learning rate" else step
+    said = "gradient's norm is nan at" if what == "gradient" else "weights are NaN.* after"
+    with pytest.raises(FloatingPointError, match=f"{said} step {at}"):
+        broken.train()
+    assert folders(tmp_path) == ([f"checkpoint-{step}"] if step else [])
+    again = made(tmp_path, **EVERY_STEP)
+    again.train(resume_from_checkpoint=True if step else None)
+    assert again.state.global_step == 4
+    assert all(p.isfinite().all() for p in again.model.parameters())
+
+
+def test_a_last_step_without_a_checkpoint_is_looked_at_too(tmp_path: Path) -> None:
+    trainer = made(tmp_path, max_steps=1)  # save_strategy="no"
+    trainer.add_callback(At(0, lambda: spoil(trainer, "learning rate")))
+    with pytest.raises(FloatingPointError, match=r"weights are NaN.* after step 1"):
+        trainer.train()
 
 
 # ---- signals ----------------------------------------------------------------------------------

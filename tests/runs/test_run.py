@@ -101,6 +101,66 @@ def test_files_that_are_no_run_are_never_deleted(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_foreign_files_and_notes_are_never_deleted(tmp_path: Path) -> None:
+    for name, manifest in {"web": '{"name": "app", "icons": []}', "text": "Dear diary"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(manifest)
+        (tmp_path / name / "thesis.tex").write_text("years of work")
+        for mode in ("raise", "overwrite", "resume"):
+            with pytest.raises(FileExistsError, match="holds files but no run"):
+                Run.start(tmp_path / name, parameters={}, if_exists=mode)
+        assert (tmp_path / name / "thesis.tex").read_text() == "years of work"
+    run = Run.start(tmp_path / "a", parameters={})
+    (run.path / "table.csv").write_text("of a cell of the notebook")
+    run.finish({})
+    assert run.manifest["files"] == ["table.csv"]
+    (run.path / "figures").mkdir()
+    for note in (run.path / "notes.txt", run.path / "figures" / "figure.tex"):
+        note.write_text("mine")
+        with pytest.raises(FileExistsError, match=rf"holds .*{note.name}, which its run has not"):
+            Run.start(run.path, parameters={}, if_exists="overwrite")
+        note.unlink()
+    Run.start(run.path, parameters={}, if_exists="overwrite")
+    assert not (run.path / "table.csv").exists()
+
+
+def test_other_peoples_manifests_and_damaged_ones_do_not_stop_a_reader(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = Run.start(tmp_path / "done", parameters={"seed": 0})
+    done.finish({"accuracy_after": 0.5})
+    for name, manifest in {"app": '{"name": "app"}', "list": "[]", "cut": "{"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(manifest)
+    damaged = Run.start(tmp_path / "hit", parameters={"seed": 1})
+    damaged.finish({})
+    (damaged.path / "manifest.json").write_text('{"status": ')
+    statuses = read_runs(tmp_path).runs.set_index("name")["status"].to_dict()
+    assert statuses == {"done": "finished", "hit": "damaged"}
+    assert all(
+        f"{tmp_path / name}/manifest.json is no run's" in caplog.text for name in ("app", "cut")
+    )
+    with pytest.raises(FileExistsError, match="is damaged: nobody knows what there is to resume"):
+        Run.start(damaged.path, parameters={"seed": 1}, if_exists="resume")
+    Run.start(damaged.path, parameters={"seed": 1}, if_exists="overwrite").finish({})
+    assert (damaged.path / "manifest.json.damaged").read_text() == '{"status": '
+    assert state_of(damaged.path) == "finished"
+
+
+def test_a_run_is_resumed_with_its_own_parameters_or_not_at_all(
+    killed: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(killed, tmp_path / "a"))
+    before = json.loads((path / "manifest.json").read_text())
+    with pytest.raises(ValueError, match="was begun with seed=0, and this call has 1"):
+        Run.start(path, parameters={"seed": 1}, if_exists="resume")
+    assert json.loads((path / "manifest.json").read_text()) == before
+    run = Run.start(path, parameters={"seed": 0, "max_steps": 9}, if_exists="resume-older")
+    kept = {name: before[name] for name in ("attempt", "started", "git")}
+    assert run.manifest["earlier"] == [kept]
+    assert run.manifest["if_exists"] == "resume-older"
+
+
 def test_an_unknown_mode_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="if_exists='skip'"):
         Run.start(tmp_path / "a", parameters={}, if_exists="skip")

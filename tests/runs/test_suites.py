@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import START, NotebookMaker
@@ -17,7 +18,7 @@ from rlsd_lib.report.tables import make_table
 from rlsd_lib.runs import suites
 from rlsd_lib.runs.records import read_manifest, read_runs, runs_folder, state_of
 from rlsd_lib.runs.run import Run
-from rlsd_lib.runs.suites import Job, Suite, jobs_of, settle
+from rlsd_lib.runs.suites import Job, Suite, jobs_of, run_jobs, settle
 
 
 def test_what_was_interrupted_is_to_run_and_what_failed_is_not(tmp_path: Path):
@@ -124,3 +125,14 @@ def test_a_folder_of_runs_is_found_by_its_name_or_as_the_suite_that_finished_las
     shutil.rmtree(outputs)
     with pytest.raises(FileNotFoundError, match="no suite has finished"):
         runs_folder()
+
+
+def test_a_run_that_another_suite_has_just_begun_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job("15_rlsd", {"seed": 0}, tmp_path / "a")
+    Run.start(job.run_dir, parameters={"seed": 0})  # after the suite has looked at what is to do
+    refused = SimpleNamespace(returncode=2, stderr="rlsd: is being written")
+    monkeypatch.setattr(suites.subprocess, "run", lambda *_, **__: refused)
+    (outcome,) = run_jobs([job], 1)
+    assert (outcome.status, f"process {os.getpid()} on" in outcome.error) == ("busy", True)

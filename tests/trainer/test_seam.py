@@ -31,6 +31,13 @@ METHODS = {
         "spatial_shapes, num_tiles, image_sizes, token_type_ids, mm_token_type_ids, "
         "image_position_ids"
     ),
+    "o _get_train_sampler": "dataset",
+    "o _run_epoch": (
+        "model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+        "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, "
+        "steps_trained_in_current_epoch"
+    ),
+    "o _get_grad_norm": "model, grad_norm",
     "o _save_checkpoint": "model, trial",
     "o _save": "output_dir, state_dict",
     "o _load_from_checkpoint": "resume_from_checkpoint, model",

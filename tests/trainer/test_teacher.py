@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
+from rlsd_lib.trainer.checkpoints import MARK
 from rlsd_lib.trainer.teacher import (
     STATE_FILE,
     WEIGHTS_FILE,
@@ -204,7 +205,8 @@ def test_resuming_without_teacher_state_is_refused(tmp_path):
         tiny.trainer(tmp_path, teacher_model_kind="ema", **args).train(
             resume_from_checkpoint=str(checkpoint)
         )
-    (checkpoint / STATE_FILE).unlink()
+    for file in (checkpoint / STATE_FILE, checkpoint / MARK, *checkpoint.glob("rlsd_*")):
+        file.unlink(missing_ok=True)  # what is left could be of TRL's own trainer
     with pytest.raises(ValueError, match="holds no teacher state"):
         tiny.trainer(tmp_path, **args).train(resume_from_checkpoint=str(checkpoint))
 

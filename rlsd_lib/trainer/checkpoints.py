@@ -1,0 +1,205 @@
+"""Checkpoints that can be trusted: each lists its files, and the settings that made it.
+
+A checkpoint counts once its last file, `complete.json`, is there. It holds sizes and SHA-256 of all
+others, so that no damaged file is loaded, and the settings of the run, so that none goes on as
+another.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Value
+from torch import nn
+
+from rlsd_lib.prompts import prompt_text
+from rlsd_lib.trainer import sharded, states
+
+MARK = "complete.json"  # the last file of a checkpoint
+# What a resumed run may have otherwise: where it writes, what it logs, how many steps it makes.
+FREE = re.compile(
+    r"(?:output_dir|run_name|project|report_to|disable_tqdm|ddp_timeout|num_completions_to_print|"
+    r"(?:log|logging|save|hub|push|trackio|vllm_server|vllm_group)_\w+)"
+)
+GROWS = ("max_steps", "num_train_epochs")
+
+logger = logging.getLogger(__name__)
+
+
+def seal(folder: Path, settings: Mapping[str, Any], changes: list[dict[str, Any]]) -> None:
+    """List every file of a checkpoint in its last one, beside the run's settings and their changes."""
+    content = {"files": _prints(folder), "settings": settings, "changes": changes}
+    content["sha256"] = _digest(content)
+    draft = folder / f".{MARK}"
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(folder / MARK)
+
+
+def check(folder: Path, *, sharded_state: bool = False) -> dict[str, Any] | None:
+    """The content of a checkpoint's `MARK`, all of whose files are as they were written.
+
+    None for a checkpoint of TRL's own trainer, which has no such list. Raises ValueError with the
+    file and the way out, if one is missing or differs, or if there is nothing to resume from.
+    """
+    if not (folder / MARK).exists():
+        # Under FSDP and ZeRO-3 optimisers lie elsewhere; generator states come after all of them.
+        wanted = ["rng_state*.pth", *(() if sharded_state else ("optimizer.pt", "scheduler.pt"))]
+        lacking = [name for name in wanted if not any(folder.glob(name))]
+        if lacking or any(folder.glob("rlsd_*")):
+            raise _refusal(folder / (lacking or [MARK])[0], "is missing: it was not written whole")
+        logger.warning("%s has no %s: its files cannot be checked", folder, MARK)
+        return None
+    try:
+        content = json.loads((folder / MARK).read_text())
+        intact = content.pop("sha256") == _digest(content)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise _refusal(folder / MARK, "is damaged: it is not as it was written")
+    found = _prints(folder)
+    for name, size_and_hash in content["files"].items():
+        if found.get(name) != size_and_hash:
+            how = "is damaged: its hash differs" if name in found else "is missing"
+            raise _refusal(folder / name, how)
+    if not any(name.startswith("rng_state") for name in content["files"]):
+        raise _refusal(folder, "holds weights alone (save_only_model=True)")
+    return content
+
+
+def changed(
+    folder: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """What of the settings is not as recorded, as [before, now], all of it such as may change.
+
+    Raises ValueError with the first setting that decides the result and differs.
+    """
+    differ = {
+        name: [recorded.get(name), settings.get(name)]
+        for name in recorded.keys() | settings.keys()
+        if recorded.get(name) != settings.get(name)
+    }
+    for name, (before, now) in sorted(differ.items()):
+        if not (FREE.fullmatch(name) or (name in GROWS and now > before)):
+            more = " (it may only grow)" if name in GROWS else ""
+            raise ValueError(
+                f"{folder} was written with {name}={before!r}, this run has {now!r}{more}. Resume "
+                "with the same value, or begin a new run."
+            )
+    return differ
+
+
+def settings_of(trainer: Any) -> dict[str, Any]:
+    """What decides a run, as JSON: its configuration, its model, its rows, its functions."""
+    parameters = sharded.named(trainer.accelerator.unwrap_model(trainer.model)).values()
+    kind, count = (
+        states.causal_lm(trainer.model),
+        sum(sharded.shape_of(p).numel() for p in parameters),
+    )
+    facts = {
+        **trainer.args.to_dict(),
+        "world_size": trainer.args.world_size,
+        "model": f"{type(kind).__name__} of {count} parameters in {kind.dtype}",
+        "rows": _rows(trainer.train_dataset),
+        "rewards": trainer.reward_func_names,
+        "credit": getattr(trainer.credit, "__name__", None),
+    }
+    return json.loads(json.dumps(facts, default=str))
+
+
+def last_checkpoint(output_dir: str | Path, *, whole: bool = False) -> Path | None:
+    """The newest complete checkpoint in `output_dir`; a warning names newer incomplete ones.
+
+    `whole` also passes over those with a damaged file.
+    """
+    for path in _newest_first(Path(output_dir)):
+        if not (path / MARK).is_file():
+            logger.warning("%s has no %s: incomplete, ignored", path, MARK)
+            continue
+        try:
+            _ = check(path) if whole else None
+        except ValueError as damage:
+            logger.warning("passed over: %s", damage)
+            continue
+        return path
+    return None
+
+
+def check_weights(model: nn.Module, step: int, accelerator: Accelerator) -> None:
+    """Refuse weights that are NaN, infinite, or so large that their squares are. Collective.
+
+    Raises FloatingPointError on every rank, with the step after which they are so.
+    """
+    parts = [sharded.local(p) for p in model.parameters() if p.is_floating_point()]
+    largest = torch.nn.utils.get_total_norm([p for p in parts if p.numel()], float("inf"))
+    bad = (~(largest.float() ** 2).isfinite()).float().to(accelerator.device)
+    if accelerator.reduce(bad, reduction="sum") > 0:
+        raise FloatingPointError(
+            f"The student's weights are NaN, infinite or beyond 1e19 after step {step}. No "
+            "checkpoint is written of them, and earlier ones are intact. Lower learning_rate or "
+            "max_grad_norm, then resume."
+        )
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdecimal()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _prints(folder: Path) -> dict[str, list[Any]]:
+    """Size and SHA-256 of every file below `folder` but the list itself, by relative name."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MARK, f".{MARK}"))
+
+    def sha256(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:  # hashing lets other threads run
+        hashes = list(pool.map(sha256, files))
+    return {
+        str(path.relative_to(folder)): [path.stat().st_size, found]
+        for path, found in zip(files, hashes, strict=True)
+    }
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _refusal(path: Path, how: str) -> ValueError:
+    folder = next(p for p in (path, *path.parents) if p.name.startswith("checkpoint-"))
+    older = [
+        p for p in _newest_first(folder.parent) if (p / MARK).exists() and _step(p) < _step(folder)
+    ]
+    way = (
+        f"The next older checkpoint is {older[0]}: resume from it (--if-exists resume-older)"
+        if older
+        else "There is no older checkpoint: begin anew (--if-exists overwrite)"
+    )
+    return ValueError(f"{path} {how}. {way}.")
+
+
+def _rows(dataset: Any) -> str | None:
+    """Count and hash of the texts and numbers of a data set's rows; None for a streamed one."""
+    if not isinstance(dataset, Dataset):
+        return None
+    plain = [name for name, kind in dataset.features.items() if isinstance(kind, Value)]
+    digest = hashlib.sha256()
+    for row in _texts(dataset, plain):
+        digest.update(repr(row).encode())
+    return f"{len(dataset)}, SHA-256 {digest.hexdigest()[:16]}"
+
+
+def _texts(dataset: Dataset, plain: list[str]) -> Iterator[tuple]:
+    columns = [dataset[name][:] for name in plain if name != "prompt"]
+    return zip(map(prompt_text, dataset["prompt"][:]), *columns, strict=True)

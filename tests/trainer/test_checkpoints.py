@@ -1,0 +1,158 @@
+"""A resumed run is the same run, bit by bit, or it is refused with the file or the value."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kills
+import pytest
+import tiny
+import torch
+
+from rlsd_lib.trainer import checkpoints
+from rlsd_lib.trainer.checkpoints import MARK, last_checkpoint
+
+EVERY_STEP = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with checkpoints of three steps; tests that damage them use copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny.trainer(folder, **EVERY_STEP).train()
+    return folder
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "is missing": Path.unlink,
+    "is damaged: its hash differs": flip,
+    "is damaged": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+}
+
+
+def test_no_damaged_file_is_resumed_from(copied: Path, trained: Path) -> None:
+    whole = copied / "checkpoint-3"
+    files = [p.relative_to(whole) for p in whole.rglob("*") if p.is_file() and p.name != MARK]
+    names = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "rlsd_teacher.json"}
+    assert names <= {str(file) for file in files}
+    for file in files:
+        for said, damage in DAMAGES.items():
+            damage(whole / file)
+            with pytest.raises(ValueError, match=said) as caught:
+                checkpoints.check(whole)
+            assert str(whole / file) in str(caught.value)
+            assert f"older checkpoint is {copied / 'checkpoint-2'}: " in str(caught.value)
+            shutil.copy(trained / "checkpoint-3" / file, whole / file)
+    assert checkpoints.check(whole)["changes"] == []
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_next_older_one_is_offered(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flip(copied / "checkpoint-3" / "optimizer.pt")
+    assert last_checkpoint(copied) == copied / "checkpoint-3"
+    again = tiny.trainer(copied, **EVERY_STEP)
+    with pytest.raises(ValueError, match=r"checkpoint-3/optimizer\.pt is damaged.*resume-older"):
+        again.train(resume_from_checkpoint=True)
+    assert last_checkpoint(copied, whole=True) == copied / "checkpoint-2"
+    assert "passed over: " in caplog.text
+    for folder in copied.glob("checkpoint-[12]"):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"no older checkpoint: begin anew"):
+        checkpoints.check(copied / "checkpoint-3")
+
+
+def test_a_list_that_is_cut_off_or_gone_makes_no_checkpoint_whole(copied: Path) -> None:
+    mark = copied / "checkpoint-3" / MARK
+    for text in (mark.read_text()[:-9], "[]", "null", '{"files": 1}', ""):
+        mark.write_text(text)
+        with pytest.raises(ValueError, match=rf"{MARK} is damaged"):
+            checkpoints.check(mark.parent)
+    mark.unlink()
+    with pytest.raises(ValueError, match=rf"{MARK} is missing: it was not written whole"):
+        checkpoints.check(mark.parent)
+    only = {**EVERY_STEP, "max_steps": 1, "save_only_model": True}
+    tiny.trainer(copied / "only", method="grpo", **only).train()
+    with pytest.raises(ValueError, match="holds weights alone"):
+        checkpoints.check(copied / "only" / "checkpoint-1")
+
+
+OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "seed=7, this run has 8": (None, None, {"seed": 8}),
+    "method='rlsd', this run has 'grpo'": (None, None, {"method": "grpo"}),
+    "learning_rate=0.01, this run has 0.02": (None, None, {"learning_rate": 0.02}),
+    r"max_steps=3, this run has 2 \(it may only grow\)": (None, None, {"max_steps": 2}),
+    r"model='.* of 25440 param.*', this run has '.* of 12752 ": ({"hidden_size": 16}, None, {}),
+    r"model='.*float32', this run has '.*float64'": ({"dtype": torch.float64}, None, {}),
+    r"rows='32, SHA-256 \w+', this run has '31, ": (None, 31, {}),
+}
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_another_run_is_not_continued(trained: Path, said: str) -> None:
+    student, rows, settings = OTHERS[said]
+    if student is not None:
+        dtype = student.pop("dtype", torch.float32)
+        student = tiny.model(**student).to(dtype)
+    data = tiny.dataset(rows) if rows else None
+    other = tiny.trainer(trained, student, data, **{**EVERY_STEP, **settings})
+    with pytest.raises(ValueError, match=f"checkpoint-2 was written with .*{said}"):
+        other.train(resume_from_checkpoint=str(trained / "checkpoint-2"))
+
+
+def test_what_may_change_is_recorded_with_its_step(copied: Path, trained: Path) -> None:
+    longer = {**EVERY_STEP, "max_steps": 4, "logging_steps": 2}
+    again = tiny.trainer(copied, **longer)
+    again.train(resume_from_checkpoint=True)
+    changed = {"max_steps": [3, 4], "logging_steps": [1, 2]}
+    expected = [{"step": 3, **changed, "output_dir": [str(trained), str(copied)]}]
+    assert again.changes == expected
+    last = tiny.trainer(copied, **longer)
+    last.train(resume_from_checkpoint=True)
+    assert last.state.global_step == 4, "a run that was stopped after its last step makes no other"
+    assert last.changes == json.loads((copied / "checkpoint-4" / MARK).read_text())["changes"]
+    assert last.changes == expected
+    pairs = zip(again.model.parameters(), last.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_step_goes_through_every_phase_of_the_kill_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kills.checkpoints, "seal", kills.checkpoints.seal)  # put back at the end
+    monkeypatch.setattr(kills.module, "rotate_checkpoints", kills.module.rotate_checkpoints)
+    trainer = kills.made(tmp_path, "snapshot", "one epoch")
+    called: set[str] = set()
+    for phase in kills.PHASES:
+        kills.before(trainer, phase, lambda phase=phase: called.add(phase))
+    trainer.train()
+    assert called == set(kills.PHASES)
+
+
+def tried(folder: Path, *count: object) -> None:
+    command = [sys.executable, kills.__file__, str(folder), *map(str, count)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def test_a_sample_of_killed_runs_is_resumed_bit_by_bit(tmp_path: Path) -> None:
+    tried(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_runs_killed_anywhere_are_resumed_bit_by_bit(tmp_path: Path) -> None:
+    tried(tmp_path)
