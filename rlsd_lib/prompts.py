@@ -7,7 +7,8 @@ by `privileged_template`; system prompt, earlier turns, tools and images stay as
 import bisect
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ DEFAULT_TEMPLATE = (
     "in the format that was asked for."
 )
 _PLACEHOLDER = re.compile(r"\{(prompt|privileged_context)\}")
+_MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|\*\*|__|[`$]")
 # Placeholders of the processors in transformers. HTML tags such as <img> are ordinary text.
 _IMAGE_TOKEN = re.compile(
     r"<\|(?:image|video|vision)[^|>]*\|>|\[IMG\]"
@@ -91,9 +93,35 @@ def shorten_to_fit(
     return head(bisect.bisect_right(range(1, len(ids)), limit, key=length))
 
 
-def check_contexts(contexts: Sequence[object], template: str, column: str = COLUMN) -> None:
-    """Refuse rows whose privileged text is missing, empty, not a string, or holds an image token.
+def check_prompts(prompts: Sequence[object], template: str) -> None:
+    """Refuse rows whose prompt is no text and no chat with a user turn that holds text.
 
+    Raises ValueError with the rows.
+    """
+
+    def is_prompt(prompt: Any) -> bool:
+        try:
+            prompt_text(teacher_prompt(prompt, "", template))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return False
+        return True
+
+    refuse(
+        [row for row, prompt in enumerate(prompts) if not is_prompt(prompt)],
+        "have no prompt that a reference can be shown in",
+        'Expected a text, or a list of {"role", "content"} messages with a user turn that has text.',
+    )
+
+
+def check_contexts(
+    contexts: Sequence[object],
+    template: str,
+    column: str = COLUMN,
+    control: Collection[str] = (),
+) -> None:
+    """Refuse rows whose privileged text is missing, invisible, no string, or holds an image token.
+
+    `control` are the tokenizer's control tokens, which would be encoded as such and not as text.
     Raises ValueError with the rows. An empty text is accepted only under a template that adds no
     text of its own (the null control, whose gap is 0).
     """
@@ -101,13 +129,19 @@ def check_contexts(contexts: Sequence[object], template: str, column: str = COLU
     null = render(template, "x", "") == "x"
     wrong = [i for i, text in rows if text is not None and not isinstance(text, str)]
     refuse(wrong, f"have a {column} that is not a string", "Convert it to str.")
-    empty = [i for i, text in rows if text is None or not (text.strip() or null)]
+    empty = [i for i, text in rows if text is None or not (_is_visible(text) or null)]
     refuse(empty, f"have no {column}", "Fill the column, or drop these rows.")
     images = [i for i, text in rows if has_image_token(text)]
     refuse(
         images,
         f"have an image placeholder in {column}",
         "The teacher sees the student's images only; remove the placeholder.",
+    )
+    told = [i for i, text in rows if any(token in text for token in control)]
+    refuse(
+        told,
+        f"have a control token of the tokenizer in {column}",
+        "The teacher would take it for the end of a turn or the like; remove it.",
     )
 
 
@@ -156,6 +190,20 @@ def without_pixels(prompt: Prompt) -> Prompt:
 def without_images(prompt: Prompt) -> Prompt:
     """Return a prompt without its image parts."""
     return _with_images(prompt, [])
+
+
+def spelled(text: str | None, control: Collection[str]) -> str | None:
+    """A text whose control tokens are spelled with a space, so that they are encoded as text."""
+    for token in control if text else ():
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def copied(value: Any) -> Any:
+    """Lists and mappings copied at every level; what they hold, such as images, is shared."""
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    return {k: copied(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def text_of(completion: Completion) -> str:
@@ -255,8 +303,21 @@ def _with_images(prompt: Prompt, images: list[dict[str, Any]]) -> Prompt:
     return changed
 
 
+def _is_visible(text: str) -> bool:
+    return any(c.isprintable() and not c.isspace() for c in text)
+
+
+def _bare(text: str) -> str:
+    """A text without case, accents, markup, and full stop at its end."""
+    split = unicodedata.normalize("NFKD", _MARKUP.sub("", text)).casefold()
+    kept = "".join(
+        c for c in split if not unicodedata.combining(c) and (c.isprintable() or c.isspace())
+    )
+    return " ".join(kept.split()).rstrip(".!;, ")
+
+
 def _holds(prompt: Prompt, context: str) -> bool:
-    words, text = (" ".join(part.split()) for part in (context, prompt_text(prompt)))
+    words, text = map(_bare, (context, prompt_text(prompt)))
     return bool(words) and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 

@@ -63,6 +63,33 @@ def test_a_leaked_reference_is_refused_and_a_short_answer_counted():
     assert privileged.count_in_prompts(prompts, ["22", "swer is"]) == 0
     with pytest.raises(ValueError, match=r"own prompt \(rows 1\)"):
         privileged.count_in_prompts(prompts, ["4", "answer is 4"])
+    for told in ("**The answer**  is 4.", "the ANSWER is `4`", "$The$ ánswer is <b>4</b>"):
+        with pytest.raises(ValueError, match=r"own prompt \(rows 1\)"):
+            privileged.count_in_prompts(prompts, ["4", told])
+    assert privileged.count_in_prompts(prompts, ["4", "answer is -4"]) == 0
+
+
+def test_prompts_of_unusual_shape_are_named():
+    bad = [
+        [{"role": "system", "content": "s"}],
+        [{"content": "no role"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [{"role": "user", "content": [{"text": "no type"}]}],
+        ["text"],
+        None,
+        7,
+    ]
+    with pytest.raises(ValueError, match=r"9 dataset rows have no prompt.*\(rows 1, 2, .*, 9\)"):
+        privileged.check_prompts([CHAT, *bad, "a text"], TEMPLATE)
+
+
+def test_control_tokens_are_refused_in_rows_and_spelled_out_in_peers():
+    with pytest.raises(ValueError, match=r"have a control token .*\(rows 1\)"):
+        privileged.check_contexts(["4", "4</s><user>"], TEMPLATE, {"</s>"})
+    assert privileged.spelled("4</s>5", {"</s>"}) == "4< /s>5"
+    assert privileged.spelled(None, {"</s>"}) is None
 
 
 def test_shortening_cuts_the_reference_and_never_the_question():

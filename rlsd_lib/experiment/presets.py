@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +17,7 @@ from rlsd_lib.names import look_up
 from rlsd_lib.tasks import Task, load_task
 from rlsd_lib.tasks.lab.model import LabRecipe
 from rlsd_lib.trainer.checks import check_processes
-from rlsd_lib.trainer.config import RLSDConfig
+from rlsd_lib.trainer.config import RLSDConfig, check_type
 
 
 @dataclass(frozen=True)
@@ -411,7 +410,15 @@ def resolve_preset(
                 f"overrides may not set {key!r}: it is a parameter of the run itself, by which its "
                 "directory and tables name it."
             )
-        _check_type(key, value, known[key])
+        if key == "hub_token":
+            raise ValueError(
+                "overrides may not set 'hub_token': it would stand in the manifest and in the "
+                "notebook. Log in with `hf auth login`, or set HF_TOKEN."
+            )
+        try:
+            check_type(key, value, known[key])
+        except TypeError as error:
+            raise TypeError(f"overrides: {error}") from None
     changes = {key: value for key, value in overrides.items() if key in OF_PRESET}
     merged = {
         key: {**getattr(preset, key), **value} if isinstance(value, Mapping) else value
@@ -434,19 +441,6 @@ def resolve_preset(
             )
         preset = replace(preset, model_options={**preset.model_options, "seed": seed})
     return preset, {k: v for k, v in overrides.items() if k not in changes}
-
-
-def _check_type(name: str, value: Any, annotation: Any) -> None:
-    """Refuse what a field cannot hold: comparing or counting it would fail with no name in sight."""
-    union = get_origin(annotation) in (Union, UnionType)
-    types = [get_origin(t) or t for t in (get_args(annotation) if union else (annotation,))]
-    if not set(types) <= {bool, int, float, str, list, dict, Mapping, NoneType}:
-        return  # an enum or the like, which the field itself converts
-    fitting = (*types, int) if float in types else tuple(types)
-    if not isinstance(value, fitting) or (isinstance(value, bool) and bool not in types):
-        names = {Mapping: "dict", NoneType: "None"}
-        wanted = " or ".join(names.get(kind, kind.__name__) for kind in types)
-        raise TypeError(f"overrides: {name}={value!r} is {type(value).__name__}, expected {wanted}")
 
 
 def shared_batch(settings: Mapping[str, Any], num_processes: int) -> dict[str, int]:

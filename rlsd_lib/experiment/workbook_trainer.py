@@ -17,6 +17,7 @@ from trl.trainer.utils import is_async_callable
 
 from rlsd_lib.runs.processes import on_sigterm
 from rlsd_lib.trainer.checkpoints import last_checkpoint
+from rlsd_lib.trainer.checks import numbers
 from rlsd_lib.trainer.states import policy_mask
 from rlsd_lib.trainer.trainer import RLSDTrainer
 from rlsd_lib.trainer.upstream import mends
@@ -135,7 +136,7 @@ def named(function: Any) -> Any:
     @wraps(function)
     def scored(**columns: Any) -> list[float | None]:
         try:
-            return _numbers(function(**columns))
+            return numbers(function(**columns), len(columns["prompts"]))
         except Exception as error:
             row, step = _first_failing(function, columns), columns["trainer_state"].global_step
             at = f"a batch of {len(columns['prompts'])} rows" if row is None else f"row {row}"
@@ -149,10 +150,6 @@ def named(function: Any) -> Any:
     return scored
 
 
-def _numbers(rewards: Any) -> list[float | None]:
-    return [None if reward is None else float(reward) for reward in rewards]
-
-
 def _first_failing(function: Callable[..., Any], columns: dict[str, Any]) -> int | None:
     """The first row on which `function` raises by itself, as far as `DIAGNOSIS_SECONDS` allow."""
     silent = {"log_extra": lambda *_: None, "log_metric": lambda *_: None}
@@ -162,7 +159,7 @@ def _first_failing(function: Callable[..., Any], columns: dict[str, Any]) -> int
             return None
         one = {k: v[row : row + 1] if isinstance(v, list) else v for k, v in columns.items()}
         try:
-            _numbers(function(**one | silent))
+            numbers(function(**one | silent), 1)
         except Exception:
             return row
     return None

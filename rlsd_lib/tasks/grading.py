@@ -56,6 +56,8 @@ _PAIR = re.compile(r"\\?([\[({])[^\[\](){}]*,[^\[\](){}]*([\])}])")
 _CHOSEN = re.compile(r"(?i:option |choice )?(\(?[A-J]\)?(?: ?(?:,|&|and)? ?\(?[A-J]\)?)*)[.:]?")
 _LABELLED = re.compile(r"\(?([A-J])[.:)] ?(.+)")
 _SECOND = re.compile(r"(?:\b(?:or|and)\b|[/,;&|]) ?\(?[A-J](?![\w'])|(?<!\w)\(?[A-J][.:)](?!\w)")
+_VERDICT = re.compile(r"([01]$|yes|true|correct|no|false|incorrect)(?:(?: ?[,.;:!–]| -)(.*))?")
+_BASE = re.compile(r"[0-9]\}?_")  # a number to a base
 _YES, _NO = {"yes", "true", "correct", "1"}, {"no", "false", "incorrect", "0", "not"}
 
 
@@ -112,12 +114,12 @@ def _choice_letters(text: str) -> set[str]:
 
 
 def _polarity(text: str) -> bool | None:
-    """Yes (True) or no (False); None for neither, or both."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
-    first = words[0] if words else ""
-    if first in _YES and not _NO & set(words):
-        return True
-    return False if first in _NO - {"not"} and not _YES & set(words) else None
+    """Yes (True) or no (False), alone or before a comma or the like; None for neither, or both."""
+    if (found := _VERDICT.fullmatch(text.lower())) is None:
+        return None
+    words = set(re.findall(r"[a-z]+", found[2] or ""))
+    said, other = (True, _NO) if found[1] in _YES else (False, _YES)
+    return None if other & words else said
 
 
 def _same_maths(gold: str, answer: str, rough: bool = False) -> bool:
@@ -138,7 +140,9 @@ def _same_maths(gold: str, answer: str, rough: bool = False) -> bool:
     if all(pairs) and pairs[0].groups() != pairs[1].groups():
         return False
     latex = [re.sub(r" (?:or|and) ", ", ", text).replace("°", r"^\circ") for text in (gold, answer)]
-    return symbolic.WORKER.equal(*latex, _tolerance(gold) if rough else 0.0)
+    if any(_BASE.search(text) for text in latex):  # 10_2 is two, which math-verify reads as ten
+        return len({re.sub("[{} ]", "", text) for text in latex}) == 1
+    return symbolic.WORKERS.equal(*latex, _tolerance(gold) if rough else 0.0)
 
 
 def _tolerance(gold: str) -> float:

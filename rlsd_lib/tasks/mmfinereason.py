@@ -7,6 +7,7 @@ hashed contents (texts and image files): the same on every machine.
 import io
 import logging
 import math
+import os
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -66,6 +67,7 @@ def load(
         train=_choose(rows, "train", train_size, seed),
         test=_choose(rows, "test", test_size, seed),
         verify=partial(_judge, grade),
+        judges=min(8, os.cpu_count() or 1),
         score=partial(_judge, weighted) if reward == "weighted" else None,
         report=report,
     )

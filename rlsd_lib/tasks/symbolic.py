@@ -13,7 +13,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 from typing import Any
 
 SECONDS = 5.0  # deadline of one comparison; past it the answer is wrong
@@ -26,18 +25,11 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
-        self._lock, self._owner = threading.Lock(), os.getpid()
 
-    def equal(self, gold: str, answer: str, tolerance: float) -> bool:
-        """Whether two LaTeX answers are equal, or numbers within a relative `tolerance` of the gold.
-
-        No verdict within the deadline means no.
-        """
-        if self._owner != os.getpid():  # after a fork the pipe is the parent's
-            self.__init__()
-        with self._lock:
-            question = json.dumps([gold, answer, tolerance])
-            return self._ask(question.encode() + b"\n") == b"1\n"
+    def equal(self, *question: Any) -> bool | None:
+        """The worker's `compare(*question)`, None where it gives no verdict within the deadline."""
+        verdict = self._ask(json.dumps(question).encode() + b"\n")
+        return verdict == b"1\n" if verdict else None
 
     def _ask(self, line: bytes) -> bytes:
         if self._process is None or self._process.poll() is not None:
@@ -61,7 +53,35 @@ class Worker:
         return out.readline() if select.select([out], [], [], seconds)[0] else b""
 
 
-WORKER = Worker()
+class Workers:
+    """A worker for each thread that asks; what got no verdict once is wrong without asking again."""
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._free: list[Worker] = []
+        self._undecided: set[tuple[str, str, float]] = set()
+
+    def equal(self, gold: str, answer: str, tolerance: float) -> bool:
+        """Whether two LaTeX answers are equal, or numbers within a relative `tolerance` of the gold.
+
+        No verdict within the deadline means no.
+        """
+        if self._owner != os.getpid():  # after a fork the pipes are the parent's
+            self.__init__()
+        if (question := (gold, answer, tolerance)) in self._undecided:
+            return False
+        try:
+            worker = self._free.pop()
+        except IndexError:
+            worker = Worker()
+        verdict = worker.equal(*question)
+        self._free.append(worker)
+        if verdict is None:
+            self._undecided.add(question)
+        return bool(verdict)
+
+
+WORKERS = Workers()
 
 
 def compare(gold: str, answer: str, tolerance: float) -> bool:

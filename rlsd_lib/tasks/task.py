@@ -7,6 +7,7 @@ size, and two runs with different seeds never train on each other's test questio
 import hashlib
 import re
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -60,6 +61,7 @@ class Task:
     reference_pattern: str = REFERENCE_PATTERN
     privileged_template: str | None = None  # of the teacher's user turn; None: the trainer's own
     score: Callable[[str, Row], float] | None = None  # the reward where it is not the verdict
+    judges: int = 1  # verdicts at a time, where they wait for other processes
     report: dict[str, int] | None = None  # rows read, dropped and kept; None where generated
     first_error: Callable[[str, Row], int | None] | None = None  # index of the first wrong token
     decisions: Callable[[str], list[bool]] | None = None  # tokens that the answer follows from
@@ -76,10 +78,12 @@ class Task:
         size = len(completions)
         kept = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == size}
         judge = self.score or self.verify
-        return [
-            float(judge(text_of(completion), {name: values[i] for name, values in kept.items()}))
-            for i, completion in enumerate(completions)
-        ]
+        rows = [{name: values[i] for name, values in kept.items()} for i in range(size)]
+        texts = list(map(text_of, completions))
+        if self.judges == 1:  # in this thread: graders of others may need the main one
+            return list(map(float, map(judge, texts, rows)))
+        with ThreadPoolExecutor(self.judges) as pool:
+            return list(map(float, pool.map(judge, texts, rows)))
 
     def leak(self, completions: list[Completion], **columns: Any) -> list[float]:
         """Return 1.0 for each completion that mentions a reference: a reward to log, weight 0."""

@@ -4,6 +4,8 @@ Each check raises ValueError, unless it says otherwise, with the value and what 
 """
 
 import inspect
+import logging
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +18,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ProcessorMixin
+from trl.trainer.utils import is_async_callable
 
 from rlsd_lib import prompts
 from rlsd_lib.credit import Credit, rlcsd, srpo_weight
@@ -41,10 +44,25 @@ LOGIT_CHANGES = (
     "lm_head_multiplier",
     "output_multiplier",
 )
+# Fields of a model's generation_config by which rollouts are no samples of its softmax, and those
+# that are without effect at 1.
+SHAPING = (
+    *("min_length", "min_new_tokens", "num_beams", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
+    *("eta_cutoff", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"),
+    *("encoder_no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id"),
+    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+    *("sequence_bias", "guidance_scale", "watermarking_config", "penalty_alpha", "dola_layers"),
+    *("num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "token_healing"),
+)
+NEUTRAL_AT_ONE = ("num_beams", "top_h", "typical_p", "encoder_repetition_penalty")
+NEUTRAL_AT_ONE += ("guidance_scale", "num_beam_groups")
 VIDEO_ADVICE = (
     "GRPO in TRL 1.16 would generate with it and train without it. Drop these rows, or give chosen "
     "frames as images."
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_arguments(
@@ -85,6 +103,8 @@ def check_arguments(
         _check_column(dataset, column, method)
         if isinstance(dataset, Dataset):  # a streamed one is checked batch by batch
             contexts = dataset[column][:]
+            if environment_factory is None:  # whose observations may be what makes a prompt
+                prompts.check_prompts(dataset["prompt"][:], args.privileged_template)
             prompts.check_contexts(contexts, args.privileged_template, column)
             prompts.count_in_prompts(dataset["prompt"][:], contexts, column)
 
@@ -234,10 +254,37 @@ def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
         )
 
 
+def _check_sampling(model: nn.Module, args: RLSDConfig) -> None:
+    """Refuse generation settings of the model that would shape rollouts and not P_S; warn of ours."""
+    own = getattr(states.causal_lm(model), "generation_config", None)
+    # What the arguments leave at None, `generate` takes from the model.
+    names = [name for name in SHAPING if getattr(args, name, None) is None]
+    found = {} if own is None or args.use_vllm else {n: getattr(own, n, None) for n in names}
+    wrong = {k: v for k, v in found.items() if v and not (v == 1 and k in NEUTRAL_AT_ONE)}
+    if wrong:
+        raise ValueError(
+            f"The model's generation_config has {wrong}: rollouts would come from another "
+            "distribution than P_S, which enters the gap. Set them to None on "
+            "model.generation_config."
+        )
+    cuts = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+    if differ := {
+        n: getattr(args, n) for n, off in cuts.items() if getattr(args, n) not in (off, 0)
+    }:
+        size = f"up to {-math.log(args.top_p):.3f} nats a token for top_p" if args.top_p < 1 else ""
+        logger.warning(
+            "%s: rollouts come from another distribution than P_S; its log-probabilities differ by "
+            "the log of the mass that is cut, %s",
+            differ,
+            size or "which has no bound here",
+        )
+
+
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:
     """Refuse dropout, which would put noise into the gap, and processors that pad right."""
     if args.divergence is not None:
         _check_logits(model)
+    _check_sampling(model, args)
     noisy = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
     if getattr(model.config.get_text_config(), "attention_dropout", 0) > 0:
         noisy.append("config.attention_dropout")
@@ -360,6 +407,32 @@ def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
 def _name_of(function: Any) -> str:
     function = function.func if isinstance(function, partial) else function
     return getattr(function, "__name__", type(function).__name__)
+
+
+def judged(function: Any) -> Any:
+    """A reward function whose result is refused unless it is one number or None for each row.
+
+    Coroutine functions and reward models, by object or by path, are returned as they are.
+    """
+    if isinstance(function, str | nn.Module) or is_async_callable(function):
+        return function
+
+    def scored(**columns: Any) -> list[float | None]:
+        try:
+            return numbers(function(**columns), len(columns["prompts"]))
+        except ValueError as problem:
+            raise ValueError(f"Reward function {_name_of(function)!r} {problem}") from problem
+
+    return scored
+
+
+def numbers(rewards: Any, count: int) -> list[float | None]:
+    """Rewards as TRL takes them; ValueError unless they are `count` numbers or None, in order."""
+    shapes = {tuple(getattr(reward, "shape", ())) for reward in rewards if reward is not None}
+    if isinstance(rewards, Mapping | str) or len(rewards) != count or shapes - {()}:
+        given = f"{type(rewards).__name__} {tuple(getattr(rewards, 'shape', (len(rewards),)))}"
+        raise ValueError(f"returned {given}: expected a list of {count} numbers or None.")
+    return [None if reward is None else float(reward) for reward in rewards]
 
 
 def check_rewards(rewards: Tensor, names: Sequence[str], step: int, *, training: bool) -> float:

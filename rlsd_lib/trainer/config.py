@@ -4,8 +4,13 @@ Every value and combination that can be judged without a model is judged here, b
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from trl import GRPOConfig
 
@@ -41,8 +46,11 @@ OF_TRL = {
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
 }
+# Generation settings that leave the distribution of a rollout's tokens alone.
+HARMLESS = {"stop", "stop_strings", "stop_token_ids", "max_time", "use_cache"}
 # What a field's value must be, and in words.
 VALUES = {
+    "num_generations": (lambda value: value is not None, "a count"),
     "lambda_init": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
     "lambda_warmup_steps": (lambda value: value >= 0, "a step count >= 0"),
     "lambda_decay_steps": (lambda value: value >= 0, "a step count >= 0"),
@@ -55,6 +63,26 @@ VALUES = {
     "distillation_weight": (lambda value: value is None or value > 0, "None or a number > 0"),
     "distillation_token_clip": (lambda value: value is None or value > 0, "None or a number > 0"),
 }
+
+
+def check_type(name: str, value: Any, annotation: Any) -> None:
+    """Refuse what a field cannot hold: comparing or counting it would fail with no name in sight.
+
+    A whole number fits a float, a bool only bool, and NaN and infinity nothing. Raises TypeError
+    for a value of another type, ValueError for one that is not finite.
+    """
+    union = get_origin(annotation) in (Union, UnionType)
+    types = [get_origin(t) or t for t in (get_args(annotation) if union else (annotation,))]
+    if not set(types) <= {bool, int, float, str, list, dict, Mapping, NoneType}:
+        return  # an enum or the like, which the field itself converts
+    if isinstance(value, Real) and not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected a finite number.")
+    numbers = {int: Integral, float: Real}
+    fitting = tuple(numbers.get(kind, kind) for kind in types)
+    if not isinstance(value, fitting) or (isinstance(value, bool) and bool not in types):
+        names = {Mapping: "dict", NoneType: "None"}
+        wanted = " or ".join(names.get(kind, kind.__name__) for kind in types)
+        raise TypeError(f"{name}={value!r} is {type(value).__name__}, expected {wanted}")
 
 
 @dataclass
@@ -181,6 +209,8 @@ class RLSDConfig(GRPOConfig):
     include_environment_feedback: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_type(field.name, getattr(self, field.name), field.type)
         self._check_values()
         self._check_options()
         super().__post_init__()
@@ -319,7 +349,7 @@ class RLSDConfig(GRPOConfig):
                     f"credit_settings: {name!r} is no setting of method={self.method!r} in this "
                     f"run, which has {', '.join(sorted(found)) or 'none'}."
                 )
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            if type(value) not in (int, float) or not math.isfinite(value):
                 raise ValueError(f"credit_settings: {name}={value!r}: expected a number.")
 
     def _why_void(self, name: str) -> str | None:
@@ -380,6 +410,16 @@ class RLSDConfig(GRPOConfig):
         """Refuse options of the parent that would void the method."""
         if self.has_token_credit:
             self.check_keeps_token_credit(f"method={self.method!r}")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} would put noise into the gap. Leave "
+                "it at None."
+            )
+        if shaping := sorted({*(self.generation_kwargs or {})} - HARMLESS):
+            raise ValueError(
+                f"generation_kwargs={self.generation_kwargs}: {', '.join(shaping)} would draw "
+                "rollouts from another distribution than P_S, which enters the gap. Leave it out."
+            )
         if self.remove_unused_columns and self.row.teacher_sees not in (None, PROMPT):
             raise ValueError(
                 f"remove_unused_columns=True would drop the {self.privileged_column} column before the "

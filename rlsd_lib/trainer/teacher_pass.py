@@ -18,14 +18,16 @@ from trl.trainer.utils import pad
 
 from rlsd_lib.credit import Credit, leave_one_out
 from rlsd_lib.divergence import teacher_contrast, teacher_entropy
-from rlsd_lib.methods import PEER, PROMPT
+from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.prompts import (
     Prompt,
     check_contexts,
+    copied,
     count_in_prompts,
     demonstrations,
     refuse,
     shorten_to_fit,
+    spelled,
     teacher_prompt,
     without_images,
     wrong_references,
@@ -85,6 +87,7 @@ class TeacherPass(GRPOTrainer):
         self._rewards = torch.zeros(0)
         self._teacher_head: tuple[Tensor, Tensor | None] | None = None
         super().__init__(model, reward_funcs, args, train_dataset, **grpo)
+        self.reward_funcs = list(map(checks.judged, self.reward_funcs))
         upstream.restorable_device(args)
         self.completion_head = upstream.CompletionHead(self.accelerator.device)
         if self.use_vllm:
@@ -94,11 +97,13 @@ class TeacherPass(GRPOTrainer):
         if not args.uses_teacher:
             return
         config = self.model.config.get_text_config()
+        added = self._tokenizer.added_tokens_decoder.values()
+        self._control = {token.content for token in added if token.special}
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
         checks.check_model(self.model, self.processing_class, args)
         checks.check_sharding(self.model, args, self.accelerator)
         if isinstance(train_dataset, Dataset):
-            self._check_lengths(train_dataset["prompt"][:])
+            self._check_rows(train_dataset)
         self.teacher = Teacher(self.model, args, self.accelerator, teacher_model)
         if teacher_model is not None:
             external = self.teacher.model
@@ -134,7 +139,8 @@ class TeacherPass(GRPOTrainer):
         self, inputs: list, prompts: list, completions: list, completion_ids_list: list
     ) -> Tensor:
         # The final messages, observations and images included: TRL does not return them.
-        self._final_prompts, self._completions = prompts, completions
+        # Copies, for a reward function may change what it is given.
+        self._final_prompts, self._completions = copied(prompts), copied(completions)
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"
         share = checks.check_rewards(
@@ -266,7 +272,7 @@ class TeacherPass(GRPOTrainer):
         column = self.args.privileged_column
         contexts = [row.get(column) for row in inputs]
         with checks.on_every_rank():
-            check_contexts(contexts, self.args.privileged_template, column)
+            check_contexts(contexts, self.args.privileged_template, column, self._control)
             found = count_in_prompts(self._final_prompts, contexts, column)
         self.log_means({"reference_in_prompt_frac": (found, len(contexts))})
         return contexts
@@ -291,7 +297,7 @@ class TeacherPass(GRPOTrainer):
         )
         # The tally is of all ranks already; a mean of equal ratios is that ratio.
         self.log_means({"demonstration_group_frac": (shown.groups_with_success, shown.groups)})
-        return shown.texts
+        return [spelled(text, self._control) for text in shown.texts]
 
     def teacher_prompts(
         self, prompts: Sequence[Prompt], contexts: Contexts, output: dict[str, Any]
@@ -355,20 +361,44 @@ class TeacherPass(GRPOTrainer):
     def _count(self, prompt: Prompt) -> int:
         return len(self._tokenize_prompts([prompt])[0][0])
 
-    def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse questions that leave `max_teacher_prompt_length` no room; images count later."""
-        limit = self.args.max_teacher_prompt_length
-        if limit is None or self.args.row.teacher_sees == PROMPT:
+    def _check_rows(self, dataset: Dataset) -> None:
+        """Refuse rows whose reference holds control tokens, or that have no room; images count later."""
+        limit, sees = self.args.max_teacher_prompt_length, self.args.row.teacher_sees
+        if sees == PRIVILEGED:
+            contexts = dataset[COLUMN][:]
+            check_contexts(contexts, self.args.privileged_template, self._control)
+            whole = limit is None and self.environment_factories is None
+            if whole and self._positions is not None:
+                self._check_positions(dataset["prompt"][:], contexts)
+        if limit is None or sees == PROMPT:
             return
         rows = [
             row
-            for row, prompt in enumerate(map(without_images, prompts))
+            for row, prompt in enumerate(map(without_images, dataset["prompt"][:]))
             if self._count(self._seen(prompt, "")) >= limit
         ]
         refuse(
             rows,
             f"leave no room for the privileged text in max_teacher_prompt_length={limit}",
             "Question and template alone fill it. Raise the limit or drop the rows.",
+        )
+
+    def _check_positions(self, prompts: Sequence[Prompt], contexts: Sequence[str]) -> None:
+        """Refuse references with which a longest completion would not fit into the model."""
+        room = self._positions - self.args.max_completion_length
+        pairs = enumerate(zip(map(without_images, prompts), contexts, strict=True))
+        rows = [
+            row
+            for row, (prompt, context) in pairs
+            # A token is a byte or more: most rows need no tokeniser.
+            if len(f"{self.args.privileged_template}{prompt}{context}".encode()) + 512 > room
+            and self._count(self._seen(prompt, context)) > room
+        ]
+        refuse(
+            rows,
+            f"have a teacher's prompt of more than {room} tokens, and with max_completion_length="
+            f"{self.args.max_completion_length} more than the model's {self._positions} positions",
+            "Shorten the references, set max_teacher_prompt_length, or drop the rows.",
         )
 
     # The pass

@@ -10,7 +10,7 @@ import pytest
 import sympy.physics.units  # the worker has it loaded, too
 from sympy.parsing import sympy_parser
 
-from rlsd_lib.tasks import symbolic
+from rlsd_lib.tasks import Task, symbolic
 from rlsd_lib.tasks.grading import final_answer, grade, is_formatted, weighted
 
 # reference, completion, verdict
@@ -60,6 +60,9 @@ MATHS = [
     ("30°", "30 degrees", True),
     ("30^{\\circ}", "60^\\circ", False),
     ("5x", "5", False),
+    ("10", "10_2", False),
+    ("10", "{10}_{2}", False),
+    ("10_2", "10_{2}", True),
     ("2\\sqrt{2}", "\\sqrt{8}", True),
     ("2√2", "2\\sqrt2", True),
     ("2\\pi", "2π", True),
@@ -149,6 +152,11 @@ BOOLEANS = [
     ("yes", "not true", False),
     ("no", "No, it is not.", True),
     ("yes", "maybe", False),
+    ("yes", "1.5", False),
+    ("yes", "1", True),
+    ("yes", "correct me", False),
+    ("no", "No idea", False),
+    ("no", "0.5", False),
 ]
 TABLES = {
     "math": MATHS,
@@ -251,13 +259,14 @@ def test_verdicts_do_not_need_the_main_thread() -> None:
 
 def test_a_killed_worker_is_replaced() -> None:
     assert grade("7+7", "14", "math")
-    os.kill(symbolic.WORKER._process.pid, signal.SIGKILL)
-    symbolic.WORKER._process.wait()
+    worker = symbolic.WORKERS._free[-1]
+    os.kill(worker._process.pid, signal.SIGKILL)
+    worker._process.wait()
     assert grade("8+8", "16", "math")
 
 
 def _in_child(queue: multiprocessing.Queue) -> None:
-    queue.put([grade("9+9", "18", "math"), symbolic.WORKER._process.pid])
+    queue.put([grade("9+9", "18", "math"), symbolic.WORKERS._free[-1]._process.pid])
 
 
 def test_a_forked_process_has_a_worker_of_its_own() -> None:
@@ -269,7 +278,7 @@ def test_a_forked_process_has_a_worker_of_its_own() -> None:
     verdict, worker = queue.get(timeout=60)
     child.join()
     assert verdict
-    assert worker != symbolic.WORKER._process.pid
+    assert worker != symbolic.WORKERS._free[-1]._process.pid
     assert grade("5+5", "10", "math")
 
 
@@ -279,6 +288,27 @@ def test_a_timeout_says_so(
     monkeypatch.setattr(symbolic, "SECONDS", 0.2)
     assert not grade("9^{9^{9^{7}}}", "5", "math")
     assert "no verdict" in caplog.text
+
+
+def test_what_got_no_verdict_is_not_asked_again_and_rows_are_graded_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight times the same, and eight that differ: two deadlines, not sixteen."""
+    monkeypatch.setattr(symbolic, "WORKERS", symbolic.Workers())
+    monkeypatch.setattr(symbolic, "SECONDS", 2.0)
+    task = Task("t", [], [], lambda text, row: grade(text, row["answer"], "math"), "", judges=8)
+    assert task.reward([f"{n}-{n}+2" for n in range(8)], answer=["2"] * 8) == [1.0] * 8  # started
+    asked: list[str] = []
+    ask = symbolic.Worker.equal
+    monkeypatch.setattr(
+        symbolic.Worker, "equal", lambda worker, *q: (asked.append(q[1]), ask(worker, *q))[1]
+    )
+    hard = ["10^{10^{10}}+" + str(n) for n in range(4)]
+    begun = time.monotonic()
+    assert task.reward([*hard, *hard], answer=["5"] * 8) == [0.0] * 8
+    assert task.reward([*hard, *hard], answer=["5"] * 8) == [0.0] * 8
+    assert len(asked) <= 8
+    assert time.monotonic() - begun < 8 * symbolic.SECONDS
 
 
 def test_final_answer() -> None:

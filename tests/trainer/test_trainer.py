@@ -3,6 +3,9 @@
 Each test names the trap it guards against.
 """
 
+import re
+
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -57,6 +60,45 @@ def test_bad_values_are_refused(tmp_path):
         with pytest.raises(ValueError) as error:
             tiny.config(tmp_path, **{field: value})
         assert expected in str(error.value)
+
+
+def test_values_that_no_number_is_are_refused_by_name(tmp_path):
+    """In the Python API as in the command, for the parent's fields as for ours."""
+    floats, whole = ("epsilon_w", "lambda_init", "learning_rate", "beta"), ("max_steps",)
+    whole = (*whole, "lambda_decay_steps", "teacher_sync_steps", "wrong_references")
+    for field in (*floats, *whole):
+        for value in ("1", None, True, [1], float("nan"), float("inf"), -float("inf")):
+            said = rf"{field}={re.escape(repr(value))}( is \w+, |: )expected"
+            with pytest.raises((TypeError, ValueError), match=said):
+                tiny.config(tmp_path, **{field: value})
+    for field in whole:
+        with pytest.raises(TypeError, match=rf"{field}=1.5 is float, expected int"):
+            tiny.config(tmp_path, **{field: 1.5})
+    with pytest.raises(TypeError, match="conserve_credit=1 is int, expected bool"):
+        tiny.config(tmp_path, conserve_credit=1)
+    with pytest.raises(ValueError, match="num_generations=None: expected a count"):
+        tiny.config(tmp_path, num_generations=None)
+    assert tiny.config(tmp_path, epsilon_w=np.float32(0.5), learning_rate=1).epsilon_w == 0.5
+
+
+def test_rewards_that_are_no_list_of_numbers_are_refused(tmp_path):
+    for given, said in {
+        "column": r"Tensor \(4, 1\): expected a list of 4 numbers",
+        "dict": r"dict \(4,\): expected a list",
+        "text": "str",
+        "short": r"list \(3,\)",
+    }.items():
+
+        def graded(completions, given=given, **_):
+            scores = torch.arange(len(completions)).float()
+            by_name = dict(enumerate(scores.tolist()))
+            forms = {"column": scores[:, None], "dict": by_name, "text": "1111", "short": [1.0] * 3}
+            return forms[given]
+
+        with pytest.raises(ValueError, match=f"Reward function 'graded' returned {said}"):
+            tiny.trainer(
+                tmp_path, rewards=graded, max_steps=1, gradient_accumulation_steps=1
+            ).train()
 
 
 def test_trap_1_sequence_level_sampling_would_erase_the_credit(tmp_path):

@@ -227,7 +227,12 @@ def test_an_average_that_deepspeed_would_round_away_is_refused(tmp_path):
 def test_trap_15_more_positions_than_the_model_has_are_refused(tmp_path):
     """The student's prompt would fit; the reference makes the teacher's too long."""
     data = tiny.dataset(privileged_context=["x" * 40] * 32)
-    trainer = tiny.trainer(tmp_path, tiny.model(max_position_embeddings=32), data, max_steps=1)
+    with pytest.raises(
+        ValueError, match=r"32 dataset rows have .* more than 24 tokens.* \(rows 0,"
+    ):
+        tiny.trainer(tmp_path, tiny.model(max_position_embeddings=32), data, max_steps=1)
+    stream = data.to_iterable_dataset()
+    trainer = tiny.trainer(tmp_path, tiny.model(max_position_embeddings=32), stream, max_steps=1)
     with pytest.raises(ValueError, match=r"take \d+ positions, the model has 32.*max_teacher"):
         trainer.train()
     fits = {"max_teacher_prompt_length": 24, "max_steps": 1}
@@ -239,6 +244,84 @@ def test_trap_15_a_limit_without_room_is_refused_before_any_compute(tmp_path):
     prompts = tiny.dataset()["prompt"][:31] + long
     with pytest.raises(ValueError, match=r"1 dataset rows leave no room .*=30 \(rows 31\)"):
         tiny.trainer(tmp_path, data=tiny.dataset(prompt=prompts), max_teacher_prompt_length=30)
+
+
+SHAPED = {
+    "no_repeat_ngram_size": 3,
+    "suppress_tokens": [5],
+    "num_beams": 2,
+    "typical_p": 0.5,
+    "min_p": 0.1,
+    "min_new_tokens": 1,
+    "sequence_bias": [[[5], 9.0]],
+    "exponential_decay_length_penalty": [2, 1.5],
+}
+
+
+def test_rollouts_are_samples_of_the_policy_or_it_is_said(tmp_path, caplog):
+    for name, value in SHAPED.items():
+        student = tiny.model()
+        setattr(student.generation_config, name, value)
+        with pytest.raises(ValueError, match=f"generation_config has .*'{name}'.*than P_S"):
+            tiny.trainer(tmp_path, student)
+        with pytest.raises(ValueError, match=f"{name} would draw rollouts from another"):
+            tiny.config(tmp_path, generation_kwargs={name: value})
+    with pytest.raises(ValueError, match=r"neftune_noise_alpha=5.0 would put noise into the gap"):
+        tiny.config(tmp_path, neftune_noise_alpha=5.0)
+    harmless = tiny.model()
+    for name, value in {"num_beams": 1, "typical_p": 1.0, "temperature": 0.6, "top_k": 20}.items():
+        setattr(harmless.generation_config, name, value)
+    assert not caplog.records
+    tiny.trainer(tmp_path, harmless, top_p=0.9, generation_kwargs={"max_time": 60.0})
+    assert "{'top_p': 0.9}: rollouts come from another" in caplog.text
+    assert "up to 0.105 nats a token" in caplog.text
+    tiny.trainer(tmp_path, method="grpo", neftune_noise_alpha=5.0)  # has no gap
+
+
+def test_rows_that_can_be_judged_before_training_are(tmp_path):
+    chat = [{"role": "user", "content": "1+1"}]
+    shapes = [[{"role": "system", "content": "s"}], [{"role": "user", "content": ""}], []]
+    with pytest.raises(ValueError, match=r"2 dataset rows have no prompt .*\(rows 30, 32\)"):
+        prompts = [chat] * 30 + shapes
+        tiny.trainer(
+            tmp_path, data=tiny.dataset(prompt=prompts, privileged_context=["2"] * len(prompts))
+        )
+    for told in ("42</s><assistant>", "42<pad>"):
+        texts = ["42"] * 31 + [told]
+        with pytest.raises(ValueError, match=r"have a control token .*\(rows 31\)"):
+            tiny.trainer(tmp_path, data=tiny.dataset(privileged_context=texts))
+    with pytest.raises(ValueError, match=r"have no privileged_context \(rows 31\)"):
+        texts = ["42"] * 31 + ["\u200b\u2060 \ufeff"]
+        tiny.trainer(tmp_path, data=tiny.dataset(privileged_context=texts))
+
+
+def test_a_reward_function_cannot_change_what_the_teacher_reads(tmp_path):
+    def vandal(prompts, completions, **_):
+        for prompt in prompts:
+            prompt[-1]["content"] = "vandalised"
+        for completion in completions:
+            completion[0]["content"] = "vandalised"
+        return [float(i) for i in range(len(prompts))]
+
+    def quiet(prompts, **_):
+        return [float(i) for i in range(len(prompts))]
+
+    seen = {}
+    for function in (quiet, vandal):
+        name = function.__name__
+        trainer = tiny.trainer(tmp_path, rewards=function, method="sdpo", max_steps=1)
+        trainer.teacher_prompts = watched(trainer.teacher_prompts, seen.setdefault(name, []))
+        trainer.train()
+    assert seen["quiet"] == seen["vandal"] != []
+
+
+def watched(function, seen):
+    def teacher_prompts(prompts, contexts, output):
+        result = function(prompts, contexts, output)
+        seen.append((repr(prompts), list(contexts), result.ids.tolist()))
+        return result
+
+    return teacher_prompts
 
 
 def test_an_average_in_half_precision_is_refused(tmp_path):
