@@ -101,7 +101,8 @@ def check_prompts(prompts: Sequence[object], template: str) -> None:
 
     def is_prompt(prompt: Any) -> bool:
         try:
-            prompt_text(teacher_prompt(prompt, "", template))
+            prompt_text(prompt)
+            teacher_prompt(prompt, "", template)
         except (KeyError, TypeError, AttributeError, ValueError):
             return False
         return True

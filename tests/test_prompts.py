@@ -77,11 +77,12 @@ def test_prompts_of_unusual_shape_are_named():
         [{"role": "user", "content": None}],
         [{"role": "user", "content": [{"type": "image"}]}],
         [{"role": "user", "content": [{"text": "no type"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": None}]}],
         ["text"],
         None,
         7,
     ]
-    with pytest.raises(ValueError, match=r"9 dataset rows have no prompt.*\(rows 1, 2, .*, 9\)"):
+    with pytest.raises(ValueError, match=r"10 dataset rows have no prompt.*\(rows 1, 2, .*, 10\)"):
         privileged.check_prompts([CHAT, *bad, "a text"], TEMPLATE)
 
 

@@ -34,6 +34,8 @@ from rlsd_lib.tasks.encode import within
 from rlsd_lib.tasks.models import Loaded, load_model
 from rlsd_lib.trainer.checkpoints import last_checkpoint
 
+# What student and teacher read is shown as text: `<answer>` is no tag, and no script of it runs.
+pd.set_option("styler.format.escape", "html")
 # Of these, metrics.json keeps the mean over the last ten steps; of everything under rlsd/, the mean
 # over the steps with a teacher pass.
 LAST_MEANS = ("reward", "rewards/leak/mean", "entropy", "completions/mean_length")

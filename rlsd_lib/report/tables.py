@@ -3,6 +3,7 @@
 `Arms` picks the plain runs of one preset, which claims and the tables of the paper are about.
 """
 
+import html
 import json
 import math
 import textwrap
@@ -66,7 +67,8 @@ class Table(NamedTuple):
         return "\n\n".join(part for part in (_markdown(self.rows), notes) if part)
 
     def _repr_markdown_(self) -> str:
-        return self.markdown()
+        # Names and reasons of runs are text: no tag, no link.
+        return html.escape(self.markdown(), quote=False).replace("[", "&#91;")
 
     def fitted(self, width: int) -> str:
         """Return the table in lines of at most `width` characters, but for paths.
@@ -131,7 +133,7 @@ def _markdown(rows: pd.DataFrame) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if is_number(value) else DASH
-    return str(value) or DASH
+    return " ".join(str(value).replace("|", "\\|").splitlines()) or DASH
 
 
 def make_table(runs: Runs) -> Table:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,12 @@ GROWS = ("max_steps", "num_train_epochs")
 logger = logging.getLogger(__name__)
 
 
-def seal(folder: Path, settings: Mapping[str, Any], changes: list[dict[str, Any]]) -> None:
-    """List every file of a checkpoint in its last one, beside the run's settings and their changes."""
-    content = {"files": _prints(folder), "settings": settings, "changes": changes}
+def seal(folder: Path, **facts: Any) -> None:
+    """List every file of a checkpoint in its last one, beside facts as JSON.
+
+    The facts are `step`, `settings` of the run, and `changes` of them on resumes.
+    """
+    content = {"files": _prints(folder), **facts}
     content["sha256"] = _digest(content)
     draft = folder / f".{MARK}"
     draft.write_text(json.dumps(content, indent=1) + "\n")
@@ -53,7 +56,8 @@ def check(folder: Path, *, sharded_state: bool = False) -> dict[str, Any] | None
         wanted = ["rng_state*.pth", *(() if sharded_state else ("optimizer.pt", "scheduler.pt"))]
         lacking = [name for name in wanted if not any(folder.glob(name))]
         if lacking or any(folder.glob("rlsd_*")):
-            raise _refusal(folder / (lacking or [MARK])[0], "is missing: it was not written whole")
+            name = (lacking or [MARK])[0]
+            raise _refusal(folder, f"/{name} is missing: it was not written whole")
         logger.warning("%s has no %s: its files cannot be checked", folder, MARK)
         return None
     try:
@@ -62,14 +66,14 @@ def check(folder: Path, *, sharded_state: bool = False) -> dict[str, Any] | None
     except (ValueError, LookupError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise _refusal(folder / MARK, "is damaged: it is not as it was written")
+        raise _refusal(folder, f"/{MARK} is damaged: it is not as it was written")
     found = _prints(folder)
     for name, size_and_hash in content["files"].items():
         if found.get(name) != size_and_hash:
             how = "is damaged: its hash differs" if name in found else "is missing"
-            raise _refusal(folder / name, how)
+            raise _refusal(folder, f"/{name} {how}")
     if not any(name.startswith("rng_state") for name in content["files"]):
-        raise _refusal(folder, "holds weights alone (save_only_model=True)")
+        raise _refusal(folder, " holds weights alone (save_only_model=True)")
     return content
 
 
@@ -97,15 +101,12 @@ def changed(
 
 def settings_of(trainer: Any) -> dict[str, Any]:
     """What decides a run, as JSON: its configuration, its model, its rows, its functions."""
-    parameters = sharded.named(trainer.accelerator.unwrap_model(trainer.model)).values()
-    kind, count = (
-        states.causal_lm(trainer.model),
-        sum(sharded.shape_of(p).numel() for p in parameters),
-    )
+    model = states.causal_lm(trainer.model)
+    count = sum(sharded.shape_of(p).numel() for p in trainer.model.parameters())
     facts = {
         **trainer.args.to_dict(),
         "world_size": trainer.args.world_size,
-        "model": f"{type(kind).__name__} of {count} parameters in {kind.dtype}",
+        "model": f"{type(model).__name__} of {count} parameters in {model.dtype}",
         "rows": _rows(trainer.train_dataset),
         "rewards": trainer.reward_func_names,
         "credit": getattr(trainer.credit, "__name__", None),
@@ -142,18 +143,14 @@ def check_weights(model: nn.Module, step: int, accelerator: Accelerator) -> None
     if accelerator.reduce(bad, reduction="sum") > 0:
         raise FloatingPointError(
             f"The student's weights are NaN, infinite or beyond 1e19 after step {step}. No "
-            "checkpoint is written of them, and earlier ones are intact. Lower learning_rate or "
-            "max_grad_norm, then resume."
+            "checkpoint is written of them, and earlier ones are intact. Begin a new run with a "
+            "lower learning_rate or max_grad_norm."
         )
 
 
 def _newest_first(output_dir: Path) -> list[Path]:
     found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdecimal()]
-    return sorted(found, key=_step, reverse=True)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def _prints(folder: Path) -> dict[str, list[Any]]:
@@ -176,17 +173,16 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _refusal(path: Path, how: str) -> ValueError:
-    folder = next(p for p in (path, *path.parents) if p.name.startswith("checkpoint-"))
-    older = [
-        p for p in _newest_first(folder.parent) if (p / MARK).exists() and _step(p) < _step(folder)
-    ]
+def _refusal(folder: Path, how: str) -> ValueError:
+    found = _newest_first(folder.parent)
+    after = found.index(folder) + 1 if folder in found else len(found)
+    older = [path for path in found[after:] if (path / MARK).exists()]
     way = (
         f"The next older checkpoint is {older[0]}: resume from it (--if-exists resume-older)"
         if older
         else "There is no older checkpoint: begin anew (--if-exists overwrite)"
     )
-    return ValueError(f"{path} {how}. {way}.")
+    return ValueError(f"{folder}{how}. {way}.")
 
 
 def _rows(dataset: Any) -> str | None:
@@ -194,12 +190,8 @@ def _rows(dataset: Any) -> str | None:
     if not isinstance(dataset, Dataset):
         return None
     plain = [name for name, kind in dataset.features.items() if isinstance(kind, Value)]
+    columns = [dataset[name][:] for name in plain if name != "prompt"]
     digest = hashlib.sha256()
-    for row in _texts(dataset, plain):
+    for row in zip(map(prompt_text, dataset["prompt"][:]), *columns, strict=True):
         digest.update(repr(row).encode())
     return f"{len(dataset)}, SHA-256 {digest.hexdigest()[:16]}"
-
-
-def _texts(dataset: Dataset, plain: list[str]) -> Iterator[tuple]:
-    columns = [dataset[name][:] for name in plain if name != "prompt"]
-    return zip(map(prompt_text, dataset["prompt"][:]), *columns, strict=True)

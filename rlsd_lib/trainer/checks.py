@@ -33,7 +33,7 @@ from rlsd_lib.methods import (
     keywords,
 )
 from rlsd_lib.trainer import states
-from rlsd_lib.trainer.config import RLSDConfig
+from rlsd_lib.trainer.config import HARMLESS, RLSDConfig
 from rlsd_lib.trainer.sharded import is_sharded, shape_of
 
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
@@ -44,16 +44,13 @@ LOGIT_CHANGES = (
     "lm_head_multiplier",
     "output_multiplier",
 )
-# Fields of a model's generation_config by which rollouts are no samples of its softmax, and those
-# that are without effect at 1.
-SHAPING = (
-    *("min_length", "min_new_tokens", "num_beams", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
-    *("eta_cutoff", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"),
-    *("encoder_no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id"),
-    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
-    *("sequence_bias", "guidance_scale", "watermarking_config", "penalty_alpha", "dola_layers"),
-    *("num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "token_healing"),
-)
+# Of a model's generation_config: what TRL sets itself or has no effect, and what has none at 1.
+GIVEN_BY_TRL = {
+    *("temperature", "top_k", "top_p", "repetition_penalty", "do_sample", "max_new_tokens"),
+    *("max_length", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("transformers_version", "_from_model_config", "output_scores", "output_logits"),
+    *("output_attentions", "output_hidden_states", "num_return_sequences", "length_penalty"),
+}
 NEUTRAL_AT_ONE = ("num_beams", "top_h", "typical_p", "encoder_repetition_penalty")
 NEUTRAL_AT_ONE += ("guidance_scale", "num_beam_groups")
 VIDEO_ADVICE = (
@@ -257,11 +254,11 @@ def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
 def _check_sampling(model: nn.Module, args: RLSDConfig) -> None:
     """Refuse generation settings of the model that would shape rollouts and not P_S; warn of ours."""
     own = getattr(states.causal_lm(model), "generation_config", None)
+    given = {} if own is None or args.use_vllm else own.to_diff_dict()
     # What the arguments leave at None, `generate` takes from the model.
-    names = [name for name in SHAPING if getattr(args, name, None) is None]
-    found = {} if own is None or args.use_vllm else {n: getattr(own, n, None) for n in names}
-    wrong = {k: v for k, v in found.items() if v and not (v == 1 and k in NEUTRAL_AT_ONE)}
-    if wrong:
+    free = HARMLESS | GIVEN_BY_TRL | {n for n in ("min_p",) if getattr(args, n) is not None}
+    found = {name: value for name, value in given.items() if value and name not in free}
+    if wrong := {k: v for k, v in found.items() if not (v == 1 and k in NEUTRAL_AT_ONE)}:
         raise ValueError(
             f"The model's generation_config has {wrong}: rollouts would come from another "
             "distribution than P_S, which enters the gap. Set them to None on "

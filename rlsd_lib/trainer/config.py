@@ -47,7 +47,10 @@ OF_TRL = {
     "scale_rewards": ("group", "batch", "none"),
 }
 # Generation settings that leave the distribution of a rollout's tokens alone.
-HARMLESS = {"stop", "stop_strings", "stop_token_ids", "max_time", "use_cache"}
+HARMLESS = {
+    *("stop", "stop_strings", "stop_token_ids", "max_time", "use_cache", "cache_implementation"),
+    *("cache_config", "compile_config", "disable_compile", "return_dict_in_generate"),
+}
 # What a field's value must be, and in words.
 VALUES = {
     "num_generations": (lambda value: value is not None, "a count"),

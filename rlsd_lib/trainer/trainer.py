@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -355,14 +356,18 @@ class RLSDTrainer(TeacherPass):
 
     def _take_up(self, folder: Path) -> None:
         """Judge a checkpoint, and restore the rollouts in whose midst it was written."""
+        content, differ = None, {}
         with checks.on_every_rank():
-            apart = sharded.is_sharded(self.accelerator)
-            content = checkpoints.check(folder, sharded_state=apart)
-            if content is None:
-                return
-            differ = checkpoints.changed(folder, content["settings"], self._settings)
-        step = int(folder.name.rpartition("-")[2])
-        self.changes = content["changes"] + ([{"step": step, **differ}] if differ else [])
+            if self.accelerator.is_main_process:  # one reads, for all of them
+                apart = sharded.is_sharded(self.accelerator)
+                content = checkpoints.check(folder, sharded_state=apart)
+            if content is not None:
+                differ = checkpoints.changed(folder, content["settings"], self._settings)
+        content, differ = broadcast_object_list([content, differ])
+        if content is None:
+            return
+        now = [{"step": content["step"], **differ}] if differ else []
+        self.changes = [*content["changes"], *now]
         file = folder / ROLLOUTS.format(rank=self.accelerator.process_index)
         state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
         self._step, self._served = state["step"], range(*state["served"])
@@ -415,7 +420,8 @@ class RLSDTrainer(TeacherPass):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.seal(folder, self._settings, self.changes)
+            facts = {"step": step, "settings": self._settings, "changes": self.changes}
+            checkpoints.seal(folder, **facts)
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(output_dir, limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()

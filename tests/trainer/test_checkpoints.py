@@ -1,6 +1,7 @@
 """A resumed run is the same run, bit by bit, or it is refused with the file or the value."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -145,7 +146,8 @@ def test_a_step_goes_through_every_phase_of_the_kill_test(
 
 def tried(folder: Path, *count: object) -> None:
     command = [sys.executable, kills.__file__, str(folder), *map(str, count)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    ours = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=ours)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
