@@ -25,7 +25,7 @@ from rlsd_lib import RLSDTrainer
 from rlsd_lib.trainer import checkpoints
 from rlsd_lib.trainer import trainer as module
 
-# What is about to be called when the process is killed; the last two are functions of a module.
+# What is about to be called when the process is killed; some are functions of a module.
 PHASES = (
     "_generate",
     "_calculate_rewards",
@@ -34,7 +34,7 @@ PHASES = (
     "_get_grad_norm",
     "log",
     "_save_checkpoint",
-    "_save_rollouts",
+    "save_rollouts",
     "save_model",
     "_save_optimizer_and_scheduler",
     "_save_rng_state",
@@ -114,7 +114,8 @@ def train(folder: Path, kind: str, shape: str, killed_at: tuple[str, int] | None
 
 def before(trainer: RLSDTrainer, name: str, action: Callable[[], object]) -> None:
     """Do something whenever `name` of `PHASES` is about to be called."""
-    home = module if name.startswith("rotate") else checkpoints if name == "seal" else trainer
+    ours = checkpoints if name in ("seal", "save_rollouts") else trainer
+    home = module if name.startswith("rotate") else ours
     wrapped = getattr(home, name)
 
     def called(*args: Any, **kwargs: Any) -> Any:

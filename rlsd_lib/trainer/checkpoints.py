@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Value
 from torch import nn
 
 from rlsd_lib.prompts import prompt_text
 from rlsd_lib.trainer import sharded, states
+from rlsd_lib.trainer.checks import on_every_rank
 
 MARK = "complete.json"  # the last file of a checkpoint
+ROLLOUTS = "rlsd_rollouts_{rank}.pt"
 # What a resumed run may have otherwise: where it writes, what it logs, how many steps it makes.
 FREE = re.compile(
     r"(?:output_dir|run_name|project|report_to|disable_tqdm|ddp_timeout|num_completions_to_print|"
@@ -97,6 +100,41 @@ def changed(
                 "with the same value, or begin a new run."
             )
     return differ
+
+
+def restore(trainer: Any, folder: Path) -> None:
+    """Judge a checkpoint, and restore the rollouts in whose midst it was written. Collective.
+
+    Raises ValueError on every rank, as `check` and `changed` do.
+    """
+    content, differ = None, {}
+    with on_every_rank():
+        if trainer.accelerator.is_main_process:  # one reads, for all of them
+            apart = sharded.is_sharded(trainer.accelerator)
+            content = check(folder, sharded_state=apart)
+        if content is not None:
+            differ = changed(folder, content["settings"], trainer._settings)
+    content, differ = broadcast_object_list([content, differ])
+    if content is None:
+        return
+    now = [{"step": content["step"], **differ}] if differ else []
+    trainer.changes = [*content["changes"], *now]
+    file = folder / ROLLOUTS.format(rank=trainer.accelerator.process_index)
+    state = torch.load(file, map_location=trainer.accelerator.device, weights_only=True)
+    trainer._step, trainer._served = state["step"], range(*state["served"])
+    trainer._buffered_inputs, trainer._teacher_head = state["inputs"], state["head"]
+
+
+def save_rollouts(trainer: Any, folder: Path) -> None:
+    """Write the rollouts that later steps will use again, and how far they are used."""
+    midway = trainer._step % trainer._micro_steps_served() != 0
+    state = {
+        "step": trainer._step,
+        "served": [trainer._served.start, trainer._served.stop],
+        "inputs": trainer._buffered_inputs if midway else None,
+        "head": trainer._teacher_head if midway else None,
+    }
+    torch.save(state, folder / ROLLOUTS.format(rank=trainer.accelerator.process_index))
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:

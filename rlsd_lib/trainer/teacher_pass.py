@@ -39,6 +39,7 @@ from rlsd_lib.trainer.teacher import Teacher
 
 # Token positions of the shared pass over those of the plain one, up to which "auto" shares.
 WORTH_IT = 0.75
+MARGIN = 512  # tokens that a chat template may add
 Contexts = Sequence[str | None]
 Signals = Callable[[list[dict[str, Any]], Tensor, Tensor], Mapping[str, Tensor]]
 
@@ -362,44 +363,33 @@ class TeacherPass(GRPOTrainer):
         return len(self._tokenize_prompts([prompt])[0][0])
 
     def _check_rows(self, dataset: Dataset) -> None:
-        """Refuse rows whose reference holds control tokens, or that have no room; images count later."""
-        limit, sees = self.args.max_teacher_prompt_length, self.args.row.teacher_sees
-        if sees == PRIVILEGED:
-            contexts = dataset[COLUMN][:]
-            check_contexts(contexts, self.args.privileged_template, self._control)
-            whole = limit is None and self.environment_factories is None
-            if whole and self._positions is not None:
-                self._check_positions(dataset["prompt"][:], contexts)
-        if limit is None or sees == PROMPT:
+        """Refuse references with control tokens, and rows without room; images count later."""
+        args, limit = self.args, self.args.max_teacher_prompt_length
+        prompts = dataset["prompt"][:]
+        contexts = [""] * len(prompts)
+        what = f"leave no room for the privileged text in max_teacher_prompt_length={limit}"
+        if args.row.teacher_sees == PRIVILEGED:
+            check_contexts(dataset[COLUMN][:], args.privileged_template, self._control)
+        if limit is None and (positions := self._positions) and not self.environment_factories:
+            # A longest completion has to fit as well; a peer's is not known yet.
+            limit = positions - args.max_completion_length + 1
+            contexts = dataset[COLUMN][:] if args.row.teacher_sees == PRIVILEGED else contexts
+            what = (
+                f"have a teacher's prompt of {limit} tokens or more: with max_completion_length="
+                f"{args.max_completion_length} the model's {positions} positions are too few"
+            )
+        if limit is None or args.row.teacher_sees == PROMPT:
             return
+        most = limit - len(args.privileged_template.encode()) - MARGIN
+        pairs = zip(map(without_images, prompts), contexts, strict=True)
         rows = [
             row
-            for row, prompt in enumerate(map(without_images, dataset["prompt"][:]))
-            if self._count(self._seen(prompt, "")) >= limit
+            for row, (prompt, context) in enumerate(pairs)
+            # A token is a byte or more, so that most rows need no tokeniser.
+            if len(f"{prompt}{context}".encode()) > most
+            and self._count(self._seen(prompt, context)) >= limit
         ]
-        refuse(
-            rows,
-            f"leave no room for the privileged text in max_teacher_prompt_length={limit}",
-            "Question and template alone fill it. Raise the limit or drop the rows.",
-        )
-
-    def _check_positions(self, prompts: Sequence[Prompt], contexts: Sequence[str]) -> None:
-        """Refuse references with which a longest completion would not fit into the model."""
-        room = self._positions - self.args.max_completion_length
-        pairs = enumerate(zip(map(without_images, prompts), contexts, strict=True))
-        rows = [
-            row
-            for row, (prompt, context) in pairs
-            # A token is a byte or more: most rows need no tokeniser.
-            if len(f"{self.args.privileged_template}{prompt}{context}".encode()) + 512 > room
-            and self._count(self._seen(prompt, context)) > room
-        ]
-        refuse(
-            rows,
-            f"have a teacher's prompt of more than {room} tokens, and with max_completion_length="
-            f"{self.args.max_completion_length} more than the model's {self._positions} positions",
-            "Shorten the references, set max_teacher_prompt_length, or drop the rows.",
-        )
+        refuse(rows, what, "Raise the limit, shorten the references, or drop the rows.")
 
     # The pass
 

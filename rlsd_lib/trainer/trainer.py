@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -42,7 +41,6 @@ from rlsd_lib.trainer.teacher_pass import Signals, TeacherPass
 
 # AntiSD's gate: steps whose mean entropy is the measure, and the share of it below which it shuts.
 GATE_STEPS, GATE_SHARE = 10, 0.93
-ROLLOUTS = "rlsd_rollouts_{rank}.pt"  # of a checkpoint: what later steps will use again
 
 
 class RLSDTrainer(TeacherPass):
@@ -349,40 +347,10 @@ class RLSDTrainer(TeacherPass):
         # Of an earlier call: rollouts that it had not used up, and where it was in them.
         self._step, self._buffered_inputs = 0, None
         if self._checkpoint is not None:
-            self._take_up(Path(self._checkpoint))
+            checkpoints.restore(self, Path(self._checkpoint))
         output = super().train(self._checkpoint or given, *args, **kwargs)
         checkpoints.check_weights(self.model, self.state.global_step, self.accelerator)
         return output
-
-    def _take_up(self, folder: Path) -> None:
-        """Judge a checkpoint, and restore the rollouts in whose midst it was written."""
-        content, differ = None, {}
-        with checks.on_every_rank():
-            if self.accelerator.is_main_process:  # one reads, for all of them
-                apart = sharded.is_sharded(self.accelerator)
-                content = checkpoints.check(folder, sharded_state=apart)
-            if content is not None:
-                differ = checkpoints.changed(folder, content["settings"], self._settings)
-        content, differ = broadcast_object_list([content, differ])
-        if content is None:
-            return
-        now = [{"step": content["step"], **differ}] if differ else []
-        self.changes = [*content["changes"], *now]
-        file = folder / ROLLOUTS.format(rank=self.accelerator.process_index)
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
-        self._step, self._served = state["step"], range(*state["served"])
-        self._buffered_inputs, self._teacher_head = state["inputs"], state["head"]
-
-    def _save_rollouts(self, folder: Path) -> None:
-        """Write the rollouts that later steps will use again, and how far they are used."""
-        midway = self._step % self._micro_steps_served() != 0
-        state = {
-            "step": self._step,
-            "served": [self._served.start, self._served.stop],
-            "inputs": self._buffered_inputs if midway else None,
-            "head": self._teacher_head if midway else None,
-        }
-        torch.save(state, folder / ROLLOUTS.format(rank=self.accelerator.process_index))
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._sampler = super()._get_train_sampler(dataset)
@@ -415,7 +383,7 @@ class RLSDTrainer(TeacherPass):
             (folder / checkpoints.MARK).unlink(missing_ok=True)
         if self.teacher is not None:
             self.teacher.save(folder, step)
-        self._save_rollouts(folder)
+        checkpoints.save_rollouts(self, folder)
         with upstream.without_rotation():
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()

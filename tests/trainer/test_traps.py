@@ -228,7 +228,7 @@ def test_trap_15_more_positions_than_the_model_has_are_refused(tmp_path):
     """The student's prompt would fit; the reference makes the teacher's too long."""
     data = tiny.dataset(privileged_context=["x" * 40] * 32)
     with pytest.raises(
-        ValueError, match=r"32 dataset rows have .* more than 24 tokens.* \(rows 0,"
+        ValueError, match=r"32 dataset rows have .* of 25 tokens or more.* \(rows 0,"
     ):
         tiny.trainer(tmp_path, tiny.model(max_position_embeddings=32), data, max_steps=1)
     stream = data.to_iterable_dataset()
