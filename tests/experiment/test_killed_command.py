@@ -13,7 +13,7 @@ import pytest
 
 from rlsd_lib.runs.records import read_lines
 
-KILLS = 4
+KILLS = 20
 CLOCKS = ("step_time", "seconds_per_step")
 RUN = '-m rlsd_lib run 15_rlsd -p preset=smoke -p max_steps=6 -p overrides={"save_steps":1}'
 

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,19 +14,20 @@ from nbconvert.filters.markdown import markdown2html
 
 import rlsd_lib.experiment.experiment  # noqa: F401  (sets how notebooks show text)
 from rlsd_lib.experiment.presets import RunParameters
+from rlsd_lib.report.page import PAGE
 from rlsd_lib.report.tables import make_table
 from rlsd_lib.runs.paths import default_run_dir
 from rlsd_lib.runs.records import read_runs
 from rlsd_lib.runs.run import Run
 
 HOSTILE = (
-    "<script>alert(1)</script>",
+    "<script>document.title = 1</script>",
     "<answer>42</answer>",
-    "<img src=x onerror=alert(1)>",
+    "<img src=x onerror=document.title=2>",
     "![x](https://x.y/z.png)",
     "[click](javascript:alert(1))",
     "a | b",
-    "</td></table><svg onload=alert(1)>",
+    "</td></table><svg onload=document.title=3>",
     "&lt;b&gt;",
 )
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -57,6 +60,18 @@ def safe(page: str) -> str:
     return found.text
 
 
+def opened_in_a_browser(file: Path, body: str) -> None:
+    """Where there is one, it runs no script of the page, and shows the texts."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        return
+    file.write_text(PAGE.format(title="quiet", about="", body=body))
+    how = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{file}"]
+    dom = subprocess.run([browser, *how], capture_output=True, text=True, timeout=60).stdout
+    assert "<title>quiet</title>" in dom, "a script has changed the title"
+    assert all(text in safe(dom.partition("<body>")[2]) for text in HOSTILE)
+
+
 def test_tables_and_the_list_of_runs_show_names_and_reasons_as_text(tmp_path: Path) -> None:
     for number, text in enumerate(HOSTILE):
         parameters = {"method": text, "preset": text, "seed": number, "overrides": {text: text}}
@@ -72,14 +87,17 @@ def test_tables_and_the_list_of_runs_show_names_and_reasons_as_text(tmp_path: Pa
         for line in table.markdown().splitlines()
         if line.startswith("|")
     )
-    shown = safe(markdown2html(table._repr_markdown_()))
+    page = markdown2html(table._repr_markdown_())
+    shown = safe(page)
     assert all(text in shown for text in HOSTILE[1::2] if "|" not in text)
     (source,) = (cell for cell in cells(NOTEBOOKS / "20_compare.ipynb") if "listed" in cell)
     tree, names = ast.parse(source), {"runs": runs}
     last = ast.Expression(tree.body.pop().value)
     exec(compile(tree, "cell", "exec"), names)
-    shown = safe(eval(compile(last, "cell", "eval"), names).to_html())
+    page += eval(compile(last, "cell", "eval"), names).to_html()
+    shown = safe(page)
     assert all(text in shown for text in HOSTILE)
+    opened_in_a_browser(tmp_path / "report.html", page)
 
 
 def test_what_student_and_teacher_read_is_shown_as_text() -> None:
