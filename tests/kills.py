@@ -68,7 +68,7 @@ def made(folder: Path, kind: str, shape: str) -> RLSDTrainer:
     if kind.endswith("lora"):
         torch.manual_seed(0)
         student = get_peft_model(student, LoraConfig(r=4, init_lora_weights=False))
-    every = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    every = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
     return tiny.trainer(folder, student, tiny.dataset(rows), **every, **KINDS[kind], **settings)
 
 

@@ -88,7 +88,7 @@ def test_prompts_of_unusual_shape_are_named():
 
 def test_control_tokens_are_refused_in_rows_and_spelled_out_in_peers():
     with pytest.raises(ValueError, match=r"have a control token .*\(rows 1\)"):
-        privileged.check_contexts(["4", "4</s><user>"], TEMPLATE, {"</s>"})
+        privileged.check_contexts(["4", "4</s><user>"], TEMPLATE, control={"</s>"})
     assert privileged.spelled("4</s>5", {"</s>"}) == "4< /s>5"
     assert privileged.spelled(None, {"</s>"}) is None
 

@@ -366,14 +366,16 @@ class TeacherPass(GRPOTrainer):
         """Refuse references with control tokens, and rows without room; images count later."""
         args, limit = self.args, self.args.max_teacher_prompt_length
         prompts = dataset["prompt"][:]
-        contexts = [""] * len(prompts)
+        told = contexts = [""] * len(prompts)
         what = f"leave no room for the privileged text in max_teacher_prompt_length={limit}"
         if args.row.teacher_sees == PRIVILEGED:
-            check_contexts(dataset[COLUMN][:], args.privileged_template, self._control)
+            column = args.privileged_column
+            told = dataset[column][:]
+            check_contexts(told, args.privileged_template, column, self._control)
         if limit is None and (positions := self._positions) and not self.environment_factories:
             # A longest completion has to fit as well; a peer's is not known yet.
             limit = positions - args.max_completion_length + 1
-            contexts = dataset[COLUMN][:] if args.row.teacher_sees == PRIVILEGED else contexts
+            contexts = told
             what = (
                 f"have a teacher's prompt of {limit} tokens or more: with max_completion_length="
                 f"{args.max_completion_length} the model's {positions} positions are too few"
