@@ -50,6 +50,7 @@ OF_TRL = {
 HARMLESS = {
     *("stop", "stop_strings", "stop_token_ids", "max_time", "use_cache", "cache_implementation"),
     *("cache_config", "compile_config", "disable_compile", "return_dict_in_generate"),
+    "min_new_tokens",  # forbids the end token alone, for measurements at one length
 }
 # What a field's value must be, and in words.
 VALUES = {
@@ -68,14 +69,22 @@ VALUES = {
 }
 
 
+def _kinds(annotation: Any) -> list[Any]:
+    union = get_origin(annotation) in (Union, UnionType)
+    return [get_origin(t) or t for t in (get_args(annotation) if union else (annotation,))]
+
+
+def is_number(annotation: Any) -> bool:
+    return set(_kinds(annotation)) <= {bool, int, float, NoneType}
+
+
 def check_type(name: str, value: Any, annotation: Any) -> None:
     """Refuse what a field cannot hold: comparing or counting it would fail with no name in sight.
 
     A whole number fits a float, a bool only bool, and NaN and infinity nothing. Raises TypeError
     for a value of another type, ValueError for one that is not finite.
     """
-    union = get_origin(annotation) in (Union, UnionType)
-    types = [get_origin(t) or t for t in (get_args(annotation) if union else (annotation,))]
+    types = _kinds(annotation)
     if not set(types) <= {bool, int, float, str, list, dict, Mapping, NoneType}:
         return  # an enum or the like, which the field itself converts
     if isinstance(value, Real) and not math.isfinite(value):
@@ -213,7 +222,12 @@ class RLSDConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check_type(field.name, getattr(self, field.name), field.type)
+            value = getattr(self, field.name)
+            # A command line's parser strips `| None` from annotations; text that TRL turns into an
+            # object of its own is its business.
+            absent = value is None and field.default is None
+            if not absent and (field.name in RLSDConfig.__annotations__ or is_number(field.type)):
+                check_type(field.name, value, field.type)
         self._check_values()
         self._check_options()
         super().__post_init__()

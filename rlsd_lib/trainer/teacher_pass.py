@@ -373,13 +373,8 @@ class TeacherPass(GRPOTrainer):
             told = dataset[column][:]
             check_contexts(told, args.privileged_template, column, self._control)
         if limit is None and (positions := self._positions) and not self.environment_factories:
-            # A longest completion has to fit as well; a peer's is not known yet.
-            limit = positions - args.max_completion_length + 1
-            contexts = told
-            what = (
-                f"have a teacher's prompt of {limit} tokens or more: with max_completion_length="
-                f"{args.max_completion_length} the model's {positions} positions are too few"
-            )
+            limit, contexts = positions, told  # a peer's is not known yet
+            what = f"have a teacher's prompt that fills the model's {positions} positions"
         if limit is None or args.row.teacher_sees == PROMPT:
             return
         most = limit - len(args.privileged_template.encode()) - MARGIN
