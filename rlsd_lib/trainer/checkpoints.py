@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset, Value
 from torch import nn
 
@@ -29,9 +29,15 @@ ROLLOUTS = "rlsd_rollouts_{rank}.pt"
 # What a resumed run may have otherwise: where it writes, what it logs, how many steps it makes.
 FREE = re.compile(
     r"(?:output_dir|run_name|project|report_to|disable_tqdm|ddp_timeout|num_completions_to_print|"
-    r"(?:log|logging|save|hub|push|trackio|vllm_server|vllm_group)_\w+)"
+    r"resume_from_checkpoint|debug|skip_memory_metrics|enable_jit_checkpoint|torch_empty_cache_steps|"
+    r"vllm_gpu_memory_utilization|vllm_enable_sleep_mode|dataloader_(?:num_workers|pin_memory|"
+    r"persistent_workers|prefetch_factor)|"
+    r"(?:log|logging|save|hub|push|do|ddp|trackio|vllm_server|vllm_group)_\w+)"
 )
 GROWS = ("max_steps", "num_train_epochs")
+
+# transformers' mark of a save that is under way, which it takes away after this list is written.
+UNDER_WAY = "checkpoint-is-incomplete.txt"
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +57,25 @@ def seal(folder: Path, **facts: Any) -> None:
 def check(folder: Path, *, sharded_state: bool = False) -> dict[str, Any] | None:
     """The content of a checkpoint's `MARK`, all of whose files are as they were written.
 
-    None for a checkpoint of TRL's own trainer, which has no such list. Raises ValueError with the
+    None for a checkpoint of TRL's own trainer or of an earlier version, which has no such list. Raises ValueError with the
     file and the way out, if one is missing or differs, or if there is nothing to resume from.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such checkpoint.")
     if not (folder / MARK).exists():
-        # Under FSDP and ZeRO-3 optimisers lie elsewhere; generator states come after all of them.
+        # Under FSDP and DeepSpeed optimisers lie elsewhere; generator states come after all of them.
         wanted = ["rng_state*.pth", *(() if sharded_state else ("optimizer.pt", "scheduler.pt"))]
         lacking = [name for name in wanted if not any(folder.glob(name))]
-        if lacking or any(folder.glob("rlsd_*")):
+        if lacking or any(folder.glob(ROLLOUTS.format(rank="*"))):
             name = (lacking or [MARK])[0]
             raise _refusal(folder, f"/{name} is missing: it was not written whole")
         logger.warning("%s has no %s: its files cannot be checked", folder, MARK)
         return None
     try:
         content = json.loads((folder / MARK).read_text())
+        if content.keys() == {"step"}:
+            logger.warning("%s is of an earlier version: its files cannot be checked", folder)
+            return None
         intact = content.pop("sha256") == _digest(content)
     except (ValueError, LookupError, TypeError, AttributeError):
         intact = False
@@ -85,7 +96,7 @@ def changed(
 ) -> dict[str, list[Any]]:
     """What of the settings is not as recorded, as [before, now], all of it such as may change.
 
-    Raises ValueError with the first setting that decides the result and differs.
+    A setting that only one side knows belongs to another version of a library, and is listed. Raises ValueError with the first setting that decides the result and differs.
     """
     differ = {
         name: [recorded.get(name), settings.get(name)]
@@ -93,7 +104,8 @@ def changed(
         if recorded.get(name) != settings.get(name)
     }
     for name, (before, now) in sorted(differ.items()):
-        if not (FREE.fullmatch(name) or (name in GROWS and now > before)):
+        known = name in recorded and name in settings
+        if known and not (FREE.fullmatch(name) or (name in GROWS and now > before)):
             more = " (it may only grow)" if name in GROWS else ""
             raise ValueError(
                 f"{folder} was written with {name}={before!r}, this run has {now!r}{more}. Resume "
@@ -109,8 +121,14 @@ def restore(trainer: Any, folder: Path) -> None:
     """
     content, differ = None, {}
     with on_every_rank():
+        if trainer.args.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model=True: the reference model has moved, and no checkpoint holds it, so "
+                "that a resumed run would be another. Train without interruption, or leave it False."
+            )
         if trainer.accelerator.is_main_process:  # one reads, for all of them
-            apart = sharded.is_sharded(trainer.accelerator)
+            is_deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+            apart = is_deepspeed or sharded.is_sharded(trainer.accelerator)
             content = check(folder, sharded_state=apart)
         if content is not None:
             differ = changed(folder, content["settings"], trainer._settings)
@@ -173,9 +191,9 @@ def last_checkpoint(output_dir: str | Path, *, whole: bool = False) -> Path | No
 def check_weights(model: nn.Module, step: int, accelerator: Accelerator) -> None:
     """Refuse weights that are NaN, infinite, or so large that their squares are. Collective.
 
-    Raises FloatingPointError on every rank, with the step after which they are so.
+    Of those that are trained: frozen ones may be packed bytes of another type. Raises FloatingPointError on every rank, with the step after which they are so.
     """
-    parts = [sharded.local(p) for p in model.parameters() if p.is_floating_point()]
+    parts = [sharded.local(p) for p in model.parameters() if p.requires_grad]
     largest = torch.nn.utils.get_total_norm([p for p in parts if p.numel()], float("inf"))
     bad = (~(largest.float() ** 2).isfinite()).float().to(accelerator.device)
     if accelerator.reduce(bad, reduction="sum") > 0:
@@ -193,7 +211,8 @@ def _newest_first(output_dir: Path) -> list[Path]:
 
 def _prints(folder: Path) -> dict[str, list[Any]]:
     """Size and SHA-256 of every file below `folder` but the list itself, by relative name."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MARK, f".{MARK}"))
+    mine = (MARK, f".{MARK}", UNDER_WAY)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in mine)
 
     def sha256(path: Path) -> str:
         with path.open("rb") as file:
@@ -216,9 +235,9 @@ def _refusal(folder: Path, how: str) -> ValueError:
     after = found.index(folder) + 1 if folder in found else len(found)
     older = [path for path in found[after:] if (path / MARK).exists()]
     way = (
-        f"The next older checkpoint is {older[0]}: resume from it (--if-exists resume-older)"
+        f"The next older checkpoint is {older[0]}: resume from it (rlsd run: --if-exists resume-older)"
         if older
-        else "There is no older checkpoint: begin anew (--if-exists overwrite)"
+        else "There is no older checkpoint: begin anew (rlsd run: --if-exists overwrite)"
     )
     return ValueError(f"{folder}{how}. {way}.")
 

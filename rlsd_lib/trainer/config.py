@@ -50,6 +50,8 @@ OF_TRL = {
 HARMLESS = {
     *("stop", "stop_strings", "stop_token_ids", "max_time", "use_cache", "cache_implementation"),
     *("cache_config", "compile_config", "disable_compile", "return_dict_in_generate"),
+    *("eos_token_id", "pad_token_id", "bos_token_id", "seed", "include_stop_str_in_output"),
+    *("skip_special_tokens", "detokenize", "logprobs", "renormalize_logits", "max_new_tokens"),
     "min_new_tokens",  # forbids the end token alone, for measurements at one length
 }
 # What a field's value must be, and in words.

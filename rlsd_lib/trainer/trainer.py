@@ -369,8 +369,8 @@ class RLSDTrainer(TeacherPass):
         known = norm is not None and self.accelerator.mixed_precision != "fp16"
         if known and not math.isfinite(norm):
             raise FloatingPointError(
-                f"The gradient's norm is {float(norm)} at step {self.state.global_step}. The step "
-                f"is not made; checkpoints under {self.args.output_dir} are intact."
+                f"The gradient's norm is {float(norm)} at step {self.state.global_step}. Nothing is "
+                f"saved of that step; checkpoints under {self.args.output_dir} are intact."
             )
         return norm
 
@@ -392,7 +392,14 @@ class RLSDTrainer(TeacherPass):
             checkpoints.seal(folder, **facts)
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(output_dir, limit, best, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The parent asks for it in the midst of saving: what is pushed shall be whole.
+        if (Path(checkpoint_folder) / checkpoints.MARK).exists():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -1,6 +1,7 @@
 """A resumed run is the same run, bit by bit, or it is refused with the file or the value."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import kills
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
+from trl import GRPOTrainer
 
 from rlsd_lib.trainer import checkpoints
 from rlsd_lib.trainer.checkpoints import MARK, last_checkpoint
@@ -90,6 +93,70 @@ def test_a_list_that_is_cut_off_or_gone_makes_no_checkpoint_whole(copied: Path) 
     tiny.trainer(copied / "only", method="grpo", **only).train()
     with pytest.raises(ValueError, match="holds weights alone"):
         checkpoints.check(copied / "only" / "checkpoint-1")
+
+
+def test_checkpoints_of_earlier_versions_and_of_other_writers_are_known(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied / "checkpoint-3"
+    (folder / "checkpoint-is-incomplete.txt").write_text("")  # transformers', while it saves
+    assert checkpoints.check(folder) is not None
+    (folder / MARK).write_text('{"step": 3}')
+    assert checkpoints.check(folder) is None
+    assert "of an earlier version" in caplog.text
+    (folder / MARK).unlink()
+    for file in folder.glob("rlsd_rollouts_*"):
+        file.unlink()
+    (folder / "optimizer.pt").unlink()
+    assert checkpoints.check(folder, sharded_state=True) is None
+    with pytest.raises(ValueError, match=r"checkpoint-20: there is no such checkpoint"):
+        checkpoints.check(copied / "checkpoint-20")
+
+
+def test_what_a_new_version_adds_is_recorded_and_free_settings_are_free(tmp_path: Path) -> None:
+    before = {"seed": 1, "resume_from_checkpoint": None, "do_train": False}
+    now = {
+        "seed": 1,
+        "resume_from_checkpoint": "checkpoint-2",
+        "do_train": True,
+        "use_cache": False,
+    }
+    found = checkpoints.changed(tmp_path, before, now)
+    assert found.pop("use_cache") == [None, False]
+    assert set(found) == {"resume_from_checkpoint", "do_train"}
+
+
+def test_the_hub_gets_whole_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = []
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append((Path(folder).name, (Path(folder) / MARK).exists())),
+    )
+    trainer = tiny.trainer(tmp_path, **{**EVERY_STEP, "max_steps": 2})
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.train()
+    assert pushed == [("checkpoint-1", True), ("checkpoint-2", True)]
+
+
+def test_a_reference_model_that_moves_is_in_no_checkpoint(copied: Path) -> None:
+    again = tiny.trainer(copied, **EVERY_STEP)
+    again.args.sync_ref_model = True
+    with pytest.raises(ValueError, match=r"sync_ref_model=True: the reference model has moved"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_frozen_weights_may_hold_any_bytes() -> None:
+    model, accelerator = tiny.model(), Accelerator(cpu=True)
+    packed = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        packed.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="NaN, infinite or beyond 1e19 after step 3"):
+        checkpoints.check_weights(model, 3, accelerator)
+    packed.requires_grad_(False)
+    checkpoints.check_weights(model, 3, accelerator)
 
 
 OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

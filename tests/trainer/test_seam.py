@@ -40,6 +40,7 @@ METHODS = {
     "o _get_grad_norm": "model, grad_norm",
     "o _save_checkpoint": "model, trial",
     "o _save": "output_dir, state_dict",
+    "o _push_from_checkpoint": "checkpoint_folder",
     "o _load_from_checkpoint": "resume_from_checkpoint, model",
     "c _tokenize_prompts": "prompts",
     "c _get_output_dir": "trial",
