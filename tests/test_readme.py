@@ -56,6 +56,33 @@ def test_every_link_leads_to_a_file_and_nothing_is_left_open():
             assert target.startswith("http") or (folder / target).exists(), target
 
 
+INTERVAL = re.compile(r"\[(?:x )?([-+]?\d+\.\d+),\s+([-+]?\d+\.\d+)\]")
+DECIMAL = re.compile(r"(?<![\w.,\[])[-+]?\d+\.\d+(?![\w.])")
+
+
+def agrees(ours: str, measured: str) -> bool:
+    """Whether a number of the README is one that was measured, rounded to as many digits."""
+    digits = len(ours.split(".")[1])
+    return abs(float(ours) - float(measured)) <= 0.5001 * 10**-digits
+
+
+def test_every_number_of_the_results_is_in_the_log_or_a_table():
+    """An interval has both ends in one interval there; text beside each number names where."""
+    outputs = Path(__file__).parent.parent / "outputs"
+    pages = [outputs / "LOG.md", *(outputs / "tables").glob("*.md")]
+    measured = "\n".join(page.read_text() for page in pages)
+    results = README[README.index("## Results so far") : README.index("## The theory, checked")]
+    intervals, decimals = set(INTERVAL.findall(measured)), set(DECIMAL.findall(measured))
+    told = set(INTERVAL.findall(results))
+    assert len(told) > 5
+    for low, high in told:
+        found = [a for a, b in intervals if agrees(low, a) and agrees(high, b)]
+        assert found, f"[{low}, {high}] is in no table and not in the log"
+    for number in set(DECIMAL.findall(INTERVAL.sub("", results))):
+        known = [other for other in decimals if agrees(number.lstrip("+-"), other.lstrip("+-"))]
+        assert known, f"{number} is in no table and not in the log"
+
+
 def test_the_hardware_table_is_made_from_recorded_runs():
     from rlsd_lib.runs.machines import hardware_table
 

@@ -171,8 +171,12 @@ PRESETS: dict[str, Preset] = {
             "max_steps": 250,
         },
         by_method={
-            # The paper's OPSD: a verified trace, read by the policy as it was at the start.
-            **{name: {"teacher_model_kind": "base"} for name in DISTILLING[:3]},
+            # The paper's OPSD: a verified trace, read by the policy as it was at the start. Its rate
+            # is the best of four, and the highest.
+            **{
+                name: {"teacher_model_kind": "base", "learning_rate": 2e-4}
+                for name in DISTILLING[:3]
+            },
             "sdpo": FULL_LOGITS,
             "srpo": FULL_LOGITS,
             **OUR_WEIGHT,
