@@ -547,7 +547,7 @@ def opsd_value_contrast(
 def oracle(
     advantages: Tensor, gap: Tensor, mask: Tensor, *, first_error: Tensor, decisions: Tensor
 ) -> Tensor:
-    """What perfect token credit would be, on tasks that know where a rollout went wrong.
+    """A moved to where a rollout went wrong, on tasks that know it: the most that reweighting can find.
 
     Where A < 0 all blame is on the first wrong token, `first_error` (N,) long, T for none; where
     A > 0 all credit is shared by the tokens that bear on the answer, `decisions` (N, T) bool. The

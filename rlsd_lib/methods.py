@@ -218,7 +218,7 @@ METHODS: dict[str, Method] = {
     "opsd_value_contrast": _weighted("OPSD with both weights (ours)", credit.opsd_value_contrast),
     # Controls without a teacher: the gap is 0.
     "oracle": Method(
-        "perfect credit, where `signals` names the first error and the decisive tokens",
+        "all blame on the first error, which `signals` names, all praise on the decisive tokens",
         credit=credit.oracle,
     ),
     "oracle_value": Method(

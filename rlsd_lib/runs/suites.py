@@ -140,7 +140,7 @@ SUITES: dict[str, Suite] = {
         ],
     ),
     "headroom": Suite(
-        "what perfect credit gains over GRPO on the first lab; on the bench for credit see `paper`",
+        "what knowing the first error gains on the first lab; on the bench for credit see `paper`",
         [{"seed": FIVE_SEEDS, **FIRST_LAB, **GRPO}, {"seed": FIVE_SEEDS, **FIRST_LAB, **ORACLE}],
     ),
     "credits": Suite(
