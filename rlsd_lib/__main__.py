@@ -25,11 +25,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rlsd_lib.names import look_up
 from rlsd_lib.runs import Interrupted, NotebookError
+from rlsd_lib.runs.parameters import (
+    as_text,
+    complete,
+    edited_defaults,
+    parse_pairs,
+    read_parameters,
+)
 from rlsd_lib.runs.paths import REPOSITORY, default_run_dir, find_notebook, outputs_root
 
 if TYPE_CHECKING:
-    from rlsd_lib.runs.parameters import Parameter
     from rlsd_lib.runs.suites import Job, Outcome
 
 MACHINES = Path("tables", "machines")  # in the outputs: what was run on which machine
@@ -73,13 +80,12 @@ def _run(options: argparse.Namespace) -> int:
     rlsd run 15_rlsd -p seed=1 -p overrides='{"epsilon_w": 0.5}'
     """
     from rlsd_lib.runs.follow import followed
-    from rlsd_lib.runs.parameters import complete, read_parameters
     from rlsd_lib.runs.records import state_of
 
     source = find_notebook(options.notebook)
     count = options.num_processes
     pairs = options.pairs if count is None else [*options.pairs, f"num_processes={count}"]
-    given = _parse_pairs(pairs, read_parameters(source))
+    given = parse_pairs(pairs, read_parameters(source))
     full = complete(source, given)
     _say_edits(source, given)
     if options.accelerate:
@@ -139,8 +145,6 @@ def _short(path: Path) -> Path:
 
 def _say_edits(source: Path, given: Mapping[str, Any]) -> None:
     """Say which defaults of a notebook decide this run and are not those that were committed."""
-    from rlsd_lib.runs.parameters import edited_defaults
-
     edits = {k: pair for k, pair in edited_defaults(source).items() if k not in given}
     for name, (committed, now) in edits.items():
         print(f"{source.name}: {name}={now!r} by its parameters cell, committed: {committed!r}")
@@ -155,11 +159,10 @@ def _suite(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from rlsd_lib.runs.follow import followed
-    from rlsd_lib.runs.parameters import complete
     from rlsd_lib.runs.processes import on_sigterm, terminate_children
     from rlsd_lib.runs.suites import SUITES, jobs_of, record_plan, settle
 
-    changes = _parse_pairs(options.pairs)
+    changes = parse_pairs(options.pairs)
     jobs = jobs_of(options.name, changes)
     print(textwrap.fill(f"{options.name}: {SUITES[options.name].purpose}", 79))
     first = {job.notebook: job.parameters for job in jobs}
@@ -210,7 +213,7 @@ def _suite(options: argparse.Namespace) -> int:
 
 def _outcomes(options: argparse.Namespace, jobs: "Sequence[Job]") -> "Iterator[Outcome]":
     """The runs as they end, made here or on a cluster."""
-    given = _parse_pairs(options.submitit_options)
+    given = parse_pairs(options.submitit_options)
     if given and not options.submitit:
         raise ValueError("--submitit-options: only with --submitit")
     mode = "resume" if options.resume else "skip"
@@ -232,7 +235,6 @@ def _list(options: argparse.Namespace) -> int:
     from rlsd_lib.experiment.controls import CONTROLS
     from rlsd_lib.experiment.presets import PRESETS
     from rlsd_lib.methods import METHODS
-    from rlsd_lib.runs.parameters import as_text, read_parameters
     from rlsd_lib.runs.suites import SUITES
 
     files = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -344,7 +346,6 @@ def _bench(options: argparse.Namespace) -> int:
 
     from rlsd_lib.experiment import bench
     from rlsd_lib.experiment.bench import BASE, Sizes, contenders, preset_trainer
-    from rlsd_lib.names import look_up
     from rlsd_lib.runs.machines import machine_name, record
 
     synthetic = options.against is not None
@@ -353,7 +354,7 @@ def _bench(options: argparse.Namespace) -> int:
             f"-p {options.pairs[0]}: a size of synthetic rollouts means nothing here; add "
             "--against or --profile"
         )
-    given = _parse_pairs(options.pairs)
+    given = parse_pairs(options.pairs)
     known = [field.name for field in dataclasses.fields(Sizes)]
     sizes = Sizes(**{look_up(name, known, "size"): value for name, value in given.items()})
     if options.profile:
@@ -386,36 +387,14 @@ def _plan(options: argparse.Namespace) -> int:
     """
     from rlsd_lib.experiment.plan import FIELDS, describe, plan_of
     from rlsd_lib.experiment.presets import PRESETS
-    from rlsd_lib.names import look_up
 
-    given = _parse_pairs(options.pairs)
+    given = parse_pairs(options.pairs)
     for name in given:
         look_up(name, FIELDS, "setting")
     preset = PRESETS[look_up(options.preset, PRESETS, "preset")]
     plan = plan_of(preset, gpus=options.gpus, **given)
     print(describe(plan, f"{options.preset}: {preset.model}"))
     return 0
-
-
-def _parse_pairs(
-    pairs: Sequence[str], declared: "Mapping[str, Parameter] | None" = None
-) -> dict[str, Any]:
-    """`name=value` words as a dictionary, read as the notebook declares them.
-
-    Raises:
-        ValueError: a word without "=", or a name that is given twice.
-    """
-    from rlsd_lib.runs.parameters import parse_value
-
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise ValueError(f"-p {pair}: expected name=value")
-        if name in found:
-            raise ValueError(f"-p {name}: given twice")
-        found[name] = parse_value(text, (declared or {}).get(name))
-    return found
 
 
 def parser() -> argparse.ArgumentParser:

@@ -111,22 +111,19 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
         for arm in sorted(values, key=lambda arm: (arm != against, distilled[arm], arm)):
             difference, mean = intervals.get(arm), values[arm].mean()
             shown = f"{math.exp(mean):.0f}" if is_ratio else f"{mean:.3f}"
-            rows.append(
-                {
-                    "measure": name,
-                    "arm": arm,
-                    "rate": " ".join(f"{rate:g}" for rate in sorted(rates[arm])),
-                    f"n {unit}": str(values[arm].notna().sum()),
-                    "mean": f"over {shown}" if arm in bounds else shown,
-                    f"against {against}": DASH
-                    if difference is None
-                    else _shown(difference, is_ratio),
-                    "verdict": DASH if difference is None else decide(difference, *margin),
-                    "without one": DASH
-                    if difference is None
-                    else _again(blocks[arm], arm, against),
-                }
-            )
+            row = {
+                "measure": name,
+                "arm": arm,
+                "rate": " ".join(f"{rate:g}" for rate in sorted(rates[arm])),
+                f"n {unit}": str(values[arm].notna().sum()),
+                "mean": f"over {shown}" if arm in bounds else shown,
+                **dict.fromkeys((f"against {against}", "verdict", "without one"), DASH),
+            }
+            if difference is not None:
+                row[f"against {against}"] = _shown(difference, is_ratio)
+                row["verdict"] = decide(difference, *margin)
+                row["without one"] = _again(blocks[arm], arm, against)
+            rows.append(row)
     notes = [
         f"intervals are of 95 % over {unit} for all arms together (Dunnett, against {against}), those "
         "with a distillation term and the others apart; the noise within a family is taken as equal, "

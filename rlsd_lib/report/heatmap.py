@@ -92,15 +92,9 @@ class Heatmap:
                 spans.append(f"<span {look}>{escape(line.rstrip())}</span>")
                 spans += ["<i></i>"] if line.endswith("\n") else []
         stops = ",".join(to_hex(PALETTE(i / 8)) for i in range(9))
-        low, middle, high = (self.center + k * self.limit for k in (-1, 0, 1))
-        return HTML.format(
-            title=escape(self.title),
-            tokens="".join(spans),
-            stops=stops,
-            low=f"{low:.3g}",
-            middle=f"{middle:.3g}",
-            high=f"{high:.3g}",
-        )
+        ends = {"low": -1, "middle": 0, "high": 1}
+        ends = {name: f"{self.center + k * self.limit:.3g}" for name, k in ends.items()}
+        return HTML.format(title=escape(self.title), tokens="".join(spans), stops=stops, **ends)
 
 
 def token_heatmap(

@@ -57,12 +57,13 @@ def followed(folders: Sequence[Path]) -> Iterator[None]:
     and every `SPARSE_SECONDS`. Where there are several, a line begins with the run's name.
     """
     since, ended = datetime.now(UTC).isoformat(timespec="milliseconds"), threading.Event()
-    show = Bars().show if sys.stderr.isatty() else Lines().show
+    names = {folder: f"{folder.name}: " if len(folders) > 1 else "" for folder in folders}
+    show, shown = (_show_bar if sys.stderr.isatty() else _show_line), {}
 
     def follow() -> None:
         while not ended.wait(TICK_SECONDS):
-            for folder in folders:
-                show(folder if len(folders) > 1 else None, standing(folder, since))
+            for folder, name in names.items():
+                show(shown, name, standing(folder, since))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -71,45 +72,26 @@ def followed(folders: Sequence[Path]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        for folder in folders:
-            show(folder if len(folders) > 1 else None, None)
+        for name in names.values():
+            show(shown, name, None)
 
 
-class Bars:
-    """A bar in place for each run at work."""
-
-    def __init__(self) -> None:
-        self.bars: dict[Path | None, tqdm] = {}
-
-    def show(self, folder: Path | None, now: Standing | None) -> None:
-        """Draw how the run in `folder` stands, or take its bar away; None is the only run."""
-        if now is None:  # a bar without steps is false
-            if folder in self.bars:
-                self.bars.pop(folder).close()
-        else:
-            if folder not in self.bars:
-                how = {"bar_format": "{desc} {bar}", "leave": False, "dynamic_ncols": True}
-                self.bars[folder] = tqdm(**how)
-            bar = self.bars[folder]
-            bar.total, bar.n = now.steps, now.step
-            bar.set_description_str(_named(folder, now.words))
+def _show_bar(bars: dict[str, tqdm], name: str, now: Standing | None) -> None:
+    """Draw a bar in place for a run at work, or take it away."""
+    if now is None:
+        if name in bars:  # a bar without steps is false
+            bars.pop(name).close()
+        return
+    if name not in bars:
+        bars[name] = tqdm(bar_format="{desc} {bar}", leave=False, dynamic_ncols=True)
+    bars[name].total, bars[name].n = now.steps, now.step
+    bars[name].set_description_str(name + now.words)
 
 
-class Lines:
-    """Plain lines, sparse enough for a log file."""
-
-    def __init__(self) -> None:
-        # Of the last line: phase, whether a step was done, and when.
-        self.last: dict[Path | None, tuple[str, bool, float]] = {}
-
-    def show(self, folder: Path | None, now: Standing | None) -> None:
-        """Write a line if one is due."""
-        *known, when = self.last.get(folder, ("", False, 0.0))
-        if now and (known != [now.phase, now.step > 0] or time.monotonic() > when + SPARSE_SECONDS):
-            self.last[folder] = now.phase, now.step > 0, time.monotonic()
-            sys.stderr.write(_named(folder, now.words) + "\n")
-            sys.stderr.flush()
-
-
-def _named(folder: Path | None, words: str) -> str:
-    return f"{folder.name}: {words}" if folder else words
+def _show_line(last: dict[str, tuple], name: str, now: Standing | None) -> None:
+    """Write a line if one is due; `last` has the phase, whether a step was done, and when."""
+    *known, when = last.get(name, ("", False, 0.0))
+    if now and (known != [now.phase, now.step > 0] or time.monotonic() > when + SPARSE_SECONDS):
+        last[name] = now.phase, now.step > 0, time.monotonic()
+        sys.stderr.write(name + now.words + "\n")
+        sys.stderr.flush()

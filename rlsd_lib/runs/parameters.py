@@ -3,7 +3,7 @@
 import ast
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,6 +112,25 @@ def parse_value(text: str, parameter: Parameter | None = None) -> Any:
             "with names and text in quotes"
         )
     return text
+
+
+def parse_pairs(
+    pairs: Sequence[str], declared: Mapping[str, Parameter] | None = None
+) -> dict[str, Any]:
+    """Return `name=value` words as a dictionary, read as the notebook declares them.
+
+    Raises:
+        ValueError: a word without "=", or a name that is given twice.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"-p {pair}: expected name=value")
+        if name in found:
+            raise ValueError(f"-p {name}: given twice")
+        found[name] = parse_value(text, (declared or {}).get(name))
+    return found
 
 
 def as_text(value: Any) -> str:

@@ -71,8 +71,13 @@ CREDIT = {"preset": ("lab-credit",)}
 LABS = {"seed": FIVE_SEEDS, **CREDIT}
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
 ANY_CREDIT = {"notebook": ("16_credits",)}
-ORACLE = {**ANY_CREDIT, "method": ("oracle",)}
-TRUE_VALUE = {**ANY_CREDIT, "method": ("oracle_value",)}
+ORACLE, TRUE_VALUE, BLAME, HINDSIGHT, HINDSIGHT_CONTRAST, TOLD = (
+    {**ANY_CREDIT, "method": (name,)}
+    for name in (
+        *("oracle", "oracle_value", "posterior_blame", "hindsight", "hindsight_contrast"),
+        "opsd_value_contrast",  # distillation that is told where to look, beside GRPO
+    )
+)
 # Lambda stays: what a credit function can do, and not how soon it is switched off.
 WIDEST = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0}
 # With an empty reference this is GRPO to the bit.
@@ -81,10 +86,6 @@ EMPTY = {**WIDEST, "teacher_model_kind": "live"}
 REDRAWN = {"redraw": 1}
 FROZEN, FRESH, EMA = ({"teacher_model_kind": kind} for kind in ("base", "live", "ema"))
 PERMUTED = {"permute_credit": True}
-HINDSIGHT = {**ANY_CREDIT, "method": ("hindsight",)}
-HINDSIGHT_CONTRAST = {**ANY_CREDIT, "method": ("hindsight_contrast",)}
-# Distillation that is told where to look, beside GRPO.
-TOLD = {**ANY_CREDIT, "method": ("opsd_value_contrast",)}
 BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
 FIRST_LAB = {
@@ -98,6 +99,16 @@ def _sweep(arm: Mapping[str, Sequence[Any]], **settings: Any) -> dict[str, Seque
     """Four learning rates of one arm on the validation lab."""
     rates = tuple({**settings, "learning_rate": rate} for rate in RATES)
     return {"seed": (100,), **CREDIT, **arm, "overrides": rates}
+
+
+def _controlled(arm: Mapping[str, Sequence[Any]], **settings: Any) -> list[dict[str, Any]]:
+    """One arm on the labs, with its credit shuffled over the tokens, and with other references."""
+    shuffled = {"overrides": (settings,), "control": ("shuffled",)}
+    return [_permuted(arm, **settings), {**LABS, **arm, **shuffled}]
+
+
+def _permuted(arm: Mapping[str, Sequence[Any]], **settings: Any) -> dict[str, Any]:
+    return {**LABS, **arm, "overrides": (settings, {**settings, **PERMUTED})}
 
 
 SUITES: dict[str, Suite] = {
@@ -150,18 +161,10 @@ SUITES: dict[str, Suite] = {
                 {**LABS, **ANY_CREDIT, "method": (method,), "overrides": (WIDEST,)}
                 for method in ("rlsd_negative_only", "rlsd_contrast")
             ),
-            {
-                **LABS,
-                **ANY_CREDIT,
-                "method": ("posterior_blame",),
-                "overrides": (FROZEN, {**FROZEN, **PERMUTED}),
-            },
-            {**LABS, **HINDSIGHT, "overrides": (FROZEN, {**FROZEN, **PERMUTED})},
-            {**LABS, **HINDSIGHT, "overrides": (FROZEN,), "control": ("shuffled",)},
-            {**LABS, **HINDSIGHT_CONTRAST, "overrides": (FROZEN, {**FROZEN, **PERMUTED})},
-            {**LABS, **HINDSIGHT_CONTRAST, "overrides": (FROZEN,), "control": ("shuffled",)},
-            {**LABS, **TOLD, "overrides": (BESIDE, {**BESIDE, **PERMUTED})},
-            {**LABS, **TOLD, "overrides": (BESIDE,), "control": ("shuffled",)},
+            _permuted(BLAME, **FROZEN),
+            *_controlled(HINDSIGHT, **FROZEN),
+            *_controlled(HINDSIGHT_CONTRAST, **FROZEN),
+            *_controlled(TOLD, **BESIDE),
         ],
     ),
     "ablations": Suite(
