@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,7 @@ from rlsd_lib.experiment.launch import accelerate_config
 from rlsd_lib.experiment.paper_presets import DISTILLING, PAPER, REAL_PRESETS
 from rlsd_lib.measure.rollouts import check_from_tasks
 from rlsd_lib.methods import METHODS, PROMPT
-from rlsd_lib.names import look_up
+from rlsd_lib.names import check_fields, look_up
 from rlsd_lib.tasks import Task, load_task
 from rlsd_lib.tasks.lab.model import LabRecipe
 from rlsd_lib.trainer.checks import check_processes
@@ -238,33 +238,16 @@ PRESETS: dict[str, Preset] = {
 IDENTITY = ("method", "seed", "max_steps", "output_dir")
 # What a run may change of its preset beside `RLSDConfig` fields: a local copy of the model, the
 # folder of the data, sizes. Options are merged, everything else is replaced.
-OF_PRESET = (
-    "model",
-    "model_options",
-    "lab_per_seed",
-    "redraw",
-    "teacher_model",
-    "teacher_options",
-    "task_options",
-    "train_size",
-    "test_size",
-    "num_samples",
-    "evaluation_batch_size",
-    "max_prompt_length",
-    "rollouts_per_step",
-    "lora",
-)
-
-
-# Overrides that matter only where a run has lambda, a teacher, or another model as the teacher.
-OF_LAMBDA = ("lambda_init", "lambda_warmup_steps", "lambda_decay_steps")
-OF_TEACHER = [
-    "teacher_model_kind",
-    "teacher_pass",
-    "privileged_template",
-    "max_teacher_prompt_length",
-]
 OF_OTHER_MODEL = ("teacher_model", "teacher_options")
+OF_PRESET = (
+    *("model", "model_options", *OF_OTHER_MODEL, "task_options", "lora", "lab_per_seed", "redraw"),
+    *("train_size", "test_size", "num_samples", "evaluation_batch_size"),
+    *("max_prompt_length", "rollouts_per_step"),
+)
+# Overrides that matter only where a run has lambda, or a teacher.
+OF_LAMBDA = ("lambda_init", "lambda_warmup_steps", "lambda_decay_steps")
+OF_TEACHER = ("teacher_model_kind", "teacher_pass")
+OF_TEACHER += ("privileged_template", "max_teacher_prompt_length")
 
 
 class Resolved(NamedTuple):
@@ -293,8 +276,10 @@ class RunParameters:
 
     method: str
     preset: str
-    seed: int = 0
-    max_steps: int = -1
+    seed: Annotated[int, lambda value: value >= 0, "a number >= 0"] = 0
+    max_steps: Annotated[
+        int, lambda n: n >= 1 or n == -1, "a step count >= 1, or -1 for the preset's"
+    ] = -1
     overrides: Mapping[str, Any] = field(default_factory=dict)
     control: str = "none"
     num_processes: int = 1
@@ -317,12 +302,7 @@ class RunParameters:
             TypeError: for an override of another type than its field's.
         """
         check_control(self.control, self.method)
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(
-                f"max_steps={self.max_steps}: expected a step count >= 1, or -1 for the preset's"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: expected a number >= 0")
+        check_fields(self)
         preset, overrides = resolve_preset(self.preset, self.overrides, self.seed)
         if METHODS[self.method].teacher_sees == PROMPT and not preset.teacher_model:
             raise ValueError(
@@ -429,12 +409,8 @@ def resolve_preset(
         for key, value in changes.items()
     }
     # What the run says of the task goes before what the preset says of it for the method.
-    by_method = {
-        method: {
-            name: v for name, v in options.items() if name not in changes.get("task_options", {})
-        }
-        for method, options in preset.task_by_method.items()
-    }
+    asked = changes.get("task_options", {})
+    by_method = {m: {**options, **asked} for m, options in preset.task_by_method.items()}
     preset = replace(preset, **merged, task_by_method=by_method)
     if preset.lab_per_seed:
         if preset.model != "lab" or "seed" in preset.model_options:

@@ -4,7 +4,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from trl.trainer.utils import is_async_callable
 
 from rlsd_lib.runs.processes import on_sigterm
 from rlsd_lib.trainer.checkpoints import last_checkpoint
-from rlsd_lib.trainer.checks import numbers
 from rlsd_lib.trainer.states import policy_mask
 from rlsd_lib.trainer.trainer import RLSDTrainer
 from rlsd_lib.trainer.upstream import mends
@@ -34,11 +32,9 @@ class Stopped(RuntimeError):
 class WorkbookTrainer(RLSDTrainer):
     """The trainer of `Experiment`: orderly stops, whole checkpoints, errors that name what failed."""
 
-    def __init__(self, model: Any, reward_funcs: Any = None, *args: Any, **kwargs: Any) -> None:
-        if reward_funcs is not None:
-            given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = [named(function) for function in given]
-        super().__init__(model, reward_funcs, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reward_funcs = list(map(named, self.reward_funcs, self.reward_func_names))
         self.sigterm = StopOnSigterm(self.accelerator)
         self.add_callback(self.sigterm)
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
@@ -125,28 +121,25 @@ class StopOnSigterm(TrainerCallback):
 # Rewards
 
 
-def named(function: Any) -> Any:
+def named(function: Any, name: str) -> Any:
     """A reward function whose errors name it and the row, step and rank on which it failed.
 
-    Coroutine functions and reward models, by object or by path, are returned as they are.
+    Coroutine functions and reward models are returned as they are.
     """
-    if isinstance(function, str | nn.Module) or is_async_callable(function):
+    if isinstance(function, nn.Module) or is_async_callable(function):
         return function
 
-    @wraps(function)
     def scored(**columns: Any) -> list[float | None]:
         try:
-            return numbers(function(**columns), len(columns["prompts"]))
+            return function(**columns)
         except Exception as error:
             row, step = _first_failing(function, columns), columns["trainer_state"].global_step
             at = f"a batch of {len(columns['prompts'])} rows" if row is None else f"row {row}"
             raise RuntimeError(
-                f"Reward function {scored.__name__!r} failed on {at} at step {step}, rank "
+                f"Reward function {name!r} failed on {at} at step {step}, rank "
                 f"{PartialState().process_index}: {type(error).__name__}: {error}"
             ) from error
 
-    # An object that can be called has no name of its own.
-    scored.__name__ = getattr(function, "__name__", type(function).__name__)
     return scored
 
 
@@ -159,7 +152,7 @@ def _first_failing(function: Callable[..., Any], columns: dict[str, Any]) -> int
             return None
         one = {k: v[row : row + 1] if isinstance(v, list) else v for k, v in columns.items()}
         try:
-            numbers(function(**one | silent), 1)
+            function(**one | silent)
         except Exception:
             return row
     return None

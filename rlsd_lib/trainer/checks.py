@@ -37,13 +37,8 @@ from rlsd_lib.trainer.config import HARMLESS, RLSDConfig
 from rlsd_lib.trainer.sharded import is_sharded, shape_of
 
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
-LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LOGIT_CHANGES += ("lm_head_multiplier", "output_multiplier")
 # Of a model's generation_config: what TRL sets itself or has no effect, and what has none at 1.
 GIVEN_BY_TRL = {
     *("temperature", "top_k", "top_p", "repetition_penalty", "do_sample", "max_new_tokens"),
@@ -409,9 +404,9 @@ def _name_of(function: Any) -> str:
 def judged(function: Any) -> Any:
     """A reward function whose result is refused unless it is one number or None for each row.
 
-    Coroutine functions and reward models, by object or by path, are returned as they are.
+    Coroutine functions and reward models are returned as they are.
     """
-    if isinstance(function, str | nn.Module) or is_async_callable(function):
+    if isinstance(function, nn.Module) or is_async_callable(function):
         return function
 
     def scored(**columns: Any) -> list[float | None]:

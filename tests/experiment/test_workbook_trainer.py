@@ -219,8 +219,8 @@ async def slow_judge(completions: list, **_: Any) -> list[float]:
 
 def test_coroutines_and_models_are_left_as_they_are(tmp_path: Path) -> None:
     model = torch.nn.Linear(1, 1)
-    for untouched in (slow_judge, model, "path/of/a/model"):
-        assert workbook_trainer.named(untouched) is untouched
+    for untouched in (slow_judge, model):
+        assert workbook_trainer.named(untouched, "judge") is untouched
     with pytest.raises(TimeoutError, match="the judge is away"):
         made(tmp_path, tiny.reward, slow_judge, max_steps=1).train()
 
