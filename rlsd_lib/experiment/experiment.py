@@ -288,8 +288,7 @@ class Experiment:
             **external,
         )
         trainer.remove_callback(PrinterCallback)
-        curve = LiveCurve(self.config.method, self.config.max_steps)
-        trainer.add_callback(Recorder(self.run, curve))
+        trainer.add_callback(Recorder(self.run, LiveCurve(self.run, self.config)))
         return trainer
 
     def _train_launched(self) -> dict[str, Any]:
@@ -298,9 +297,9 @@ class Experiment:
         models = [m for m in (self.model, self.teacher_model) if m is not None]
         for model in models:
             model.to("cpu")  # the memory of the accelerator is the workers'
-        curve = LiveCurve(self.config.method, self.config.max_steps)
-        trained = run_workers(self.run, self.parameters.num_processes, curve.show)
-        curve.draw()
+        curve = LiveCurve(self.run, self.config)
+        trained = run_workers(self.run, self.parameters.num_processes, curve.draw)
+        curve.draw(at_once=True)
         take_weights(self.model, folder)
         for model in models:
             model.to(device)

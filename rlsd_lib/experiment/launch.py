@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,7 @@ def launch_command(config: Path, num_processes: int, run_dir: Path) -> list[str]
     return [*launcher, *count, *port, "-m", "rlsd_lib.experiment.launch", str(run_dir)]
 
 
-def run_workers(
-    run: Run, num_processes: int, on_step: Callable[[Mapping[str, Any]], None]
-) -> dict[str, Any]:
+def run_workers(run: Run, num_processes: int, on_tick: Callable[[], None]) -> dict[str, Any]:
     """Train the run on several processes; returns what the workers wrote about it.
 
     A SIGTERM is passed on to them, and none of them outlives this call.
@@ -76,7 +74,7 @@ def run_workers(
     Args:
         run: open, with everything in its manifest that a worker needs.
         num_processes: of all machines.
-        on_step: called with every new line of metrics.jsonl.
+        on_tick: called every `TICK_SECONDS` while they train.
 
     Raises:
         RuntimeError: a process failed; the message holds its reason or the end of the log.
@@ -88,11 +86,9 @@ def run_workers(
     for name in (ERRORS, RESULT):
         (run.path / name).unlink(missing_ok=True)
     with (run.path / LOG).open("w") as log, _running(command, log, run.path) as process:
-        seen = 0
         while process.poll() is None:
             time.sleep(TICK_SECONDS)
-            seen = _follow(run, seen, on_step)
-    _follow(run, seen, on_step)
+            on_tick()
     if process.returncode != 0 or not (run.path / RESULT).exists():
         raise failure(run.path, process.returncode)
     return json.loads((run.path / RESULT).read_text())
@@ -121,20 +117,10 @@ def _running(command: list[str], log: Any, folder: Path) -> Iterator[subprocess.
         process.wait()
 
 
-def _follow(run: Run, seen: int, on_step: Callable[[Mapping[str, Any]], None]) -> int:
-    """Pass on the logged steps after `seen`; returns the last one."""
-    file = run.path / "metrics.jsonl"
-    for row in read_lines(file, torn=True) if file.exists() else ():
-        if row["step"] > seen:
-            seen = row["step"]
-            on_step(row)
-    return seen
-
-
 def failure(folder: Path, code: int) -> RuntimeError:
     """The error for a launch that ended with `code`: the first process that failed, and why."""
     log = (folder / LOG).read_text(errors="replace")
-    errors = read_lines(folder / ERRORS, torn=True) if (folder / ERRORS).exists() else []
+    errors = read_lines(folder / ERRORS, torn=True)
     if stopped := next((e for e in errors if e["kind"] == Stopped.__name__), None):
         return Stopped(stopped["message"])
     if killed := ROOT_CAUSE.search(log.rpartition("Root Cause")[2]):
@@ -153,9 +139,7 @@ def main(run_dir: str) -> None:
     """Train the run in `run_dir` as one of several processes; on failure, say why in its folder."""
     from rlsd_lib import Experiment  # only here: the experiment imports this module
 
-    if (
-        LAUNCHER in os.environ
-    ):  # unset on other machines, where a shell starts accelerate and ends it
+    if LAUNCHER in os.environ:  # not on other machines, where a shell starts and ends accelerate
         family = os.getppid(), int(os.environ[LAUNCHER])
         threading.Thread(target=_end_with, args=family, daemon=True).start()
     folder, rank = Path(run_dir).resolve(), int(os.environ.get("RANK", 0))

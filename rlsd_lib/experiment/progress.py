@@ -1,7 +1,6 @@
 """What a training run shows while it runs, and what it writes down at every step."""
 
 import time
-from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -11,7 +10,9 @@ from IPython.display import display
 from transformers import TrainerCallback
 
 from rlsd_lib.report import plots
+from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
+from rlsd_lib.trainer.config import RLSDConfig
 
 REFRESH_SECONDS = 3.0
 
@@ -19,28 +20,24 @@ REFRESH_SECONDS = 3.0
 class LiveCurve:
     """The curve of the training reward, drawn in place; nothing outside an IPython kernel.
 
-    A single display keeps a run under papermill to a single output. The rows come from a `Recorder`
-    in this process or from the metrics.jsonl of launched ones.
+    A single display keeps a run under papermill to a single output. The rows are those of the run's
+    metrics.jsonl, whichever process writes it.
     """
 
-    def __init__(self, method: str, max_steps: int) -> None:
-        self.method, self.max_steps = method, max_steps
-        self.rows: list[Mapping[str, Any]] = []
+    def __init__(self, run: Run, config: RLSDConfig) -> None:
+        self.run, self.config = run, config
         self.handle, self.drawn = None, 0.0
 
-    def show(self, row: Mapping[str, Any]) -> None:
-        """Add a logged step; the display is refreshed at most every `REFRESH_SECONDS`."""
-        self.rows.append({**row, "path": "this run", "method": self.method})
-        if time.monotonic() - self.drawn > REFRESH_SECONDS:
-            self.draw()
-
-    def draw(self) -> None:
-        """Draw the curve as it stands."""
-        self.drawn = time.monotonic()
-        if get_ipython() is None or not self.rows:
+    def draw(self, *, at_once: bool = False) -> None:
+        """Draw the curve as it stands; unless `at_once`, at most every `REFRESH_SECONDS`."""
+        is_due = at_once or time.monotonic() > self.drawn + REFRESH_SECONDS
+        if get_ipython() is None or not is_due:
             return
-        title = f"reward, step {self.rows[-1]['step']} of {self.max_steps}"
-        frame = pd.DataFrame(self.rows)
+        self.drawn = time.monotonic()
+        if not (rows := read_lines(self.run.path / "metrics.jsonl", torn=True)):
+            return
+        title = f"reward, step {rows[-1]['step']} of {self.config.max_steps}"
+        frame = pd.DataFrame(rows).assign(path="this run", method=self.config.method)
         figure = plots.training_curve(frame, "reward", window=5, title=title)
         if self.handle is None:
             self.handle = display(figure, display_id=True)
@@ -66,9 +63,9 @@ class Recorder(TrainerCallback):
         if state.is_world_process_zero and "loss" in logs:
             numbers = {k: v for k, v in logs.items() if isinstance(v, Real) or v is None}
             self.run.log(state.global_step, numbers)
-            self.curve.show({"step": state.global_step, **numbers})
+            self.curve.draw()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the last state."""
         if state.is_world_process_zero:
-            self.curve.draw()
+            self.curve.draw(at_once=True)

@@ -27,20 +27,6 @@ def log_probabilities(
     Completions are token ids, so that nothing is encoded a second time. What stands behind the end
     of a shorter one means nothing. Without a gradient, unless `differentiable`.
     """
-    with torch.set_grad_enabled(differentiable):
-        return _log_probabilities(
-            model, processing, prompts, completions, temperature, chat_template_kwargs
-        )
-
-
-def _log_probabilities(
-    model: PreTrainedModel,
-    processing: Processing,
-    prompts: Sequence[Prompt],
-    completions: Sequence[list[int]],
-    temperature: float,
-    chat_template_kwargs: Mapping[str, Any] | None,
-) -> Tensor:
     encoded = encode(processing, prompts, **(chat_template_kwargs or {}))
     answers, mask = padded(completions), padded([[1] * len(ids) for ids in completions])
     # Every field with an entry per token grows: a completion's type ids are 0, those of text.
@@ -53,8 +39,9 @@ def _log_probabilities(
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     # Only the positions that predict a completion's token go through the vocabulary.
-    logits = model(**inputs, logits_to_keep=answers.shape[1] + 1).logits[:, :-1]
-    return (logits.float() / temperature).log_softmax(-1)
+    with torch.set_grad_enabled(differentiable):
+        logits = model(**inputs, logits_to_keep=answers.shape[1] + 1).logits[:, :-1]
+        return (logits.float() / temperature).log_softmax(-1)
 
 
 def of_tokens(log_p: Tensor, completions: Sequence[list[int]]) -> list[Tensor]:

@@ -107,25 +107,15 @@ def look(
     pairs = zip(config.reward_weights or [1.0], (task.reward, task.leak), strict=False)
     rewards = sum(weight * torch.tensor(reward(texts, **columns)) for weight, reward in pairs)
     contexts = _contexts(config, problem, texts, rewards.tolist())
-    seen = [
-        prompt if text is None else teacher_prompt(prompt, text, config.privileged_template)
-        for text in contexts
-    ]
-    others = _wrong_contexts(config, task, problem)
+
+    def shown(text: str | None) -> Prompt:
+        template = config.privileged_template
+        return prompt if text is None else teacher_prompt(prompt, text, template)
+
+    seen = list(map(shown, contexts))
+    wrong = list(map(shown, _wrong_contexts(config, task, problem)))
     compared = [
-        _compare(
-            config,
-            processing,
-            (
-                (model, prompt),
-                (teacher or model, told),
-                *(
-                    (teacher or model, teacher_prompt(prompt, text, config.privileged_template))
-                    for text in others
-                ),
-            ),
-            ids,
-        )
+        _compare(config, processing, (model, prompt), (teacher or model, [told, *wrong]), ids)
         for told, ids in zip(seen, completions, strict=True)
     ]
     # A peer's rollout that no other demonstrates is neither reweighted nor distilled.
@@ -210,19 +200,18 @@ def _wrong_contexts(config: RLSDConfig, task: Task, problem: Row) -> list[str]:
 def _compare(
     config: RLSDConfig,
     processing: Processing,
-    readers: Sequence[tuple[PreTrainedModel, Prompt]],
+    student: tuple[PreTrainedModel, Prompt],
+    teacher: tuple[PreTrainedModel, Sequence[Prompt]],
     ids: list[int],
 ) -> dict[str, Tensor]:
     """What the teacher makes of one completion: gap, mask, divergence and signals, (T,) each.
 
-    `readers` are student, teacher, and the teacher under wrong references. The divergence is (0,)
+    The teacher reads its own prompt, then those with wrong references. The divergence is (0,)
     without a distillation term. Of a whole group (N, T, V) would not always fit into memory.
     """
     how = {"temperature": config.temperature, "chat_template_kwargs": config.chat_template_kwargs}
-    log_ps = [
-        log_probabilities(model, processing, [prompt], [ids], **how).cpu()
-        for model, prompt in readers
-    ]
+    readers = [student, *((teacher[0], prompt) for prompt in teacher[1])]
+    log_ps = [log_probabilities(m, processing, [p], [ids], **how).cpu() for m, p in readers]
     log_p_s, log_p_t, *wrong = log_ps
     ours, theirs, *others = (of_tokens(log_p, [ids])[0] for log_p in log_ps)
     found = {"gap": theirs - ours, "mask": torch.ones_like(ours), "divergence": torch.empty(0)}
