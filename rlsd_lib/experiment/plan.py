@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from rlsd_lib.experiment.presets import Preset
 from rlsd_lib.names import check_fields
 from rlsd_lib.runs.paths import outputs_root
-from rlsd_lib.trainer.teacher_pass import WORTH_IT
+from rlsd_lib.trainer.shared_prompts import WORTH_IT
 
 BF16, FP32 = 2, 4  # bytes per number
 MATRICES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ProcessorMixin
-from trl.trainer.utils import is_async_callable
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from rlsd_lib import prompts
 from rlsd_lib.credit import Credit, rlcsd, srpo_weight
@@ -296,7 +296,7 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
 
 def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, ...]:
     """Keywords of a credit function of the caller's; refuses one that cannot or will not be called."""
-    name = _name_of(credit)
+    name = get_callable_name(credit)
     if METHODS[args.method].teacher_sees != PRIVILEGED or not args.uses_teacher:
         raise ValueError(
             f"credit={name} would never be called with method={args.method!r} and lambda_init="
@@ -331,7 +331,7 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
         given = asked if signals is None else [*asked, *from_caller(function)]
         signature.bind("advantages", "gap", "mask", **dict.fromkeys(given))
     except TypeError as problem:
-        name = _name_of(function)
+        name = get_callable_name(function)
         raise ValueError(
             f"{what}={name}{signature} cannot be called: {problem}. Expected {name}(advantages "
             f"(N,), gap (N, T), mask (N, T), *, ...) -> (N, T), with any of {', '.join(SIGNALS)}, "
@@ -343,7 +343,7 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
     for name in asked:
         if name in absent:
             raise ValueError(
-                f"{what}={_name_of(function)} asks for {name}, which nobody gives with method="
+                f"{what}={get_callable_name(function)} asks for {name}, which nobody gives with method="
                 f"{args.method!r} and beta={args.beta}. It comes from {SIGNALS[name]}."
             )
     return (*asked, *others)
@@ -355,7 +355,7 @@ def check_processes(functions: Collection[Credit | None], processes: int) -> Non
         bare = function.func if isinstance(function, partial) else function
         if processes > 1 and bare in (rlcsd, srpo_weight):
             raise ValueError(
-                f"{_name_of(bare)} counts the tokens of the batch, of which each of {processes} "
+                f"{get_callable_name(bare)} counts the tokens of the batch, of which each of {processes} "
                 "processes sees a part: its result would depend on their number. Train it on one."
             )
 
@@ -376,14 +376,14 @@ def check_signals(given: Any, shape: torch.Size, functions: Sequence[Credit]) ->
     for function in functions:
         if missing := sorted(from_caller(function) - set(given)):
             raise ValueError(
-                f"{_name_of(function)} asks for {', '.join(missing)}, which signals did not "
+                f"{get_callable_name(function)} asks for {', '.join(missing)}, which signals did not "
                 f"return: it returned {sorted(given)}."
             )
 
 
 def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
     """Refuse a credit function's result that is not a finite, detached (N, T) tensor. Collective."""
-    returned = f"credit={_name_of(credit)} returned"
+    returned = f"credit={get_callable_name(credit)} returned"
     with on_every_rank():
         if not isinstance(credited, Tensor) or credited.shape != shape:
             given = tuple(credited.shape) if isinstance(credited, Tensor) else credited
@@ -394,11 +394,6 @@ def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
         if not credited.isfinite().all():
             rows = (~credited.isfinite()).any(dim=1).nonzero().flatten().tolist()
             raise ValueError(f"{returned} NaN or infinity in rows {rows[:10]}.")
-
-
-def _name_of(function: Any) -> str:
-    function = function.func if isinstance(function, partial) else function
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def judged(function: Any) -> Any:
@@ -413,7 +408,9 @@ def judged(function: Any) -> Any:
         try:
             return numbers(function(**columns), len(columns["prompts"]))
         except ValueError as problem:
-            raise ValueError(f"Reward function {_name_of(function)!r} {problem}") from problem
+            raise ValueError(
+                f"Reward function {get_callable_name(function)!r} {problem}"
+            ) from problem
 
     return scored
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlsd_lib.trainer.config import AUTO, PLAIN, RLSDConfig
 from rlsd_lib.trainer.sharded import SHARDS
 from rlsd_lib.trainer.states import causal_lm, hidden_states
 
@@ -24,6 +25,8 @@ from rlsd_lib.trainer.states import causal_lm, hidden_states
 LLAMA_LIKE = ("gemma", "glm4", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "smollm3")
 FAMILIES = ("gpt_neox", *LLAMA_LIKE, "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 ATTENTION = ("eager", "sdpa")
+# Token positions of the shared pass over those of the plain one, up to which "auto" shares.
+WORTH_IT = 0.75
 # Frequencies that depend on the length of the call would differ between prompt and completion.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -83,6 +86,42 @@ def why_not(model: nn.Module, accelerator: Accelerator) -> str | None:
     if text._attn_implementation not in ATTENTION:
         return f"it was tested with {ATTENTION} attention, not {text._attn_implementation!r}"
     return None
+
+
+def check_possible(model: nn.Module, accelerator: Accelerator) -> None:
+    """Refuse to share a model's prompts by ValueError where `why_not` has a reason."""
+    if (reason := why_not(model, accelerator)) is not None:
+        raise ValueError(
+            f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain', or 'auto', "
+            "which shares prompts where it can."
+        )
+
+
+def try_score(
+    teacher: nn.Module,
+    seen: Prompts,
+    output: dict[str, Any],
+    args: RLSDConfig,
+    accelerator: Accelerator,
+) -> tuple[Tensor, Tensor | None] | None:
+    """What `score` returns for TRL's dictionary; None where the plain pass is to be taken."""
+    # The same prompts as the student's: only the same computation gives a gap of exactly 0.
+    same = torch.equal(seen.ids, output["prompt_ids"])
+    same = same and torch.equal(seen.mask, output["prompt_mask"])
+    one_token = min(map(len, seen.texts)) == 1  # which leaves nothing to share
+    if args.teacher_pass == PLAIN or why_not(teacher, accelerator) or same or one_token:
+        return None
+    ids, mask = output["completion_ids"], output["completion_mask"]
+    rollouts = Rollouts(seen, ids, mask)
+    chunks = plan(rollouts, args.per_device_train_batch_size)
+    if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
+        return None
+    most = WORTH_IT * len(ids) * (seen.ids.size(1) + ids.size(1))
+    if args.teacher_pass == AUTO and positions_of(chunks) > most:
+        return None
+    want_hidden, autocast = args.divergence is not None, accelerator.autocast
+    bare = accelerator.unwrap_model(teacher)
+    return score(bare, rollouts, chunks, autocast=autocast, want_hidden=want_hidden)
 
 
 def plan(rollouts: Rollouts, batch_size: int) -> list[Chunk]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -95,6 +96,18 @@ def token_mean(
     else:
         mean = (per_token.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
     return mean / accumulation
+
+
+def type_ids(prompt: Tensor, output: dict[str, Any], name: str) -> Tensor:
+    """Type ids `name` of the teacher's prompt (N, P) and those that TRL gave the completion."""
+    completion = torch.zeros_like(output["completion_ids"])
+    if name in output:
+        # Not all 0 where a tool answered with an image.
+        completion = output[name][:, -completion.size(1) :]
+        if "pixel_values" not in output:
+            # TRL dropped the images of the batch, because a cut completion held part of one.
+            prompt = torch.zeros_like(prompt)
+    return torch.cat([prompt, completion], dim=1)
 
 
 def policy_mask(inputs: dict[str, Any]) -> Tensor:

@@ -5,7 +5,6 @@ and encoded again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +32,10 @@ from rlsd_lib.prompts import (
     wrong_references,
 )
 from rlsd_lib.trainer import checkpoints, checks, shared_prompts, states, upstream
-from rlsd_lib.trainer.config import AUTO, PLAIN, SHARED, RLSDConfig
+from rlsd_lib.trainer.config import SHARED, RLSDConfig
 from rlsd_lib.trainer.shared_prompts import Prompts
 from rlsd_lib.trainer.teacher import Teacher
 
-# Token positions of the shared pass over those of the plain one, up to which "auto" shares.
-WORTH_IT = 0.75
 MARGIN = 512  # tokens that a chat template may add
 Contexts = Sequence[str | None]
 Signals = Callable[[list[dict[str, Any]], Tensor, Tensor], Mapping[str, Tensor]]
@@ -111,12 +108,8 @@ class TeacherPass(GRPOTrainer):
             if self._is_vlm:  # a copy of the student has the student's hook
                 upstream.drop_empty_images(external)
             checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
-        reason = shared_prompts.why_not(self.teacher.model, self.accelerator)
-        if args.teacher_pass == SHARED and reason is not None:
-            raise ValueError(
-                f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain', or 'auto', "
-                "which shares prompts where it can."
-            )
+        if args.teacher_pass == SHARED:
+            shared_prompts.check_possible(self.teacher.model, self.accelerator)
 
     # Rollouts, and what TRL knows of them
 
@@ -319,7 +312,7 @@ class TeacherPass(GRPOTrainer):
                 f"{self._positions}. Lower max_teacher_prompt_length or max_completion_length."
             )
         types = {
-            name: self._type_ids(fields[name], output, name)
+            name: states.type_ids(self._pad_left(fields[name], 0), output, name)
             for name in states.TYPE_ID_FIELDS
             if name in fields
         }
@@ -330,17 +323,6 @@ class TeacherPass(GRPOTrainer):
     def _seen(self, prompt: Prompt, context: str | None) -> Prompt:
         template = self.args.privileged_template
         return prompt if context is None else teacher_prompt(prompt, context, template)
-
-    def _type_ids(self, rows: list[list[int]], output: dict[str, Any], name: str) -> Tensor:
-        """Type ids of the teacher's prompt, and those that TRL gave the completion."""
-        prompt, completion = self._pad_left(rows, 0), torch.zeros_like(output["completion_ids"])
-        if name in output:
-            # Not all 0 where a tool answered with an image.
-            completion = output[name][:, -completion.size(1) :]
-            if "pixel_values" not in output:
-                # TRL dropped the images of the batch, because a cut completion held part of one.
-                prompt = torch.zeros_like(prompt)
-        return torch.cat([prompt, completion], dim=1)
 
     def _pad_left(self, rows: list[list[int]], value: int) -> Tensor:
         return pad(
@@ -405,9 +387,8 @@ class TeacherPass(GRPOTrainer):
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self.teacher.active(self.model) as teacher,
         ):
-            logps, hidden = self._shared_pass(teacher, seen, output) or self._plain_pass(
-                teacher, seen, output
-            )
+            shared = shared_prompts.try_score(teacher, seen, output, self.args, self.accelerator)
+            logps, hidden = shared or self._plain_pass(teacher, seen, output)
             # Inside the block, where an adapter's own layers and head are the active ones.
             head = None if self.args.divergence is None else states.head_of(teacher)
         if head is not None:
@@ -432,34 +413,6 @@ class TeacherPass(GRPOTrainer):
         kept = [states.predicting(found, ids.size(1)) for found in hidden]
         return logps, torch.cat(kept) if kept else None
 
-    def _shared_pass(
-        self, teacher: nn.Module, seen: Prompts, output: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Each distinct prompt once; None where the plain pass is to be taken."""
-        args = self.args
-        # The same prompts as the student's: only the same computation gives a gap of exactly 0.
-        same = torch.equal(seen.ids, output["prompt_ids"])
-        same = same and torch.equal(seen.mask, output["prompt_mask"])
-        one_token = min(map(len, seen.texts)) == 1  # which leaves nothing to share
-        plain = args.teacher_pass == PLAIN or shared_prompts.why_not(teacher, self.accelerator)
-        if plain or same or one_token:
-            return None
-        ids, mask = output["completion_ids"], output["completion_mask"]
-        rollouts = shared_prompts.Rollouts(seen, ids, mask)
-        chunks = shared_prompts.plan(rollouts, args.per_device_train_batch_size)
-        if not chunks:  # every rollout was truncated and masked: only the plain pass keeps shapes
-            return None
-        most = WORTH_IT * len(ids) * (seen.ids.size(1) + ids.size(1))
-        if args.teacher_pass == AUTO and shared_prompts.positions_of(chunks) > most:
-            return None
-        return shared_prompts.score(
-            self.accelerator.unwrap_model(teacher),
-            rollouts,
-            chunks,
-            autocast=self.accelerator.autocast,
-            want_hidden=args.divergence is not None,
-        )
-
     # Numbers of all ranks
 
     def log_means(self, sums: dict[str, tuple[Any, Any]], count: Any = 0) -> float:
@@ -467,7 +420,7 @@ class TeacherPass(GRPOTrainer):
 
         Returns the sum of `count` over ranks, which costs no transfer of its own.
         """
-        flat = [count, *chain.from_iterable(sums.values())]
+        flat = [count, *(value for pair in sums.values() for value in pair)]
         device = self.accelerator.device
         values = torch.stack([torch.as_tensor(value, device=device).float() for value in flat])
         counted, *totals = self.accelerator.reduce(values, reduction="sum").tolist()
