@@ -70,14 +70,16 @@ TWINS = {"method": ("rlsd", "rlsd_neutral")}
 CREDIT = {"preset": ("lab-credit",)}
 LABS = {"seed": FIVE_SEEDS, **CREDIT}
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
-ANY_CREDIT = {"notebook": ("16_credits",)}
-ORACLE, TRUE_VALUE, BLAME, HINDSIGHT, HINDSIGHT_CONTRAST, TOLD = (
-    {**ANY_CREDIT, "method": (name,)}
-    for name in (
-        *("oracle", "oracle_value", "posterior_blame", "hindsight", "hindsight_contrast"),
-        "opsd_value_contrast",  # distillation that is told where to look, beside GRPO
-    )
-)
+
+
+def _credit(*methods: str) -> dict[str, Sequence[Any]]:
+    """Any methods of the table, by the notebook that runs them all."""
+    return {"notebook": ("16_credits",), "method": methods}
+
+
+ORACLE, TRUE_VALUE = _credit("oracle"), _credit("oracle_value")
+HINDSIGHT, HINDSIGHT_CONTRAST = _credit("hindsight"), _credit("hindsight_contrast")
+TOLD = _credit("opsd_value_contrast")  # distillation that is told where to look, beside GRPO
 # Lambda stays: what a credit function can do, and not how soon it is switched off.
 WIDEST = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0}
 # With an empty reference this is GRPO to the bit.
@@ -157,11 +159,8 @@ SUITES: dict[str, Suite] = {
     "credits": Suite(
         "RLSD's successors and our own credit beside `paper`, with their controls, over labs",
         [
-            *(
-                {**LABS, **ANY_CREDIT, "method": (method,), "overrides": (WIDEST,)}
-                for method in ("rlsd_negative_only", "rlsd_contrast")
-            ),
-            _permuted(BLAME, **FROZEN),
+            {**LABS, **_credit("rlsd_negative_only", "rlsd_contrast"), "overrides": (WIDEST,)},
+            _permuted(_credit("posterior_blame"), **FROZEN),
             *_controlled(HINDSIGHT, **FROZEN),
             *_controlled(HINDSIGHT_CONTRAST, **FROZEN),
             *_controlled(TOLD, **BESIDE),
