@@ -162,7 +162,6 @@ SUITES: dict[str, Suite] = {
             {**LABS, **_credit("rlsd_negative_only", "rlsd_contrast"), "overrides": (WIDEST,)},
             _permuted(_credit("posterior_blame"), **FROZEN),
             *_controlled(HINDSIGHT, **FROZEN),
-            *_controlled(HINDSIGHT_CONTRAST, **FROZEN),
             *_controlled(TOLD, **BESIDE),
         ],
     ),

@@ -216,14 +216,14 @@ def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator)
 @contextmanager
 def on_every_rank() -> Iterator[None]:
     """Raise on all ranks what a check inside raises on one, so that none waits. Collective."""
-    problem = None
+    own = None
     try:
         yield
-    except ValueError as error:
-        problem = str(error)
-    for found in gather_object([problem]):
+    except Exception as error:
+        own = error
+    for found in gather_object([own and f"{type(own).__name__}: {own}"]):
         if found is not None:
-            raise ValueError(found)
+            raise own or ValueError(f"On another rank, {found}")
 
 
 def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
@@ -327,7 +327,10 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
     if any(p.kind is p.VAR_KEYWORD for p in options.values()):
         asked += [key for key in ("lam", "epsilon_w") if key not in asked]
     others = [k for k, p in options.items() if k not in asked and p.kind is not p.VAR_KEYWORD]
+    first = list(signature.parameters)[:3]
     try:
+        if first != ["advantages", "gap", "mask"] == sorted(first):
+            raise TypeError(f"its first arguments are {', '.join(first)}, in another order")
         given = asked if signals is None else [*asked, *from_caller(function)]
         signature.bind("advantages", "gap", "mask", **dict.fromkeys(given))
     except TypeError as problem:

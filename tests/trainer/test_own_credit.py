@@ -148,6 +148,11 @@ def test_what_cannot_be_called_is_refused_before_any_compute(tmp_path):
         ),
         (by_name, {}, r"by_name\(.*Expected by_name\(advantages \(N,\), gap \(N, T\), mask"),
         (too_few, {}, r"too_few\(advantages, gap\) cannot be called: too many positional"),
+        (
+            lambda advantages, mask, gap: gap,
+            {},
+            r"cannot be called: its first arguments are advantages, mask, gap, in another order",
+        ),
         (by_place, {}, r"by_place\(.* cannot be called: .*'lam'"),
         (good, {"method": "opsd", **SEQUENCE}, "averages the token credit of credit=good away"),
         (good, {"method": "grpo"}, "good would never be called with method='grpo'"),
