@@ -41,7 +41,7 @@ FREE = ("max_steps", "run_dir")
 OWN = (
     *("manifest.json*", "metrics.json*", "samples.jsonl", "evaluation_*.json", "figures/*.png"),
     *(
-        "checkpoints/checkpoint-*/*",
+        "checkpoints/*",
         "model/*",
         "workers.log",
         "worker_errors.jsonl",
