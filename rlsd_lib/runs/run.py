@@ -40,13 +40,7 @@ FREE = ("max_steps", "run_dir")
 # The files of a run, beside its notebook and those that its manifest lists under `files`.
 OWN = (
     *("manifest.json*", "metrics.json*", "samples.jsonl", "evaluation_*.json", "figures/*.png"),
-    *(
-        "checkpoints/*",
-        "model/*",
-        "workers.log",
-        "worker_errors.jsonl",
-        "training.json",
-    ),
+    *("checkpoints/*", "model/*", "workers.log", "worker_errors.jsonl", "training.json"),
     *(records.LOCK, ".*.json*", "*.ipynb_checkpoints/*"),
 )
 # What the manifest says by itself; `record` may not replace it.

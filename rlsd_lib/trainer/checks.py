@@ -221,9 +221,10 @@ def on_every_rank() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    for found in gather_object([own and f"{type(own).__name__}: {own}"]):
+    said = str(own) if isinstance(own, ValueError) else own and f"{type(own).__name__}: {own}"
+    for found in gather_object([said]):
         if found is not None:
-            raise own or ValueError(f"On another rank, {found}")
+            raise own or ValueError(found)
 
 
 def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:

@@ -52,7 +52,6 @@ HARMLESS = {
     *("cache_config", "compile_config", "disable_compile", "return_dict_in_generate"),
     *("eos_token_id", "pad_token_id", "bos_token_id", "seed", "include_stop_str_in_output"),
     *("skip_special_tokens", "detokenize", "logprobs", "renormalize_logits", "max_new_tokens"),
-    "min_new_tokens",  # forbids the end token alone, for measurements at one length
 }
 # What a field's value must be, and in words.
 VALUES = {
@@ -434,7 +433,8 @@ class RLSDConfig(GRPOConfig):
                 f"neftune_noise_alpha={self.neftune_noise_alpha} would put noise into the gap. Leave "
                 "it at None."
             )
-        if shaping := sorted({*(self.generation_kwargs or {})} - HARMLESS):
+        # A least length forbids the end token alone, and whoever measures at one length asks for it.
+        if shaping := sorted({*(self.generation_kwargs or {})} - HARMLESS - {"min_new_tokens"}):
             raise ValueError(
                 f"generation_kwargs={self.generation_kwargs}: {', '.join(shaping)} would draw "
                 "rollouts from another distribution than P_S, which enters the gap. Leave it out."

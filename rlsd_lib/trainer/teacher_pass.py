@@ -356,7 +356,7 @@ class TeacherPass(GRPOTrainer):
             check_contexts(told, args.privileged_template, column, self._control)
         if limit is None and (positions := self._positions) and not self.environment_factories:
             limit, contexts = positions, told  # a peer's is not known yet
-            what = f"have a teacher's prompt that fills the model's {positions} positions"
+            what = f"have a teacher's prompt that fills the model's {positions} positions, with no limit"
         if limit is None or args.row.teacher_sees == PROMPT:
             return
         most = limit - len(args.privileged_template.encode()) - MARGIN

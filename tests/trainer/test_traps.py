@@ -228,7 +228,8 @@ def test_trap_15_more_positions_than_the_model_has_are_refused(tmp_path):
     """The student's prompt would fit; the reference makes the teacher's too long."""
     data = tiny.dataset(privileged_context=["x" * 40] * 32)
     with pytest.raises(
-        ValueError, match=r"32 dataset rows have .* of 25 tokens or more.* \(rows 0,"
+        ValueError,
+        match=r"32 dataset rows have a .* that fills the model's 32 positions.*\(rows 0,",
     ):
         tiny.trainer(tmp_path, tiny.model(max_position_embeddings=32), data, max_steps=1)
     stream = data.to_iterable_dataset()
@@ -264,8 +265,9 @@ def test_rollouts_are_samples_of_the_policy_or_it_is_said(tmp_path, caplog):
         setattr(student.generation_config, name, value)
         with pytest.raises(ValueError, match=f"generation_config has .*'{name}'.*than P_S"):
             tiny.trainer(tmp_path, student)
-        with pytest.raises(ValueError, match=f"{name} would draw rollouts from another"):
-            tiny.config(tmp_path, generation_kwargs={name: value})
+        if name != "min_new_tokens":
+            with pytest.raises(ValueError, match=f"{name} would draw rollouts from another"):
+                tiny.config(tmp_path, generation_kwargs={name: value})
     with pytest.raises(ValueError, match=r"neftune_noise_alpha=5.0 would put noise into the gap"):
         tiny.config(tmp_path, neftune_noise_alpha=5.0)
     harmless = tiny.model()
