@@ -304,7 +304,7 @@ def _table(options: argparse.Namespace) -> int:
 def _headroom(options: argparse.Namespace) -> int:
     """Show who learns faster, by how many rollouts, over labs.
 
-    rlsd headroom outputs/headroom outputs/credits --preset lab-credit
+    rlsd headroom outputs/paper outputs/credits --preset lab-credit
     rlsd headroom outputs/rates --rates
     """
     from rlsd_lib.report.headroom import best_rates, compared

@@ -19,6 +19,7 @@ as a keyword: `lam`, `epsilon_w`, and the signals
     thought (N, T)            1 on the tokens of the reasoning span
     first_error (N,)          place of the first wrong token, T for none
     decisions (N, T)          whether a token bears on the answer, as bool
+    success_before (N,), success_after (N, T)   the policy's own V_0 and V_t
     teacher_entropy (N, T), contrast_kl (N, T)   of the functions of `divergence`
 
 In this order: the paper; what others published after it; ours; weights of a distillation term;
@@ -232,7 +233,8 @@ def rlcsd(
     tokens in the batch; here the credit is scaled by those counts, so that one mean over all tokens
     gives that loss. Rows of one call therefore depend on each other, and a few selected tokens get
     large credit. A deviation: the counts are of one call, a micro-batch of one process, so that
-    accumulation changes the credit; the trainer refuses several processes. Defaults are the released code's; its scripts have tau 0.02, beta 1, clip 2. Needs
+    accumulation changes the credit; the trainer refuses several processes. Defaults are the
+    released code's; its scripts have tau 0.02, beta 1, clip 2. Needs
     `wrong_gaps` (K, N, T), K <= 4; other shapes as in `rlsd`.
     """
     keep, advantage, evidence = _prepared(advantages, contrast(gap, wrong_gaps), mask)

@@ -36,8 +36,8 @@ def sample(
 
     Prompts hold their images, where `processing` is a processor. Temperature 0 is greedy. Sampling
     is from the full distribution; `settings` are further fields of transformers' `GenerationConfig`
-    that change it, and `processors` change the logits before them. Of the model's own generation config only the end tokens count, beside the
-    tokenizer's: what is measured must not depend on the settings a model was published with.
+    that change it, and `processors` change the logits before them. Of the model's own generation
+    config only the end tokens count, beside the tokenizer's: what is measured must not depend on the settings a model was published with.
 
     The same arguments give the same completions on the same machine; the model's mode and torch's
     random state are as before afterwards. Raises ValueError, by transformers, for a negative

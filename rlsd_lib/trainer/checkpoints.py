@@ -28,7 +28,7 @@ MARK = "complete.json"  # the last file of a checkpoint
 ROLLOUTS = "rlsd_rollouts_{rank}.pt"
 # What a resumed run may have otherwise: where it writes, what it logs, how many steps it makes.
 FREE = re.compile(
-    r"(?:output_dir|run_name|project|report_to|disable_tqdm|ddp_timeout|num_completions_to_print|"
+    r"(?:output_dir|run_name|project|report_to|disable_tqdm|num_completions_to_print|"
     r"resume_from_checkpoint|debug|skip_memory_metrics|enable_jit_checkpoint|torch_empty_cache_steps|"
     r"vllm_gpu_memory_utilization|vllm_enable_sleep_mode|dataloader_(?:num_workers|pin_memory|"
     r"persistent_workers|prefetch_factor)|"
@@ -57,8 +57,9 @@ def seal(folder: Path, **facts: Any) -> None:
 def check(folder: Path, *, sharded_state: bool = False) -> dict[str, Any] | None:
     """The content of a checkpoint's `MARK`, all of whose files are as they were written.
 
-    None for a checkpoint of TRL's own trainer or of an earlier version, which has no such list. Raises ValueError with the
-    file and the way out, if one is missing or differs, or if there is nothing to resume from.
+    None for a checkpoint of TRL's own trainer or of an earlier version, which has no such list.
+    Raises ValueError with the file and the way out, if one is missing or differs, or if there is
+    nothing to resume from.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such checkpoint.")
@@ -96,7 +97,8 @@ def changed(
 ) -> dict[str, list[Any]]:
     """What of the settings is not as recorded, as [before, now], all of it such as may change.
 
-    A setting that only one side knows belongs to another version of a library, and is listed. Raises ValueError with the first setting that decides the result and differs.
+    A setting that only one side knows belongs to another version of a library, and is listed.
+    Raises ValueError with the first setting that decides the result and differs.
     """
     differ = {
         name: [recorded.get(name), settings.get(name)]
@@ -191,7 +193,8 @@ def last_checkpoint(output_dir: str | Path, *, whole: bool = False) -> Path | No
 def check_weights(model: nn.Module, step: int, accelerator: Accelerator) -> None:
     """Refuse weights that are NaN, infinite, or so large that their squares are. Collective.
 
-    Of those that are trained: frozen ones may be packed bytes of another type. Raises FloatingPointError on every rank, with the step after which they are so.
+    Of those that are trained: frozen ones may be packed bytes of another type. Raises
+    FloatingPointError on every rank, with the step after which they are so.
     """
     parts = [sharded.local(p) for p in model.parameters() if p.requires_grad]
     largest = torch.nn.utils.get_total_norm([p for p in parts if p.numel()], float("inf"))
