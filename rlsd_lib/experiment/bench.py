@@ -8,8 +8,10 @@ completions of exact length; nothing is downloaded.
 
 import contextlib
 import copy
+import gc
 import os
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -28,6 +30,7 @@ import pandas as pd
 import psutil
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.profiler import profile
 from tqdm import tqdm
@@ -56,7 +59,8 @@ Build = Callable[[str, Path, int], Trainer]
 Turn = tuple[list[dict[str, float]], dict[int, list], float]
 STEP, GENERATION, REST = "step, s", "generation, s", "without generation, s"
 TEACHER, PEAK = "teacher pass, s", "peak MiB"
-MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B")  # of `--gpu`
+MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")  # of `--gpu`
+LORA = ", LoRA"  # ends the name of a contender that trains an adapter
 Whole = Annotated[int, lambda n: isinstance(n, int) and n >= 1, "a whole number >= 1"]
 Group = Annotated[int, lambda n: isinstance(n, int) and n >= 2, "2 or more, a group"]
 
@@ -87,6 +91,8 @@ def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any]]]:
         "RLSD": (RLSDTrainer, ours),
         "RLSD, plain pass": (RLSDTrainer, partial(ours, teacher_pass="plain")),
         "OPSD": (RLSDTrainer, partial(ours, method="opsd")),
+        BASE + LORA: (GRPOTrainer, GRPOConfig),
+        "RLSD" + LORA: (RLSDTrainer, ours),
         "TRL SDPO": (SDPOTrainer, theirs),
     }
 
@@ -151,6 +157,7 @@ class Sizes:
             args=config,
             train_dataset=self.make_rows(steps),
             processing_class=self.make_tokenizer(),
+            peft_config=LoraConfig(task_type="CAUSAL_LM") if name.endswith(LORA) else None,
         )
 
     def config(self) -> Any:
@@ -215,7 +222,8 @@ def preset_trainer(preset: str, name: str, folder: Path, steps: int) -> Trainer:
 class Clock(TrainerCallback):
     """Seconds of each optimiser step without its generation, of generation and of the teacher pass.
 
-    Rollouts that are in `rollouts` already, under the number of their step, are used again.
+    Rollouts that are in `rollouts` already, under the number of their step, are used again. The
+    first step, which warms up, has those of the second.
     """
 
     def __init__(self, trainer: Any, rollouts: dict[int, list]) -> None:
@@ -245,7 +253,7 @@ class Clock(TrainerCallback):
         return result
 
     def _rollouts(self, generate: Callable[[], list]) -> list:
-        step = len(self.steps)
+        step = max(len(self.steps), 2)
         if step not in self.rollouts:
             torch.manual_seed(step)
             self.rollouts[step] = self._timed(GENERATION, generate)
@@ -255,28 +263,39 @@ class Clock(TrainerCallback):
 def train(build: Build, name: str, steps: int, rollouts: dict[int, list]) -> Turn:
     """Train one step to warm up and `steps` more, on `rollouts` where they are given, see `Clock`.
 
-    The peak in MiB is the device's; without a GPU it is this process's, beyond the imports.
+    The peak in MiB is the device's; without a GPU it is this process's. Neither counts what was
+    held before.
     """
     contenders()  # the imports
-    before = psutil.Process().memory_info().rss
+    gc.collect()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(name, Path(folder), steps + 1)
         clock = Clock(trainer, rollouts)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
-    if torch.cuda.is_available():
-        return clock.steps[1:], clock.rollouts, torch.cuda.max_memory_allocated() / 2**20
+    warm_up, *timed = clock.steps
+    timed[0] |= {GENERATION: warm_up[GENERATION]} if GENERATION in warm_up else {}
     unit = 1 if sys.platform == "darwin" else 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
-    return clock.steps[1:], clock.rollouts, peak / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated()
+    return timed, clock.rollouts, (peak - before) / 2**20
 
 
 def train_apart(*turn: Any) -> Turn:
-    """`train` in a process of its own, so that no trainer inherits another one's memory.
+    """`train` in a process of its own, whose peak is of no other trainer.
 
-    Forked by a small server: a spawned process would begin with the peak of its parent.
+    A GPU's peak can be reset: there all share a process. Forked by a small server: a spawned
+    process would begin with the peak of its parent.
     """
+    if torch.cuda.is_available():
+        return train(*turn)
     with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
         return pool.submit(train, *turn).result()
 
@@ -343,10 +362,13 @@ def bench_gpu(outputs: Path) -> pd.DataFrame:
             "--gpu needs an NVIDIA GPU that torch can see, of 40 GB or more for the two smaller "
             "models. Without one: --against, on synthetic rollouts, or `rlsd plan`, by arithmetic."
         )
-    models = [Sizes(prompt=1024, completion=1024, model=name) for name in MODELS]
-    table = pd.concat(map(measure, models))
     (outputs / "tables").mkdir(parents=True, exist_ok=True)
-    table.to_csv(outputs / "tables" / "bench_gpu.csv", index_label="trainer")
+    found = []
+    for name in MODELS:
+        found.append(measure(Sizes(prompt=1024, completion=1024, model=name)))
+        table = pd.concat(found)
+        # At once: what is measured stays, should a larger model not fit the time.
+        table.to_csv(outputs / "tables" / "bench_gpu.csv", index_label="trainer")
     return table
 
 
@@ -365,22 +387,54 @@ def measure(sizes: Sizes) -> pd.DataFrame:
 
 
 def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
-    """The operators of one shared pass by their time, under the profiler.
+    """One shared pass: its seconds beside its floor, and its operators by their time.
 
-    `trace` receives the pass with every function that it calls, for chrome://tracing or
-    ui.perfetto.dev.
+    The floor is the bare model's, over as many positions and scored tokens in calls of the same
+    shape, where no completion reads its prompt: what no pass can do without. `trace` receives the
+    pass with every function that it calls, for chrome://tracing or ui.perfetto.dev.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = sizes.build("RLSD", Path(folder), 1)
         trainer.args.teacher_pass = "shared"
         score = trainer.teacher_scores = Mock(wraps=trainer.teacher_scores)
+        shape = (sizes.generations, sizes.completion)
+        ids = torch.randint(len(SPECIAL), sizes.words, shape, generator=torch.Generator())
+        # Any tokens will do, and cost no generation.
+        trainer._generate_single_turn = lambda *_: (ids.tolist(), None)
         trainer.remove_callback(PrinterCallback)
         trainer.train()  # whose pass is the warm-up
         args, kwargs = score.call_args
-        with trainer.completion_head.applied(True), profile(with_stack=True) as found:
-            score(*args, **kwargs)
+        with trainer.completion_head.applied(True):
+            spent = _median(lambda: score(*args, **kwargs))
+            floor = _median(partial(_read_once, trainer, sizes, ids))
+            with profile(with_stack=True) as found:
+                score(*args, **kwargs)
     trace.parent.mkdir(parents=True, exist_ok=True)
     found.export_chrome_trace(str(trace))
     by = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
     table = found.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)
-    return f"{sizes}\n{table}\ntrace: {trace}"
+    told = f"teacher pass {spent:.4f} s, floor {floor:.4f} s: {spent / floor:.2f} x"
+    return f"{sizes}\n{table}\n{told}\ntrace: {trace}"
+
+
+def _median(run: Callable[[], Any], times: int = 5) -> float:
+    """The median of the seconds that `run` takes, after one run to warm up."""
+    run()
+    seconds = []
+    for _ in range(times):
+        begun = now()
+        run()
+        seconds.append(now() - begun)
+    return statistics.median(seconds)
+
+
+@torch.no_grad()
+def _read_once(trainer: RLSDTrainer, sizes: Sizes, completions: torch.Tensor) -> None:
+    """The model's own forward of a prompt, and of completions (G, T) without it, all scored."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    ids = completions.to(trainer.accelerator.device)
+    with trainer.accelerator.autocast():
+        prompt = torch.randint(sizes.words, (1, sizes.prompt + sizes.reference - 1))
+        model.base_model(prompt.to(ids.device))
+        for rows in ids.split(sizes.rows):
+            model(rows, shift_labels=rows, fused_lm_head=True, use_cache=False)

@@ -1,6 +1,7 @@
 """The benchmark: equal work for all, honest arithmetic, a table and a trace."""
 
 import dataclasses
+import re
 from functools import partial
 
 import pandas as pd
@@ -54,11 +55,11 @@ def test_all_trainers_train_on_the_rollouts_of_the_first(here, monkeypatch):
     monkeypatch.setattr(bench, "_reward", spied)
     names = list(contenders())
     table = bench.race(TINY.build, names[1:], steps=1)
-    # A warm-up step and a timed one, each with rollouts of its own and the same for everyone.
-    assert list(seen.values()) == [len(names)] * 2
+    # A warm-up step and a timed one, with the same rollouts for both and for everyone.
+    assert list(seen.values()) == [2 * len(names)]
     assert (table["without generation, s"] > 0).all()
     assert table["generation, s"].nunique() == 1
-    ours = ["RLSD", "RLSD, plain pass", "OPSD"]
+    ours = ["RLSD", "RLSD, plain pass", "OPSD", "RLSD, LoRA"]
     assert list(table.index[table["teacher pass, s"].notna()]) == ours
     assert table.loc["GRPO", "step / GRPO"] == 1
 
@@ -157,6 +158,7 @@ def test_a_profile_is_a_table_of_operators_and_a_trace_of_functions(tmp_path, ca
     assert "aten::mm" in printed
     trace = tmp_path / "outputs" / "profiles" / "teacher_pass.json"
     assert str(trace) in printed
+    assert float(re.search(r"floor .*: (.*) x", printed)[1]) > 0.9
     traced, functions = trace.read_text(), ("teacher_prompts", "_read_prompts", "update")
     assert [name for name in functions if f": {name}" not in traced] == []
 
