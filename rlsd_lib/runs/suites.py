@@ -70,6 +70,7 @@ TWINS = {"method": ("rlsd", "rlsd_neutral")}
 CREDIT = {"preset": ("lab-credit",)}
 LABS = {"seed": FIVE_SEEDS, **CREDIT}
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
+LOWER = tuple({"learning_rate": rate} for rate in (6e-6, 1.25e-5))  # where SDPO does not collapse
 
 
 def _credit(*methods: str) -> dict[str, Sequence[Any]]:
@@ -79,6 +80,7 @@ def _credit(*methods: str) -> dict[str, Sequence[Any]]:
 
 ORACLE, TRUE_VALUE = _credit("oracle"), _credit("oracle_value")
 HINDSIGHT, HINDSIGHT_CONTRAST = _credit("hindsight"), _credit("hindsight_contrast")
+POSTERIOR = _credit("posterior_blame")
 TOLD = _credit("opsd_value_contrast")  # distillation that is told where to look, beside GRPO
 # Lambda stays: what a credit function can do, and not how soon it is switched off.
 WIDEST = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0}
@@ -87,6 +89,12 @@ EMPTY = {**WIDEST, "teacher_model_kind": "live"}
 # The same lab with other rollouts: how far apart two runs of one method are.
 REDRAWN = {"redraw": 1}
 FROZEN, FRESH, EMA = ({"teacher_model_kind": kind} for kind in ("base", "live", "ema"))
+# The paper does not report its weight of the distillation term: three, each at its best rate.
+WEIGHTS = (
+    {"distillation_weight": 0.03},
+    {"distillation_weight": 0.1, "learning_rate": 5e-5},
+    {"distillation_weight": 0.3, "learning_rate": 2.5e-5},
+)
 PERMUTED = {"permute_credit": True}
 BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
@@ -124,10 +132,11 @@ SUITES: dict[str, Suite] = {
             {**LABS, **GRPO, "overrides": ({}, REDRAWN)},
             {**LABS, **ORACLE},
             {**LABS, **TRUE_VALUE},
-            {**LABS, **RLSD, "overrides": ({}, WIDEST)},
+            {**LABS, **RLSD, "overrides": ({}, WIDEST, {**WIDEST, "learning_rate": 5e-5})},
             {**LABS, **RLSD, "overrides": (WIDEST,), "control": ("shuffled",)},
             {**LABS, **RLSD, "overrides": (EMPTY,), "control": ("empty",)},
-            {**LABS, "notebook": ("11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd")},
+            {**LABS, "notebook": ("11_opd", "12_opsd", "13_sdpo")},
+            {**LABS, "notebook": ("14_grpo_opsd",), "overrides": WEIGHTS},
             {**LABS, **OPSD, "overrides": (FRESH, EMA)},
         ],
     ),
@@ -146,7 +155,9 @@ SUITES: dict[str, Suite] = {
             _sweep(RLSD, **WIDEST),
             *(_sweep({"notebook": (name,)}) for name in ("13_sdpo", "14_grpo_opsd")),
             *(_sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w) for w in (0.03, 0.3)),
-            *(_sweep(arm, **FROZEN) for arm in (HINDSIGHT, HINDSIGHT_CONTRAST)),
+            *(_sweep(arm, **FROZEN) for arm in (HINDSIGHT, HINDSIGHT_CONTRAST, POSTERIOR)),
+            *(_sweep(_credit(name), **WIDEST) for name in ("rlsd_negative_only", "rlsd_contrast")),
+            {"seed": (100,), **CREDIT, "notebook": ("13_sdpo",), "overrides": LOWER},
             _sweep(TOLD, **BESIDE),
             # The paper trains OPSD at ten times the rate of GRPO.
             {"seed": (100,), **CREDIT, **OPSD, "overrides": ({"learning_rate": 1e-3},)},
@@ -160,8 +171,10 @@ SUITES: dict[str, Suite] = {
         "RLSD's successors and our own credit beside `paper`, with their controls, over labs",
         [
             {**LABS, **_credit("rlsd_negative_only", "rlsd_contrast"), "overrides": (WIDEST,)},
-            _permuted(_credit("posterior_blame"), **FROZEN),
+            _permuted(POSTERIOR, **FROZEN),
             *_controlled(HINDSIGHT, **FROZEN),
+            # At the best of its rates; the rows above are at GRPO's.
+            {**LABS, **HINDSIGHT, "overrides": ({**FROZEN, "learning_rate": 5e-5},)},
             *_controlled(TOLD, **BESIDE),
         ],
     ),
