@@ -146,7 +146,8 @@ class Run:
         """
         if taken := sorted(set(facts) & set(RESERVED)):
             raise ValueError(f"{', '.join(taken)}: kept by the run itself; use another name")
-        self._update(**facts)
+        # Again: what started the run may not have loaded torch, which knows the accelerators.
+        self._update(hardware=provenance.hardware(), **facts)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. Values must be numbers, strings or None.
@@ -184,7 +185,6 @@ class Run:
 
     def finish(self, metrics: Mapping[str, Any] = {}) -> None:
         """Write metrics.json and mark the run finished (a runner does so after the last cell)."""
-        # The kernel knows its accelerators; the runner that wrote the manifest may not.
         self._update(hardware=provenance.hardware())
         records.write_json(self.path / "metrics.json", metrics)
         if self._lock:

@@ -80,6 +80,19 @@ def test_a_finished_run_says_what_ran(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "metrics.json").read_text()) == {"accuracy_after": 0.5}
 
 
+def test_a_stopped_run_names_its_accelerators(tmp_path: Path, monkeypatch) -> None:
+    """They are known once torch is loaded, which is after the run began and long before it ends."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    run = Run.start(tmp_path / "a", parameters={})
+    cuda = SimpleNamespace(device_count=lambda: 1, get_device_name=lambda index: "H200")
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    run.record(phase="training")
+    run.fail("stopped")
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["hardware"]["gpus"] == [
+        "H200"
+    ]
+
+
 def test_a_finished_run_is_overwritten_only_when_told(tmp_path: Path) -> None:
     Run.start(tmp_path / "a", parameters={}).finish({"accuracy_after": 0.5})
     with pytest.raises(FileExistsError, match="already holds a run \\(finished\\)"):
