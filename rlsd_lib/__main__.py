@@ -311,7 +311,7 @@ def _headroom(options: argparse.Namespace) -> int:
     from rlsd_lib.report.tables import together
     from rlsd_lib.runs.records import read_runs
 
-    folders = options.folder or [outputs_root() / "headroom"]
+    folders = options.folder or [outputs_root() / ("rates" if options.rates else "paper")]
     runs = together(*(read_runs(folder) for folder in folders))
     if options.rates:
         print(best_rates(runs).to_string(index=False))
@@ -439,7 +439,7 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--paths", action="store_true", help="list notebooks and figures as well")
 
     headroom = _command(commands, _headroom)
-    headroom.add_argument("folder", nargs="*", help="one or several (default: outputs/headroom)")
+    headroom.add_argument("folder", nargs="*", help="one or several (default: paper or rates)")
     headroom.add_argument("--preset", help="only its runs")
     headroom.add_argument("--against", default="grpo", metavar="ARM", help="whom to compare with")
     headroom.add_argument("--rates", action="store_true", help="instead: each method's best rate")

@@ -177,7 +177,8 @@ PRESETS: dict[str, Preset] = {
                 name: {"teacher_model_kind": "base", "learning_rate": 2e-4}
                 for name in DISTILLING[:3]
             },
-            "sdpo": FULL_LOGITS,
+            # Every higher rate of six collapses.
+            "sdpo": {**FULL_LOGITS, "learning_rate": 6e-6},
             "srpo": FULL_LOGITS,
             **OUR_WEIGHT,
         },

@@ -92,13 +92,15 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
     missed = found[~found["reached"]].groupby("arm").size()
     terms = found.groupby("arm")["method"].first().map(lambda name: METHODS[name].divergence)
     distilled = terms.notna()
-    rows = []
+    rows, twins = [], []
     for measure, (name, *margin) in MEASURES.items():
         is_ratio = measure == "rollouts"
         values = found.pivot_table(measure, "seed", "arm")
         values = values.loc[values[against].dropna().index]
         values = np.log(values) if is_ratio else values
         bounds = set(missed.index) if is_ratio else set()
+        equal = [arm for arm in values if _is_twin(values, arm, against)]
+        twins += [f"{arm}: {name} as {against}'s in each of the {unit}" for arm in equal]
         blocks = {}
         for is_distilled in (False, True):
             family = [arm for arm in values if arm == against or distilled[arm] == is_distilled]
@@ -134,13 +136,18 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
             f"{arm}: {n} runs never reached it, so that only a bound is known"
             for arm, n in missed.items()
         ),
+        *twins,
     ]
     return Table(pd.DataFrame(rows), [*notes, *source_notes(runs)])
 
 
 def _is_compared(values: pd.DataFrame, arm: str, against: str, bounds: set[str]) -> bool:
-    twin = arm != against and values[arm].equals(values[against])
-    return values[arm].notna().all() and not twin and arm not in bounds
+    is_twin = _is_twin(values, arm, against)
+    return values[arm].notna().all() and not is_twin and arm not in bounds
+
+
+def _is_twin(values: pd.DataFrame, arm: str, against: str) -> bool:
+    return arm != against and values[arm].equals(values[against])
 
 
 def _again(values: pd.DataFrame, arm: str, against: str) -> str:

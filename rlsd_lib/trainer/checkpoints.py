@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset, Value
+from peft import PeftModel
 from torch import nn
 
 from rlsd_lib.prompts import prompt_text
@@ -165,6 +166,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         **trainer.args.to_dict(),
         "world_size": trainer.args.world_size,
         "model": f"{type(model).__name__} of {count} parameters in {model.dtype}",
+        "adapter": _adapter_of(trainer.model),
         "rows": _rows(trainer.train_dataset),
         "rewards": trainer.reward_func_names,
         "credit": getattr(trainer.credit, "__name__", None),
@@ -243,6 +245,20 @@ def _refusal(folder: Path, how: str) -> ValueError:
         else "There is no older checkpoint: begin anew (rlsd run: --if-exists overwrite)"
     )
     return ValueError(f"{folder}{how}. {way}.")
+
+
+def _adapter_of(model: nn.Module) -> dict[str, str] | None:
+    """The configuration of the trained adapter; None where all weights are trained."""
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.peft_config[model.active_adapter].to_dict()
+    # Where the base lies, and what loading sets: the same run elsewhere has them otherwise.
+    free = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+    return {
+        name: str(sorted(value) if isinstance(value, set) else value)
+        for name, value in config.items()
+        if name not in free
+    }
 
 
 def _rows(dataset: Any) -> str | None:

@@ -75,9 +75,11 @@ def test_one_seed_settles_nothing_and_an_equal_arm_is_no_second_control(tmp_path
     for method in ("grpo", "rlsd"):
         write(tmp_path, method, 0, rise=50)
     write(tmp_path, "opd", 0, rise=20)
-    rows = compared(read_runs(tmp_path)).rows.set_index(["measure", "arm"])
+    table = compared(read_runs(tmp_path))
+    rows = table.rows.set_index(["measure", "arm"])
     assert rows.loc[("mean reward over training", "opd"), "verdict"] == "not settled"
     assert rows.loc[("mean reward over training", "rlsd"), "verdict"] == "-"
+    assert "rlsd: mean reward over training as grpo's in each of the seeds" in table.notes
 
 
 def test_the_best_rate_is_the_fastest_of_those_with_the_highest_mean_reward(tmp_path):

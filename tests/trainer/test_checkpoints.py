@@ -14,8 +14,10 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
+from rlsd_lib import RLSDTrainer
 from rlsd_lib.trainer import checkpoints
 from rlsd_lib.trainer.checkpoints import MARK, last_checkpoint
 
@@ -180,6 +182,17 @@ def test_another_run_is_not_continued(trained: Path, said: str) -> None:
     other = tiny.trainer(trained, student, data, **{**EVERY_STEP, **settings})
     with pytest.raises(ValueError, match=f"checkpoint-2 was written with .*{said}"):
         other.train(resume_from_checkpoint=str(trained / "checkpoint-2"))
+
+
+def test_another_adapter_is_not_continued(tmp_path: Path) -> None:
+    def trainer(alpha: int) -> RLSDTrainer:
+        lora = LoraConfig(r=2, lora_alpha=alpha, target_modules={"q_proj", "k_proj", "v_proj"})
+        return tiny.trainer(tmp_path, get_peft_model(tiny.model(), lora), **EVERY_STEP)
+
+    trainer(4).train()
+    with pytest.raises(ValueError, match=r"adapter={.*'lora_alpha': '4'.*this run has .*: '8'"):
+        trainer(8).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer(4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_what_may_change_is_recorded_with_its_step(copied: Path, trained: Path) -> None:
