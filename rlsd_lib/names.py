@@ -1,6 +1,7 @@
 """Names and values that somebody typed: accepted, or refused with what was expected."""
 
 import difflib
+import inspect
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -39,6 +40,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def alike(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """At most `count` names that `name` may have been meant for, the nearest first."""
     return difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.5)
+
+
+class Named:
+    """A base of classes that refuse a keyword which their constructor has not.
+
+    Raises:
+        ValueError: naming the nearest keyword, where Python's TypeError names none.
+    """
+
+    def __new__(cls, *args: Any, **given: Any) -> Any:
+        known = inspect.signature(cls.__init__).parameters
+        if not any(one.kind is one.VAR_KEYWORD for one in known.values()):
+            for name in given:
+                look_up(name, list(known)[1:], f"argument of {cls.__name__}")
+        return super().__new__(cls)
 
 
 def check_fields(settings: Any) -> None:

@@ -32,6 +32,7 @@ from rlsd_lib.methods import (
     from_caller,
     keywords,
 )
+from rlsd_lib.names import nearest
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import HARMLESS, RLSDConfig
 from rlsd_lib.trainer.sharded import is_sharded, shape_of
@@ -87,6 +88,9 @@ def check_arguments(
             "prompt can be shortened by itself. Leave it at None and shorten the references."
         )
     if isinstance(dataset, Dataset):
+        columns = dataset.column_names
+        if "prompt" not in columns:
+            raise ValueError(f"The dataset has no 'prompt' column{nearest('prompt', columns)}.")
         _check_videos(dataset)
     if args.include_environment_feedback:
         _check_column(dataset, args.privileged_column, "include_environment_feedback=True")
@@ -147,7 +151,8 @@ def _check_column(dataset: Any, column: str, what: str) -> None:
     if columns is not None and column not in columns:
         raise ValueError(
             f"{what} needs a {column!r} column (str: what the teacher may see and the student may "
-            f"not). The dataset has {columns}: set privileged_column to one of them, or add it."
+            f"not). The dataset has none{nearest(column, columns)}: set privileged_column to a column "
+            "that it has, or add it."
         )
 
 

@@ -34,7 +34,7 @@ from rlsd_lib.methods import (
     Method,
     keywords,
 )
-from rlsd_lib.names import look_up
+from rlsd_lib.names import Named, look_up
 from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, check_template
 
 TEACHER_KINDS = ("live", "base", "ema", "snapshot")
@@ -99,7 +99,7 @@ def check_type(name: str, value: Any, annotation: Any) -> None:
 
 
 @dataclass
-class RLSDConfig(GRPOConfig):
+class RLSDConfig(GRPOConfig, Named):
     r"""
     Configuration class for the [`RLSDTrainer`].
 

@@ -35,6 +35,7 @@ from rlsd_lib.credit import (
     weight_sums,
 )
 from rlsd_lib.divergence import divergence
+from rlsd_lib.names import Named
 from rlsd_lib.trainer import checkpoints, checks, sharded, states, upstream
 from rlsd_lib.trainer.config import SAMPLED, RLSDConfig
 from rlsd_lib.trainer.teacher_pass import Signals, TeacherPass
@@ -43,7 +44,7 @@ from rlsd_lib.trainer.teacher_pass import Signals, TeacherPass
 GATE_STEPS, GATE_SHARE = 10, 0.93
 
 
-class RLSDTrainer(TeacherPass):
+class RLSDTrainer(TeacherPass, Named):
     """GRPO whose token advantages are shaped by a teacher that sees privileged information.
 
     A drop-in for [`~trl.GRPOTrainer`] with one more dataset column (str), `privileged_context` or

@@ -192,6 +192,11 @@ def test_the_privileged_column_may_have_another_name(tmp_path):
     assert "solution" in names and "privileged_context" not in names
     with pytest.raises(ValueError, match=r"needs a 'solution' column.*set privileged_column"):
         tiny.trainer(tmp_path, data=data, privileged_column="solution")
+    typed = data.rename_column("prompt", "promt")
+    with pytest.raises(ValueError, match=r"did you mean 'promt'"):
+        tiny.trainer(tmp_path, data=typed)
+    with pytest.raises(ValueError, match=r"did you mean 'solution'"):
+        tiny.trainer(tmp_path, data=renamed, privileged_column="solutoin")
     empty = tiny.dataset(solution=[""] * 32)
     with pytest.raises(ValueError, match="32 dataset rows have no solution"):
         tiny.trainer(tmp_path, data=empty, privileged_column="solution")
