@@ -402,6 +402,12 @@ class RLSDTrainer(TeacherPass, Named):
         if (Path(checkpoint_folder) / checkpoints.MARK).exists():
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = Path(self.args.output_dir, "README.md")
+            card.write_text(upstream.without_none(card.read_text("utf-8")), "utf-8")
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)

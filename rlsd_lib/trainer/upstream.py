@@ -144,6 +144,23 @@ def without_fused_head(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             model.forward = patched
 
 
+# --- TRL: the model card ------------------------------------------------------------------------
+
+UNKNOWN = {
+    "# Model Card for None": "# Model Card",
+    "is a fine-tuned version of [None](https://huggingface.co/None)": "was fine-tuned",
+    'model="None"': 'model="."',  # the card's own folder
+}
+
+
+@mends("trl", "1.16.0", "trl/trainer/utils.py, generate_model_card: names that may be None")
+def without_none(card: str) -> str:
+    """A model card without the names that TRL does not know."""
+    for sentence, instead in UNKNOWN.items():
+        card = card.replace(sentence, instead)
+    return card
+
+
 # --- TRL: images ---------------------------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ METHODS = {
     "o _load_from_checkpoint": "resume_from_checkpoint, model",
     "c _tokenize_prompts": "prompts",
     "c _get_output_dir": "trial",
-    "c create_model_card": "model_name, dataset_name, tags",
+    "o create_model_card": "model_name, dataset_name, tags",
     "c add_callback": "callback",
 }
 # The last statement of methods whose result we take apart.

@@ -268,10 +268,13 @@ def test_a_saved_adapter_model_holds_no_teacher_and_a_checkpoint_does(tmp_path):
     assert set(trainer.model.peft_config) == {"default", "teacher"}
 
 
-def test_a_model_card_cites_the_paper_of_the_method(tmp_path):
+def test_a_model_card_cites_the_paper_of_the_method_and_no_name_that_nobody_gave(tmp_path):
     trainer = tiny.trainer(tmp_path)
     trainer.create_model_card("tiny")
     card = (tmp_path / "README.md").read_text()
+    assert "Model Card for tiny\n\nThis model was fine-tuned." in card
+    trainer.create_model_card()
+    assert "None" not in card + (tmp_path / "README.md").read_text()
     assert "2604.03128" in card
     assert "Self-Distilled RLVR" in card
     assert "DeepSeekMath" not in card
