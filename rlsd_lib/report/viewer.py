@@ -38,13 +38,14 @@ class CreditViewer(CreditCallback):
 
         RLSDTrainer(..., callbacks=[CreditViewer(every_steps=50, rollouts=4)])
 
-    Each such step gets a page, `step-000050.html`, and a PNG for each rollout. What is shown are
-    the advantages that enter the loss, as multiples of the rollout's, in the main process's first
-    micro-step: the best rollout, the worst, the second best, and so on. If `report_to` names
-    `trackio` or `wandb`, each gets a table with a row per token, and `tensorboard` gets it as text.
+    Steps count from 1, as in TRL's log. The first and every `every_steps`-th get a page,
+    `step-000050.html`, and a PNG for each rollout. What is shown are the advantages that enter the
+    loss, as multiples of the rollout's, in the main process's first micro-step: the best rollout,
+    the worst, the second best, and so on. If `report_to` names `trackio` or `wandb`, each gets a
+    table with a row per token, and `tensorboard` gets it as text.
 
     Args:
-        every_steps: optimiser steps from one page to the next; the first is of step 0.
+        every_steps: optimiser steps from one page to the next, beside that of step 1.
         rollouts: how many are shown; a smaller micro-batch is shown whole.
         folder: where the pages go; "" for `credit` in the trainer's output_dir.
 
@@ -66,8 +67,9 @@ class CreditViewer(CreditCallback):
 
     def on_credit(self, trainer: RLSDTrainer, inputs: dict[str, Any], advantages: Tensor) -> None:
         """Write the page of this step, if one is due."""
-        step, state = trainer.state.global_step, trainer.state
-        if not state.is_world_process_zero or step % self.every_steps or step == self.last:
+        step = trainer.state.global_step + 1  # that these rollouts are of
+        is_due = (step == 1 or step % self.every_steps == 0) and step != self.last
+        if not (trainer.state.is_world_process_zero and is_due):
             return
         self.last = step
         shown = list(read_rollouts(trainer, inputs, advantages, self.rollouts))

@@ -50,8 +50,8 @@ def test_the_page_runs_from_top_to_bottom(hub: Path) -> None:
     for trainer in (rlsd, viewed, own, lora, tools):
         assert trainer.state.log_history[0]["rlsd/gap_abs_mean"] > 0
     assert {p.name for p in (hub / "rlsd" / "credit").glob("*.html")} == {
-        "step-000000.html",
         "step-000001.html",
+        "step-000002.html",
     }
     assert own.credit is names["credit"]
     assert set(lora.model.peft_config) == {"default", "teacher"}

@@ -44,12 +44,15 @@ def train(folder, viewer, **settings):
 def test_the_pictures_agree_with_the_trainers_own_advantages(tmp_path, tables):
     trainer = train(tmp_path, CreditViewer(every_steps=2, rollouts=3), epsilon_w=0.7)
     names = {path.name for path in (tmp_path / "credit").iterdir()}
-    steps = ("000000", "000002")
+    steps = ("000001", "000002", "000004")
     assert names == {f"step-{s}.html" for s in steps} | {
         f"step-{s}-{k}.png" for s in steps for k in range(3)
     }
-    assert len(tables) == 2
-    for table, (inputs, credited) in zip(tables, trainer.kept[::4], strict=True):  # 2 micro-steps
+    # As TRL's log counts them.
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3, 4]
+    assert [table["step"].unique().tolist() for table in tables] == [[1], [2], [4]]
+    first = [trainer.kept[2 * (step - 1)] for step in (1, 2, 4)]  # of 2 micro-steps each
+    for table, (inputs, credited) in zip(tables, first, strict=True):
         ranked = inputs["advantages"].argsort(descending=True)
         for number, row in enumerate(ranked[[0, -1, 1]].tolist()):
             kept = inputs["completion_mask"][row].bool()
