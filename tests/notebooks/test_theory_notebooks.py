@@ -54,7 +54,7 @@ def test_the_one_table_of_verdicts_says_what_was_found() -> None:
     for path in NOTEBOOKS[1:]:
         assert "| verdict |" not in path.read_text(), path.stem
     found = {statement: verdict for statement, (verdict, _) in rows.items()}
-    assert "If it is one, I = 0" in found["Theorem 1, I is an irreducible floor"]
+    assert "If it is one, $I = 0$" in found["Theorem 1, I is an irreducible floor"]
     assert "in logits, for a fixed teacher" in found["two phases, noise overtakes signal"]
     assert "in a world without a style channel" in found["Theorem 3, trilemma"]
     assert found["RLSD has all three properties"].startswith("**bounded by the schedule**")
@@ -66,7 +66,7 @@ def test_the_one_table_of_verdicts_says_what_was_found() -> None:
     pull = wo.mean_teacher(prior, shared.tilt(old, boost)) - old
     step = torch.softmax(old.log() + 1e-6 * pull, -1)
     student, teacher = (float(x) / 1e-6 for x in shared.loss_split(prior, boost, old, step))
-    assert f"rates {teacher:.3f} and {-student:.3f}" in found["Theorem 2, Δ_S + Δ_T"]
+    assert f"rates {teacher:.3f} and {-student:.3f}" in found[r"Theorem 2, $\Delta_S + \Delta_T$"]
 
     lams = [credit.lambda_schedule(k, 0.5, 0, 50) for k in range(200)]
     rising = [direction.group_mean_abs(0.9 - 0.36 * math.exp(-k / 40), 8) for k in range(200)]
