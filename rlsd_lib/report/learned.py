@@ -1,21 +1,23 @@
-"""What a folder of runs has shown, for somebody who has just made them: a table and five sentences."""
+"""What a folder of runs has shown, for somebody who has just made them: a table and sentences."""
 
 from pathlib import Path
 
 import pandas as pd
 
 from rlsd_lib.measure.intervals import Interval
-from rlsd_lib.report.tables import DASH, Table, interval_of, paired_differences, with_arms
+from rlsd_lib.report.tables import DASH, WORDS, Table, interval_of, paired_differences, with_arms
 from rlsd_lib.runs.records import Runs, is_finished, left_out
 
+INTERVENTION = "rlsd/intervention"
 LEAKS = 0.05  # share of completions from which on the sentences speak of leaking
 
 
 def learned(runs: Runs, baseline: str = "grpo") -> Table:
     """Return a row per method with its accuracy, its difference to `baseline` and its leak rate.
 
-    The notes are five sentences, all made from the runs: which differences were seen and which not,
-    who leaks, how far one may trust it, and what to open; a line more names runs without a result.
+    The notes are sentences, all made from the runs: which differences were seen and which not, how
+    far token credit is from GRPO's, who leaks, how far one may trust it, and what to open; a line
+    more names runs without a result.
     Differences are paired by problem and seed; their intervals are over seeds where there are
     several, else over problems.
 
@@ -37,8 +39,9 @@ def learned(runs: Runs, baseline: str = "grpo") -> Table:
         for arm, cells in groups.items()
     ]
     names = ", ".join(path.name for path in to_open(runs))
-    sentences = [*_seen(gaps, baseline), _leak(groups), _trust(arms), f"To open: {names}."]
-    return Table(pd.DataFrame(rows), [*sentences, *filter(None, [left_out(runs.runs)])])
+    sentences = [*_seen(gaps, baseline), _moved(groups), _leak(groups), _trust(arms)]
+    sentences += [f"To open: {names}.", left_out(runs.runs)]
+    return Table(pd.DataFrame(rows), [*filter(None, sentences)])
 
 
 def _difference(row: pd.Series) -> Interval:
@@ -57,6 +60,13 @@ def _seen(gaps: dict[str, Interval], baseline: str) -> list[str]:
         if open_
         else "Every difference was seen.",
     ]
+
+
+def _moved(groups: dict[str, pd.DataFrame]) -> str:
+    """How large each method's intervention is, and what that is."""
+    sizes = {arm: interval_of(cells, INTERVENTION).mean for arm, cells in groups.items()}
+    moved = ", ".join(f"{arm} {size:.3f}" for arm, size in sizes.items() if size > 0)
+    return moved and f"Intervention, the {WORDS[INTERVENTION]} (0 is GRPO's): {moved}."
 
 
 def _leak(groups: dict[str, pd.DataFrame]) -> str:

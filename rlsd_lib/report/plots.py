@@ -17,24 +17,12 @@ from matplotlib.ticker import MaxNLocator
 
 from rlsd_lib.report.heatmap import new_figure
 from rlsd_lib.report.heatmap import token_heatmap as token_heatmap
-from rlsd_lib.report.tables import with_arms
+from rlsd_lib.report.tables import WORDS, with_arms
 from rlsd_lib.runs.records import Runs, described, is_finished, left_out
 
 SIZE = (6.4, 3.8)
 Colour = tuple[float, float, float]
 # Ten colours and seven dashes: seventy names before a pair comes again.
-# What a logged metric is, in words and with its unit.
-WORDS = {
-    "reward": "mean reward of the step's rollouts",
-    "entropy": "entropy, nats per token",
-    "rewards/leak/mean": "share of rollouts that speak of a reference",
-    "rlsd/divergence": "divergence of teacher and student, nats per token",
-    "rlsd/intervention": "mean of |token advantage / A - 1|",
-    "rlsd/clip_low_frac": "share of tokens clipped from below",
-    "rlsd/clip_high_frac": "share of tokens clipped from above",
-    "rlsd/gap_abs_mean": "mean size of the gap, nats",
-    "rlsd/lambda": "lambda",
-}
 DASHES = ("", (4, 1.5), (1, 1), (3, 1.2, 1.5, 1.2), (6, 2), (5, 1, 1, 1), (2, 2))
 
 
@@ -49,7 +37,8 @@ def training_curve(
     """A metric against the step: the mean over seeds, with the 95 % bootstrap interval shaded.
 
     `steps` has a row per run and step, with columns `step`, `path`, `method` (a line each) and the
-    metric, which is averaged over `window` steps within each run before anything else. Methods get
+    metric, which is averaged over the last `window` steps within each run before anything else, and
+    the title says so. Methods get
     colours and dashes in the order of all finished rows, so that one looks alike in every figure of
     these steps, whichever methods logged the metric. The axis begins at 0 where no value is
     negative, and rewards in [0, 1] are shown on all of it. `bound` is what theory allows at each
@@ -64,7 +53,8 @@ def training_curve(
     data = data.sort_values(["path", "step"])
     smooth = data.groupby("path")[metric].rolling(window, min_periods=1).mean()
     data[metric] = smooth.droplevel("path")
-    figure, axes = canvas(title or (f"mean of {window} steps" if window > 1 else ""))
+    smoothing = f"mean of the last {window} steps" if window > 1 else ""
+    figure, axes = canvas(", ".join(filter(None, (title, smoothing))))
     colours = _colours(steps.loc[is_finished(steps), "method"])
     dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(colours)}
     look = {"palette": colours, "dashes": dashes, "errorbar": ("ci", 95), "seed": 0}

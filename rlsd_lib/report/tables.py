@@ -44,6 +44,33 @@ METRICS = {
     "leak_rate_after": ("leak after", 3),
     "seconds_per_step": ("s / step", 2),
 }
+# What a logged metric is, in words and with its unit.
+WORDS = {
+    "reward": "mean reward of the step's rollouts",
+    "entropy": "entropy, nats per token",
+    "rewards/leak/mean": "share of rollouts that speak of a reference",
+    "rlsd/divergence": "divergence of teacher and student, nats per token",
+    "rlsd/intervention": "mean of |token advantage / A - 1|",
+    "rlsd/clip_low_frac": "share of tokens clipped from below",
+    "rlsd/clip_high_frac": "share of tokens clipped from above",
+    "rlsd/gap_abs_mean": "mean size of the gap, nats",
+    "rlsd/lambda": "lambda",
+    "rlsd/drift": "pull to the teacher without a verdict / reverse KL's",
+    "leak_rate_after": "leak rate after training",
+}
+# The same of columns in a notebook's table.
+HEADINGS = {
+    "cosine": "cosine with the true gradient",
+    "low": "95 % interval from",
+    "high": "to",
+    "noise / signal": "variance of a batch's gradient / its squared mean",
+    "first error": "share of blame on the first error",
+    "fillers": "on filler words",
+    "place": "token number",
+    "gap": "gap, nats",
+    "rank": "rank, 0 for the most negative",
+    "auroc_gap": "share of other tokens above it",
+}
 # Columns that a narrow screen can do without, the first of them first.
 LEAST = (
     *("clip low", "clip high", "intervention", "entropy", "greedy after", "pass@4 after"),
@@ -418,7 +445,11 @@ def _most_common(values: pd.Series, default: Any) -> Any:
 
 
 def readable(frame: pd.DataFrame) -> Styler:
-    """Return a table for a notebook: text whole, on the left, with its line ends, and escaped."""
+    """Return a table for a notebook: text whole, on the left, with its line ends, and escaped.
+
+    Columns have their `HEADINGS`.
+    """
+    frame = frame.rename(columns=HEADINGS)
     text = {"text-align": "left", "white-space": "pre-wrap"}
     head = {"selector": "th", "props": "text-align: left; vertical-align: top"}
     table = frame.style.format(_digits, escape="html").set_table_styles([head])
@@ -428,6 +459,8 @@ def readable(frame: pd.DataFrame) -> Styler:
 def _digits(value: Any) -> Any:
     if not isinstance(value, float):
         return value
+    if not is_number(value):
+        return "too large to tell" if value == math.inf else DASH
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

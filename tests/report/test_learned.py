@@ -1,5 +1,6 @@
-"""What a folder of runs has shown, in a table and five sentences."""
+"""What a folder of runs has shown, in a table and sentences."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,14 @@ def test_one_seed_says_what_was_seen_and_that_it_settles_nothing(tmp_path: Path,
     for method, after, leak in (("grpo", 0.8, 0.0), ("rlsd", 0.8, 0.0), ("opsd", 0.1, 0.9)):
         folder = write_run(tmp_path / method[0], method, 0, after=after, leak_after=leak)
         Run.attach(folder).add_evaluation("after", correct=[after - 0.1, after + 0.1] * 20)
+        if method == "rlsd":
+            metrics = json.loads((folder / "metrics.json").read_text())
+            (folder / "metrics.json").write_text(json.dumps({**metrics, "rlsd/intervention": 0.03}))
     (tmp_path / "r" / "15_rlsd.ipynb").touch()
     rows, said = learned(read_runs(tmp_path))
     assert rows["method"].tolist() == ["grpo", "opsd", "rlsd"]
-    seen, unseen, leak, trust, opens = said
+    seen, unseen, moved, leak, trust, opens = said
+    assert moved == "Intervention, the mean of |token advantage / A - 1| (0 is GRPO's): rlsd 0.030."
     assert seen.startswith("Seen, in accuracy less grpo's: opsd -0.70 [")
     assert unseen.startswith("Not seen: rlsd +0.00 [")
     assert leak.startswith("opsd speaks of a reference that it was not shown in 90%")

@@ -42,6 +42,9 @@ def test_a_window_averages_within_a_run_and_never_across(steps: pd.DataFrame) ->
     both = steps[steps["method"] == "grpo"]
     [axes] = plots.training_curve(both, "reward", window=4).axes
     assert axes.lines[0].get_ydata()[0] == 1.5  # not an average with the run before
+    assert axes.get_title(loc="left") == "mean of the last 4 steps"
+    [axes] = plots.training_curve(both, "reward", window=4, title="reward").axes
+    assert axes.get_title(loc="left") == "reward, mean of the last 4 steps"
 
 
 def test_what_cannot_be_shown_is_refused(steps: pd.DataFrame) -> None:
