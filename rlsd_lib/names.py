@@ -43,11 +43,7 @@ def alike(name: str, known: Iterable[str], count: int = 1) -> list[str]:
 
 
 class Named:
-    """A base of classes that refuse a keyword which their constructor has not.
-
-    Raises:
-        ValueError: naming the nearest keyword, where Python's TypeError names none.
-    """
+    """A base of classes that refuse an unknown keyword as `look_up` does, before `__init__`."""
 
     def __new__(cls, *args: Any, **given: Any) -> Any:
         known = inspect.signature(cls.__init__).parameters

@@ -126,7 +126,7 @@ def claims_table(lab: Runs, real: Runs) -> Table:
 def _cell(parts: list[Part]) -> str:
     """The parts of a claim; where none was measured, the reason if it is not lack of runs."""
     if any(len(part.values) for part in parts):
-        return "<br>".join(map(str, parts))
+        return "; ".join(map(str, parts))
     return next((part.why_not for part in parts if part.why_not), DASH)
 
 

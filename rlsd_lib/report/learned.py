@@ -8,7 +8,7 @@ from rlsd_lib.measure.intervals import Interval
 from rlsd_lib.report.tables import DASH, WORDS, Table, interval_of, paired_differences, with_arms
 from rlsd_lib.runs.records import Runs, is_finished, left_out
 
-INTERVENTION = "rlsd/intervention"
+MOVED = "rlsd/intervention"
 LEAKS = 0.05  # share of completions from which on the sentences speak of leaking
 
 
@@ -39,8 +39,11 @@ def learned(runs: Runs, baseline: str = "grpo") -> Table:
         for arm, cells in groups.items()
     ]
     names = ", ".join(path.name for path in to_open(runs))
-    sentences = [*_seen(gaps, baseline), _moved(groups), _leak(groups), _trust(arms)]
-    sentences += [f"To open: {names}.", left_out(runs.runs)]
+    sizes = {arm: interval_of(cells, MOVED).mean for arm, cells in groups.items()}
+    moved = ", ".join(f"{arm} {size:.3f}" for arm, size in sizes.items() if size > 0)
+    moved = moved and f"Intervention, the {WORDS[MOVED]} (0 is GRPO's): {moved}."
+    sentences = [*_seen(gaps, baseline), moved, _leak(groups), _trust(arms), f"To open: {names}."]
+    sentences.append(left_out(runs.runs))
     return Table(pd.DataFrame(rows), [*filter(None, sentences)])
 
 
@@ -60,13 +63,6 @@ def _seen(gaps: dict[str, Interval], baseline: str) -> list[str]:
         if open_
         else "Every difference was seen.",
     ]
-
-
-def _moved(groups: dict[str, pd.DataFrame]) -> str:
-    """How large each method's intervention is, and what that is."""
-    sizes = {arm: interval_of(cells, INTERVENTION).mean for arm, cells in groups.items()}
-    moved = ", ".join(f"{arm} {size:.3f}" for arm, size in sizes.items() if size > 0)
-    return moved and f"Intervention, the {WORDS[INTERVENTION]} (0 is GRPO's): {moved}."
 
 
 def _leak(groups: dict[str, pd.DataFrame]) -> str:

@@ -6,7 +6,7 @@ checkpoint, which prompts and which sampling were evaluated is not reported.
 
 import pandas as pd
 
-SOURCE = "arXiv 2604.03128 v2, Table 2: Qwen3-VL-8B-Instruct, one run each, no interval"
+SOURCE = "arXiv 2604.03128 v2, Table 2: Qwen3-VL-8B-Instruct, one run each, no interval, per cent"
 BENCHMARKS = ("MMMU", "MathVista", "MathVision", "ZeroBench", "WeMath")
 AVERAGE = "average"
 

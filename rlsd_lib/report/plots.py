@@ -66,7 +66,7 @@ def training_curve(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if data[metric].min() >= 0:
         whole = metric.startswith("reward") and data[metric].max() <= 1
-        axes.set_ylim(0, 1 if whole else None)
+        axes.set_ylim(0, 1 if whole else 1.05 * axes.dataLim.y1 or None)
     _name_legend(axes, data.groupby("method")["path"].nunique())
     return footnote(figure, left_out(steps))
 

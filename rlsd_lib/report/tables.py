@@ -60,11 +60,10 @@ WORDS = {
 }
 # The same of columns in a notebook's table.
 HEADINGS = {
-    "cosine": "cosine with the true gradient",
     "low": "95 % interval from",
     "high": "to",
     "noise / signal": "variance of a batch's gradient / its squared mean",
-    "first error": "share of blame on the first error",
+    "first error": "blame on the first error, share",
     "fillers": "on filler words",
     "place": "token number",
     "gap": "gap, nats",
@@ -445,10 +444,7 @@ def _most_common(values: pd.Series, default: Any) -> Any:
 
 
 def readable(frame: pd.DataFrame) -> Styler:
-    """Return a table for a notebook: text whole, on the left, with its line ends, and escaped.
-
-    Columns have their `HEADINGS`.
-    """
+    """Return a table for a notebook: `HEADINGS`; text whole, left, with its line ends, escaped."""
     frame = frame.rename(columns=HEADINGS)
     text = {"text-align": "left", "white-space": "pre-wrap"}
     head = {"selector": "th", "props": "text-align: left; vertical-align: top"}

@@ -405,8 +405,7 @@ class RLSDTrainer(TeacherPass, Named):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            card = Path(self.args.output_dir, "README.md")
-            card.write_text(upstream.without_none(card.read_text("utf-8")), "utf-8")
+            upstream.complete_card(Path(self.args.output_dir, "README.md"))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

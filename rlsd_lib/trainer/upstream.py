@@ -146,19 +146,13 @@ def without_fused_head(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 # --- TRL: the model card ------------------------------------------------------------------------
 
-UNKNOWN = {
-    "# Model Card for None": "# Model Card",
-    "is a fine-tuned version of [None](https://huggingface.co/None)": "was fine-tuned",
-    'model="None"': 'model="."',  # the card's own folder
-}
-
 
 @mends("trl", "1.16.0", "trl/trainer/utils.py, generate_model_card: names that may be None")
-def without_none(card: str) -> str:
-    """A model card without the names that TRL does not know."""
-    for sentence, instead in UNKNOWN.items():
-        card = card.replace(sentence, instead)
-    return card
+def complete_card(card: Path) -> None:
+    """Say nothing in a model card where TRL knows no name; the folder's model is the card's own."""
+    text = card.read_text("utf-8").replace("Model Card for None", "Model Card")
+    text = text.replace("a fine-tuned version of [None](https://huggingface.co/None)", "fine-tuned")
+    card.write_text(text.replace('model="None"', 'model="."'), "utf-8")
 
 
 # --- TRL: images ---------------------------------------------------------------------------------

@@ -17,21 +17,23 @@ from urllib.request import urlopen
 
 import nbformat
 import pytest
-from synthetic import write_folder
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 THEMES = ("JupyterLab Light", "JupyterLab Dark")
 VIEW = {"width": 1280, "height": 900}
+# What is opened: a notebook, or a copy of it, whose name goes on after the notebook's.
 CASES = {
     "00_tour": {"preset": '"smoke"'},
     "01_your_own_credit": {"preset": '"smoke"', "steps": "2", "batches": "2", "problems": "4"},
     "15_rlsd": {"preset": '"smoke"'},
+    "15_rlsd_on_the_lab": {"max_steps": "20"},
     "20_compare": {},
     "30_theory_leakage": {},
     "36_theory_drift": {},
 }
+DEMO = ("suite", "demo", "-p", "max_steps=20")  # what 20_compare shows: real runs, in minutes
 RUN_ALL = "async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }"
 CELLS = "() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
 TOP = "() => { for (const box of document.querySelectorAll('.jp-WindowedPanel-outer')) box.scrollTop = 0 }"
@@ -59,10 +61,8 @@ def lab(request, tmp_path_factory, shared_outputs) -> Iterator[tuple[str, str, P
     home = tmp_path_factory.mktemp("lab")
     notebooks = Path(shutil.copytree(FOLDER, home / "notebooks"))
     for name, parameters in CASES.items():
-        write_parameters(notebooks / f"{name}.ipynb", parameters)
-    write_folder(shared_outputs / "demo", ["grpo", "opsd", "rlsd"], seeds=2)
-    names = sorted(path.parent.name for path in (shared_outputs / "demo").glob("*/manifest.json"))
-    (shared_outputs / "demo" / "suite.json").write_text(json.dumps({"plans": [{"runs": names}]}))
+        [source] = [path for path in FOLDER.glob("*.ipynb") if name.startswith(path.stem)]
+        write_parameters(shutil.copy(source, notebooks / f"{name}.ipynb"), parameters)
     chosen = home / "settings" / "@jupyterlab" / "apputils-extension"
     chosen.mkdir(parents=True)
     (chosen / "themes.jupyterlab-settings").write_text(json.dumps({"theme": request.param}))
@@ -89,6 +89,13 @@ def lab(request, tmp_path_factory, shared_outputs) -> Iterator[tuple[str, str, P
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.fixture(scope="module")
+def demo(shared_outputs) -> None:
+    """The suite that `make demo` runs, shorter."""
+    outputs = {"RLSD_OUTPUTS": str(shared_outputs)}
+    subprocess.run([sys.executable, "-m", "rlsd_lib", *DEMO], env=os.environ | outputs, check=True)
 
 
 def write_parameters(path: Path, parameters: dict[str, str]) -> None:
@@ -138,7 +145,9 @@ def picture(page, name: str, theme: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_notebook_runs_twice_in_a_row(name, browser, lab):
+def test_a_notebook_runs_twice_in_a_row(name, browser, lab, request):
+    if name == "20_compare":
+        request.getfixturevalue("demo")
     address, theme, _ = lab
     page, problems = browser.new_page(viewport=VIEW), []
     page.on("pageerror", lambda error: problems.append(str(error)))

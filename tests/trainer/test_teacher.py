@@ -272,7 +272,7 @@ def test_a_model_card_cites_the_paper_of_the_method_and_no_name_that_nobody_gave
     trainer = tiny.trainer(tmp_path)
     trainer.create_model_card("tiny")
     card = (tmp_path / "README.md").read_text()
-    assert "Model Card for tiny\n\nThis model was fine-tuned." in card
+    assert "Model Card for tiny\n\nThis model is fine-tuned." in card
     trainer.create_model_card()
     assert "None" not in card + (tmp_path / "README.md").read_text()
     assert "2604.03128" in card
