@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 # Blue against red through white: told apart with every common kind of colour blindness.
 PALETTE = colormaps["RdBu"].with_extremes(bad="#d9d9d9")  # grey: no value, a masked token
@@ -145,13 +145,23 @@ def credit_heatmap(
     return token_heatmap(tokens, multiples, title=title, center=1.0, limit=limit)
 
 
+class Card(Figure):
+    """A figure on a white card with round corners, for pages of any theme."""
+
+    def __init__(self, figsize: tuple[float, float], **options: Any) -> None:
+        super().__init__(figsize, **options)
+        look = {"boxstyle": "round,pad=0,rounding_size=0.015", "facecolor": "white", "lw": 0}
+        look |= {"mutation_aspect": figsize[0] / figsize[1], "transform": self.transFigure}
+        self.patch = FancyBboxPatch((0, 0), 1, 1, **look)
+
+
 def new_figure(size: tuple[float, float]) -> Figure:
     """An empty figure that a notebook shows once, where it is returned, and does not keep.
 
     pyplot must make it, for only then does Jupyter know how to show it; and pyplot must forget it,
     for else it shows it a second time.
     """
-    figure = plt.figure(figsize=size, layout="constrained")
+    figure = plt.figure(figsize=size, layout="constrained", FigureClass=Card)
     plt.close(figure)
     return figure
 

@@ -11,7 +11,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rlsd_lib.report.heatmap import credit_heatmap, place, show_token, token_heatmap
+from rlsd_lib.report.heatmap import (
+    credit_heatmap,
+    new_figure,
+    place,
+    show_token,
+    token_heatmap,
+)
 
 
 def faces(figure: Figure) -> list[tuple[float, float, float]]:
@@ -116,3 +122,12 @@ def test_credit_is_shown_around_grpo() -> None:
     ]
     silent = credit_heatmap(["a"], [0.5], 0.0, title="x")
     assert (silent.center, silent.values) == (0.0, [0.5])
+
+
+def test_a_figure_is_a_white_card_with_round_corners(tmp_path: Path) -> None:
+    for file in ("tight.png", "whole.png"):
+        figure = new_figure((4.0, 2.0))
+        figure.text(0.0, -0.2, "under the figure")
+        figure.savefig(tmp_path / file, bbox_inches="tight" if file == "tight.png" else None)
+        alpha = np.asarray(Image.open(tmp_path / file))[..., 3]
+        assert alpha[0, 0] == alpha[-1, -1] == 0 and alpha[len(alpha) // 2].min() == 255, file
