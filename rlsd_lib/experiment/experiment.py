@@ -330,7 +330,9 @@ class Experiment:
     def finish(self) -> Styler:
         """Write metrics.json, mark the run finished, and return the metrics."""
         self.run.finish(self.metrics)
-        return readable(pd.Series(self.metrics, name="value").to_frame())
+        return readable(
+            pd.Series(self.metrics, name="value").rename_axis("metrics.json").to_frame()
+        )
 
 
 def take_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -58,13 +58,16 @@ WORDS = {
     "rlsd/drift": "pull to the teacher without a verdict / reverse KL's",
     "leak_rate_after": "leak rate after training",
 }
-# The same of columns in a notebook's table.
+# The same of columns and rows in a notebook's table.
 HEADINGS = {
     "low": "95 % interval from",
     "high": "to",
     "noise / signal": "variance of a batch's gradient / its squared mean",
     "first error": "blame on the first error, share",
     "fillers": "on filler words",
+    "accuracy_greedy": "accuracy, greedy",
+    "leak_rate": "leak rate",
+    "right_chain": "probability of a right chain",
     "place": "token number",
     "gap": "gap, nats",
     "rank": "rank, 0 for the most negative",
@@ -445,7 +448,7 @@ def _most_common(values: pd.Series, default: Any) -> Any:
 
 def readable(frame: pd.DataFrame) -> Styler:
     """Return a table for a notebook: `HEADINGS`; text whole, left, with its line ends, escaped."""
-    frame = frame.rename(columns=HEADINGS)
+    frame = frame.rename(index=HEADINGS, columns=HEADINGS)
     text = {"text-align": "left", "white-space": "pre-wrap"}
     head = {"selector": "th", "props": "text-align: left; vertical-align: top"}
     table = frame.style.format(_digits, escape="html").set_table_styles([head])

@@ -168,8 +168,9 @@ def test_a_table_for_a_notebook_is_whole_left_aligned_and_no_markup():
     assert "white-space: pre-wrap" in page and "text-align: left" in page
     for shown in (">5e-05<", ">0.123<", ">1<"):
         assert shown in page
-    told = tables.readable(pd.DataFrame({"gap": [float("inf"), float("nan")]})).to_html()
-    for shown in ("gap, nats", ">too large to tell<", ">-<"):
+    told = pd.DataFrame({"gap": [float("inf"), float("nan")]}, index=["leak_rate", "x"])
+    told = tables.readable(told).to_html()
+    for shown in (">gap, nats<", ">leak rate<", ">too large to tell<", ">-<"):
         assert shown in told
     folded = tables.answer("0 < 1").data
     assert folded.startswith("<details>") and "0 &lt; 1" in folded
