@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     options = parser().parse_args(words)
-    go_on = shlex.join(["rlsd", *words, *options.resume_with])
+    again = shlex.join(options.resume_with) in shlex.join(words)  # it went on already
+    go_on = shlex.join(["rlsd", *words, *(() if again else options.resume_with)])
     try:
         return options.command(options)
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:

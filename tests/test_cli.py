@@ -1,5 +1,7 @@
 """The `rlsd` command: user mistakes cost one line, runs come back as a table."""
 
+import argparse
+import functools
 import json
 import re
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import START, NotebookMaker
 
+from rlsd_lib import __main__ as cli
 from rlsd_lib.__main__ import main
 from rlsd_lib.experiment.controls import CONTROLS
 from rlsd_lib.experiment.presets import PRESETS
@@ -85,6 +88,19 @@ def test_mistakes_cost_one_line_and_write_nothing(
     assert main(["run", "99_nothing"]) == 2
     assert "no notebook '99_nothing'" in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_an_interrupted_run_says_once_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(options: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", functools.wraps(cli._run)(stop))
+    for given in ([], ["--if-exists", "resume"]):
+        assert main(["run", "15_rlsd", *given]) == 130
+        said = capsys.readouterr().err
+        assert said.endswith("go on with\n  rlsd run 15_rlsd --if-exists resume\n")
 
 
 def test_the_command_is_installed_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,7 +149,7 @@ class Card(Figure):
     """A figure on a white card with round corners, for pages of any theme."""
 
     def __init__(self, figsize: tuple[float, float], **options: Any) -> None:
-        super().__init__(figsize, **options)
+        super().__init__(figsize, layout="constrained", **options)
         look = {"boxstyle": "round,pad=0,rounding_size=0.015", "facecolor": "white", "lw": 0}
         look |= {"mutation_aspect": figsize[0] / figsize[1], "transform": self.transFigure}
         self.patch = FancyBboxPatch((0, 0), 1, 1, **look)
@@ -161,7 +161,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
     pyplot must make it, for only then does Jupyter know how to show it; and pyplot must forget it,
     for else it shows it a second time.
     """
-    figure = plt.figure(figsize=size, layout="constrained", FigureClass=Card)
+    figure = plt.figure(figsize=size, FigureClass=Card)
     plt.close(figure)
     return figure
 
