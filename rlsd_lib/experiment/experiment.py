@@ -330,9 +330,7 @@ class Experiment:
     def finish(self) -> Styler:
         """Write metrics.json, mark the run finished, and return the metrics."""
         self.run.finish(self.metrics)
-        return readable(
-            pd.Series(self.metrics, name="value").rename_axis("metrics.json").to_frame()
-        )
+        return readable(pd.Series(self.metrics, name="in metrics.json").to_frame())
 
 
 def take_weights(model: PreTrainedModel, folder: Path) -> None:

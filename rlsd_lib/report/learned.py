@@ -15,9 +15,8 @@ LEAKS = 0.05  # share of completions from which on the sentences speak of leakin
 def learned(runs: Runs, baseline: str = "grpo") -> Table:
     """Return a row per method with its accuracy, its difference to `baseline` and its leak rate.
 
-    The notes are sentences, all made from the runs: which differences were seen and which not, how
-    far token credit is from GRPO's, who leaks, how far one may trust it, and what to open; a line
-    more names runs without a result.
+    The notes say which differences were seen and which not, how far token credit is from GRPO's,
+    who leaks, how far one may trust it, what to open, and which runs gave no result.
     Differences are paired by problem and seed; their intervals are over seeds where there are
     several, else over problems.
 

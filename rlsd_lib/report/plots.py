@@ -37,8 +37,7 @@ def training_curve(
     """A metric against the step: the mean over seeds, with the 95 % bootstrap interval shaded.
 
     `steps` has a row per run and step, with columns `step`, `path`, `method` (a line each) and the
-    metric, which is averaged over the last `window` steps within each run before anything else, and
-    the title says so. Methods get
+    metric, which is averaged over the last `window` steps within each run first. Methods get
     colours and dashes in the order of all finished rows, so that one looks alike in every figure of
     these steps, whichever methods logged the metric. The axis begins at 0 where no value is
     negative, and rewards in [0, 1] are shown on all of it. `bound` is what theory allows at each

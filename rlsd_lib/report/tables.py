@@ -59,20 +59,12 @@ WORDS = {
     "leak_rate_after": "leak rate after training",
 }
 # The same of columns and rows in a notebook's table.
-HEADINGS = {
-    "low": "95 % interval from",
-    "high": "to",
-    "noise / signal": "variance of a batch's gradient / its squared mean",
-    "first error": "blame on the first error, share",
-    "fillers": "on filler words",
-    "accuracy_greedy": "accuracy, greedy",
-    "leak_rate": "leak rate",
-    "right_chain": "probability of a right chain",
-    "place": "token number",
-    "gap": "gap, nats",
-    "rank": "rank, 0 for the most negative",
-    "auroc_gap": "share of other tokens above it",
-}
+HEADINGS = {"low": "95 % interval from", "high": "to", "gap": "gap, nats", "place": "token number"}
+HEADINGS |= {"rank": "rank, 0 for the most negative", "auroc_gap": "share of other tokens above it"}
+HEADINGS |= {"noise / signal": "variance of a batch's gradient / its squared mean"}
+HEADINGS |= {"first error": "blame on the first error, share", "fillers": "on filler words"}
+HEADINGS |= {"accuracy_greedy": "accuracy, greedy", "leak_rate": "leak rate"}
+HEADINGS |= {"right_chain": "probability of a right chain"}
 # Columns that a narrow screen can do without, the first of them first.
 LEAST = (
     *("clip low", "clip high", "intervention", "entropy", "greedy after", "pass@4 after"),
