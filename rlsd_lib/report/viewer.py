@@ -39,9 +39,10 @@ class CreditViewer(CreditCallback):
         RLSDTrainer(..., callbacks=[CreditViewer(every_steps=50, rollouts=4)])
 
     Steps count from 1, as in TRL's log. The first and each `every_steps`-th get a page, such as
-    `step-000050.html`, and a PNG for each rollout. What is shown are the advantages that enter the loss, as multiples of the
-    rollout's, in the main process's first micro-step: the best rollout, the worst, and so on. If
-    `report_to` names `trackio` or `wandb`, each gets a row per token, `tensorboard` as text.
+    `step-000050.html`, and a PNG for each rollout. What is shown are the advantages that enter the
+    loss, as multiples of the rollout's, in the main process's first micro-step: the best rollout,
+    the worst, and so on. If `report_to` names `trackio` or `wandb`, each gets a table with a row
+    per token, `tensorboard` the same as text.
 
     Args:
         every_steps: optimiser steps from one page to the next, beside that of step 1.
