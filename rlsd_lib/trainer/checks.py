@@ -32,7 +32,7 @@ from rlsd_lib.methods import (
     from_caller,
     keywords,
 )
-from rlsd_lib.names import nearest
+from rlsd_lib.names import alike, nearest
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import HARMLESS, RLSDConfig
 from rlsd_lib.trainer.sharded import is_sharded, shape_of
@@ -149,10 +149,10 @@ def _check_videos(dataset: Dataset) -> None:
 def _check_column(dataset: Any, column: str, what: str) -> None:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and column not in columns:
+        hint = "".join(f" (did you mean {name!r}?)" for name in alike(column, columns))
         raise ValueError(
             f"{what} needs a {column!r} column (str: what the teacher may see and the student may "
-            f"not). The dataset has none{nearest(column, columns)}: set privileged_column to a column "
-            "that it has, or add it."
+            f"not). The dataset has {columns}{hint}: set privileged_column to one of them, or add it."
         )
 
 
