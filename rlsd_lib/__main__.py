@@ -337,6 +337,17 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _site(options: argparse.Namespace) -> int:
+    """Write every notebook that was run as a static page, from finished runs.
+
+    rlsd site
+    """
+    from rlsd_lib.report.page import write_site
+
+    print(f"{write_site()}\nopen it in a browser; the folder can be published as it is")
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
     """Measure step time and memory of RLSD beside GRPO, as ratios.
 
@@ -447,6 +458,8 @@ def parser() -> argparse.ArgumentParser:
 
     report = _command(commands, _report)
     report.add_argument("suite", help="a suite that was run, or a folder of runs")
+
+    _command(commands, _site)
 
     _command(commands, _list)
 

@@ -1,28 +1,46 @@
-"""One self-contained page per suite: `20_compare`, executed over its runs, without its code.
+"""From executed notebooks to static pages: one of a suite, or a site of all that were run.
 
-Figures are inside the page and nothing is loaded from elsewhere, so the file can be sent as it is.
+A suite's page is `20_compare`, executed over its runs, without its code. Figures are inside of the
+pages. Nothing is loaded from elsewhere but the script that typesets the formulas of the site.
 """
 
 import html
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+from traitlets.config import Config
+
 from rlsd_lib.runs.execute import execute_notebook
-from rlsd_lib.runs.paths import outputs_root
-from rlsd_lib.runs.records import described, is_finished, read_runs, runs_folder
+from rlsd_lib.runs.parameters import as_text
+from rlsd_lib.runs.paths import REPOSITORY, outputs_root, settings
+from rlsd_lib.runs.records import (
+    described,
+    is_finished,
+    manifest_or_none,
+    read_manifest,
+    read_runs,
+    runs_folder,
+)
 
 NOTEBOOK = "20_compare"
 # Folders beside the suite's that the claims table also needs, by the notebook's parameter.
 BESIDE = {"real_dir": "smollm2", "ablations_dir": "ablations"}
+MANUAL = REPOSITORY / "notebooks" / "README.md"
+LINK = re.compile(r'<a href="(\w+)\.(?:ipynb|md)">(.*?)</a>')
+MATHJAX = """<p class="about">Formulas are typeset by MathJax from cdn.jsdelivr.net; without a network they
+stand here as LaTeX.</p>
+<script>MathJax = {tex: {inlineMath: [["$", "$"]]}};</script>
+<script async src="https://cdn.jsdelivr.net/npm/mathjax@3.2.2/es5/tex-mml-chtml.js"></script>"""
 PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><title>{title}</title>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
 body {{ font: 15px/1.5 Georgia, serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }}
 p, ul {{ max-width: 62rem; }}
-table {{ border-collapse: collapse; font: 12px/1.4 sans-serif; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; font: 12px/1.4 sans-serif; }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .4rem; text-align: left; overflow-wrap: break-word; }}
-pre {{ font-size: 12px; white-space: pre-wrap; }} ul {{ font-size: 12px; color: #444; }}
+pre {{ font-size: 12px; white-space: pre-wrap; }} .highlight {{ background: #f6f6f6; }} ul {{ font-size: 12px; color: #444; }}
 img {{ max-width: 100%; }} a.anchor-link {{ display: none; }} .about, caption {{ color: #666; }}
 </style></head>
 <body>
@@ -57,11 +75,78 @@ def write_report(suite_or_folder: str | Path) -> Path:
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     about = f"Made {when} by rlsd report {folder.name}. {described(runs)}"
     title = f"RLSD workbook: {folder.name}"
+    body = _body(target / f"{NOTEBOOK}.ipynb", exclude_input=True)
+    return _write(target / "report.html", title, about, body)
+
+
+def write_site() -> Path:
+    """Write a page of each notebook, as its newest finished run left it, and an index; returns that.
+
+    They replace the pages in outputs/site. The index is the beginning of the notebooks' manual. Of a
+    link to a notebook without a finished run the words are kept.
+
+    Raises:
+        ValueError: there is no finished run with an executed notebook.
+    """
+    copies = _newest_copies()
+    if not copies:
+        raise ValueError(f"{outputs_root()}: no finished run with its notebook; rlsd run one first")
+    from nbconvert.filters import markdown2html  # half a second to import
+
+    abouts = {copy.stem: _about(copy.parent) for copy in copies}
+    pages = {copy.stem: _body(copy) for copy in copies}
+    rows = [
+        f'<li><a href="{name}.ipynb">{name}</a>: {html.escape(s)}' for name, s in abouts.items()
+    ]
+    start = markdown2html(MANUAL.read_text().partition("\n## ")[0])
+    pages["index"] = f"{start}<h2>The runs</h2><ul>{''.join(rows)}</ul>"
+    pages["recipes"] = markdown2html(MANUAL.with_name("recipes.md").read_text())
+    site = outputs_root() / "site"
+    site.mkdir(exist_ok=True)
+    for old in site.glob("*.html"):
+        old.unlink()
+    for name, body in pages.items():
+        body = LINK.sub(lambda link: link[0] if link[1] in pages else link[2], body)
+        body = LINK.sub(r'<a href="\1.html">\2</a>', body)
+        _write(site / f"{name}.html", name, abouts.get(name, ""), body + MATHJAX)
+    return site / "index.html"
+
+
+def _newest_copies() -> list[Path]:
+    """The executed copy of each notebook that its newest finished run has left, by name."""
+    found: dict[str, tuple[str, Path]] = {}
+    for path in (file.parent for file in outputs_root().rglob("manifest.json")):
+        manifest = manifest_or_none(path)
+        if manifest and manifest["status"] == "finished" and manifest["notebook"]:
+            copy = path / manifest["notebook"]
+            if copy.exists():  # a kernel of JupyterLab leaves none
+                before = found.get(copy.name, ("", copy))
+                found[copy.name] = max(before, (manifest["started"], copy))
+    return [found[name][1] for name in sorted(found)]
+
+
+def _about(path: Path) -> str:
+    """Which run a page shows: directory, commit, time and parameters, from its manifest."""
+    manifest = read_manifest(path)
+    git, given = manifest["git"], settings(manifest["parameters"])
+    commit = f"{git['commit'] or 'unknown'}"[:7] + (", with changes" if git["dirty"] else "")
+    told = " ".join(f"{name}={as_text(value)}" for name, value in given.items())
+    when = f"{manifest['started'][:16].replace('T', ' ')} UTC, {manifest['seconds']:.0f} s"
+    return f"run {path.parent.name}/{path.name}, commit {commit}, {when}. {told}"
+
+
+def _body(notebook: Path, **options: bool) -> str:
+    """An executed notebook as HTML, without prompts, code of answers, and what needs a kernel."""
     from nbconvert import HTMLExporter  # half a second to import
 
-    hidden = ("exclude_input", "exclude_input_prompt", "exclude_output_prompt")
-    exporter = HTMLExporter(template_name="basic", **dict.fromkeys(hidden, True))
-    body, _ = exporter.from_filename(str(target / f"{NOTEBOOK}.ipynb"))
-    file = target / "report.html"
+    removed = {"cell": "injected-parameters", "input": "answer", "all_outputs": "live"}
+    by_tag = {f"remove_{part}_tags": [tag] for part, tag in removed.items()}
+    config = Config({"TagRemovePreprocessor": {"enabled": True, **by_tag}})
+    prompts = dict.fromkeys(("exclude_input_prompt", "exclude_output_prompt"), True)
+    exporter = HTMLExporter(template_name="basic", config=config, **prompts, **options)
+    return exporter.from_filename(str(notebook))[0]
+
+
+def _write(file: Path, title: str, about: str, body: str) -> Path:
     file.write_text(PAGE.format(title=html.escape(title), about=html.escape(about), body=body))
     return file
