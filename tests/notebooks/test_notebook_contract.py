@@ -16,9 +16,8 @@ from rlsd_lib.runs.parameters import read_parameters
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 BASELINES = ("10_grpo", "11_opd", "12_opsd", "13_sdpo", "14_grpo_opsd", "15_rlsd", "16_credits")
-RECIPES = ("40_qwen3_vl", "41_qwen3_text")
 # Tags of the cells that notebooks of one family do not share.
-OWN_CELLS = {"parameters", "method-look", "setting-look"}
+OWN_CELLS = {"parameters", "method-look"}
 MAY_DEFINE = ("01_your_own_credit",)  # the reader's own function is its subject
 LONGEST = 25
 MOST_PARAMETERS = 8
@@ -109,9 +108,8 @@ def test_every_notebook_keeps_the_contract() -> None:
     assert {path.stem: found for path in NOTEBOOKS if (found := violations(path))} == {}
 
 
-@pytest.mark.parametrize("family", [BASELINES, RECIPES], ids=["baselines", "recipes"])
-def test_a_family_shares_every_cell_but_its_own(family: tuple[str, ...]) -> None:
-    first, *others = (FOLDER / f"{stem}.ipynb" for stem in family)
+def test_the_baselines_share_every_cell_but_their_own() -> None:
+    first, *others = (FOLDER / f"{stem}.ipynb" for stem in BASELINES)
     for other in others:
         assert shared_code(other) == shared_code(first), f"{other.stem}: {first.stem}"
         assert list(read_parameters(other)) == list(read_parameters(first)), other.stem
@@ -127,12 +125,43 @@ def test_only_the_notebook_on_own_credit_defines_functions(make_notebook: Notebo
 LINK = re.compile(r"\]\(([^)#]+)\)")
 
 
-def test_links_of_notebooks_resolve() -> None:
-    for path in NOTEBOOKS:
-        text = "".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+def test_links_of_notebooks_and_their_manual_resolve() -> None:
+    texts = {path.stem: "".join(_markdown(path)) for path in NOTEBOOKS}
+    texts |= {name: (FOLDER / f"{name}.md").read_text() for name in ("README", "recipes")}
+    for name, text in texts.items():
         for target in LINK.findall(text):
             found = (FOLDER / target).exists()
-            assert target.startswith("https://") or found, f"{path.stem}: {target}"
+            assert target.startswith("https://") or found, f"{name}: {target}"
+
+
+def _markdown(path: Path) -> list[str]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell.source for cell in cells if cell.cell_type == "markdown"]
+
+
+def test_a_notebook_says_what_it_gives_needs_and_takes_and_where_to_go_on() -> None:
+    for path in NOTEBOOKS:
+        first, *_, last = _markdown(path)
+        title, head, *_ = first.split("\n\n")
+        assert title.startswith("# "), path.stem
+        parts = re.fullmatch(
+            r"\*\*You will know\*\* .+\. \*\*It needs\*\* .+\. "
+            r"\*\*It takes\*\* .*minutes? on two cores.*\.",
+            head,
+        )
+        assert parts, f"{path.stem}: {head}"
+        _, _, after = last.partition("Next: ")
+        assert LINK.search(after) and f"({path.name})" not in after, path.stem
+
+
+def test_three_paths_lead_through_every_notebook() -> None:
+    rows = (FOLDER / "README.md").read_text().split("\n\n")[1].splitlines()[2:]
+    paths = [LINK.findall(row) for row in rows]
+    assert len(paths) == 3
+    assert {name for path in paths for name in path} == {
+        "recipes.md",
+        *(path.name for path in NOTEBOOKS),
+    }
 
 
 def test_every_exercise_of_the_tour_has_an_answer_that_is_executed_and_folded_away() -> None:
