@@ -1,4 +1,4 @@
-"""Rollouts in a notebook: their heat maps, and sliders that move one's credit."""
+"""Rollouts in a notebook: their heat maps, a method beside GRPO and RLSD, and sliders."""
 
 import textwrap
 
@@ -11,7 +11,7 @@ from rlsd_lib.report.heatmap import Heatmap, credit_heatmap, token_heatmap
 from rlsd_lib.trainer.config import RLSDConfig
 
 GAP_LIMIT = 5.0  # nats that get full colour
-SCALE = 1.0  # of the colours under the sliders, the same wherever these stand
+SCALE = 1.0  # of credit on one scale: full colour is nothing at all, or twice GRPO's
 
 
 def rollout_heatmaps(rollout: Rollout, config: RLSDConfig, name: str) -> dict[str, Heatmap]:
@@ -35,6 +35,37 @@ def rollout_heatmaps(rollout: Rollout, config: RLSDConfig, name: str) -> dict[st
     return found | {"multiplier": credit_heatmap(*credit, title=told, limit=bound or None)}
 
 
+def side_by_side(rollout: Rollout, config: RLSDConfig) -> tuple[dict[str, Heatmap], str]:
+    """A rollout under GRPO, RLSD with the paper's numbers and the method of `config`.
+
+    Returns pictures by method, of token advantages as multiples of A on one scale or of the method's
+    divergence, and a sentence: how few tokens hold half of it. RLSD's gap is that of this rollout.
+    """
+    tokens, own = rollout.tokens, config.method
+    moved = {"grpo": [rollout.advantage] * len(tokens), "rlsd": _rlsd(rollout)}
+    moved[own] = rollout.divergence or rollout.credit
+    pictures = {
+        name: token_heatmap(tokens, values, title=f"{name}: divergence, nats")
+        if name == own and rollout.divergence
+        else credit_heatmap(tokens, values, rollout.advantage, title=name, limit=SCALE)
+        for name, values in moved.items()
+    }
+    counts = ", ".join(f"{_half(values)} under {name}" for name, values in moved.items())
+    return pictures, f"Half of what moves this rollout's {len(tokens)} tokens lies on {counts}."
+
+
+def _half(values: list[float]) -> int:
+    """How few values hold half of the sum of all sizes; 0 where all are 0."""
+    sizes = torch.tensor(values).abs().sort(descending=True).values
+    return int((sizes.cumsum(0) < sizes.sum() / 2).sum()) + bool(sizes.any())
+
+
+def _rlsd(rollout: Rollout, lam: float = 0.5, epsilon_w: float = 0.2) -> list[float]:
+    """RLSD's token advantages of a rollout, by default with the paper's numbers."""
+    gap, advantages = torch.tensor([rollout.gap]), torch.tensor([rollout.advantage])
+    return rlsd(advantages, gap, torch.ones_like(gap), lam=lam, epsilon_w=epsilon_w)[0].tolist()
+
+
 def credit_sliders(rollout: Rollout, *, lam: float = 0.5, epsilon_w: float = 0.2) -> VBox:
     """Return two sliders above a heat map of the rollout's RLSD credit, which follows them.
 
@@ -44,13 +75,11 @@ def credit_sliders(rollout: Rollout, *, lam: float = 0.5, epsilon_w: float = 0.2
         "lam": FloatSlider(lam, min=0, max=1, step=0.05, description="lambda"),
         "epsilon_w": FloatSlider(epsilon_w, min=0, max=4, step=0.1, description="epsilon_w"),
     }
-    picture, gap = HTML(), torch.tensor([rollout.gap])
-    advantages = torch.tensor([rollout.advantage])
+    picture = HTML()
 
     def show(_: object = None) -> None:
         chosen = {name: slider.value for name, slider in sliders.items()}
-        [credit] = rlsd(advantages, gap, torch.ones_like(gap), **chosen).tolist()
-        told = rollout.tokens, credit, rollout.advantage
+        told = rollout.tokens, _rlsd(rollout, **chosen), rollout.advantage
         picture.value = credit_heatmap(*told, title="RLSD", limit=SCALE)._repr_html_()
 
     for slider in sliders.values():

@@ -1,12 +1,14 @@
 """What a notebook shows of a rollout: GRPO's credit is white, and sliders recompute RLSD's."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 
 from rlsd_lib.credit import rlsd
 from rlsd_lib.measure.rollouts import Rollout
-from rlsd_lib.report.rollouts import credit_sliders, rollout_heatmaps
+from rlsd_lib.report.rollouts import credit_sliders, rollout_heatmaps, side_by_side
 
 
 def rollout(**changes) -> Rollout:
@@ -43,6 +45,23 @@ def test_a_method_without_a_reward_shows_its_divergence(tmp_path):
     found = rollout_heatmaps(rollout(credit=[0.0, 0.0], divergence=[0.5, 0.1]), config, "x")
     assert list(found) == ["gap", "divergence"]
     assert (found["divergence"].center, found["divergence"].values) == (0.0, [0.5, 0.1])
+
+
+def test_a_method_stands_beside_grpo_and_rlsd_and_its_few_tokens_are_counted(tmp_path):
+    shown = rollout(tokens=[*"abcd"], gap=[-3.0, 0.0, 0.0, 3.0], credit=[-2.0] * 4)
+    pictures, sentence = side_by_side(shown, tiny.config(tmp_path, method="grpo"))
+    assert list(pictures) == ["grpo", "rlsd"]
+    assert pictures["rlsd"].values == pytest.approx([1.1, 1.0, 1.0, 0.9])
+    assert {picture.limit for picture in pictures.values()} == {1.0}
+
+    shown = replace(shown, credit=[0.0] * 4, divergence=[0.1, 0.1, 0.7, 0.1])
+    pictures, sentence = side_by_side(shown, tiny.config(tmp_path, method="opsd"))
+    assert (pictures["opsd"].center, pictures["opsd"].values) == (0.0, [0.1, 0.1, 0.7, 0.1])
+    assert sentence == (
+        "Half of what moves this rollout's 4 tokens lies on 2 under grpo, 2 under rlsd, 1 under opsd."
+    )
+    silent = replace(shown, advantage=0.0, divergence=[0.0] * 4)
+    assert "0 under grpo, 0 under rlsd" in side_by_side(silent, tiny.config(tmp_path))[1]
 
 
 def test_sliders_recolour_the_rollout():
