@@ -164,14 +164,18 @@ def test_three_paths_lead_through_every_notebook() -> None:
     }
 
 
-def test_every_exercise_of_the_tour_has_an_answer_that_is_executed_and_folded_away() -> None:
-    cells = nbformat.read(FOLDER / "00_tour.ipynb", as_version=4).cells
-    exercises = [i for i, cell in enumerate(cells) if "**Exercise.**" in cell.source]
-    answers = [i for i, cell in enumerate(cells) if "answer" in cell.metadata.get("tags", [])]
-    assert len(exercises) >= 4 and answers == [i + 1 for i in exercises]
-    for cell in (cells[i] for i in answers):
-        assert cell.metadata["jupyter"]["source_hidden"] is True
-        assert "assert " in cell.source and "\nanswer(" in cell.source
+def test_every_exercise_of_a_lecture_has_an_answer_that_is_executed_and_folded_away() -> None:
+    lectures = {path: 1 for path in NOTEBOOKS if "_theory_" in path.stem}
+    lectures[FOLDER / "00_tour.ipynb"] = 4
+    assert len(lectures) == 10
+    for path, least in lectures.items():
+        cells = nbformat.read(path, as_version=4).cells
+        exercises = [i for i, cell in enumerate(cells) if "**Exercise.**" in cell.source]
+        answers = [i for i, cell in enumerate(cells) if "answer" in cell.metadata.get("tags", [])]
+        assert len(exercises) >= least and answers == [i + 1 for i in exercises], path.stem
+        for cell in (cells[i] for i in answers):
+            assert cell.metadata["jupyter"]["source_hidden"] is True, path.stem
+            assert "assert " in cell.source and "\nanswer(" in cell.source, path.stem
 
 
 def test_a_training_notebook_names_the_folder_of_its_runs() -> None:
