@@ -1,7 +1,7 @@
 """From executed notebooks to static pages: one of a suite, or a site of all that were run.
 
-A suite's page is `20_compare`, executed over its runs, without its code. Figures are inside of the
-pages. Nothing is loaded from elsewhere but the script that typesets the formulas of the site.
+A suite's page is `20_compare`, executed over its runs, without its code. Figures are inside; nothing
+is loaded from elsewhere but the script that typesets the formulas of the site.
 """
 
 import html
@@ -9,27 +9,19 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from traitlets.config import Config
-
+from rlsd_lib.report.tables import settings_of
 from rlsd_lib.runs.execute import execute_notebook
-from rlsd_lib.runs.parameters import as_text
-from rlsd_lib.runs.paths import REPOSITORY, outputs_root, settings
-from rlsd_lib.runs.records import (
-    described,
-    is_finished,
-    manifest_or_none,
-    read_manifest,
-    read_runs,
-    runs_folder,
-)
+from rlsd_lib.runs.paths import REPOSITORY, outputs_root
+from rlsd_lib.runs.records import described, is_finished, read_runs, runs_folder
 
 NOTEBOOK = "20_compare"
 # Folders beside the suite's that the claims table also needs, by the notebook's parameter.
 BESIDE = {"real_dir": "smollm2", "ablations_dir": "ablations"}
 MANUAL = REPOSITORY / "notebooks" / "README.md"
+NOT_SHOWN = {"remove_input_tags": ["answer"], "remove_all_outputs_tags": ["live"]}
+NOT_SHOWN |= {"remove_cell_tags": ["injected-parameters"]}  # of the run, which the page names
 LINK = re.compile(r'<a href="(\w+)\.(?:ipynb|md)">(.*?)</a>')
-MATHJAX = """<p class="about">Formulas are typeset by MathJax from cdn.jsdelivr.net; without a network they
-stand here as LaTeX.</p>
+MATHJAX = """<p class="about">MathJax from cdn.jsdelivr.net typesets; offline, formulas are LaTeX.</p>
 <script>MathJax = {tex: {inlineMath: [["$", "$"]]}};</script>
 <script async src="https://cdn.jsdelivr.net/npm/mathjax@3.2.2/es5/tex-mml-chtml.js"></script>"""
 PAGE = """<!DOCTYPE html>
@@ -76,30 +68,30 @@ def write_report(suite_or_folder: str | Path) -> Path:
     about = f"Made {when} by rlsd report {folder.name}. {described(runs)}"
     title = f"RLSD workbook: {folder.name}"
     body = _body(target / f"{NOTEBOOK}.ipynb", exclude_input=True)
-    return _write(target / "report.html", title, about, body)
+    file = target / "report.html"
+    file.write_text(PAGE.format(title=html.escape(title), about=html.escape(about), body=body))
+    return file
 
 
 def write_site() -> Path:
     """Write a page of each notebook, as its newest finished run left it, and an index; returns that.
 
-    They replace the pages in outputs/site. The index is the beginning of the notebooks' manual. Of a
+    They replace the pages in outputs/site. The index is the beginning of the notebooks' manual; of a
     link to a notebook without a finished run the words are kept.
 
     Raises:
+        FileNotFoundError: there are no outputs yet.
         ValueError: there is no finished run with an executed notebook.
     """
-    copies = _newest_copies()
-    if not copies:
+    shown = _newest()
+    if not shown:
         raise ValueError(f"{outputs_root()}: no finished run with its notebook; rlsd run one first")
     from nbconvert.filters import markdown2html  # half a second to import
 
-    abouts = {copy.stem: _about(copy.parent) for copy in copies}
-    pages = {copy.stem: _body(copy) for copy in copies}
-    rows = [
-        f'<li><a href="{name}.ipynb">{name}</a>: {html.escape(s)}' for name, s in abouts.items()
-    ]
-    start = markdown2html(MANUAL.read_text().partition("\n## ")[0])
-    pages["index"] = f"{start}<h2>The runs</h2><ul>{''.join(rows)}</ul>"
+    start = MANUAL.read_text().partition("\n## ")[0]
+    rows = [f"- [{name}]({name}.ipynb): {about}" for name, (_, about) in shown.items()]
+    pages = {name: _body(copy) for name, (copy, _) in shown.items()}
+    pages["index"] = markdown2html("\n".join([start, "## The runs\n", *rows]))
     pages["recipes"] = markdown2html(MANUAL.with_name("recipes.md").read_text())
     site = outputs_root() / "site"
     site.mkdir(exist_ok=True)
@@ -107,46 +99,30 @@ def write_site() -> Path:
         old.unlink()
     for name, body in pages.items():
         body = LINK.sub(lambda link: link[0] if link[1] in pages else link[2], body)
-        body = LINK.sub(r'<a href="\1.html">\2</a>', body)
-        _write(site / f"{name}.html", name, abouts.get(name, ""), body + MATHJAX)
+        body = LINK.sub(r'<a href="\1.html">\2</a>', body) + MATHJAX
+        about = html.escape(shown[name][1]) if name in shown else ""
+        (site / f"{name}.html").write_text(PAGE.format(title=name, about=about, body=body))
     return site / "index.html"
 
 
-def _newest_copies() -> list[Path]:
-    """The executed copy of each notebook that its newest finished run has left, by name."""
-    found: dict[str, tuple[str, Path]] = {}
-    for path in (file.parent for file in outputs_root().rglob("manifest.json")):
-        manifest = manifest_or_none(path)
-        if manifest and manifest["status"] == "finished" and manifest["notebook"]:
-            copy = path / manifest["notebook"]
-            if copy.exists():  # a kernel of JupyterLab leaves none
-                before = found.get(copy.name, ("", copy))
-                found[copy.name] = max(before, (manifest["started"], copy))
-    return [found[name][1] for name in sorted(found)]
-
-
-def _about(path: Path) -> str:
-    """Which run a page shows: directory, commit, time and parameters, from its manifest."""
-    manifest = read_manifest(path)
-    git, given = manifest["git"], settings(manifest["parameters"])
-    commit = f"{git['commit'] or 'unknown'}"[:7] + (", with changes" if git["dirty"] else "")
-    told = " ".join(f"{name}={as_text(value)}" for name, value in given.items())
-    when = f"{manifest['started'][:16].replace('T', ' ')} UTC, {manifest['seconds']:.0f} s"
-    return f"run {path.parent.name}/{path.name}, commit {commit}, {when}. {told}"
+def _newest() -> dict[str, tuple[Path, str]]:
+    """By notebook the copy that its newest finished run has left, and which run that is."""
+    found, runs = {}, read_runs(outputs_root()).runs
+    done = runs[is_finished(runs)].to_dict("records")
+    for run in sorted(done, key=lambda run: run["started"]):
+        copy = Path(run["path"]) / str(run["notebook"])
+        if copy.exists():  # a kernel of JupyterLab leaves none
+            commit = str(run["commit"])[:7] + (", with changes" if run["dirty"] else "")
+            about = f"{run['group']}/{run['name']}, commit {commit}, {run['started'][:16]} UTC"
+            found[copy.stem] = copy, f"run {about}. {settings_of(run['parameters'])}"
+    return dict(sorted(found.items()))
 
 
 def _body(notebook: Path, **options: bool) -> str:
     """An executed notebook as HTML, without prompts, code of answers, and what needs a kernel."""
-    from nbconvert import HTMLExporter  # half a second to import
+    from nbconvert import HTMLExporter, preprocessors  # half a second to import
 
-    removed = {"cell": "injected-parameters", "input": "answer", "all_outputs": "live"}
-    by_tag = {f"remove_{part}_tags": [tag] for part, tag in removed.items()}
-    config = Config({"TagRemovePreprocessor": {"enabled": True, **by_tag}})
     prompts = dict.fromkeys(("exclude_input_prompt", "exclude_output_prompt"), True)
-    exporter = HTMLExporter(template_name="basic", config=config, **prompts, **options)
+    exporter = HTMLExporter(template_name="basic", **prompts, **options)
+    exporter.register_preprocessor(preprocessors.TagRemovePreprocessor(**NOT_SHOWN), enabled=True)
     return exporter.from_filename(str(notebook))[0]
-
-
-def _write(file: Path, title: str, about: str, body: str) -> Path:
-    file.write_text(PAGE.format(title=html.escape(title), about=html.escape(about), body=body))
-    return file

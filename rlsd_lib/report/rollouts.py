@@ -41,15 +41,12 @@ def side_by_side(rollout: Rollout, config: RLSDConfig) -> tuple[dict[str, Heatma
     Returns pictures by method, of token advantages as multiples of A on one scale or of the method's
     divergence, and a sentence: how few tokens hold half of it. RLSD's gap is that of this rollout.
     """
-    tokens, own = rollout.tokens, config.method
-    moved = {"grpo": [rollout.advantage] * len(tokens), "rlsd": _rlsd(rollout)}
+    tokens, size, own = rollout.tokens, rollout.advantage, config.method
+    moved = {"grpo": [size] * len(tokens), "rlsd": _rlsd(rollout)}
     moved[own] = rollout.divergence or rollout.credit
-    pictures = {
-        name: token_heatmap(tokens, values, title=f"{name}: divergence, nats")
-        if name == own and rollout.divergence
-        else credit_heatmap(tokens, values, rollout.advantage, title=name, limit=SCALE)
-        for name, values in moved.items()
-    }
+    pictures = {k: credit_heatmap(tokens, v, size, title=k, limit=SCALE) for k, v in moved.items()}
+    if rollout.divergence:
+        pictures[own] = token_heatmap(tokens, moved[own], title=f"{own}: divergence, nats")
     counts = ", ".join(f"{_half(values)} under {name}" for name, values in moved.items())
     return pictures, f"Half of what moves this rollout's {len(tokens)} tokens lies on {counts}."
 

@@ -47,7 +47,7 @@ def test_the_site_shows_the_newest_finished_run_of_each_notebook(
     page = pages["10_grpo"]
     assert page.count("of the new run") == 2  # of the parameters and of the answer
     assert "of the old run" not in page and "of the failed run" not in page
-    assert "run tiny/new, commit" in page and "2026-01-02 10:00 UTC" in page
+    assert "run tiny/new, commit" in page and "2026-01-02T10:00 UTC" in page
     assert "commit fffffff, with changes" in pages["15_rlsd"]
     assert "slider" in page and "kept_secret" not in page and "injected" not in page
     assert '<a href="15_rlsd.html">next</a> no<' in page
@@ -61,5 +61,6 @@ def test_the_site_shows_the_newest_finished_run_of_each_notebook(
 
 
 def test_there_is_no_site_without_a_finished_run(capsys: pytest.CaptureFixture[str]) -> None:
+    outputs_root().mkdir()
     assert main(["site"]) == 2
     assert "no finished run with its notebook" in capsys.readouterr().err
