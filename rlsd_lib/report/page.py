@@ -67,7 +67,7 @@ def write_report(suite_or_folder: str | Path) -> Path:
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     about = f"Made {when} by rlsd report {folder.name}. {described(runs)}"
     title = f"RLSD workbook: {folder.name}"
-    body = _body(target / f"{NOTEBOOK}.ipynb", exclude_input=True)
+    body = LINK.sub(r"\2", _body(target / f"{NOTEBOOK}.ipynb", exclude_input=True))
     file = target / "report.html"
     file.write_text(PAGE.format(title=html.escape(title), about=html.escape(about), body=body))
     return file
