@@ -48,6 +48,6 @@ def hardware_table(folder: Path) -> str:
         machines.append({"machine": "GPU", "rows": {}})
     lines = [["what", *(machine["machine"] for machine in machines)], ["---"] * (len(machines) + 1)]
     for what in dict.fromkeys(what for machine in machines for what in machine["rows"]):
-        found = [machine["rows"].get(what, {"result": "not run"}) for machine in machines]
+        found = [machine["rows"].get(what, {"result": "-"}) for machine in machines]
         lines.append([what, *(row["result"] for row in found)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
