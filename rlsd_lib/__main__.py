@@ -374,7 +374,7 @@ def _bench(options: argparse.Namespace) -> int:
         print(bench.profile_teacher_pass(sizes, trace))
         return 0
     if options.gpu:
-        what, table = "bench --gpu", bench.bench_gpu(outputs_root())
+        what, table = "bench --gpu", bench.bench_gpu(outputs_root() / "tables")
     elif synthetic:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
         clock = "seconds are the processor's where torch has one thread, else the wall clock's"
