@@ -225,7 +225,8 @@ class Clock(TrainerCallback):
         self.steps[-1][REST] += now()
 
     def _teacher(self, score: Callable[[], Any]) -> Any:
-        self.steps[-1][TEACHER], scores = timed(score)
+        seconds, scores = timed(score)
+        self.steps[-1][TEACHER] = self.steps[-1].get(TEACHER, 0.0) + seconds
         return scores
 
     def _rollouts(self, generate: Callable[[], list]) -> list:
