@@ -19,12 +19,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rlsd_lib import __version__
 from rlsd_lib.names import look_up
 from rlsd_lib.runs import Interrupted, NotebookError
 from rlsd_lib.runs.parameters import (
@@ -374,7 +374,7 @@ def _bench(options: argparse.Namespace) -> int:
         print(bench.profile_teacher_pass(sizes, trace))
         return 0
     if options.gpu:
-        what, table = "bench --gpu", bench.bench_gpu(outputs_root())
+        what, table = "bench --gpu", bench.bench_gpu(outputs_root() / "tables")
     elif synthetic:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
         clock = "seconds are the processor's where torch has one thread, else the wall clock's"
@@ -413,7 +413,7 @@ def parser() -> argparse.ArgumentParser:
     """The sub-commands and their options; `command` of what it parses is the function to call."""
     purpose = "Run a notebook or a suite, read runs back as a table, measure and plan the cost."
     words = argparse.ArgumentParser(prog="rlsd", description=purpose)
-    words.add_argument("--version", action="version", version=f"rlsd {version('rlsd-lib')}")
+    words.add_argument("--version", action="version", version=f"rlsd {__version__}")
     commands = words.add_subparsers(required=True, metavar="COMMAND")
 
     run = _command(commands, _run)

@@ -1,5 +1,6 @@
 """Fixtures for every test: no network, run folders in a temporary place, tiny notebooks."""
 
+import gc
 import os
 import re
 from collections import Counter
@@ -39,6 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record", action="store_true", help="add what passed to outputs/tables/machines"
     )
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of every later garbage collection.
+
+    accelerate collects after each training, and would walk half a million objects every time.
+    """
+    gc.freeze()
 
 
 # The rows of the README's hardware table; a test counts for the first that its id matches.

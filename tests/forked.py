@@ -5,6 +5,7 @@ its first line. Some tests still pay them, because a user does: `COLD` in test_t
 """
 
 import atexit
+import gc
 import io
 import multiprocessing
 import os
@@ -72,6 +73,7 @@ class Forked:
 def _run(
     ready: Connection, env: dict[str, str], errors: Path | None, target: Callable, *args: Any
 ) -> None:
+    gc.freeze()  # as in conftest.py
     os.setsid()
     os.environ.clear()
     os.environ.update(env)

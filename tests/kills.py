@@ -6,6 +6,7 @@ tries COUNT cases, drawn at random (default: all), each in forked processes, and
 weights, teacher or logged numbers differ in a bit.
 """
 
+import gc
 import json
 import os
 import random
@@ -94,6 +95,7 @@ def train(folder: Path, kind: str, shape: str, killed_at: tuple[str, int] | None
     """Train in a forked process, resuming where there is a checkpoint; its outcome, None if killed."""
     file = folder / "outcome.json"
     if (child := os.fork()) == 0:
+        gc.freeze()  # as in conftest.py
         try:
             trainer = made(folder, kind, shape)
             if killed_at is not None:

@@ -1,9 +1,9 @@
 """`rlsd bench`: what a step of each trainer costs beside GRPO's, measured.
 
-Trainers, TRL's own among them, take turns, each turn in a fresh process. All train on the same
-rollouts, those of each step generated once, and at a learning rate of 0, so that they differ only in
-what they compute from them. The task is a preset's, or a random Qwen3 reads prompts and writes
-completions of exact length; nothing is downloaded.
+Trainers, TRL's own among them, take turns. All train on the same rollouts, those of each step
+generated once, and at a learning rate of 0, so that they differ only in what they compute from them.
+The task is a preset's, or a random Qwen3 reads prompts and writes completions of exact length;
+nothing is downloaded.
 """
 
 import contextlib
@@ -11,18 +11,19 @@ import copy
 import gc
 import os
 import resource
-import statistics
 import sys
 import tempfile
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
+from statistics import median
 from typing import Annotated, Any
 from unittest.mock import Mock
 
@@ -32,21 +33,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch.profiler import profile
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rlsd_lib.experiment.experiment import Experiment
-from rlsd_lib.experiment.plan import Plan, config_named, shape_of
+from rlsd_lib.experiment.plan import GIB, NO_TEACHER, RESERVED, Plan, shape_of
 from rlsd_lib.names import check_fields, look_up
+from rlsd_lib.report.plots import costs
 from rlsd_lib.tasks.encode import word_tokenizer
+from rlsd_lib.tasks.models import config_named
 from rlsd_lib.trainer.config import RLSDConfig
 from rlsd_lib.trainer.trainer import RLSDTrainer
 
@@ -55,27 +51,29 @@ SYNTHETIC = "synthetic"  # a model in `SHAPES` that is nobody's
 SPECIAL = ("<pad>", "</s>", "<unk>")
 # A contender, a folder, a number of steps -> its trainer.
 Build = Callable[[str, Path, int], Trainer]
-# Seconds by part of each timed step, rollouts by step, peak MiB.
-Turn = tuple[list[dict[str, float]], dict[int, list], float]
+Rollouts = dict[int, tuple[float, list]]  # seconds and ids, by the number of the step
+Turn = tuple[list[dict[str, float]], Rollouts]  # of each timed step seconds by part, peak MiB
 STEP, GENERATION, REST = "step, s", "generation, s", "without generation, s"
 TEACHER, PEAK = "teacher pass, s", "peak MiB"
-MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")  # of `--gpu`
+RATIOS = {STEP: "step / GRPO", REST: "without generation / GRPO", PEAK: "peak MiB / GRPO"}
+MIB = 2**20
 LORA = ", LoRA"  # ends the name of a contender that trains an adapter
 Whole = Annotated[int, lambda n: isinstance(n, int) and n >= 1, "a whole number >= 1"]
 Group = Annotated[int, lambda n: isinstance(n, int) and n >= 2, "2 or more, a group"]
 
 
-# What is raced
+def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any], dict[str, Any] | None]]:
+    """Trainer and configuration by name, and what its plan changes of RLSD's; None: has no plan.
 
-
-def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any]]]:
-    """Trainer and configuration by name. TRL's self-distiller sees the same teacher prompt as ours."""
+    TRL's self-distiller sees the same teacher prompt as ours.
+    """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-    ours = partial(
-        RLSDConfig, privileged_template="{prompt} {privileged_context}", lambda_decay_steps=0
-    )
+    template = "{prompt} {privileged_context}"
+    ours = partial(RLSDConfig, privileged_template=template, lambda_decay_steps=0)
+    headed = partial(ours, method="grpo", completion_head=True)
+    plain = partial(ours, teacher_pass="plain")
     theirs = partial(
         SDPOConfig,
         # Feedback instead of a demonstration, so that the teacher's prompt is as long as RLSD's.
@@ -85,15 +83,16 @@ def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any]]]:
         feedback_template=" {feedback_raw}",
         max_prompt_length=None,
     )
+    alone, lora = {"teacher_model_kind": NO_TEACHER}, {"lora_rank": LoraConfig().r}
     return {
-        BASE: (GRPOTrainer, GRPOConfig),
-        "GRPO, completion head": (RLSDTrainer, partial(ours, method="grpo", completion_head=True)),
-        "RLSD": (RLSDTrainer, ours),
-        "RLSD, plain pass": (RLSDTrainer, partial(ours, teacher_pass="plain")),
-        "OPSD": (RLSDTrainer, partial(ours, method="opsd")),
-        BASE + LORA: (GRPOTrainer, GRPOConfig),
-        "RLSD" + LORA: (RLSDTrainer, ours),
-        "TRL SDPO": (SDPOTrainer, theirs),
+        BASE: (GRPOTrainer, GRPOConfig, alone),
+        "GRPO, completion head": (RLSDTrainer, headed, alone),
+        "RLSD": (RLSDTrainer, ours, {}),
+        "RLSD, plain pass": (RLSDTrainer, plain, {"num_generations": 1}),  # no prompt is shared
+        "OPSD": (RLSDTrainer, partial(ours, method="opsd"), None),
+        BASE + LORA: (GRPOTrainer, GRPOConfig, alone | lora),
+        "RLSD" + LORA: (RLSDTrainer, ours, lora),
+        "TRL SDPO": (SDPOTrainer, theirs, None),
     }
 
 
@@ -101,8 +100,8 @@ def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any]]]:
 class Sizes:
     """A random Qwen3 on prompts and completions of exact length, in tokens; a group is a step.
 
-    Other models of `SHAPES` than `SYNTHETIC` are in bf16, with gradient checkpointing.
-    Raises ValueError for a size that cannot be, naming it and what was expected.
+    Other models of `SHAPES` than `SYNTHETIC` are in bf16, with gradient checkpointing, and read two
+    rollouts at a time. Raises ValueError for a size that cannot be, naming it and what was expected.
     """
 
     prompt: Whole = 1024
@@ -116,37 +115,33 @@ class Sizes:
         check_fields(self)
 
     def build(self, name: str, folder: Path, steps: int) -> Trainer:
-        """The trainer of a contender, ready for `steps` steps of one group each.
-
-        Raises ValueError for an unknown name, with the nearest known one.
-        """
+        """The trainer of a contender, for `steps` steps of a group each; ValueError for a wrong name."""
         table = contenders()
-        trainer, configure = table[look_up(name, table, "contender")]
-        on_gpu = torch.cuda.is_available()
+        trainer, configure, _ = table[look_up(name, table, "contender")]
+        plan, on_gpu = self.plan, torch.cuda.is_available()
         config = configure(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=self.rows,
-            gradient_accumulation_steps=self.generations // self.rows,
             num_generations=self.generations,
             max_completion_length=self.completion,
+            per_device_train_batch_size=plan.per_device_train_batch_size,
+            gradient_accumulation_steps=self.generations // plan.per_device_train_batch_size,
+            gradient_checkpointing=plan.gradient_checkpointing,
             # No end of sequence before the last token: completions of one length are equal work.
             generation_kwargs={"min_new_tokens": self.completion},
-            temperature=1.0,
             learning_rate=0.0,
             shuffle_dataset=False,
-            gradient_checkpointing=self.is_real,
             use_cpu=not on_gpu,
             bf16=on_gpu,
-            report_to="none",
             disable_tqdm=True,
             save_strategy="no",
         )
-        dtype = torch.bfloat16 if self.is_real else torch.float32
         # Always the same weights.
         with torch.random.fork_rng(), torch.device("cuda" if on_gpu else "cpu"):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=plan.dtype)
+        # One token per word: a text of n words is n tokens.
+        words = [*SPECIAL, *(f"w{i}" for i in range(model.config.vocab_size - len(SPECIAL)))]
         if not issubclass(trainer, GRPOTrainer):
             # TRL's self-distiller loads its teacher from where the model came from.
             model.save_pretrained(folder / "model")
@@ -156,7 +151,7 @@ class Sizes:
             reward_funcs=_reward,
             args=config,
             train_dataset=self.make_rows(steps),
-            processing_class=self.make_tokenizer(),
+            processing_class=word_tokenizer(words, WhitespaceSplit()),
             peft_config=LoraConfig(task_type="CAUSAL_LM") if name.endswith(LORA) else None,
         )
 
@@ -174,30 +169,20 @@ class Sizes:
         return self.model != SYNTHETIC
 
     @property
-    def words(self) -> int:
-        """Words that prompts are drawn from: the vocabulary but for special tokens."""
-        return self.config().vocab_size - len(SPECIAL)
-
-    @property
-    def rows(self) -> int:
-        """Rollouts that share a forward."""
-        return 2 if self.is_real else self.generations
-
-    def make_tokenizer(self) -> PreTrainedTokenizerFast:
-        """One token per word: a text of n words is n tokens."""
-        words = [*SPECIAL, *(f"w{i}" for i in range(self.words))]
-        return word_tokenizer(words, WhitespaceSplit())
+    def plan(self) -> Plan:
+        """RLSD on these sizes, as `rlsd plan` describes it."""
+        how = {"num_generations": self.generations, "privileged_length": self.reference}
+        how |= {"per_device_train_batch_size": 2 if self.is_real else self.generations}
+        how |= {"dtype": "bfloat16"} if self.is_real else {"gradient_checkpointing": False}
+        shape, rollouts = shape_of(self.config()), self.generations
+        return Plan(shape, 1, self.prompt, self.completion, rollouts, **how)
 
     def make_rows(self, count: int) -> Dataset:
-        """`count` prompts and references of exact length."""
-        random = torch.Generator().manual_seed(0)
-
-        def text(length: int) -> str:
-            ids = torch.randint(self.words, (length,), generator=random)
-            return " ".join(f"w{i}" for i in ids.tolist())
-
-        columns = {"prompt": self.prompt, "privileged_context": self.reference}
-        return Dataset.from_dict({k: [text(n) for _ in range(count)] for k, n in columns.items()})
+        """`count` prompts and references of exact length, in `vocabulary` words."""
+        draw = partial(Random(0).choices, [f"w{i}" for i in range(self.vocabulary)])
+        lengths = {"prompt": self.prompt, "privileged_context": self.reference}
+        rows = [{k: " ".join(draw(k=n)) for k, n in lengths.items()} for _ in range(count)]
+        return Dataset.from_list(rows)
 
 
 def _reward(completions: list[str], **_: Any) -> list[float]:
@@ -206,27 +191,20 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def preset_trainer(preset: str, name: str, folder: Path, steps: int) -> Trainer:
-    """The trainer of a run of "GRPO" or "RLSD" with a preset, at a constant lambda.
-
-    Raises ValueError for an unknown preset.
-    """
+    """The trainer of a run of "GRPO" or "RLSD"; ValueError for an unknown preset."""
     overrides = {"learning_rate": 0.0, "lambda_decay_steps": 0, "save_strategy": "no"}
-    place = {"max_steps": steps, "run_dir": str(folder / "run")}
-    method = name.lower()
-    return Experiment(method=method, preset=preset, overrides=overrides, **place).trainer()
-
-
-# Time and memory
+    how = {"overrides": overrides, "max_steps": steps, "run_dir": str(folder / "run")}
+    return Experiment(method=name.lower(), preset=preset, **how).trainer()
 
 
 class Clock(TrainerCallback):
     """Seconds of each optimiser step without its generation, of generation and of the teacher pass.
 
-    Rollouts that are in `rollouts` already, under the number of their step, are used again. The
-    first step, which warms up, has those of the second.
+    `rollouts` holds, by the number of a step, the seconds that its rollouts took and their ids; what
+    is absent is generated and added. The first step, which warms up, has those of the second.
     """
 
-    def __init__(self, trainer: Any, rollouts: dict[int, list]) -> None:
+    def __init__(self, trainer: Any, rollouts: Rollouts) -> None:
         self.steps: list[dict[str, float]] = []
         self.rollouts = rollouts
         # The narrowest function of TRL's that returns completions: of one turn, and of SDPO's.
@@ -238,33 +216,33 @@ class Clock(TrainerCallback):
             trainer._generate = lambda ids: (ids, self._rollouts(lambda: made(ids)[1]))
         if isinstance(trainer, RLSDTrainer):
             score = trainer.teacher_scores
-            trainer.teacher_scores = lambda *a, **k: self._timed(TEACHER, lambda: score(*a, **k))
+            trainer.teacher_scores = lambda *a, **k: self._teacher(lambda: score(*a, **k))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.steps.append(defaultdict(float, {REST: -now()}))
+        self.steps.append({REST: -now()})
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps[-1][REST] += now() - self.steps[-1].get(GENERATION, 0.0)
+        self.steps[-1][REST] += now()
 
-    def _timed(self, part: str, run: Callable[[], Any]) -> Any:
-        begun = now()
-        result = run()
-        self.steps[-1][part] += now() - begun
-        return result
+    def _teacher(self, score: Callable[[], Any]) -> Any:
+        seconds, scores = timed(score)
+        self.steps[-1][TEACHER] = self.steps[-1].get(TEACHER, 0.0) + seconds
+        return scores
 
     def _rollouts(self, generate: Callable[[], list]) -> list:
-        step = max(len(self.steps), 2)
-        if step not in self.rollouts:
-            torch.manual_seed(step)
-            self.rollouts[step] = self._timed(GENERATION, generate)
-        return copy.deepcopy(self.rollouts[step])
+        step, number = self.steps[-1], max(len(self.steps), 2)
+        if number not in self.rollouts:
+            torch.manual_seed(number)
+            self.rollouts[number] = timed(generate)
+            step[REST] -= self.rollouts[number][0]
+        step[GENERATION], ids = self.rollouts[number]
+        return copy.deepcopy(ids)
 
 
-def train(build: Build, name: str, steps: int, rollouts: dict[int, list]) -> Turn:
+def train(build: Build, name: str, steps: int, rollouts: Rollouts) -> Turn:
     """Train one step to warm up and `steps` more, on `rollouts` where they are given, see `Clock`.
 
-    The peak in MiB is the device's; without a GPU it is this process's. Neither counts what was
-    held before.
+    The peak is the device's; without a GPU it is this process's. Neither counts what was held before.
     """
     contenders()  # the imports
     gc.collect()
@@ -279,13 +257,10 @@ def train(build: Build, name: str, steps: int, rollouts: dict[int, list]) -> Tur
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
-    warm_up, *timed = clock.steps
-    timed[0] |= {GENERATION: warm_up[GENERATION]} if GENERATION in warm_up else {}
     unit = 1 if sys.platform == "darwin" else 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated()
-    return timed, clock.rollouts, (peak - before) / 2**20
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.cuda.max_memory_allocated() if on_gpu else own
+    return [{**step, PEAK: (peak - before) / MIB} for step in clock.steps[1:]], clock.rollouts
 
 
 def train_apart(*turn: Any) -> Turn:
@@ -301,10 +276,7 @@ def train_apart(*turn: Any) -> Turn:
 
 
 def now() -> float:
-    """Seconds: of the clock on the wall, or of the processor where one thread does all the work.
-
-    A single thread's own seconds are what other programs on the machine lengthen least.
-    """
+    """Seconds of the wall's clock; of the processor, which others disturb least, for one thread."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.get_num_threads() == 1:
@@ -312,7 +284,11 @@ def now() -> float:
     return time.perf_counter()
 
 
-# The race
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """The seconds that `run` takes, and what it returns."""
+    begun = now()
+    result = run()
+    return now() - begun, result
 
 
 def race(build: Build, names: Sequence[str], steps: int = 3, rounds: int = 1) -> pd.DataFrame:
@@ -321,69 +297,70 @@ def race(build: Build, names: Sequence[str], steps: int = 3, rounds: int = 1) ->
     The trainers take turns, `rounds` times; in a round all train on the rollouts of the first. A row
     is NaN where device memory did not suffice.
     """
-    timed: dict[str, list[dict[str, float]]] = {name: [] for name in (BASE, *names)}
-    turns = tqdm(total=rounds * len(timed), unit="turn", disable=None)  # on a terminal alone
-    for _ in range(rounds):
-        rollouts: dict[int, list] = {}
-        for name, found in timed.items():
-            turns.set_description(name)
-            with contextlib.suppress(torch.OutOfMemoryError):
-                timings, rollouts, peak = train_apart(build, name, steps, rollouts)
-                found += [{**step, PEAK: peak} for step in timings]
-            turns.update()
-    turns.close()
-    parts = (GENERATION, REST, TEACHER, PEAK)
-    medians = {name: pd.DataFrame(found, columns=parts).median() for name, found in timed.items()}
-    table = pd.DataFrame(medians).T.astype(float)
-    table[GENERATION] = table[GENERATION].median()  # made by one of them, for all
+    found, rollouts = [], [Rollouts() for _ in range(rounds)]
+    turns = tqdm([*product(range(rounds), (BASE, *names))], unit="turn", disable=None)
+    for number, name in turns:
+        turns.set_description(name)  # on a terminal alone
+        with contextlib.suppress(torch.OutOfMemoryError):
+            made, rollouts[number] = train_apart(build, name, steps, rollouts[number])
+            found += [{"trainer": name, **step} for step in made]
+    table = pd.DataFrame(found, columns=["trainer", GENERATION, REST, TEACHER, PEAK])
+    table = table.set_index("trainer").astype(float).groupby(level=0).median()
+    table = table.reindex([BASE, *names]).rename_axis(None)
     table.insert(0, STEP, table[GENERATION] + table[REST])
-    for column in (STEP, REST, PEAK):
-        table[f"{column.partition(',')[0]} / {BASE}"] = table[column] / table.loc[BASE, column]
+    for column, ratio in RATIOS.items():
+        table[ratio] = table[column] / table.loc[BASE, column]
     return table
 
 
 def in_words(table: pd.DataFrame) -> str:
     """Every trainer's step time over GRPO's, from a table of `race` or `measure`."""
-    ratios = table[f"step / {BASE}"].dropna()
+    ratios = table[RATIOS[STEP]].dropna()
     told = [f"{name} {ratio:.3f}" for name, ratio in ratios.items() if not name.endswith(BASE)]
     return f"of {BASE}'s step: {'; '.join(told)}"
 
 
-# Models of real size
+REAL = [Sizes(completion=1024, model=f"Qwen/Qwen3-{size}") for size in ("1.7B", "0.6B", "8B")]
 
 
-def bench_gpu(outputs: Path) -> pd.DataFrame:
-    """Race the trainers on `MODELS` and write `tables/bench_gpu.csv`, whose mfu plans read.
+def bench_gpu(folder: Path, models: Sequence[Sizes] = REAL) -> pd.DataFrame:
+    """Measure each model and write `bench_gpu.csv`, whose mfu plans read, and `bench_gpu.png`.
 
-    Raises ValueError without a GPU.
+    Raises ValueError for a model of real size where there is no GPU.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and any(sizes.is_real for sizes in models):
         raise ValueError(
             "--gpu needs an NVIDIA GPU that torch can see, of 40 GB or more for the two smaller "
             "models. Without one: --against, on synthetic rollouts, or `rlsd plan`, by arithmetic."
         )
-    (outputs / "tables").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     found = []
-    for name in MODELS:
-        found.append(measure(Sizes(prompt=1024, completion=1024, model=name)))
+    for sizes in models:
+        found.append(measure(sizes))
         table = pd.concat(found)
         # At once: what is measured stays, should a larger model not fit the time.
-        table.to_csv(outputs / "tables" / "bench_gpu.csv", index_label="trainer")
+        table.to_csv(folder / "bench_gpu.csv", index_label="trainer")
+        figure = costs(table[[RATIOS[REST], RATIOS[PEAK]]])
+        figure.savefig(folder / "bench_gpu.png", bbox_inches="tight")
     return table
 
 
 def measure(sizes: Sizes) -> pd.DataFrame:
-    """The race of all contenders; GRPO's row has the `mfu` it reached, relative to `Plan.tflops`."""
+    """The race of all contenders beside what plans say of those that `Plan` describes.
+
+    GRPO's row has the `mfu` that it reached, relative to `Plan.tflops`. Planned seconds are at this
+    mfu: GRPO's agree by construction. Planned peaks are the update's, less what torch does not count.
+    """
+    known = {name: change for name, (*_, change) in contenders().items() if change is not None}
+    plans = {name: replace(sizes.plan, **change) for name, change in known.items()}
     table = race(sizes.build, list(contenders())[1:], steps=1)
-    lengths = {"prompt_length": sizes.prompt, "max_completion_length": sizes.completion}
-    step = {"rollouts": sizes.generations, "gradient_checkpointing": sizes.is_real}
-    plan = Plan(shape_of(sizes.config()), gpus=1, **lengths, **step).grpo
-    trained = sum(plan.flops().values()) - plan.flops()["generation"]
-    table.loc[BASE, "mfu"] = trained / table.loc[BASE, REST] / plan.tflops / 1e12
+    flops = pd.Series({name: plan.training_flops() for name, plan in plans.items()})
+    seconds = table.loc[BASE, REST]
+    table.loc[BASE, "mfu"] = flops[BASE] / seconds / Plan.tflops / 1e12
+    table[f"planned {REST}"] = flops / flops[BASE] * seconds
+    peaks = {name: plan.peak("update") - RESERVED for name, plan in plans.items()}
+    table[f"planned {PEAK}"] = pd.Series(peaks) * GIB / MIB
     return table.rename(index=lambda name: f"{sizes.model}, {name}")
-
-
-# Where the teacher pass takes its time
 
 
 def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
@@ -397,17 +374,18 @@ def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
         trainer: Any = sizes.build("RLSD", Path(folder), 1)
         trainer.args.teacher_pass = "shared"
         score = trainer.teacher_scores = Mock(wraps=trainer.teacher_scores)
+        # Any words will do, and cost no generation.
         shape = (sizes.generations, sizes.completion)
-        ids = torch.randint(len(SPECIAL), sizes.words, shape, generator=torch.Generator())
-        # Any tokens will do, and cost no generation.
+        ids = torch.randint(sizes.vocabulary, shape) + len(SPECIAL)
         trainer._generate_single_turn = lambda *_: (ids.tolist(), None)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()  # whose pass is the warm-up
+        trainer.train()
         args, kwargs = score.call_args
         with trainer.completion_head.applied(True):
-            spent = _median(lambda: score(*args, **kwargs))
-            floor = _median(partial(_read_once, trainer, sizes, ids))
-            with profile(with_stack=True) as found:
+            passes = (partial(score, *args, **kwargs), partial(_read_once, trainer, sizes, ids))
+            # The first of six warms up; the median leaves it out.
+            spent, floor = (median(timed(run)[0] for run in [once] * 6) for once in passes)
+            with torch.profiler.profile(with_stack=True) as found:
                 score(*args, **kwargs)
     trace.parent.mkdir(parents=True, exist_ok=True)
     found.export_chrome_trace(str(trace))
@@ -417,24 +395,12 @@ def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
     return f"{sizes}\n{table}\n{told}\ntrace: {trace}"
 
 
-def _median(run: Callable[[], Any], times: int = 5) -> float:
-    """The median of the seconds that `run` takes, after one run to warm up."""
-    run()
-    seconds = []
-    for _ in range(times):
-        begun = now()
-        run()
-        seconds.append(now() - begun)
-    return statistics.median(seconds)
-
-
 @torch.no_grad()
-def _read_once(trainer: RLSDTrainer, sizes: Sizes, completions: torch.Tensor) -> None:
+def _read_once(trainer: Any, sizes: Sizes, completions: torch.Tensor) -> None:
     """The model's own forward of a prompt, and of completions (G, T) without it, all scored."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    ids = completions.to(trainer.accelerator.device)
+    device = trainer.accelerator.device
+    prompt = torch.randint(sizes.vocabulary, (1, sizes.prompt + sizes.reference - 1), device=device)
     with trainer.accelerator.autocast():
-        prompt = torch.randint(sizes.words, (1, sizes.prompt + sizes.reference - 1))
-        model.base_model(prompt.to(ids.device))
-        for rows in ids.split(sizes.rows):
-            model(rows, shift_labels=rows, fused_lm_head=True, use_cache=False)
+        trainer.model.base_model(prompt)
+        for rows in completions.to(device).split(trainer.args.per_device_train_batch_size):
+            trainer.model(rows, shift_labels=rows, fused_lm_head=True, use_cache=False)

@@ -7,34 +7,34 @@ Not counted: communication, weight sync, data loading, rewards, evaluation, a re
 and vLLM on other GPUs.
 """
 
-import json
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlsd_lib.experiment.presets import Preset
 from rlsd_lib.names import check_fields
 from rlsd_lib.runs.paths import outputs_root
+from rlsd_lib.tasks.models import config_named
 from rlsd_lib.trainer.shared_prompts import WORTH_IT
 
 BF16, FP32 = 2, 4  # bytes per number
+WIDTH = {"bfloat16": BF16, "float32": FP32}
 MATRICES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-# Of each model's config.json on the hub, so that a plan needs no network.
-SHAPES: dict[str, dict[str, Any]] = json.loads(
-    Path(__file__).with_name("shapes.json").read_text(encoding="utf-8")
-)
 GIB = 2**30
 RESERVED = 2.0  # GiB per GPU: CUDA context, communication buffers, fragmentation
 VLLM_WORK = 1.5  # GiB that vLLM needs beside weights and cache
 ALWAYS = "always"  # the phase of what stays for the whole run
 NO_TEACHER = "none"  # the `teacher_model_kind` of GRPO
-# What a model costs
+# Annotations that `check_fields` reads.
+Positive = Annotated[float, lambda value: value > 0, "a number > 0"]
+FromZero = Annotated[float, lambda value: value >= 0, "a number >= 0"]
+Share = Annotated[float, lambda value: 0 < value < 1, "a share in (0, 1)"]
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,13 @@ class ModelShape:
     layer_weights: int  # entries of the matrices of one layer
     layer_sides: int  # rows and columns of these matrices
     head_weights: int  # entries of the LM head
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    kv_heads: int
     head_dim: int
+    layers: int
+    text: Any  # the decoder's transformers config
 
     def layer_flops(self, tokens: float, keys: float) -> float:
         """FLOPs of all layers for `tokens` positions, of which each attends to `keys`."""
-        attention = 4 * tokens * keys * self.heads * self.head_dim
+        attention = 4 * tokens * keys * self.text.num_attention_heads * self.head_dim
         return self.layers * (2 * tokens * self.layer_weights + attention)
 
     def head_flops(self, tokens: float) -> float:
@@ -69,7 +66,7 @@ class ModelShape:
 
     def cache_bytes(self, tokens: float, width: int = BF16) -> float:
         """KV cache of one sequence of `tokens` tokens, `width` bytes per number."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * width
+        return 2 * self.layers * self.text.num_key_value_heads * self.head_dim * tokens * width
 
     def layer_activations(self, rows: int, length: int, *, residual: int) -> float:
         """Bytes that the backward of one layer keeps for `rows` sequences of `length` positions.
@@ -78,23 +75,17 @@ class ModelShape:
         autocast. With SDPA: scores are never kept, keys and values are repeated to all heads, and
         each layer keeps its own padding mask.
         """
+        heads, kv_heads = self.text.num_attention_heads, self.text.num_key_value_heads
         casts = 5 if residual != BF16 else 2
         numbers = (
-            self.hidden * (2 * FP32 + 2 * residual + casts * BF16)
-            + self.heads * self.head_dim * (FP32 + 5 * BF16)
-            + self.kv_heads * self.head_dim * (FP32 + BF16)
-            + self.intermediate * 4 * BF16
-            + (2 + 2 * self.heads + self.kv_heads) * FP32
+            self.text.hidden_size * (2 * FP32 + 2 * residual + casts * BF16)
+            + heads * self.head_dim * (FP32 + 5 * BF16)
+            + kv_heads * self.head_dim * (FP32 + BF16)
+            + self.text.intermediate_size * 4 * BF16
+            + (2 + 2 * heads + kv_heads) * FP32
             + length * BF16
         )
         return rows * length * numbers
-
-
-def config_named(model: str) -> Any:
-    """The transformers config of a model in `SHAPES`; raises ValueError for any other."""
-    if model not in SHAPES:
-        raise ValueError(f"No sizes are known for model {model!r}. Known: {', '.join(SHAPES)}.")
-    return AutoConfig.for_model(**SHAPES[model])
 
 
 def shape_of(config: Any) -> ModelShape:
@@ -120,21 +111,10 @@ def shape_of(config: Any) -> ModelShape:
         layer_weights=sum(matrix.numel() for matrix in linear.values()),
         layer_sides=sum(sum(matrix.shape) for matrix in linear.values()),
         head_weights=head.numel(),
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
-        intermediate=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
         head_dim=layer.self_attn.head_dim,
+        layers=text.num_hidden_layers,
+        text=text,
     )
-
-
-# What a run costs
-
-
-Positive = Annotated[float, lambda value: value > 0, "a number > 0"]
-FromZero = Annotated[float, lambda value: value >= 0, "a number >= 0"]
-Share = Annotated[float, lambda value: 0 < value < 1, "a share in (0, 1)"]
 
 
 @dataclass(frozen=True)
@@ -186,10 +166,6 @@ class Plan:
         return self.sharding == "ddp" and not self.sees_images and is_worth_it
 
     @property
-    def _width(self) -> int:
-        return FP32 if self.dtype == "float32" else BF16
-
-    @property
     def _length(self) -> int:
         return self.prompt_length + self.max_completion_length
 
@@ -208,10 +184,10 @@ class Plan:
         """Whether the largest phase fits, and vLLM has room for at least one rollout."""
         return self.peak() <= self.gpu_memory and self.at_once >= 1
 
-    def peak(self) -> float:
-        """GiB per GPU in the largest phase."""
+    def peak(self, *phases: str) -> float:
+        """GiB per GPU in the largest of these phases, or of all."""
         total = {phase: sum(parts.values()) for phase, parts in self.memory().items()}
-        return total.pop(ALWAYS) + max(total.values())
+        return total.pop(ALWAYS) + max(total[phase] for phase in phases or total)
 
     def memory(self) -> dict[str, dict[str, float]]:
         """GiB per GPU by phase and part: ALWAYS, and phases of which only one is there at a time.
@@ -220,17 +196,17 @@ class Plan:
         has the same bytes in another order. Checkpointing keeps each layer's input, and one layer.
         """
         shape, rows, sharded = self.shape, self.per_device_train_batch_size, self.sharding != "ddp"
-        whole = shape.parameters * self._width
+        whole = shape.parameters * WIDTH[self.dtype]
         weights = whole / self.gpus if sharded else whole
         adapter = shape.layers * self.lora_rank * shape.layer_sides * FP32
         trained = adapter if self.lora_rank else weights
         vllm = self.vllm_gpu_memory_utilization * self.gpu_memory * GIB if self.use_vllm else 0
         asleep = vllm if self.vllm_enable_sleep_mode else 0
-        cache = self.rollouts / self.gpus * shape.cache_bytes(self._length, self._width)
+        cache = self.rollouts / self.gpus * shape.cache_bytes(self._length, WIDTH[self.dtype])
         # Autocast leaves the residual stream to the weights' type.
-        residual = BF16 if sharded else self._width
+        residual = BF16 if sharded else WIDTH[self.dtype]
         layer = shape.layer_activations(rows, self._length, residual=residual)
-        inputs = shape.layers * rows * self._length * shape.hidden * residual
+        inputs = shape.layers * rows * self._length * shape.text.hidden_size * residual
         kept = inputs + layer if self.gradient_checkpointing else shape.layers * layer
         phases = {
             ALWAYS: {
@@ -252,10 +228,7 @@ class Plan:
                 "gathered weights": (2 * shape.layer_weights + shape.ends) * BF16 * sharded,
             },
         }
-        return {
-            phase: {part: count / GIB for part, count in parts.items() if count}
-            for phase, parts in phases.items()
-        }
+        return {when: {k: n / GIB for k, n in parts.items() if n} for when, parts in phases.items()}
 
     def flops(self) -> dict[str, float]:
         """FLOPs of one optimiser step by part, summed over all GPUs.
@@ -286,6 +259,10 @@ class Plan:
             parts["teacher"] = rollouts * (shape.layer_flops(before + new, before + new) + head)
         return {part: count for part, count in parts.items() if count}
 
+    def training_flops(self) -> float:
+        """FLOPs of one optimiser step but for generation, summed over all GPUs."""
+        return sum(count for part, count in self.flops().items() if part != "generation")
+
     def seconds(self) -> dict[str, float]:
         """Seconds of one optimiser step by part; generation is bound by compute or by memory."""
         rate = self.tflops * 1e12 * self.mfu * self.gpus
@@ -293,7 +270,7 @@ class Plan:
         # One GPU decodes its share: weights per token and wave, and the KV cache.
         share, new = self.rollouts / self.gpus, self.max_completion_length
         waves = share / max(self.at_once, 1.0)
-        weights = self.shape.parameters * (BF16 if self.use_vllm else self._width)
+        weights = self.shape.parameters * (BF16 if self.use_vllm else WIDTH[self.dtype])
         cache = self.shape.cache_bytes(self.prompt_length + new / 2)
         reads = new * (waves * weights + share * cache)
         parts["generation"] = max(parts["generation"], reads / (self.bandwidth * 1e12 * self.mbu))
@@ -311,8 +288,8 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
     """The plan of a preset on `gpus` GPUs, with `changes` of `FIELDS` on top.
 
     `rollouts` are the preset's `rollouts_per_step` where it has them, and otherwise what its batch
-    size and accumulation make on so many GPUs. `mfu` is what `rlsd bench --gpu` measured on its
-    largest model, if outputs/tables/bench_gpu.csv is there; other speeds are those of `Plan`.
+    size and accumulation make on so many GPUs. `mfu` is the best that `rlsd bench --gpu` measured, if
+    outputs/tables/bench_gpu.csv is there; other speeds are those of `Plan`.
     Raises ValueError where neither the preset nor a change says how long a prompt is.
     """
     training = preset.training
@@ -332,33 +309,23 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
             "The preset does not say how long a prompt is. Add -p prompt_length=TOKENS."
         )
     table = outputs_root() / "tables" / "bench_gpu.csv"
-    if table.is_file():
-        for mfu in pd.read_csv(table)["mfu"].dropna().tail(1):
-            found |= {"mfu": mfu, "speeds": f"mfu measured, {table}; others assumed"}
+    if table.is_file() and (mfu := pd.read_csv(table)["mfu"].max()) > 0:  # NaN: out of memory
+        found |= {"mfu": mfu, "speeds": f"mfu measured, {table}; others assumed"}
     return Plan(shape=shape, gpus=gpus, **(found | changes))
 
 
 def describe(plan: Plan, title: str) -> str:
     """The plan as text: setting, memory by part, seconds by phase, and whether it fits."""
     named = ", ".join(f"{name}={getattr(plan, name)}" for name in ("gpus", *FIELDS))
-    both = {"GRPO": plan.grpo, "RLSD": plan}
-    costs = {
-        "GiB per GPU": {n: pd.DataFrame(p.memory()).T.stack().dropna() for n, p in both.items()},
-        "seconds per step": {
-            n: pd.Series(p.seconds() | {"all": p.step()}) for n, p in both.items()
-        },
-    }
-    tables = {what: pd.DataFrame(c).reindex(c["RLSD"].index) for what, c in costs.items()}
-    shown = {"float_format": "{:.2f}".format, "na_rep": "-"}
     lines = [
         title,
         *textwrap.wrap(f"{plan.shape.parameters / 1e9:.2f} B parameters; {named}", 100),
         f"{'shared' if plan.shares_prompts else 'plain'} teacher pass; {plan.at_once:.0f} rollouts "
         "decoded at a time per GPU; all of full length, no communication",
-        *(f"\n{t.rename_axis(columns=what).to_string(**shown)}" for what, t in tables.items()),
+        _beside("GiB per GPU", plan, lambda p: pd.DataFrame(p.memory()).T.stack().dropna()),
+        _beside("seconds per step", plan, lambda p: pd.Series(p.seconds() | {"all": p.step()})),
         f"RLSD / GRPO: {plan.step() / plan.grpo.step():.3f} in time; speeds: {plan.speeds}",
-        "",
-        f"RLSD {'fits' if plan.fits else 'does NOT fit'}: peak {plan.peak():.1f} of "
+        f"\nRLSD {'fits' if plan.fits else 'does NOT fit'}: peak {plan.peak():.1f} of "
         f"{plan.gpu_memory:g} GiB per GPU.",
     ]
     if plan.at_once < 1:
@@ -367,3 +334,11 @@ def describe(plan: Plan, title: str) -> str:
             f"rollout of {plan.prompt_length + plan.max_completion_length} tokens."
         )
     return "\n".join(lines)
+
+
+def _beside(what: str, plan: Plan, cost: Callable[[Plan], pd.Series]) -> str:
+    """A cost by part, of GRPO beside RLSD."""
+    rlsd = cost(plan)
+    table = pd.DataFrame({"GRPO": cost(plan.grpo).reindex(rlsd.index), "RLSD": rlsd})
+    shown = table.rename_axis(columns=what).to_string(float_format="{:.2f}".format, na_rep="-")
+    return f"\n{shown}"

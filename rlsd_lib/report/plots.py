@@ -117,6 +117,28 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+def costs(ratios: pd.DataFrame) -> Figure:
+    """What training costs beside a base: a panel per model, a row per trainer, a bar per column.
+
+    The index of `ratios` reads "MODEL, TRAINER"; each column is a cost over the base's.
+    """
+    names = ratios.index.str.split(", ", n=1)
+    data = ratios.assign(model=names.str[0], trainer=names.str[1])
+    data = data.melt(["model", "trainer"], var_name="cost", value_name="ratio")
+    models = data.groupby("model", sort=False)
+    figure = new_figure((3 * len(models) + 2, 0.4 * data["trainer"].nunique() + 1.4))
+    with sns.axes_style("whitegrid"):
+        panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    look = {"x": "ratio", "y": "trainer", "hue": "cost", "palette": "colorblind"}
+    for axes, (model, rows) in zip(panels, models, strict=True):
+        sns.barplot(rows, ax=axes, legend=axes is panels[-1], **look)
+        axes.axvline(1, color="0.3", linestyle="--", linewidth=1)
+        axes.set_title(model, loc="left", fontsize=10)
+        axes.set(xlabel="over the base's", ylabel="")
+    sns.move_legend(panels[-1], "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return figure
+
+
 def canvas(title: str) -> tuple[Figure, Axes]:
     """Return an empty figure with one pair of axes, in the look of the others."""
     figure = new_figure(SIZE)

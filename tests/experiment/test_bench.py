@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from functools import partial
 
 import pandas as pd
@@ -12,49 +13,59 @@ import torch
 from rlsd_lib.__main__ import main
 from rlsd_lib.experiment import bench
 from rlsd_lib.experiment.bench import Sizes, contenders, preset_trainer
-from rlsd_lib.experiment.plan import Plan, config_named, plan_of, shape_of
+from rlsd_lib.experiment.plan import plan_of, shape_of
 from rlsd_lib.experiment.presets import PRESETS
+from rlsd_lib.tasks.models import config_named
 
 TINY = Sizes(prompt=24, completion=6, generations=4, vocabulary=120, reference=8)
 PAIRS = [f"-p{name}={value}" for name, value in vars(TINY).items() if name != "model"]
 
 
+def train_here(build, name, *rest):
+    """A turn in this process, whose peak is the one given."""
+    steps, rollouts = bench.train(build, name, *rest)
+    peak = {"GRPO": 9000.0, "RLSD": 13500.0}.get(name, 9900.0)
+    return [{**step, "peak MiB": peak} for step in steps], rollouts
+
+
 @pytest.fixture
 def here(monkeypatch):
-    """Turns are taken in this process, and their peaks are those given."""
-    peaks = {"GRPO": 9000.0, "RLSD": 13500.0}
+    monkeypatch.setattr(bench, "train_apart", train_here)
 
-    def train(build, name, *rest):
-        steps, rollouts, _ = bench.train(build, name, *rest)
-        return steps, rollouts, peaks.get(name, 9900.0)
 
-    monkeypatch.setattr(bench, "train_apart", train)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """All that `--gpu` does, at tiny size: its table, its folder, how often a group was rewarded."""
+    folder, seen, reward = tmp_path_factory.mktemp("tables"), Counter(), bench._reward
+
+    def spied(completions, **columns):
+        seen[tuple(completions)] += 1
+        return reward(completions, **columns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "train_apart", train_here)
+        patch.setattr(bench, "_reward", spied)
+        table = bench.bench_gpu(folder, [TINY])
+    return table.rename(index=lambda name: name.removeprefix("synthetic, ")), folder, seen
 
 
 def test_lengths_are_exact(tmp_path):
-    tokenizer, row = TINY.make_tokenizer(), TINY.make_rows(1)[0]
+    trainer = TINY.build("RLSD", tmp_path, 1)
+    tokenizer, row = trainer.processing_class, TINY.make_rows(1)[0]
     assert len(tokenizer(row["prompt"])["input_ids"]) == TINY.prompt
     shown = row["prompt"] + " " + row["privileged_context"]
     assert len(tokenizer(shown)["input_ids"]) == TINY.prompt + TINY.reference
-    trainer = TINY.build("RLSD", tmp_path, 1)
     trainer.train()
     seen = trainer.state.log_history[0]
     assert seen["completions/min_length"] == seen["completions/max_length"] == TINY.completion
     assert seen["rlsd/gap_abs_mean"] > 0
 
 
-def test_all_trainers_train_on_the_rollouts_of_the_first(here, monkeypatch):
+def test_all_trainers_train_on_the_rollouts_of_the_first(measured):
     """Also TRL's own, each with its own code for generation."""
-    seen, reward = {}, bench._reward
-
-    def spied(completions, **columns):
-        seen.setdefault(tuple(completions), 0)
-        seen[tuple(completions)] += 1
-        return reward(completions, **columns)
-
-    monkeypatch.setattr(bench, "_reward", spied)
+    table, _, seen = measured
     names = list(contenders())
-    table = bench.race(TINY.build, names[1:], steps=1)
+    assert list(table.index) == names
     # A warm-up step and a timed one, with the same rollouts for both and for everyone.
     assert list(seen.values()) == [2 * len(names)]
     assert (table["without generation, s"] > 0).all()
@@ -97,10 +108,10 @@ def test_bad_sizes_are_refused(capsys):
 @pytest.mark.slow
 def test_peak_memory_is_of_a_process_of_its_own():
     held = torch.ones(2**28)  # 1 GiB of this process, which is no part of the other's peak
-    steps, rollouts, peak = bench.train_apart(TINY.build, "RLSD", 1, {})
-    assert 1 < peak < held.numel() * 4 / 2**21
-    assert len(steps) == 1
-    assert len(rollouts) == 2
+    steps, rollouts = bench.train_apart(TINY.build, "RLSD", 1, {})
+    [step] = steps
+    assert 1 < step["peak MiB"] < held.numel() * 4 / 2**21
+    assert list(rollouts) == [2]
     with pytest.raises(ValueError, match="Did you mean 'RLSD'"):
         bench.train_apart(TINY.build, "RLSB", 1, {})
 
@@ -108,29 +119,54 @@ def test_peak_memory_is_of_a_process_of_its_own():
 # Real sizes, a profile, records
 
 
-def test_plans_read_what_a_gpu_reached(here, tmp_path):
-    """The path of `--gpu` at tiny size on a CPU."""
-    table = bench.measure(TINY)
-    assert [name.partition(", ")[2] for name in table.index] == list(contenders())
-    folder = tmp_path / "outputs" / "tables"
-    folder.mkdir(parents=True)
-    table.to_csv(folder / "bench_gpu.csv")
-    plan, base = plan_of(PRESETS["qwen3-text"], gpus=1), table.iloc[0]
-    assert plan.mfu == pytest.approx(base["mfu"])
-    assert str(folder / "bench_gpu.csv") in plan.speeds
+def test_plans_read_what_a_gpu_reached(measured, tmp_path):
+    table, folder, _ = measured
+    mfu, tables = table.loc["GRPO", "mfu"], tmp_path / "outputs" / "tables"
+    tables.mkdir(parents=True)
+    # Whichever model reached most; one without room for GRPO reached nothing.
+    rows = {"trainer": ["a", "b", "c"], "mfu": [mfu, mfu / 2, None]}
+    pd.DataFrame(rows).to_csv(tables / "bench_gpu.csv", index=False)
+    plan = plan_of(PRESETS["qwen3-text"], gpus=1)
+    assert plan.mfu == pytest.approx(mfu)
+    assert str(tables / "bench_gpu.csv") in plan.speeds
     assert plan_of(PRESETS["qwen3-text"], gpus=1, mfu=0.3).mfu == 0.3
-    # The plan of what was measured, at the measured speed, says what was measured.
-    shape, speed = shape_of(TINY.config()), {"mfu": base["mfu"], "gradient_checkpointing": False}
-    same = Plan(shape, 1, TINY.prompt, TINY.completion, TINY.generations, **speed).grpo
-    spent = same.step() - same.seconds()["generation"]
-    assert spent == pytest.approx(base["without generation, s"])
+    (folder / "bench_gpu.csv").rename(tables / "bench_gpu.csv")  # as it was written
+    assert plan_of(PRESETS["qwen3-text"], gpus=1).mfu == pytest.approx(mfu)
+
+
+def test_plans_stand_beside_what_was_measured(measured):
+    """At the speed that GRPO reached, where a plan is known; peaks less what torch does not count."""
+    table, folder, _ = measured
+    assert (folder / "bench_gpu.png").stat().st_size > 10_000
+    plan = dataclasses.replace(TINY.plan, mfu=table.loc["GRPO", "mfu"])
+    alone = dataclasses.replace(plan, num_generations=1)
+    lora = dataclasses.replace(plan, lora_rank=8)
+    expected = {
+        "GRPO": plan.grpo,
+        "GRPO, completion head": plan.grpo,
+        "RLSD": plan,
+        "RLSD, plain pass": alone,
+        "GRPO, LoRA": lora.grpo,
+        "RLSD, LoRA": lora,
+    }
+    found = table.filter(like="planned")
+    assert list(found.index[found.notna().all(axis=1)]) == list(expected)
+    assert found.drop(index=expected).isna().all(axis=None)
+    for name, known in expected.items():
+        seconds, peak = found.loc[name]
+        assert seconds == pytest.approx(known.step() - known.seconds()["generation"]), name
+        update = {**known.memory()["always"], **known.memory()["update"], "reserved": 0}
+        assert peak == pytest.approx(sum(update.values()) * 1024), name
+    assert found.loc["GRPO"].iloc[0] == pytest.approx(table.loc["GRPO", "without generation, s"])
+    assert not alone.shares_prompts
+    assert plan.shares_prompts
 
 
 def test_a_trainer_that_runs_out_of_memory_leaves_an_empty_row(monkeypatch):
     def train(build, name, *_):
         if name == "RLSD":
             raise torch.OutOfMemoryError("no room")
-        return [{"without generation, s": 2.0, "generation, s": 1.0}], {}, 100.0
+        return [{"without generation, s": 2.0, "generation, s": 1.0, "peak MiB": 100.0}], {}
 
     monkeypatch.setattr(bench, "train_apart", train)
     table = bench.race(TINY.build, ["RLSD", "OPSD"])
@@ -140,9 +176,11 @@ def test_a_trainer_that_runs_out_of_memory_leaves_an_empty_row(monkeypatch):
 
 def test_real_sizes_are_those_of_the_named_model():
     sizes = dataclasses.replace(TINY, model="Qwen/Qwen3-0.6B")
-    assert shape_of(sizes.config()) == shape_of(config_named("Qwen/Qwen3-0.6B"))
-    assert sizes.words == 151936 - 3
-    assert sizes.rows == 2
+    found, known = shape_of(sizes.config()), shape_of(config_named("Qwen/Qwen3-0.6B"))
+    assert found == dataclasses.replace(known, text=found.text)
+    assert sizes.config().vocab_size == 151936
+    assert sizes.plan.per_device_train_batch_size == 2
+    assert sizes.plan.dtype == "bfloat16"
 
 
 def test_without_a_gpu_it_says_what_it_needs(capsys):

@@ -18,15 +18,14 @@ from rlsd_lib.experiment.bench import Sizes, race
 from rlsd_lib.experiment.plan import (
     ALWAYS,
     GIB,
-    SHAPES,
     ModelShape,
     Plan,
-    config_named,
     describe,
     plan_of,
     shape_of,
 )
 from rlsd_lib.experiment.presets import Preset
+from rlsd_lib.tasks.models import SHAPES, config_named
 from rlsd_lib.trainer.upstream import completions_only
 
 SMALL = {
@@ -220,6 +219,7 @@ def test_rlsd_costs_one_teacher_pass_more_and_nothing_else() -> None:
     grpo, rlsd = PAPER.grpo.seconds(), PAPER.seconds()
     assert rlsd.keys() - grpo.keys() == {"teacher"}
     assert PAPER.step() - PAPER.grpo.step() == pytest.approx(rlsd["teacher"])
+    assert PAPER.training_flops() + PAPER.flops()["generation"] == sum(PAPER.flops().values())
     kept = {part: gib for part, gib in PAPER.memory()[ALWAYS].items() if part != "teacher"}
     assert PAPER.grpo.memory() == PAPER.memory() | {ALWAYS: kept}
 

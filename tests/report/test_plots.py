@@ -139,3 +139,17 @@ def test_axes_say_what_they_show(steps: pd.DataFrame) -> None:
     assert beyond.get_ylim()[0] == 0 and beyond.get_ylim()[1] > 4
     [below] = plots.training_curve(one.assign(gap=-one["step"]), "gap").axes
     assert below.get_ylim()[0] < -4
+
+
+def test_costs_are_a_bar_per_trainer_and_column_in_a_panel_per_model() -> None:
+    names = ["org/small, GRPO", "org/small, RLSD, plain pass", "org/large, GRPO"]
+    table = pd.DataFrame({"time": [1.0, 1.3, 1.0], "peak": [1.0, 1.2, np.nan]}, index=names)
+    figure = plots.costs(table)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["org/small", "org/large"]
+    small, large = ([bar.get_width() for bar in axes.patches] for axes in figure.axes)
+    assert sorted(width for width in small if width > 0) == [1.0, 1.0, 1.2, 1.3]
+    assert [width for width in large if width > 0] == [
+        1.0
+    ]  # a trainer that found no room has no bar
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["GRPO", "RLSD, plain pass"]
