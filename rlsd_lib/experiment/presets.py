@@ -180,7 +180,8 @@ PRESETS: dict[str, Preset] = {
             # Every higher rate of six collapses.
             "sdpo": {**FULL_LOGITS, "learning_rate": 6e-6},
             "srpo": FULL_LOGITS,
-            **OUR_WEIGHT,
+            # The best of three weights at the best of its rates.
+            "grpo_opsd": {"distillation_weight": 0.03},
         },
         task_by_method={name: {"reference": "trace"} for name in (*DISTILLING[:3], "grpo_opsd")},
         test_size=200,

@@ -91,7 +91,7 @@ REDRAWN = {"redraw": 1}
 FROZEN, FRESH, EMA = ({"teacher_model_kind": kind} for kind in ("base", "live", "ema"))
 # The paper does not report its weight of the distillation term: three, each at its best rate.
 WEIGHTS = (
-    {"distillation_weight": 0.03},
+    {},
     {"distillation_weight": 0.1, "learning_rate": 5e-5},
     {"distillation_weight": 0.3, "learning_rate": 2.5e-5},
 )
@@ -153,8 +153,11 @@ SUITES: dict[str, Suite] = {
         [
             *map(_sweep, (GRPO, ORACLE, TRUE_VALUE, RLSD, {"notebook": ("11_opd",)}, OPSD)),
             _sweep(RLSD, **WIDEST),
-            *(_sweep({"notebook": (name,)}) for name in ("13_sdpo", "14_grpo_opsd")),
-            *(_sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w) for w in (0.03, 0.3)),
+            _sweep({"notebook": ("13_sdpo",)}),
+            *(
+                _sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w)
+                for w in (0.03, 0.1, 0.3)
+            ),
             *(_sweep(arm, **FROZEN) for arm in (HINDSIGHT, HINDSIGHT_CONTRAST, POSTERIOR)),
             *(_sweep(_credit(name), **WIDEST) for name in ("rlsd_negative_only", "rlsd_contrast")),
             {"seed": (100,), **CREDIT, "notebook": ("13_sdpo",), "overrides": LOWER},
