@@ -426,9 +426,9 @@ def privileged_baseline(
 def hindsight(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: Tensor) -> Tensor:
     """(V_t - V_{t-1}) / sigma: what token t changed in the teacher's value. Ours.
 
-    V and sigma as in `privileged_baseline`, of which it is the conditional mean given y_<=t if P_T
-    is the hindsight teacher: the same gradient, with less variance than that, and mostly less than
-    GRPO. With another teacher it is biased. 0 on tokens where teacher and student agree; sums to
+    V and sigma as in `privileged_baseline`, of which it is at each token the conditional mean given
+    y_<=t if P_T is the hindsight teacher: the same gradient, and with less variance where prefixes
+    share no parameters; elsewhere, and than GRPO, mostly. With another teacher it is biased. 0 on tokens where teacher and student agree; sums to
     (V_T - V_0) / sigma. The rollout's own reward and A do not enter, so a silent teacher teaches
     nothing, the sign of A does not stay, and A = 0 gets credit. Shapes as in `rlsd`.
     """

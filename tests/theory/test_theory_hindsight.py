@@ -70,7 +70,10 @@ def test_the_privileged_baseline_is_unbiased_whatever_the_teacher_is_worth():
 
 
 def test_hindsight_is_the_baselines_mean_given_what_was_said_so_far():
-    """So with the hindsight teacher its gradient is right, and its variance the smaller one."""
+    """So with the hindsight teacher its gradient is right, and its variance the smaller one.
+
+    Of tables of logits, that is: where prefixes share parameters see 38_theory_hindsight.
+    """
     for seed in SEEDS:
         world = hi.random_tree(seed, certain=True)
         given = credits(world)
