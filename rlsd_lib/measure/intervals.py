@@ -1,12 +1,11 @@
 """Means with their intervals, and what they decide.
 
-Bootstrap over problems, Student over seeds or labs, Wilson for shares, Dunnett for many arms against
-one. `decide` is the one rule from an interval to a verdict.
+Bootstrap over problems, Student over seeds or labs, also of many arms against one, Wilson for shares.
+`decide` is the one rule from an interval to a verdict.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +61,7 @@ def bootstrap_interval(values: Values, *, resamples: int = 5000, seed: int = 0) 
     return Interval(mean, float(ends.low), float(ends.high))
 
 
-def student_interval(values: Values) -> Interval:
+def student_interval(values: Values, level: float = LEVEL) -> Interval:
     """Return the mean of independent values (S,), one per seed, with Student's interval.
 
     Wider than a bootstrap, which covers far less often than it promises for a handful of values.
@@ -71,7 +70,7 @@ def student_interval(values: Values) -> Interval:
     mean = float(data.mean())
     if data.size < 2:
         return Interval(mean)
-    half = float(stats.sem(data) * stats.t.ppf((1 + LEVEL) / 2, data.size - 1))
+    half = float(stats.sem(data) * stats.t.ppf((1 + level) / 2, data.size - 1))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -131,13 +130,14 @@ def smallest_detectable(differences: Values) -> float:
     return float(shift * spread / np.sqrt(count))
 
 
-def dunnett_intervals(values: pd.DataFrame, control: str) -> dict[str, Interval]:
+def simultaneous_intervals(values: pd.DataFrame, control: str) -> dict[str, Interval]:
     """Return each arm's mean minus the control's, with simultaneous 95 % intervals.
 
-    `values` has a row per block (a lab, or a seed) and a column per arm, with no gaps. In a share
-    `LEVEL` of repetitions all intervals hold their true differences together. What a block adds to
-    all its arms cancels; the spread is that of the residuals of all arms, (arms - 1)(blocks - 1)
-    degrees of freedom, which takes their noise as equal. NaN ends for one block.
+    `values` has a row per block (a lab, or a seed) and a column per arm, with no gaps. Each interval
+    is Student's of the paired differences, which cancels what a block adds to all its arms, at
+    Bonferroni's level: in a share `LEVEL` of repetitions or more all hold their true differences
+    together. No arm lends its noise to another, as Dunnett's common variance would: an arm that
+    collapses in some blocks has ten times the spread of one that does not. NaN ends for one block.
 
     Raises:
         ValueError: there is no such arm, no other arm, or an arm lacks a block.
@@ -147,30 +147,9 @@ def dunnett_intervals(values: pd.DataFrame, control: str) -> dict[str, Interval]
     if values.isna().any(axis=None):
         gaps = values.columns[values.isna().any()].tolist()
         raise ValueError(f"not every block has a value of {gaps}; leave out those arms, or blocks")
-    blocks, arms = values.shape
-    residuals = values.sub(values.mean(axis=1), axis=0) - values.mean() + values.mean(axis=None)
-    free = (blocks - 1) * (arms - 1)
-    means = (values.mean() - values[control].mean()).drop(control)
-    if not free:
-        return {arm: Interval(float(mean)) for arm, mean in means.items()}
-    spread = math.sqrt(float((residuals**2).to_numpy().sum()) / free * 2 / blocks)
-    half = _dunnett_critical(arms - 1, free) * spread
-    return {arm: Interval(float(mean), mean - half, mean + half) for arm, mean in means.items()}
-
-
-@lru_cache
-def _dunnett_critical(comparisons: int, free: int) -> float:
-    """The c with P(max_i |T_i| < c) = LEVEL for Student's T_i with correlation 1/2."""
-    shape = np.full((comparisons, comparisons), 0.5) + np.eye(comparisons) / 2
-    joint = stats.multivariate_t(shape=shape, df=free, seed=0)
-
-    def missing(c: float) -> float:
-        ends = np.full(comparisons, c)
-        return joint.cdf(ends, lower_limit=-ends, maxpts=20_000, random_state=0) - LEVEL
-
-    one = stats.t.ppf((1 + LEVEL) / 2, free)
-    all_ = stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, free)  # Bonferroni's, never below it
-    return one if comparisons == 1 else float(brentq(missing, 0.99 * one, 1.01 * all_, xtol=1e-3))
+    differences = values.drop(columns=control).sub(values[control], axis=0)
+    level = 1 - (1 - LEVEL) / differences.shape[1]
+    return {arm: student_interval(differences[arm], level) for arm in differences}
 
 
 def decide(difference: Interval, margin: float, shown: str = "") -> str:

@@ -11,8 +11,7 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 
-from rlsd_lib.measure.intervals import Interval, decide, dunnett_intervals
-from rlsd_lib.methods import METHODS
+from rlsd_lib.measure.intervals import Interval, decide, simultaneous_intervals
 from rlsd_lib.report.tables import DASH, Table, source_notes, with_arms
 from rlsd_lib.runs.records import Runs, is_finished, read_manifest
 
@@ -22,7 +21,7 @@ NOISE = 0.01  # standard error of the mean reward of 2,000 rollouts
 RIGHT, ACCURACY = "right_chain_after", "accuracy_after"
 # Column: what it is called, and the difference that does not matter (of logs, for the rollouts).
 MEASURES = {
-    "final": ("success after training", 0.02, "0.02"),
+    "final": ("after training", 0.02, "0.02"),  # behind what `final` is
     "leak": ("completions that leak", 0.02, "0.02"),
     "mean": ("mean reward over training", 0.02, "0.02"),
     "rollouts": (f"rollouts to {THRESHOLD}", math.log(1.1), "10 %"),
@@ -53,6 +52,7 @@ def efficiency(runs: Runs, but: Collection[str] = ()) -> pd.DataFrame:
                 "unit": "labs" if manifest.get("preset", {}).get("lab_per_seed") else "seeds",
                 "rate": manifest["config"]["learning_rate"],
                 "final": run[final],
+                "ended": "right chains" if final == RIGHT else "accuracy",
                 "leak": run.get("leak_rate_after", math.nan),
                 "mean": float(reward.mean()),
                 "rollouts": per_step * (steps or len(reward)),
@@ -70,16 +70,12 @@ def rollouts_to(reward: np.ndarray, window: int, threshold: float = THRESHOLD) -
 
 
 def compared(runs: Runs, against: str = "grpo") -> Table:
-    """Return each arm beside `against`, with simultaneous 95 % intervals over labs (Dunnett).
-
-    Two families stand apart, each with its own noise and its own 95 %: arms whose gradient is that
-    of a policy with other credit, and arms with a distillation term, many of which collapse.
+    """Return each arm beside `against`, with simultaneous 95 % intervals over labs.
 
     A row per arm and measure: its mean, the difference (for rollouts the ratio of geometric means),
     its interval, the verdict of `measure.intervals.decide`, and in how many of the sets with one lab
-    left out the two are told apart. No interval has an arm that lacks a lab of `against`, one that is
-    equal to it in every lab (their noise would count twice), or, for the rollouts, one with a run
-    that never reached the threshold, of which only a bound is known.
+    left out the two are told apart. No interval has an arm that lacks a lab of `against`, or, for
+    the rollouts, one with a run that never reached the threshold, of which only a bound is known.
 
     Raises:
         ValueError: no finished run of the arm `against`.
@@ -90,27 +86,18 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
         raise ValueError(f"no finished run of {against!r} to compare with; arms are: {names}")
     rates, unit = found.groupby("arm")["rate"].unique(), found["unit"].iloc[0]
     missed = found[~found["reached"]].groupby("arm").size()
-    terms = found.groupby("arm")["method"].first().map(lambda name: METHODS[name].divergence)
-    distilled = terms.notna()
-    rows, twins = [], []
+    rows = []
     for measure, (name, *margin) in MEASURES.items():
         is_ratio = measure == "rollouts"
+        name = f"{found['ended'].iloc[0]} {name}" if measure == "final" else name
         values = found.pivot_table(measure, "seed", "arm")
         values = values.loc[values[against].dropna().index]
         values = np.log(values) if is_ratio else values
         bounds = set(missed.index) if is_ratio else set()
-        equal = [arm for arm in values if _is_twin(values, arm, against)]
-        twins += [f"{arm}: {name} as {against}'s in each of the {unit}" for arm in equal]
-        blocks = {}
-        for is_distilled in (False, True):
-            family = [arm for arm in values if arm == against or distilled[arm] == is_distilled]
-            fit = [arm for arm in family if _is_compared(values, arm, against, bounds)]
-            blocks |= dict.fromkeys(family, values[fit] if against in fit else values[[]])
-        intervals: dict[str, Interval] = {}
-        for whole in blocks.values():
-            if whole.shape[1] > 1:
-                intervals |= dunnett_intervals(whole, against)
-        for arm in sorted(values, key=lambda arm: (arm != against, distilled[arm], arm)):
+        whole = values.dropna(axis=1).drop(columns=bounds, errors="ignore")
+        can = against in whole and whole.shape[1] > 1
+        intervals = simultaneous_intervals(whole, against) if can else {}
+        for arm in sorted(values, key=lambda arm: (arm != against, arm)):
             difference, mean = intervals.get(arm), values[arm].mean()
             shown = f"{math.exp(mean):.0f}" if is_ratio else f"{mean:.3f}"
             row = {
@@ -124,37 +111,27 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
             if difference is not None:
                 row[f"against {against}"] = _shown(difference, is_ratio)
                 row["verdict"] = decide(difference, *margin)
-                row["without one"] = _again(blocks[arm], arm, against)
+                row["without one"] = _again(whole, arm, against)
             rows.append(row)
     notes = [
-        f"intervals are of 95 % over {unit} for all arms together (Dunnett, against {against}), those "
-        "with a distillation term and the others apart; the noise within a family is taken as equal, "
-        f"and a {unit[:-1]}'s own level cancels",
+        f"intervals are of 95 % for all {unit} and arms of a measure together (Student, paired by "
+        f"{unit[:-1]}, at Bonferroni's level); a {unit[:-1]}'s own level cancels",
+        "right chains: the probability of one, not of a right answer, which leaking raises too",
         f"rollouts: until the mean reward of the last {WINDOW} reached {THRESHOLD}",
         f"without one: in how many of the sets with one of the {unit} left out the two differ",
         *(
             f"{arm}: {n} runs never reached it, so that only a bound is known"
             for arm, n in missed.items()
         ),
-        *twins,
     ]
     return Table(pd.DataFrame(rows), [*notes, *source_notes(runs)])
-
-
-def _is_compared(values: pd.DataFrame, arm: str, against: str, bounds: set[str]) -> bool:
-    is_twin = _is_twin(values, arm, against)
-    return values[arm].notna().all() and not is_twin and arm not in bounds
-
-
-def _is_twin(values: pd.DataFrame, arm: str, against: str) -> bool:
-    return arm != against and values[arm].equals(values[against])
 
 
 def _again(values: pd.DataFrame, arm: str, against: str) -> str:
     """In how many of the sets of blocks with one left out the interval of `arm` excludes 0."""
     if len(values) < 3:
         return DASH
-    left = [dunnett_intervals(values.drop(block), against)[arm] for block in values.index]
+    left = [simultaneous_intervals(values.drop(block), against)[arm] for block in values.index]
     return f"{sum(d.low > 0 or d.high < 0 for d in left)} of {len(left)}"
 
 

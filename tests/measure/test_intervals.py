@@ -3,16 +3,17 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from scipy.stats import ttest_1samp
 
 from rlsd_lib.measure.intervals import (
     Interval,
     bootstrap_interval,
     decide,
-    dunnett_intervals,
     pooled_share,
     share_difference,
     share_interval,
+    simultaneous_intervals,
     smallest_detectable,
     student_interval,
 )
@@ -105,31 +106,29 @@ def blocks(random: np.random.Generator, means: list[float], labs: int = 5) -> pd
     return pd.DataFrame(noise + np.array(means))
 
 
-def test_dunnetts_level_holds_and_a_planted_difference_is_found():
+def test_the_level_holds_also_where_arms_differ_thirtyfold_in_noise():
+    """Dunnett's common variance errs in one repetition of seven there, all on the noisiest arm."""
     random, false, found = np.random.default_rng(0), 0, 0
+    scales = np.array([1.0, 1.0, 1.0, 1.0, 10.0, 30.0])
     for _ in range(1000):
-        null = dunnett_intervals(blocks(random, [0.0] * 6), 0).values()
+        noise = random.normal(size=(5, 6)) * scales + random.normal(scale=5.0, size=(5, 1))
+        null = simultaneous_intervals(pd.DataFrame(noise), 0).values()
         false += any(interval.low > 0 or interval.high < 0 for interval in null)
-        planted = dunnett_intervals(blocks(random, [0.0, 3.0, 0.0, 0.0, 0.0, 0.0]), 0)
+        planted = simultaneous_intervals(pd.DataFrame(noise + np.array([0, 5, 0, 0, 0, 0])), 0)
         found += decide(planted[1], margin=0.1) == "above"
-    assert 0.03 <= false / 1000 <= 0.07
-    assert found / 1000 > 0.95
+    assert 0.03 <= false / 1000 <= 0.06
+    assert found / 1000 > 0.8
 
 
-def test_dunnetts_critical_values_are_those_of_his_table():
-    """Dunnett (1964), two-sided, 5 %; with one comparison Student's paired t."""
-    random = np.random.default_rng(1)
-    for arms, labs, critical in [(3, 5, 2.67), (6, 5, 2.73)]:  # 2 and 5 arms; 8 and 20 degrees
-        values = blocks(random, [0.0] * arms, labs)
-        mean, low, high = dunnett_intervals(values, 0)[1]
-        residuals = values.sub(values.mean(axis=1), axis=0)
-        residuals = residuals - residuals.mean()
-        free = (labs - 1) * (arms - 1)
-        spread = np.sqrt((residuals**2).to_numpy().sum() / free * 2 / labs)
-        assert (high - low) / 2 / spread == pytest.approx(critical, abs=0.02)
-        assert mean == pytest.approx(values[1].mean() - values[0].mean())
-    pair = blocks(random, [0.0, 1.0])
-    assert dunnett_intervals(pair, 0)[1] == pytest.approx(student_interval(pair[1] - pair[0]))
+def test_one_arm_has_students_paired_interval_and_more_have_bonferronis():
+    values = blocks(np.random.default_rng(1), [0.0, 1.0, 2.0])
+    difference = values[2] - values[0]
+    alone = simultaneous_intervals(values[[0, 2]], 0)[2]
+    assert alone == pytest.approx(student_interval(difference))
+    mean, low, high = simultaneous_intervals(values, 0)[2]
+    assert mean == pytest.approx(difference.mean())
+    half = stats.t.ppf(1 - 0.05 / 4, 4) * stats.sem(difference)
+    assert (low, high) == pytest.approx((mean - half, mean + half))
 
 
 def test_a_planted_null_is_called_equivalent_and_little_data_settles_nothing():
@@ -137,20 +136,20 @@ def test_a_planted_null_is_called_equivalent_and_little_data_settles_nothing():
     verdicts = []
     for _ in range(100):
         values = 0.004 * blocks(random, [0.0, 0.0], labs=8)
-        verdicts.append(decide(dunnett_intervals(values, 0)[1], margin=0.02))
+        verdicts.append(decide(simultaneous_intervals(values, 0)[1], margin=0.02))
     assert verdicts.count("no difference larger than 0.02") > 90
     assert decide(Interval(0.01), margin=0.02) == "not settled"
     assert decide(Interval(-0.1, -0.15, -0.05), margin=0.02) == "below"
     assert decide(Interval(0.01, -0.01, 0.03), margin=0.02) == "not settled"
 
 
-def test_dunnett_and_verdicts_refuse_what_they_cannot_judge():
+def test_intervals_and_verdicts_refuse_what_they_cannot_judge():
     values = pd.DataFrame({"grpo": [0.1, 0.2], "rlsd": [0.1, np.nan]})
     with pytest.raises(ValueError, match=r"value of \['rlsd'\]"):
-        dunnett_intervals(values, "grpo")
+        simultaneous_intervals(values, "grpo")
     with pytest.raises(ValueError, match="'opsd' and at least one other"):
-        dunnett_intervals(values, "opsd")
-    assert np.isnan(dunnett_intervals(values[:1].fillna(0.0), "grpo")["rlsd"].low)
+        simultaneous_intervals(values, "opsd")
+    assert np.isnan(simultaneous_intervals(values[:1].fillna(0.0), "grpo")["rlsd"].low)
     with pytest.raises(ValueError, match="margin is 0"):
         decide(Interval(0.0, -1.0, 1.0), margin=0)
 
