@@ -318,6 +318,7 @@ class Experiment:
         settings = {"teacher": self.teacher_model, "seed": self.parameters.seed, **changes}
         for row in range(first, min(first + 20, len(self.task.test))):
             group = look(*looked, row, self.config, **settings)
+            settings["seed"] += 1  # else every problem would be answered with the same draws
             if len({rollout.reward for rollout in group}) > 1:
                 break
         ranked = sorted(group, key=lambda rollout: -rollout.reward)
