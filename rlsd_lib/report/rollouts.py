@@ -11,6 +11,7 @@ from rlsd_lib.report.heatmap import Heatmap, credit_heatmap, token_heatmap
 from rlsd_lib.trainer.config import RLSDConfig
 
 GAP_LIMIT = 5.0  # nats that get full colour
+PAPER = 0.5, 0.2  # lambda at its first step, epsilon_w
 SCALE = 1.0  # of credit on one scale: full colour is nothing at all, or twice GRPO's
 
 
@@ -40,9 +41,12 @@ def side_by_side(rollout: Rollout, config: RLSDConfig) -> tuple[dict[str, Heatma
 
     Returns pictures by method, of token advantages as multiples of A on one scale or of the method's
     divergence, and a sentence: how few tokens hold half of it. RLSD's gap is that of this rollout.
+    Where `config` has other numbers than the paper's, its RLSD stands beside as `rlsd_this_run`.
     """
     tokens, size, own = rollout.tokens, rollout.advantage, config.method
     moved = {"grpo": [size] * len(tokens), "rlsd": _rlsd(rollout)}
+    if own == "rlsd" and (config.lambda_init, config.epsilon_w) != PAPER:
+        own = "rlsd_this_run"
     moved[own] = rollout.divergence or rollout.credit
     pictures = {k: credit_heatmap(tokens, v, size, title=k, limit=SCALE) for k, v in moved.items()}
     if rollout.divergence:
@@ -57,7 +61,7 @@ def _half(values: list[float]) -> int:
     return int((sizes.cumsum(0) < sizes.sum() / 2).sum()) + bool(sizes.any())
 
 
-def _rlsd(rollout: Rollout, lam: float = 0.5, epsilon_w: float = 0.2) -> list[float]:
+def _rlsd(rollout: Rollout, lam: float = PAPER[0], epsilon_w: float = PAPER[1]) -> list[float]:
     """RLSD's token advantages of a rollout, by default with the paper's numbers."""
     gap, advantages = torch.tensor([rollout.gap]), torch.tensor([rollout.advantage])
     return rlsd(advantages, gap, torch.ones_like(gap), lam=lam, epsilon_w=epsilon_w)[0].tolist()

@@ -4,6 +4,8 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import nbformat
 import numpy as np
@@ -269,3 +271,17 @@ def test_a_baseline_that_drifts_is_found(make_notebook: NotebookMaker) -> None:
     assert shared_code(own) == ["x = 1"]
     drifted = _edited(one, lambda nb: nb.cells[1].update(source="x = 3"))
     assert shared_code(drifted) == ["x = 3", "x = 2"]
+
+
+def test_a_group_whose_rewards_agree_is_said_to_have_no_advantage(capsys) -> None:
+    """Its pictures are white, and its second rollout is no failed one."""
+    looks = [c for c in shared_code(FOLDER / "15_rlsd.ipynb") if "look_at_mixed()" in c]
+    assert len(looks) == 2
+    for look in looks:
+        for worst, said in ((1.0, True), (0.0, False)):
+            experiment = MagicMock()
+            group = [SimpleNamespace(reward=r, question="1+2") for r in (1.0, worst)]
+            experiment.look_at_mixed.return_value = group
+            drawn = {"side_by_side": lambda *_: ({}, ""), "rollout_heatmaps": lambda *_: {}}
+            exec(look, {"experiment": experiment, **drawn})
+            assert ("all rewards are 1: A is 0" in capsys.readouterr().out) is said

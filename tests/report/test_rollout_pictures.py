@@ -64,6 +64,16 @@ def test_a_method_stands_beside_grpo_and_rlsd_and_its_few_tokens_are_counted(tmp
     assert "0 under grpo, 0 under rlsd" in side_by_side(silent, tiny.config(tmp_path))[1]
 
 
+def test_rlsd_with_other_numbers_stands_beside_the_papers(tmp_path):
+    assert list(side_by_side(rollout(), tiny.config(tmp_path))[0]) == ["grpo", "rlsd"]
+    shown = rollout(credit=[-8.0, -1.0])
+    for numbers in ({"epsilon_w": 9.0}, {"lambda_init": 1.0}):
+        pictures, sentence = side_by_side(shown, tiny.config(tmp_path, **numbers))
+        assert pictures["rlsd"].values == pytest.approx([1.1, 0.995], abs=1e-4)
+        assert pictures["rlsd_this_run"].values == [4.0, 0.5]
+        assert "1 under rlsd, 1 under rlsd_this_run" in sentence
+
+
 def test_sliders_recolour_the_rollout():
     sliders = credit_sliders(rollout())
     lam, epsilon_w, picture = sliders.children
