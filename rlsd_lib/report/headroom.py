@@ -34,9 +34,9 @@ def efficiency(runs: Runs, but: Collection[str] = ()) -> pd.DataFrame:
     Settings named in `but` do not tell arms apart.
 
     `final` is the probability of a right chain after training where every run has it, else the
-    held-out accuracy. `mean` is the training reward over all steps. `rollouts` is their number when
-    the mean reward of the last `WINDOW` first reached `THRESHOLD`; all of the run's where it never
-    did, which `reached` tells apart. `unit` is what a seed is: a lab, where it pretrains one.
+    held-out accuracy, which `ended` tells apart. `mean` is the training reward over all steps.
+    `rollouts` is their number when the mean reward of the last `WINDOW` first reached `THRESHOLD`;
+    all of the run's where it never did, which `reached` tells apart. `unit` is what a seed is: a lab, where it pretrains one.
     """
     frame = with_arms(runs.runs[is_finished(runs.runs)], but)
     rewards = {path: steps["reward"].to_numpy() for path, steps in runs.steps.groupby("path")}
@@ -97,6 +97,8 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
         whole = values.dropna(axis=1).drop(columns=bounds, errors="ignore")
         can = against in whole and whole.shape[1] > 1
         intervals = simultaneous_intervals(whole, against) if can else {}
+        several = whole.index if can and len(whole) > 2 else []
+        left_one = [simultaneous_intervals(whole.drop(lab), against) for lab in several]
         for arm in sorted(values, key=lambda arm: (arm != against, arm)):
             difference, mean = intervals.get(arm), values[arm].mean()
             shown = f"{math.exp(mean):.0f}" if is_ratio else f"{mean:.3f}"
@@ -111,7 +113,8 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
             if difference is not None:
                 row[f"against {against}"] = _shown(difference, is_ratio)
                 row["verdict"] = decide(difference, *margin)
-                row["without one"] = _again(whole, arm, against)
+                apart = sum(one[arm].low > 0 or one[arm].high < 0 for one in left_one)
+                row["without one"] = f"{apart} of {len(left_one)}" if left_one else DASH
             rows.append(row)
     notes = [
         f"intervals are of 95 % for all {unit} and arms of a measure together (Student, paired by "
@@ -125,14 +128,6 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
         ),
     ]
     return Table(pd.DataFrame(rows), [*notes, *source_notes(runs)])
-
-
-def _again(values: pd.DataFrame, arm: str, against: str) -> str:
-    """In how many of the sets of blocks with one left out the interval of `arm` excludes 0."""
-    if len(values) < 3:
-        return DASH
-    left = [simultaneous_intervals(values.drop(block), against)[arm] for block in values.index]
-    return f"{sum(d.low > 0 or d.high < 0 for d in left)} of {len(left)}"
 
 
 def _shown(difference: Interval, is_ratio: bool) -> str:
