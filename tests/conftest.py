@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # Before anything imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -117,6 +118,18 @@ def make_notebook(tmp_path: Path) -> NotebookMaker:
         return path
 
     return make
+
+
+def plain_papermill(source: Path, target: Path, parameters: dict[str, Any] | None = None) -> Any:
+    """Execute as `papermill SOURCE TARGET` does, but over no TCP port that a neighbour may take."""
+    import papermill
+
+    from rlsd_lib.runs.execute import sockets_of_its_own
+
+    with sockets_of_its_own() as config:
+        return papermill.execute_notebook(
+            source, target, parameters, kernel_name="python3", progress_bar=False, config=config
+        )
 
 
 @pytest.fixture(scope="session")

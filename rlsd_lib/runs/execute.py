@@ -7,14 +7,17 @@ stands. Here the first two are errors, the folder is made, and the notebook runs
 import logging
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import papermill
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from traitlets.config import Config
 
 from rlsd_lib.runs import Interrupted, NotebookError
 from rlsd_lib.runs.parameters import complete
@@ -103,16 +106,29 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
     source_path, target = (
         str(p).replace("{", "{{").replace("}", "}}") for p in (source, run.path / source.name)
     )
-    papermill.execute_notebook(
-        source_path,
-        target,
-        parameters,
-        kernel_name="python3",
-        cwd=str(run.path),
-        # A notebook that trains has steps to show, see `followed`; of others the cells are counted.
-        progress_bar="method" not in run.manifest["parameters"] and sys.stderr.isatty(),
-        kernel_manager_class=_kernel_manager(run),
-    )
+    with sockets_of_its_own() as config:
+        papermill.execute_notebook(
+            source_path,
+            target,
+            parameters,
+            kernel_name="python3",
+            cwd=str(run.path),
+            # A notebook that trains has steps to show, see `followed`; others count their cells.
+            progress_bar="method" not in run.manifest["parameters"] and sys.stderr.isatty(),
+            kernel_manager_class=_kernel_manager(run),
+            config=config,
+        )
+
+
+@contextmanager
+def sockets_of_its_own() -> Iterator[Config]:
+    """Jupyter's configuration of a kernel that is reached through files in a temporary folder.
+
+    By default Jupyter picks five free TCP ports and the kernel binds them a second later; when
+    several runs start at once, another may have taken one of them by then, and the kernel dies.
+    """
+    with TemporaryDirectory(prefix="rlsd-") as folder:
+        yield Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
 
 
 def _kernel_manager(run: Run) -> type[AsyncKernelManager]:

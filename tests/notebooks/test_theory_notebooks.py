@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import nbformat
-import papermill
 import pytest
 import torch
+from conftest import plain_papermill
 from forked import forked_kernels
 
 from rlsd_lib import credit
@@ -27,9 +27,7 @@ def test_a_theory_notebook_holds_what_it_claims(
     run_dir = tmp_path / "run"
     parameters = {"run_dir": str(run_dir), **FASTER.get(path.stem, {})}
     with forked_kernels():
-        papermill.execute_notebook(
-            path, tmp_path / path.name, parameters, kernel_name="python3", progress_bar=False
-        )
+        plain_papermill(path, tmp_path / path.name, parameters)
     assert list((run_dir / "figures").glob("*.png"))
     assert {entry.name for entry in tmp_path.iterdir()} <= {"run", path.name, "outputs"}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from conftest import FINISH, START, NotebookMaker
+from conftest import FINISH, START, NotebookMaker, plain_papermill
 
 from rlsd_lib.__main__ import main
 from rlsd_lib.runs import execute
@@ -26,7 +26,9 @@ def test_a_notebook_runs_from_a_foreign_folder_inside_its_run_directory(
 ) -> None:
     look = (
         "import os, sys\nfrom pathlib import Path\n"
+        "from ipykernel.kernelapp import IPKernelApp\n"
         "assert Path.cwd() == run.path\n"
+        "assert IPKernelApp.instance().transport == 'ipc'  # no port that a neighbour may take\n"
         "run.finish({'here': str(Path.cwd()), 'python': sys.executable})"
     )
     source = make_notebook(cells=(START, look))
@@ -114,11 +116,11 @@ def test_plain_papermill_claims_by_itself_and_may_run_the_start_cell_again(
 ) -> None:
     source = make_notebook(cells=(START, 'run.log(1, {"reward": 0.0})', START, FINISH))
     words = str(source), str(tmp_path / "out.ipynb"), {"run_dir": str(tmp_path / "a")}
-    papermill.execute_notebook(*words, progress_bar=False)
+    plain_papermill(*words)
     assert state_of(tmp_path / "a") == "finished"
     assert [row["reward"] for row in read_lines(tmp_path / "a" / "metrics.jsonl")] == [0.5]
     with pytest.raises(papermill.PapermillExecutionError, match="FileExistsError"):
-        papermill.execute_notebook(*words, progress_bar=False)
+        plain_papermill(*words)
     assert state_of(tmp_path / "a") == "finished"
 
 
@@ -129,9 +131,9 @@ def test_plain_papermill_runs_a_notebook_as_often_as_one_likes(
     fails = make_notebook("fails", cells=(START, START, "1 / 0"))
     works = make_notebook("works", cells=(START, START, FINISH))
     with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
-        papermill.execute_notebook(fails, tmp_path / "out.ipynb", progress_bar=False)
+        plain_papermill(fails, tmp_path / "out.ipynb")
     for _ in range(2):
-        done = papermill.execute_notebook(works, tmp_path / "out.ipynb", progress_bar=False)
+        done = plain_papermill(works, tmp_path / "out.ipynb")
     runs = read_runs(tmp_path / "outputs").runs
     assert runs["group"].tolist() == ["runs"] * 3
     assert runs["status"].tolist() == ["failed", "finished", "finished"]
@@ -148,7 +150,7 @@ def test_a_cell_that_raises_under_plain_papermill_fails_the_run(
 ) -> None:
     words = str(make_notebook(cells=(START, "1 / 0"))), str(tmp_path / "out.ipynb")
     with pytest.raises(papermill.PapermillExecutionError):
-        papermill.execute_notebook(*words, {"run_dir": str(tmp_path / "a")}, progress_bar=False)
+        plain_papermill(*words, {"run_dir": str(tmp_path / "a")})
     run = read_runs(tmp_path / "a").runs.loc[0]
     assert run["status"] == "failed"
     assert run["error"].startswith("ZeroDivisionError")

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -159,9 +160,7 @@ USE_CPU = {"ACCELERATE_USE_CPU": "true"}
 
 def processes(folder: Path, world: int, module: str, settings: dict[str, str]) -> list[Forked]:
     """Start `module.train_all` on every rank, with the environment of a launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(_free_port())
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     shared |= {"OMP_NUM_THREADS": "1", **settings}
     return [
@@ -173,6 +172,15 @@ def processes(folder: Path, world: int, module: str, settings: dict[str, str]) -
         )
         for rank in range(world)
     ]
+
+
+def _free_port() -> int:
+    """A port below those that the system hands out unasked, so nobody gets it before rank 0."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 20):
+        with socket.socket() as here, suppress(OSError):
+            here.bind(("127.0.0.1", port))
+            return port
+    raise OSError("20 ports between 20000 and 30000 are all taken")
 
 
 def train_rank(module: str, folder: Path, world: int) -> None:
