@@ -153,6 +153,7 @@ SUITES: dict[str, Suite] = {
         [
             *map(_sweep, (GRPO, ORACLE, TRUE_VALUE, RLSD, {"notebook": ("11_opd",)}, OPSD)),
             _sweep(RLSD, **WIDEST),
+            *(_sweep(OPSD, **kind) for kind in (FRESH, EMA)),
             _sweep({"notebook": ("13_sdpo",)}),
             *(
                 _sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w)
