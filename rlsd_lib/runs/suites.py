@@ -98,11 +98,10 @@ WEIGHTS = (
 PERMUTED = {"permute_credit": True}
 BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
-FIRST_LAB = {
-    "preset": ("lab",),
-    "max_steps": (80,),
-    "overrides": ({"learning_rate": 2e-4, "lab_per_seed": True},),
-}
+AT_ITS_RATE = {"learning_rate": 2e-4, "lab_per_seed": True}
+FIRST_LAB = {"preset": ("lab",), "max_steps": (80,), "overrides": (AT_ITS_RATE,)}
+# OPSD, and what mends each of its two faults; `lab` gives these the answer as their reference.
+MENDED = _credit("opsd_value", "opsd_contrast", "opsd_value_contrast")
 
 
 def _sweep(arm: Mapping[str, Sequence[Any]], **settings: Any) -> dict[str, Sequence[Any]]:
@@ -180,6 +179,17 @@ SUITES: dict[str, Suite] = {
             # At the best of its rates; the rows above are at GRPO's.
             {**LABS, **HINDSIGHT, "overrides": ({**FROZEN, "learning_rate": 5e-5},)},
             *_controlled(TOLD, **BESIDE),
+        ],
+    ),
+    "faults": Suite(
+        "OPSD's two faults mended apart and together, beside `headroom`: three teachers, two references",
+        [
+            {"seed": FIVE_SEEDS, **FIRST_LAB, **arm, "preset": preset, "overrides": overrides}
+            for arm in (OPSD, MENDED)
+            for preset, overrides in (
+                (("lab",), tuple({**AT_ITS_RATE, **kind} for kind in (FROZEN, FRESH, EMA))),
+                (("lab-trace",), ({**AT_ITS_RATE, **FROZEN},)),
+            )
         ],
     ),
     "ablations": Suite(
