@@ -5,6 +5,7 @@
 #   make test-vllm  the tests with real vLLM rollouts, on a CPU or a GPU, in .venv-vllm
 #   make test-latest  the trainer's tests with the newest release of every library but torch
 #   make lint       ruff, and the contract of rooms: who may import whom
+#   make audit      known vulnerabilities of what is installed; asks PyPI
 #   make site       every notebook that was run as a static page, in outputs/site
 #   make notebook   JupyterLab, with the tour open and the whole workbook in reach
 # Settings: PYTHON=python3.12 (3.11 or newer), TORCH_ARGS="--index-url ..." for another torch build.
@@ -30,7 +31,9 @@ LATEST_BIN := $(LATEST_VENV)/bin
 LATEST_STAMP := $(LATEST_VENV)/.installed
 UNBOUNDED = $(shell $(PYTHON) -c 'import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; print(*(re.split("[<>=!~ ]", d)[0] for d in [*p["dependencies"], *e["gguf"], *e["vlm"], *e["dev"]] if not d.startswith("torch")))')
 
-.PHONY: demo test test-gpu test-vllm test-latest lint site notebook
+AUDIT_VENV := .venv-audit
+
+.PHONY: demo test test-gpu test-vllm test-latest lint audit site notebook
 .DEFAULT_GOAL := demo
 
 # Torch first and on its own: what is installed after it then finds a build and brings no second one.
@@ -86,6 +89,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+# Not part of lint: what is known of a library changes overnight, and a gate must not.
+audit: $(STAMP)
+	test -x $(AUDIT_VENV)/bin/pip-audit || $(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet pip-audit
+	$(AUDIT_VENV)/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 site: $(STAMP)
 	$(BIN)/rlsd site

@@ -113,6 +113,7 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
             parameters,
             kernel_name="python3",
             cwd=str(run.path),
+            start_timeout=300,  # papermill's 60 s are short where the environment is on a network drive
             # A notebook that trains has steps to show, see `followed`; others count their cells.
             progress_bar="method" not in run.manifest["parameters"] and sys.stderr.isatty(),
             kernel_manager_class=_kernel_manager(run),
