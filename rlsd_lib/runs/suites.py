@@ -100,6 +100,14 @@ BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
 AT_ITS_RATE = {"learning_rate": 2e-4, "lab_per_seed": True}
 FIRST_LAB = {"preset": ("lab",), "max_steps": (80,), "overrides": (AT_ITS_RATE,)}
+# As their authors set them, but lambda stays, for the reason above.
+SUCCESSORS: dict[str, dict[str, Any]] = {
+    "cepo": {},
+    "rlcsd": {},
+    "antisd": {},
+    "rlrt": {"epsilon_w": 1.0},
+    "amr_sd": {"lambda_init": 0.2},
+}
 # OPSD, and what mends each of its two faults; `lab` gives these the answer as their reference.
 MENDED = _credit("opsd_value", "opsd_contrast", "opsd_value_contrast")
 
@@ -179,6 +187,12 @@ SUITES: dict[str, Suite] = {
             # At the best of its rates; the rows above are at GRPO's.
             {**LABS, **HINDSIGHT, "overrides": ({**FROZEN, "learning_rate": 5e-5},)},
             *_controlled(TOLD, **BESIDE),
+            *(
+                {**LABS, **_credit(name), "overrides": ({"lambda_decay_steps": 0, **settings},)}
+                for name, settings in SUCCESSORS.items()
+            ),
+            {**LABS, **_credit("sdar", "srpo", "sdpg")},
+            {**LABS, **_credit("privileged_baseline"), "overrides": (FROZEN,)},
         ],
     ),
     "faults": Suite(
