@@ -144,7 +144,15 @@ SUITES: dict[str, Suite] = {
             {**LABS, **RLSD, "overrides": (EMPTY,), "control": ("empty",)},
             {**LABS, "notebook": ("11_opd", "12_opsd", "13_sdpo")},
             {**LABS, "notebook": ("14_grpo_opsd",), "overrides": WEIGHTS},
-            {**LABS, **OPSD, "overrides": (FRESH, EMA)},
+            # Each at the best of its rates; with a live teacher every rate ends at 0.
+            {
+                **LABS,
+                **OPSD,
+                "overrides": (
+                    {**FRESH, "learning_rate": 2.5e-5},
+                    {**EMA, "learning_rate": 1e-4},
+                ),
+            },
         ],
     ),
     "first-lab": Suite(
