@@ -427,9 +427,9 @@ def hindsight(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: T
     """(V_t - V_{t-1}) / sigma: what token t changed in the teacher's value. Ours.
 
     V and sigma as in `privileged_baseline`, of which it is at each token the conditional mean given
-    y_<=t if P_T is the hindsight teacher: the same gradient, and with less variance where prefixes
-    share no parameters; elsewhere, and than GRPO, mostly. With another teacher it is biased. 0 on tokens where teacher and student agree; sums to
-    (V_T - V_0) / sigma. The rollout's own reward and A do not enter, so a silent teacher teaches
+    y_<=t if P_T is the hindsight teacher: the same gradient, with less variance where prefixes share
+    no parameters and mostly also where they do. With another teacher it is biased. 0 on tokens where
+    teacher and student agree; sums to (V_T - V_0) / sigma. The rollout's own reward and A do not enter, so a silent teacher teaches
     nothing, the sign of A does not stay, and A = 0 gets credit. Shapes as in `rlsd`.
     """
     keep, advantage, gap = _prepared(advantages, gap, mask)
@@ -437,22 +437,24 @@ def hindsight(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: T
     return _inside(keep, values.diff(dim=1) / _deviation(values), advantage)
 
 
-def hindsight_contrast(
+def hindsight_gated(
     advantages: Tensor,
     gap: Tensor,
     mask: Tensor,
     *,
     group_success: Tensor,
     wrong_gaps: Tensor,
+    tau: float = 1.0,
 ) -> Tensor:
-    """`hindsight` with Delta - log mean_k exp(Delta'_k) in place of Delta. Ours.
+    """`hindsight` with g_t Delta_t in place of Delta_t, g_t = abs(e_t) / (abs(e_t) + tau). Ours.
 
-    What the teacher says under any reference, such as a quotation, changes no value: only what the
-    right reference r adds to a wrong one r' does. Biased also where P_T is the hindsight teacher of
-    r, by what r' gives away. `wrong_gaps` (K, N, T), the rest as in `hindsight`.
+    e = Delta - log mean_k exp(Delta'_k) is what the right reference says and wrong ones do not: a
+    token that the teacher likes whatever it reads, such as the beginning of a quotation, is no
+    evidence of success. A rollout without a wrong reference has no credit. Biased also where P_T is
+    the hindsight teacher. `wrong_gaps` (K, N, T), tau in nats; the rest as in `hindsight`.
     """
-    evidence = contrast(gap, wrong_gaps)
-    return hindsight(advantages, evidence, mask, group_success=group_success)
+    size = contrast(gap, wrong_gaps).abs()
+    return hindsight(advantages, size / (size + tau) * gap, mask, group_success=group_success)
 
 
 @torch.no_grad()

@@ -201,8 +201,8 @@ METHODS: dict[str, Method] = {
         "reward less the teacher's value of the prefix (ours)", credit.privileged_baseline
     ),
     "hindsight": _rule("what a token changes in the teacher's value (ours)", credit.hindsight),
-    "hindsight_contrast": _rule(
-        "hindsight, of what only the right reference says (ours)", credit.hindsight_contrast
+    "hindsight_gated": _rule(
+        "hindsight, of tokens that only the right reference explains (ours)", credit.hindsight_gated
     ),
     "posterior_blame": _rule(
         "GRPO where A > 0; elsewhere blame in proportion to the drop of the value (ours)",

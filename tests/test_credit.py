@@ -273,13 +273,15 @@ class Token(NamedTuple):
             return 0.0
         return self.d - math.log(sum(math.exp(gap) for gap in wrong) / len(wrong))
 
-    def value(self, after: bool, wrong: int = 0) -> float:
-        """The success probability before this token, or after it; `wrong` references subtracted."""
-        past = [
-            s.evidence(wrong) if wrong else s.d
-            for s in self.own
-            if s.t < self.t or (after and s.t == self.t)
-        ]
+    @property
+    def gated(self) -> float:
+        """The gap, times the share of what no wrong reference explains, with tau = 1 nat."""
+        size = abs(self.evidence(3))
+        return self.d * size / (size + 1)
+
+    def value(self, after: bool, gap: Callable[["Token"], float] = lambda s: s.d) -> float:
+        """The success probability before this token, or after it."""
+        past = [gap(s) for s in self.own if s.t < self.t or (after and s.t == self.t)]
         return min(self.prior * math.exp(sum(past)), 1.0)
 
     @property
@@ -373,7 +375,9 @@ FORMULAS: dict[str, Callable[[Token], float]] = {
         (k.b.signals["success"][k.n].item() - k.value(False)) / k.sigma
     ),
     "hindsight": lambda k: (k.value(after=True) - k.value(after=False)) / k.sigma,
-    "hindsight_contrast": lambda k: (k.value(True, 3) - k.value(False, 3)) / k.sigma,
+    "hindsight_gated": lambda k: (
+        (k.value(True, lambda s: s.gated) - k.value(False, lambda s: s.gated)) / k.sigma
+    ),
     "posterior_blame": blame_token,
     "oracle": oracle_token,
     "oracle_value": oracle_value_token,
@@ -388,7 +392,7 @@ WEIGHTS: dict[str, Callable[[Token], float]] = {
 ROWS = {name: getattr(credit, name) for name in [*FORMULAS, *WEIGHTS]}
 # Rows whose credit may be of the other sign than A, and is not 0 where A = 0.
 TURNS_SIGN = {"antisd", "sdar", "sdpg", "privileged_baseline", "hindsight", "oracle_value"}
-TURNS_SIGN |= {"hindsight_contrast"}
+TURNS_SIGN |= {"hindsight_gated"}
 # Rows that count tokens over the whole batch of a call.
 OVER_THE_BATCH = {"rlcsd", "srpo_weight"}
 

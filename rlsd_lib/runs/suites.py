@@ -79,8 +79,8 @@ def _credit(*methods: str) -> dict[str, Sequence[Any]]:
 
 
 ORACLE, TRUE_VALUE = _credit("oracle"), _credit("oracle_value")
-HINDSIGHT, HINDSIGHT_CONTRAST = _credit("hindsight"), _credit("hindsight_contrast")
-POSTERIOR = _credit("posterior_blame")
+HINDSIGHT, GATED, POSTERIOR = map(_credit, ("hindsight", "hindsight_gated", "posterior_blame"))
+BASELINE = _credit("privileged_baseline")
 TOLD = _credit("opsd_value_contrast")  # distillation that is told where to look, beside GRPO
 # Lambda stays: what a credit function can do, and not how soon it is switched off.
 WIDEST = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0}
@@ -174,7 +174,7 @@ SUITES: dict[str, Suite] = {
                 _sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w)
                 for w in (0.03, 0.1, 0.3)
             ),
-            *(_sweep(arm, **FROZEN) for arm in (HINDSIGHT, HINDSIGHT_CONTRAST, POSTERIOR)),
+            *(_sweep(arm, **FROZEN) for arm in (HINDSIGHT, GATED, BASELINE, POSTERIOR)),
             *(_sweep(_credit(name), **WIDEST) for name in ("rlsd_negative_only", "rlsd_contrast")),
             {"seed": (100,), **CREDIT, "notebook": ("13_sdpo",), "overrides": LOWER},
             _sweep(TOLD, **BESIDE),
@@ -200,7 +200,7 @@ SUITES: dict[str, Suite] = {
                 for name, settings in SUCCESSORS.items()
             ),
             {**LABS, **_credit("sdar", "srpo", "sdpg")},
-            {**LABS, **_credit("privileged_baseline"), "overrides": (FROZEN,)},
+            *(run for arm in (BASELINE, GATED) for run in _controlled(arm, **FROZEN)),
         ],
     ),
     "faults": Suite(

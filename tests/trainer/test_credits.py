@@ -18,7 +18,7 @@ from rlsd_lib.trainer.trainer import GATE_STEPS
 
 # Passes of the teacher over each rollout, where not one.
 PASSES = {"cepo": 2, "rlsd_contrast": 2, "rlcsd": 2, "opsd_contrast": 2, "opsd_value_contrast": 2}
-PASSES |= {"oracle": 0, "oracle_value": 0, "hindsight_contrast": 2}
+PASSES |= {"oracle": 0, "oracle_value": 0, "hindsight_gated": 2}
 
 
 def signals(rows: list[dict], ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
