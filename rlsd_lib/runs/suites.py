@@ -201,6 +201,8 @@ SUITES: dict[str, Suite] = {
             ),
             {**LABS, **_credit("sdar", "srpo", "sdpg")},
             *(run for arm in (BASELINE, GATED) for run in _controlled(arm, **FROZEN)),
+            # Its teacher says nothing: what its baseline of the group does alone.
+            {**LABS, **BASELINE, "overrides": (FRESH,), "control": ("empty",)},
         ],
     ),
     "faults": Suite(
