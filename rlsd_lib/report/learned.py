@@ -22,8 +22,8 @@ def course(steps: pd.DataFrame, metric: str) -> str:
     tenth = max(1, len(values) // 10)
     first, last = values.head(tenth).mean(), values.tail(tenth).mean()
     return (
-        f"{WORDS.get(metric, metric)}: {first:.3g} in the first tenth of {len(values)} steps, "
-        f"{last:.3g} in the last; the largest {values.max():.3g}, at step {values.idxmax()}"
+        f"{WORDS.get(metric, metric)}: {first:.3g} in the first tenth of the {len(values)} steps "
+        f"that log it, {last:.3g} in the last; the largest {values.max():.3g}, at step {values.idxmax()}"
     )
 
 
