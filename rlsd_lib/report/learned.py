@@ -1,4 +1,4 @@
-"""What a folder of runs has shown, for somebody who has just made them: a table and sentences."""
+"""What runs have shown, for somebody who has just made them: a table and sentences."""
 
 from pathlib import Path
 
@@ -10,6 +10,21 @@ from rlsd_lib.runs.records import Runs, is_finished, left_out
 
 MOVED = "rlsd/intervention"
 LEAKS = 0.05  # share of completions from which on the sentences speak of leaking
+
+
+def course(steps: pd.DataFrame, metric: str) -> str:
+    """Return a sentence on a metric's way through one run, for under its curve.
+
+    `steps` has a row per step. The sentence compares the mean over the first and the last tenth of
+    the steps that have a value (there is none without a teacher), and names the largest.
+    """
+    values = steps.set_index("step")[metric].dropna()
+    tenth = max(1, len(values) // 10)
+    first, last = values.head(tenth).mean(), values.tail(tenth).mean()
+    return (
+        f"{WORDS.get(metric, metric)}: {first:.3g} in the first tenth of the {len(values)} steps "
+        f"that log it, {last:.3g} in the last; the largest {values.max():.3g}, at step {values.idxmax()}"
+    )
 
 
 def learned(runs: Runs, baseline: str = "grpo") -> Table:

@@ -32,7 +32,7 @@ body {{ font: 15px/1.5 Georgia, serif; max-width: 76rem; margin: 2rem auto; padd
 p, ul {{ max-width: 62rem; }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; font: 12px/1.4 sans-serif; }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .4rem; text-align: left; overflow-wrap: break-word; }}
-pre {{ font-size: 12px; white-space: pre-wrap; }} .highlight {{ background: #f6f6f6; }} ul {{ font-size: 12px; color: #444; }}
+pre {{ font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }} .highlight {{ background: #f6f6f6; }} ul {{ font-size: 12px; color: #444; }}
 img {{ max-width: 100%; }} a.anchor-link {{ display: none; }} .about, caption {{ color: #666; }}
 </style></head>
 <body>
@@ -101,7 +101,9 @@ def write_site() -> Path:
         body = LINK.sub(lambda link: link[0] if link[1] in pages else link[2], body)
         body = LINK.sub(r'<a href="\1.html">\2</a>', body) + MATHJAX
         about = html.escape(shown[name][1]) if name in shown else ""
-        (site / f"{name}.html").write_text(PAGE.format(title=name, about=about, body=body))
+        page = PAGE.format(title=name, about=about, body=body)
+        # A published page says nothing of the machine it was made on.
+        (site / f"{name}.html").write_text(page.replace(f"{outputs_root()}/", ""))
     return site / "index.html"
 
 
@@ -114,7 +116,8 @@ def _newest() -> dict[str, tuple[Path, str]]:
         if copy.exists():  # a kernel of JupyterLab leaves none
             commit = str(run["commit"])[:7] + (", with changes" if run["dirty"] else "")
             about = f"{run['group']}/{run['name']}, commit {commit}, {run['started'][:16]} UTC"
-            found[copy.stem] = copy, f"run {about}. {settings_of(run['parameters'])}"
+            given = settings_of({k: v for k, v in run["parameters"].items() if v != ""})
+            found[copy.stem] = copy, f"run {about}. {given}"
     return dict(sorted(found.items()))
 
 

@@ -168,8 +168,8 @@ def test_three_paths_lead_through_every_notebook() -> None:
 
 def test_every_exercise_of_a_lecture_has_an_answer_that_is_executed_and_folded_away() -> None:
     lectures = {path: 1 for path in NOTEBOOKS if "_theory_" in path.stem}
-    lectures[FOLDER / "00_tour.ipynb"] = 4
-    assert len(lectures) == 11
+    lectures |= {FOLDER / "00_tour.ipynb": 4, FOLDER / "02_from_grpo_to_rlsd.ipynb": 2}
+    assert len(lectures) == 12
     for path, least in lectures.items():
         cells = nbformat.read(path, as_version=4).cells
         exercises = [i for i, cell in enumerate(cells) if "**Exercise.**" in cell.source]
@@ -178,6 +178,28 @@ def test_every_exercise_of_a_lecture_has_an_answer_that_is_executed_and_folded_a
         for cell in (cells[i] for i in answers):
             assert cell.metadata["jupyter"]["source_hidden"] is True, path.stem
             assert "assert " in cell.source and "\nanswer(" in cell.source, path.stem
+
+
+def test_each_curve_of_a_baseline_is_followed_by_a_sentence_of_its_run() -> None:
+    for path in (FOLDER / f"{stem}.ipynb" for stem in BASELINES):
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+        curves = [cell for cell in cells if "training_curve(" in cell]
+        assert len(curves) == 2, path.stem
+        for cell in curves:
+            _, _, after = cell.partition("save_figure(")
+            assert re.search(r"\bcourse\(|^f\"", after, re.MULTILINE), path.stem
+
+
+def test_from_grpo_to_rlsd_are_two_names_and_a_column() -> None:
+    """The lines that train, in the notebook's script and in its RLSD."""
+    source = FOLDER / "02_from_grpo_to_rlsd.ipynb"
+    cells = [cell.source for cell in nbformat.read(source, as_version=4).cells]
+    [grpo], [rlsd] = ([c for c in cells if f"\n{name} = " in c] for name in ("grpo", "rlsd"))
+    lines = re.compile(r"^(?:args|grpo|rlsd)(?: = |\.train).*", re.MULTILINE)
+    renamed = lines.findall(grpo.replace("GRPO", "RLSD").replace("grpo", "rlsd"))
+    more = (" **hidden,", ", callbacks=[viewer]")
+    assert len(renamed) == 3 and all(part in rlsd for part in more)
+    assert lines.findall(rlsd.replace(more[0], "").replace(more[1], "")) == renamed
 
 
 def test_a_training_notebook_names_the_folder_of_its_runs() -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from hashlib import sha256
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,23 @@ def test_an_own_credit_is_shown_aligned_trained_and_compared(tmp_path, smoke_run
     assert (runs["status"] == "finished").all()
     assert abs(json.loads((folder / "metrics.json").read_text())["cosine"]) <= 1
     assert {path.stem for path in (folder / "figures").glob("*.png")} >= {"wrong_mine", "alignment"}
+
+
+def test_a_grpo_script_becomes_rlsd_and_four_settings_are_refused(tmp_path, smoke_run):
+    folder = smoke_run(tmp_path / "run", "02_from_grpo_to_rlsd", steps=2)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 0 < metrics["intervention"] <= 0.1 and metrics["dropout_noise"] > 0
+    pages = {page.name for page in (folder / "checkpoints" / "rlsd" / "credit").glob("*.html")}
+    assert pages == {"step-000001.html", "step-000002.html"}
+    executed = unescape((folder / "02_from_grpo_to_rlsd.ipynb").read_text())
+    for said in (
+        "tensors of weights are equal, bit by bit",
+        "needs a 'answers' column",
+        "averages the token credit of method='rlsd' away",
+        "Dropout is active in",
+        "typical_p would draw rollouts from another distribution",
+    ):
+        assert said in executed, said
 
 
 def test_a_notebook_trains_on_two_processes(tmp_path, smoke_run):

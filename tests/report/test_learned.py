@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from synthetic import write_folder, write_run
 
 from rlsd_lib.__main__ import main
-from rlsd_lib.report.learned import learned
+from rlsd_lib.report.learned import course, learned
 from rlsd_lib.runs.records import read_runs
 from rlsd_lib.runs.run import Run
 
@@ -46,3 +48,14 @@ def test_several_seeds_are_the_unit(tmp_path: Path) -> None:
     assert said[3].startswith("The intervals are over 3 seeds")
     with pytest.raises(ValueError, match="no finished run of 'sdpo'"):
         learned(read_runs(tmp_path), "sdpo")
+
+
+def test_the_course_of_a_curve_is_told_by_its_ends_and_its_peak() -> None:
+    """Of 30 steps the last ten had no teacher: tenths are of the 20 with a value."""
+    values = [0.1, 0.3, *[0.5] * 10, 0.9, *[0.5] * 5, 0.02, 0.04, *[np.nan] * 10]
+    steps = pd.DataFrame({"step": range(1, 31), "rlsd/intervention": values, "novel": 1.0})
+    assert course(steps, "rlsd/intervention") == (
+        "mean of |token advantage / A - 1|: 0.2 in the first tenth of the 20 steps "
+        "that log it, 0.03 in the last; the largest 0.9, at step 13"
+    )
+    assert course(steps.head(2), "novel").startswith("novel: 1 in the first tenth of the 2 steps")

@@ -15,7 +15,8 @@ from rlsd_lib.runs.run import Run
 
 def _ran(source: Path, name: str, said: str, *, status: str = "finished", **manifest: str) -> None:
     """A run directory with an executed copy of `source`, whose cells have printed `said`."""
-    run = Run.start(outputs_root() / "tiny" / name, parameters={"seed": 0}, notebook=source)
+    given = {"seed": 0, "runs_dir": str(outputs_root() / "paper"), "real_dir": ""}
+    run = Run.start(outputs_root() / "tiny" / name, parameters=given, notebook=source)
     copy = nbformat.read(source, as_version=4)
     for cell in copy.cells:
         cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=said)]
@@ -33,7 +34,9 @@ def test_the_site_shows_the_newest_finished_run_of_each_notebook(
     cells = ("kept_secret", "injected", "slider")
     grpo, rlsd = (make_notebook(name, cells) for name in ("10_grpo", "15_rlsd"))
     _ran(grpo, "old", "of the old run", started="2026-01-01T10:00:00+00:00")
-    _ran(grpo, "new", "of the new run", started="2026-01-02T10:00:00+00:00")
+    _ran(
+        grpo, "new", f"of the new run in {outputs_root()}/tiny", started="2026-01-02T10:00:00+00:00"
+    )
     _ran(grpo, "failed", "of the failed run", status="failed", started="2026-01-03T10:00:00+00:00")
     _ran(rlsd, "alone", "of the only run", git={"commit": "f" * 40, "dirty": True})
     site = outputs_root() / "site"
@@ -51,7 +54,9 @@ def test_the_site_shows_the_newest_finished_run_of_each_notebook(
     assert "commit fffffff, with changes" in pages["15_rlsd"]
     assert "slider" in page and "kept_secret" not in page and "injected" not in page
     assert '<a href="15_rlsd.html">next</a> no<' in page
+    assert "UTC. runs_dir=paper</p>" in page, "a parameter without a value is not named"
     for name, text in pages.items():
+        assert str(outputs_root()) not in text, name
         links = re.findall(r'(?:href|src)="([^"#]+)"', text)
         loaded = [link for link in links if not (site / link).exists()]
         assert all(link.startswith("https://") for link in loaded), name
