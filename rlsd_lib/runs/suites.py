@@ -69,6 +69,7 @@ TWINS = {"method": ("rlsd", "rlsd_neutral")}
 # The bench for credit: a seed is a lab, and rates are chosen on one that no comparison uses.
 CREDIT = {"preset": ("lab-credit",)}
 LABS = {"seed": FIVE_SEEDS, **CREDIT}
+NEW_LABS = {"seed": (5, 6, 7, 8, 9), **CREDIT}
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
 LOWER = tuple({"learning_rate": rate} for rate in (6e-6, 1.25e-5))  # where SDPO does not collapse
 
@@ -200,9 +201,17 @@ SUITES: dict[str, Suite] = {
                 for name, settings in SUCCESSORS.items()
             ),
             {**LABS, **_credit("sdar", "srpo", "sdpg")},
-            *(run for arm in (BASELINE, GATED) for run in _controlled(arm, **FROZEN)),
+            *({**LABS, **arm, "overrides": (FROZEN,)} for arm in (GATED, BASELINE)),
             # Its teacher says nothing: what its baseline of the group does alone.
             {**LABS, **BASELINE, "overrides": (FRESH,), "control": ("empty",)},
+        ],
+    ),
+    "confirm": Suite(
+        "what `credits` suggested, on five labs that no choice has seen: the privileged baseline",
+        [
+            {**NEW_LABS, **GRPO},
+            _permuted(BASELINE, **FROZEN) | NEW_LABS,
+            {**NEW_LABS, **BASELINE, "overrides": (FROZEN,), "control": ("shuffled",)},
         ],
     ),
     "faults": Suite(
