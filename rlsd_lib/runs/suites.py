@@ -184,8 +184,17 @@ SUITES: dict[str, Suite] = {
         ],
     ),
     "headroom": Suite(
-        "what knowing the first error gains on the first lab; on the bench for credit see `paper`",
-        [{"seed": FIVE_SEEDS, **FIRST_LAB, **GRPO}, {"seed": FIVE_SEEDS, **FIRST_LAB, **ORACLE}],
+        "what knowing the first error, or the teacher's value, gains on the first lab",
+        [
+            {"seed": FIVE_SEEDS, **FIRST_LAB, **GRPO},
+            {"seed": FIVE_SEEDS, **FIRST_LAB, **ORACLE},
+            {
+                "seed": FIVE_SEEDS,
+                **FIRST_LAB,
+                **BASELINE,
+                "overrides": ({**AT_ITS_RATE, **FROZEN},),
+            },
+        ],
     ),
     "credits": Suite(
         "RLSD's successors and our own credit beside `paper`, with their controls, over labs",
