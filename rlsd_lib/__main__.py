@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -49,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     options = parser().parse_args(words)
-    again = shlex.join(options.resume_with) in shlex.join(words)  # it went on already
-    go_on = shlex.join(["rlsd", *words, *(() if again else options.resume_with)])
+    line = re.sub(r" --if-exists[ =](?!resume)\S+", "", shlex.join(["rlsd", *words]))
+    again = shlex.join(options.resume_with) in line.replace("=", " ")  # it went on already
+    go_on = line if again else f"{line} {shlex.join(options.resume_with)}"
     try:
         return options.command(options)
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:

@@ -99,7 +99,12 @@ def test_an_interrupted_run_says_once_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_run", functools.wraps(cli._run)(stop))
-    for given in ([], ["--if-exists", "resume"]):
+    for given in (
+        [],
+        ["--if-exists", "resume"],
+        ["--if-exists", "overwrite"],
+        ["--if-exists=skip"],
+    ):
         assert main(["run", "15_rlsd", *given]) == 130
         said = capsys.readouterr().err
         assert said.endswith("go on with\n  rlsd run 15_rlsd --if-exists resume\n")

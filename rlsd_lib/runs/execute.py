@@ -86,9 +86,7 @@ def execute_notebook(
         if run.manifest["attached"] and not (run.path / "metrics.json").exists():
             raise NotebookError("the notebook ended without run.finish(metrics)")
     except Exception as error:
-        reason = _reason(error)
-        if told and not reason.startswith("Stopped: "):
-            reason = f"Stopped: {told[0]} outside of training ({reason})"
+        reason = _stopped(_reason(error), told[0]) if told else _reason(error)
         run.fail(reason)
         if told:
             raise Interrupted(reason.removeprefix("Stopped: ").partition(" (in cell")[0]) from error
@@ -146,3 +144,10 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, papermill.PapermillExecutionError):
         return f"{error.ename}: {error.evalue} (in cell [{error.exec_count}])"
     return f"{type(error).__name__}: {error}"
+
+
+def _stopped(reason: str, by: str) -> str:
+    """The line for a run that `by` has stopped; its kernel knows of a SIGTERM alone."""
+    if reason.startswith("Stopped: "):
+        return reason.replace("by SIGTERM", f"by {by}")
+    return f"Stopped: {by} outside of training ({reason})"

@@ -83,7 +83,8 @@ def _show_bar(bars: dict[str, tqdm], name: str, now: Standing | None) -> None:
             bars.pop(name).close()
         return
     if name not in bars:
-        bars[name] = tqdm(bar_format="{desc} {bar}", leave=False, dynamic_ncols=True)
+        # Two columns are left to the ^C that a terminal writes behind the bar.
+        bars[name] = tqdm(bar_format="{desc} {bar:-2}", leave=False, dynamic_ncols=True)
     bars[name].total, bars[name].n = now.steps, now.step
     bars[name].set_description_str(name + now.words)
 

@@ -17,8 +17,14 @@ from conftest import FINISH, START, NotebookMaker, plain_papermill
 from rlsd_lib.__main__ import main
 from rlsd_lib.runs import execute
 from rlsd_lib.runs.execute import NotebookError, execute_notebook
-from rlsd_lib.runs.records import read_lines, read_runs, state_of
+from rlsd_lib.runs.records import read_lines, read_manifest, read_runs, state_of
 from rlsd_lib.runs.run import Run
+
+# A cell after which the kernel ends as one that trains: on a SIGTERM, with a reason of its own.
+TRAINED = """import signal
+class Stopped(RuntimeError): pass
+def stop(*_): raise Stopped("stopped by SIGTERM after step 1 of 2")
+signal.signal(signal.SIGTERM, stop)"""
 
 
 def test_a_notebook_runs_from_a_foreign_folder_inside_its_run_directory(
@@ -76,11 +82,16 @@ def test_a_kernel_that_dies_leaves_a_failed_run(
     assert state_of(tmp_path / "a") == "failed"
 
 
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [("1", "ctrl-C outside of training"), (TRAINED, "stopped by ctrl-C after step 1 of 2")],
+)
 def test_ctrl_c_interrupts_a_run_and_says_how_it_goes_on(
-    make_notebook: NotebookMaker, tmp_path: Path
+    cell: str, reason: str, make_notebook: NotebookMaker, tmp_path: Path
 ) -> None:
     wait = "import time\nfor _ in range(600 * (not run.manifest['resumed'])):\n    time.sleep(0.1)"
-    source, folder = make_notebook(cells=(START, "run.log(1, {})", wait, FINISH)), tmp_path / "a"
+    cells = (START, cell, "run.log(1, {})", wait, FINISH)
+    source, folder = make_notebook(cells=cells), tmp_path / "a"
     words = ["run", str(source), "-p", "seed=3", "--run-dir", str(folder)]
     command = [sys.executable, "-m", "rlsd_lib", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -92,7 +103,8 @@ def test_ctrl_c_interrupts_a_run_and_says_how_it_goes_on(
     assert process.returncode == 130
     assert f"go on with\n  rlsd {' '.join(words)} --if-exists resume" in said
     assert "Traceback" not in said
-    assert "interrupted: ctrl-C outside of training" in said
+    assert f"interrupted: {reason}" in said
+    assert read_manifest(folder)["error"].startswith(f"Stopped: {reason}")
     assert state_of(folder) == "interrupted"
     assert main([*words, "--if-exists", "resume"]) == 0
     assert state_of(folder) == "finished"
