@@ -42,8 +42,8 @@ def test_a_terminal_gets_a_bar_and_a_file_a_line_for_each_phase(
 ) -> None:
     monkeypatch.setattr(follow, "TICK_SECONDS", 0.01)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    for name, value in {"COLUMNS": "80", "LINES": "24"}.items():  # tqdm needs both
-        monkeypatch.setenv(name, value)
+    # What tqdm reads on a terminal of 80 columns.
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (79, 24))
     with followed([tmp_path / "a", tmp_path / "b"]):
         run = _training(tmp_path / "a", 0)
         time.sleep(0.3)
