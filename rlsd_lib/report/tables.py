@@ -3,7 +3,6 @@
 `Arms` picks the plain runs of one preset, which claims and the tables of the paper are about.
 """
 
-import html
 import json
 import math
 import textwrap
@@ -87,9 +86,11 @@ class Table(NamedTuple):
         notes = "\n".join(f"- {note}" for note in self.notes)
         return "\n\n".join(part for part in (_markdown(self.rows), notes) if part)
 
-    def _repr_markdown_(self) -> str:
-        # Names and reasons of runs are text: no tag, no link.
-        return html.escape(self.markdown(), quote=False).replace("[", "&#91;")
+    def _repr_html_(self) -> str:
+        """Return the rows, in a box that scrolls where the page is narrower, and the notes below."""
+        rows = readable(self.rows.map(_text)).hide(axis="index").to_html()
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        return f'<div style="overflow-x: auto">{rows}</div><ul>{notes}</ul>'
 
     def fitted(self, width: int) -> str:
         """Return the table in lines of at most `width` characters, but for paths.
@@ -145,6 +146,7 @@ def _markdown(rows: pd.DataFrame) -> str:
     if rows.empty:
         return ""
     lines = [list(rows.columns), *([_text(v) for v in row] for row in rows.values.tolist())]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
@@ -154,7 +156,7 @@ def _markdown(rows: pd.DataFrame) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if is_number(value) else DASH
-    return " ".join(str(value).replace("|", "\\|").splitlines()) or DASH
+    return " ".join(str(value).splitlines()) or DASH
 
 
 def make_table(runs: Runs) -> Table:
@@ -443,7 +445,8 @@ def readable(frame: pd.DataFrame) -> Styler:
     frame = frame.rename(index=HEADINGS, columns=HEADINGS)
     text = {"text-align": "left", "white-space": "pre-wrap"}
     head = {"selector": "th", "props": "text-align: left; vertical-align: top"}
-    table = frame.style.format(_digits, escape="html").set_table_styles([head])
+    table = frame.style.format(_digits, escape="html").format_index(escape="html", axis="columns")
+    table = table.set_table_styles([head])
     return table.set_properties(**text, subset=frame.select_dtypes(exclude="number").columns)
 
 

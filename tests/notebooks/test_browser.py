@@ -37,6 +37,9 @@ DEMO = ("suite", "demo", "-p", "max_steps=20")  # what 20_compare shows: real ru
 RUN_ALL = "async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }"
 CELLS = "() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
 TOP = "() => { for (const box of document.querySelectorAll('.jp-WindowedPanel-outer')) box.scrollTop = 0 }"
+# What outputs do not fit on the page; a table's own box may scroll.
+WIDE = """() => [...document.querySelectorAll('.jp-OutputArea-output')]
+    .filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.innerText.slice(0, 60))"""
 READY = """() => {
     const widget = window.jupyterapp?.shell?.currentWidget;
     return widget?.sessionContext?.session?.kernel?.status === 'idle';
@@ -132,12 +135,15 @@ def run_all(page, name: str) -> list[dict]:
     return cells
 
 
+def draw_all(page) -> None:
+    """Make the page so high that JupyterLab draws every cell of it."""
+    page.set_viewport_size({"width": VIEW["width"], "height": 16000})
+    page.evaluate(TOP)
+    page.wait_for_timeout(3000)
+
+
 def picture(page, name: str, theme: str) -> None:
     if folder := os.environ.get("RLSD_SCREENSHOTS"):
-        # A page so high that JupyterLab draws every cell of it.
-        page.set_viewport_size({"width": VIEW["width"], "height": 16000})
-        page.evaluate(TOP)
-        page.wait_for_timeout(3000)
         Path(folder).mkdir(parents=True, exist_ok=True)
         last = page.locator(".jp-Notebook .jp-Cell").last.bounding_box()
         clip = {"x": 0, "y": 0, "width": VIEW["width"], "height": last["y"] + last["height"]}
@@ -160,6 +166,8 @@ def test_a_notebook_runs_twice_in_a_row(name, browser, lab, request):
     assert "image/png" in kinds, "no figure"
     if name == "00_tour":
         check_sliders(page)
+    draw_all(page)
+    assert not (wide := page.evaluate(WIDE)), f"wider than the page: {wide}"
     picture(page, name, theme)
     assert not problems, problems
     page.close()

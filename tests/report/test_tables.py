@@ -45,7 +45,7 @@ def test_a_table_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> Non
         "claims_table": claims_table(incomplete, incomplete),
     }
     for name, table in tables.items():
-        shown = table._repr_markdown_()
+        shown = table._repr_html_()
         assert MISSING in shown, name
         assert "failed, not in the table" in shown, name
         assert "not started, not in the table" in shown, name
