@@ -49,22 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, 1 (a run failed), 2 (bad input) or 130 (stopped by ctrl-C or a SIGTERM, and can go on).
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    options = parser().parse_args(words)
-    line = re.sub(r" --if-exists[ =](?!resume)\S+", "", shlex.join(["rlsd", *words]))
-    again = shlex.join(options.resume_with) in line.replace("=", " ")  # it went on already
-    go_on = line if again else f"{line} {shlex.join(options.resume_with)}"
     try:
+        options = parser().parse_args(words)
         return options.command(options)
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         _complain(f"rlsd: {error}")
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         why = f": {error}" if str(error) else ""
-        _complain(f"\nrlsd: interrupted{why}\ngo on with\n  {go_on}")
+        again = _again(words, options.resume_with)
+        _complain(f"\nrlsd: interrupted{why}\ngo on with\n  {again}")
         return 130
     except NotebookError as error:  # in a line: the traceback is in the notebook
         _complain(f"rlsd: failed: {error}")
         return 1
+
+
+def _again(words: Sequence[str], resume: str) -> str:
+    """The command line that goes on where `words` stopped; of an --if-exists the last one counts."""
+    line = re.sub(r" --if-exists[ =](?!resume)\S+", "", shlex.join(["rlsd", *words]))
+    return line if resume in line.replace("=", " ") else f"{line} {resume}"
 
 
 def _complain(text: str) -> None:
@@ -411,15 +415,23 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses a value that is none of an argument's choices as `look_up` does."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None:
+            look_up(value, action.choices, "".join(action.option_strings) or "command")
+
+
 def parser() -> argparse.ArgumentParser:
     """The sub-commands and their options; `command` of what it parses is the function to call."""
     purpose = "Run a notebook or a suite, read runs back as a table, measure and plan the cost."
-    words = argparse.ArgumentParser(prog="rlsd", description=purpose)
+    words = _Parser(prog="rlsd", description=purpose)
     words.add_argument("--version", action="version", version=f"rlsd {__version__}")
     commands = words.add_subparsers(required=True, metavar="COMMAND")
 
     run = _command(commands, _run)
-    run.set_defaults(resume_with=("--if-exists", "resume"))
+    run.set_defaults(resume_with="--if-exists resume")
     run.add_argument("notebook", help='a path, or a name such as "15_rlsd"')
     _add_pairs(run, "a parameter of the notebook")
     run.add_argument("--num-processes", type=int, metavar="N", help="as -p num_processes=N")
@@ -431,7 +443,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="check it and say what it would do")
 
     suite = _command(commands, _suite)
-    suite.set_defaults(resume_with=("--resume",))
+    suite.set_defaults(resume_with="--resume")
     suite.add_argument("name")
     _add_pairs(suite, "a parameter of every notebook")
     suite.add_argument("--jobs", type=int, metavar="N", help="at a time (default: 1, on slurm all)")
@@ -493,7 +505,7 @@ def _command(commands: Any, function: Callable) -> argparse.ArgumentParser:
         epilog=textwrap.indent(examples, "  ").replace("  ", "examples:\n  ", 1),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(command=function, resume_with=())
+    parser.set_defaults(command=function, resume_with="")
     return parser
 
 

@@ -87,6 +87,15 @@ def test_mistakes_cost_one_line_and_write_nothing(
         words = [word for pair in pairs for word in ("-p", pair)]
         assert main(["run", source, *words, "--run-dir", str(folder)]) == 2, pairs
         assert message in capsys.readouterr().err
+    for words, message in (
+        (["rnu", source], "Unknown command 'rnu'. Did you mean 'run'?"),
+        (
+            ["run", source, "--if-exists", "skipp"],
+            "Unknown --if-exists 'skipp'. Did you mean 'skip'?",
+        ),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
     assert main(["run", "99_nothing"]) == 2
     assert "no notebook '99_nothing'" in capsys.readouterr().err
     assert not folder.exists()
