@@ -317,11 +317,14 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
 def describe(plan: Plan, title: str) -> str:
     """The plan as text: setting, memory by part, seconds by phase, and whether it fits."""
     named = ", ".join(f"{name}={getattr(plan, name)}" for name in ("gpus", *FIELDS))
+    rollouts = (
+        f"{'shared' if plan.shares_prompts else 'plain'} teacher pass; {plan.at_once:.0f} rollouts "
+        "decoded at a time per GPU; all of full length, no communication"
+    )
     lines = [
         title,
-        *textwrap.wrap(f"{plan.shape.parameters / 1e9:.2f} B parameters; {named}", 100),
-        f"{'shared' if plan.shares_prompts else 'plain'} teacher pass; {plan.at_once:.0f} rollouts "
-        "decoded at a time per GPU; all of full length, no communication",
+        *textwrap.wrap(f"{plan.shape.parameters / 1e9:.2f} B parameters; {named}", 79),
+        *textwrap.wrap(rollouts, 79),
         _beside("GiB per GPU", plan, lambda p: pd.DataFrame(p.memory()).T.stack().dropna()),
         _beside("seconds per step", plan, lambda p: pd.Series(p.seconds() | {"all": p.step()})),
         f"RLSD / GRPO: {plan.step() / plan.grpo.step():.3f} in time; speeds: {plan.speeds}",

@@ -212,7 +212,8 @@ def test_the_papers_setting_fits_sharded_and_not_on_one_gpu() -> None:
     assert 1.0 < PAPER.step() / PAPER.grpo.step() < 1.25
     alone = dataclasses.replace(PAPER, gpus=1, sharding="ddp")
     assert not alone.fits
-    assert "does NOT fit" in describe(alone, "alone")
+    assert "does NOT fit" in (said := describe(alone, "alone"))
+    assert max(map(len, said.splitlines())) <= 80, "wider than a terminal"
 
 
 def test_rlsd_costs_one_teacher_pass_more_and_nothing_else() -> None:
