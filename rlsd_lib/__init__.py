@@ -24,8 +24,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import the module that defines `name` when it is first asked for.
 
-    Raises:
-        AttributeError: `name` is not a public name of the package.
+    Raises AttributeError if `name` is not a public name of the package.
     """
     if name not in _HOME:
         raise AttributeError(f"module 'rlsd_lib' has no attribute {name!r}; it exports {__all__}")

@@ -12,9 +12,8 @@ SHOWN = 40  # valid names that an error lists in full
 def look_up(name: str, names: Iterable[str], what: str) -> str:
     """Return `name` if it is one of `names`.
 
-    Raises:
-        ValueError: naming the value, the nearest valid name, and all valid names or, where they are
-            many, a few more like it.
+    Raises ValueError naming the value, the nearest valid name, and all valid names or, where they
+    are many, a few more like it.
     """
     names = list(names)
     if name in names:
@@ -57,10 +56,8 @@ def check_fields(settings: Any) -> None:
     """Compare each field of a dataclass with its annotation.
 
     `Literal` lists the values that a field may have; `Annotated[type, test, expected]` has a function
-    that is true of them, and says in words what it tests.
-
-    Raises:
-        ValueError: naming the field, its value and what was expected.
+    that is true of them, and says in words what it tests. Raises ValueError naming the field, its
+    value and what was expected.
     """
     for f in fields(settings):
         value, kind = getattr(settings, f.name), get_origin(f.type)

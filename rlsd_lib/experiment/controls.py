@@ -28,8 +28,7 @@ CONTROLS: dict[str, str] = {
 def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
     """Return `data` with its privileged column replaced as `CONTROLS` says.
 
-    Raises:
-        ValueError: for an unknown control, or references that it cannot change.
+    Raises ValueError for an unknown control, or references that it cannot change.
     """
     if look_up(control, CONTROLS, "control") == "none":
         return data
@@ -42,8 +41,7 @@ def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
 def check_control(control: str, method: str) -> None:
     """Refuse a control where the teacher reads no reference: it would only label the run.
 
-    Raises:
-        ValueError: for an unknown control or method, or naming both.
+    Raises ValueError for an unknown control or method, or naming both.
     """
     look_up(control, CONTROLS, "control")
     sees = METHODS[look_up(method, METHODS, "method")].teacher_sees

@@ -96,8 +96,7 @@ class Experiment:
     def attach(cls, run_dir: str | Path) -> "Experiment":
         """The experiment of a run that another process began, as one of its processes trains it.
 
-        Raises:
-            FileNotFoundError: there is no run in `run_dir`.
+        Raises FileNotFoundError if there is no run in `run_dir`.
         """
         self = cls.__new__(cls)
         self.run = Run.attach(run_dir)
@@ -230,10 +229,8 @@ class Experiment:
         """Train, from the last checkpoint if the run was resumed; returns a row per logged step.
 
         One process trains here. Several are launched, and the trained weights are loaded back.
-
-        Raises:
-            RuntimeError: a launched process failed.
-            Stopped: after a SIGTERM; a checkpoint is written, and the run can be resumed.
+        Raises RuntimeError if a launched process failed; Stopped after a SIGTERM, which leaves a
+        checkpoint to go on from.
         """
         self.run.record(phase="training")
         if self.parameters.num_processes == 1:

@@ -44,8 +44,7 @@ ROOT_CAUSE = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)\s*\(pid:\s*(\
 def accelerate_config(preset: str = "") -> Path:
     """The accelerate config that RLSD_ACCELERATE names, else `preset`, else one by the hardware.
 
-    Raises:
-        FileNotFoundError: there is neither a shipped config nor a file of that name.
+    Raises FileNotFoundError if there is neither a shipped config nor a file of that name.
     """
     by_hardware = "multi_gpu" if torch.cuda.is_available() else "multi_cpu"
     name = os.environ.get(CONFIG) or preset or by_hardware

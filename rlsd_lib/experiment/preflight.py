@@ -56,11 +56,9 @@ class Findings:
 def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
     """Resolve and check a run of `notebook` with all its parameters.
 
-    Raises:
-        ValueError: for a notebook that trains nothing, an unknown method, preset, override or
-            control, or a batch that the processes cannot share.
-        TypeError: for an override of another type than its field's.
-        FileNotFoundError: for an unknown accelerate config.
+    Raises ValueError for a notebook that trains nothing, an unknown method, preset, override or
+    control, or a batch that the processes cannot share; TypeError for an override of another type
+    than its field's; FileNotFoundError for an unknown accelerate config.
     """
     if "preset" not in parameters or "method" not in parameters:
         raise ValueError(f"{notebook} has no preset and method: it trains nothing to check.")
@@ -210,8 +208,7 @@ def _local_model(preset: Preset) -> tuple[PretrainedConfig, Processing] | tuple[
 def check_rows(run: Resolved, task: Task) -> None:
     """Refuse rows that the trainer would refuse, as the run's control leaves them.
 
-    Raises:
-        ValueError: as `trainer.checks.check_arguments` does.
+    Raises ValueError as `trainer.checks.check_arguments` does.
     """
     rows = apply_control(task.train, run.control, run.config.seed)
     teacher = run.preset.teacher_model if run.config.row.teacher_sees == PROMPT else None

@@ -298,10 +298,9 @@ class RunParameters:
     ) -> Resolved:
         """The preset, then the task's `template`, then what this run sets, for one of `processes`.
 
-        Raises:
-            ValueError: for an unknown method, preset, override or control, naming the nearest
-                valid one, a control that changes nothing, or a batch that cannot be shared.
-            TypeError: for an override of another type than its field's.
+        Raises ValueError for an unknown method, preset, override or control, naming the nearest
+        valid one, a control that changes nothing, or a batch that cannot be shared; TypeError for
+        an override of another type than its field's.
         """
         check_control(self.control, self.method)
         check_fields(self)
@@ -380,11 +379,9 @@ def resolve_preset(
 ) -> tuple[Preset, dict[str, Any]]:
     """The preset with its part of `overrides` (`OF_PRESET`), and the overrides that are left.
 
-    `seed` is the run's, for presets that pretrain a lab for each.
-
-    Raises:
-        ValueError: for an unknown preset or override, naming the nearest valid one.
-        TypeError: for an override of another type than its field's.
+    `seed` is the run's, for presets that pretrain a lab for each. Raises ValueError for an unknown
+    preset or override, naming the nearest valid one; TypeError for an override of another type than
+    its field's.
     """
     preset = PRESETS[look_up(name, PRESETS, "preset")]
     # The tasks name their columns themselves.
@@ -429,10 +426,8 @@ def shared_batch(settings: Mapping[str, Any], num_processes: int) -> dict[str, i
     """The batch settings of each of `num_processes` that together make the batch of one.
 
     The micro-batches are shared first; what their number does not divide by is taken from their
-    rows. Then every optimiser step and every generation batch has the same rows.
-
-    Raises:
-        ValueError: the batch does not divide; the message names the values.
+    rows. Then every optimiser step and every generation batch has the same rows. Raises ValueError
+    if the batch does not divide, and names the values.
     """
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
     batch = {name: settings.get(name) or getattr(RLSDConfig, name) for name in names}

@@ -45,9 +45,8 @@ class WorkbookTrainer(RLSDTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the parent's.
 
-        Raises:
-            Stopped: after a SIGTERM, with a checkpoint of the finished step.
-            RuntimeError: a checkpoint could not be written; earlier ones are untouched.
+        Raises Stopped after a SIGTERM, with a checkpoint of the finished step; RuntimeError if a
+        checkpoint could not be written; earlier ones are untouched.
         """
         self.sigterm.asked = self.sigterm.stopped = False
         with on_sigterm(self.sigterm.ask):

@@ -56,10 +56,8 @@ def alignment(
     and the shares of a failed rollout's absolute credit on its `first error`, `after it` and on
     `fillers`. A function without any credit has NaN shares. The last column, the same for all, is
     the cosine of two halves of the true gradient's estimate: where it is below 1, so are all
-    cosines with it. Everything is of this one model.
-
-    Raises:
-        ValueError: the task cannot tell a right chain or a first error.
+    cosines with it. Everything is of this one model. Raises ValueError if the task cannot tell a
+    right chain or a first error.
     """
     if None in (task.right_chain, task.first_error, task.decisions, task.nuisance_mask):
         raise ValueError(f"task {task.name!r} cannot tell right chains from wrong ones")

@@ -82,10 +82,8 @@ def right_chains(
     The mean of the weights estimates, without bias, the mean probability over `rows` that a
     completion at temperature 1 is a right chain within `max_new_tokens`. A chain that does not end
     within them weighs 0. `template` are arguments of the chat template. The model's mode and
-    torch's random state are as before afterwards.
-
-    Raises:
-        ValueError: the task cannot tell a right chain.
+    torch's random state are as before afterwards. Raises ValueError if the task cannot tell a right
+    chain.
     """
     if task.right_chain is None:
         raise ValueError(f"task {task.name!r} cannot tell a right chain; draw samples instead")

@@ -138,9 +138,7 @@ def simultaneous_intervals(values: pd.DataFrame, control: str) -> dict[str, Inte
     Bonferroni's level: in a share `LEVEL` of repetitions or more all hold their true differences
     together. No arm lends its noise to another, as Dunnett's common variance would: an arm that
     collapses in some blocks has ten times the spread of one that does not. NaN ends for one block.
-
-    Raises:
-        ValueError: there is no such arm, no other arm, or an arm lacks a block.
+    Raises ValueError if there is no such arm, no other arm, or an arm lacks a block.
     """
     if control not in values or values.shape[1] < 2:
         raise ValueError(f"arms are {list(values)}; give {control!r} and at least one other")

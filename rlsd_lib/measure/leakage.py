@@ -200,10 +200,8 @@ def measure(
     template.
 
     Returns a row per problem: `completion`, `phrase` (bool), `value` and `chance` (see
-    `value_leakage`) and `evidence` (nats, see `highest_capital`).
-
-    Raises:
-        ValueError: for prompts with images, or fewer than two different references.
+    `value_leakage`) and `evidence` (nats, see `highest_capital`). Raises ValueError for prompts
+    with images, or fewer than two different references.
     """
     rows = list(task.test)[:num_problems]
     if any(row.get("images") or count_images(row["prompt"]) for row in rows):

@@ -22,10 +22,8 @@ def error_signals(
 
     `first_error` (N,) is the index of a failed rollout's first wrong token, `width` where there is
     none among its tokens; `decisions` (N, `width`) marks the tokens that the answer follows from. Of
-    tasks whose tokenizer splits a text as the task does.
-
-    Raises:
-        ValueError: the task knows neither.
+    tasks whose tokenizer splits a text as the task does. Raises ValueError if the task knows
+    neither.
     """
     if task.first_error is None or task.decisions is None:
         raise ValueError(f"task {task.name!r} does not know where a chain went wrong: no oracle")
@@ -55,10 +53,8 @@ def success_signals(
     rest of a right chain, estimated as in `measure.exact` from one right chain for each rollout, and
     averaged over those of a problem. So V depends on how much of the chain is behind, and not on
     filler words. `success_before` (N,) is V before the first token and `success_after` (N, `width`)
-    V after each. `completions` are token ids with their end token.
-
-    Raises:
-        ValueError: the task cannot tell a right chain.
+    V after each. `completions` are token ids with their end token. Raises ValueError if the task
+    cannot tell a right chain.
     """
     if task.right_chain is None:
         raise ValueError(f"task {task.name!r} cannot tell a right chain: no value to know")

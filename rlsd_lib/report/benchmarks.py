@@ -60,8 +60,7 @@ BENCHMARKS = {
 def check_benchmarks(names: Sequence[str]) -> str:
     """Return the tool that judges all of these benchmarks.
 
-    Raises:
-        ValueError: no name, an unknown or repeated one, or names that need two tools.
+    Raises ValueError for no name, an unknown or repeated one, or names that need two tools.
     """
     if not names:
         raise ValueError(f"no benchmark named; choose from {', '.join(BENCHMARKS)}")
@@ -79,10 +78,8 @@ def command(
     """Return the shell command that judges `model` on `names` and writes its results to `output`.
 
     `model` is a folder with a whole model and its tokenizer or processor, or a hub id. vLLM splits
-    it over `devices` GPUs; without one, transformers judges text.
-
-    Raises:
-        ValueError: as `check_benchmarks`, or a model name that the tool would split.
+    it over `devices` GPUs; without one, transformers judges text. Raises ValueError as
+    `check_benchmarks`, or a model name that the tool would split.
     """
     tool, model = check_benchmarks(names), str(model)
     if any(sign in model for sign in ",= "):
@@ -121,11 +118,9 @@ def read_scores(folder: Path, names: Sequence[str]) -> dict[str, Interval]:
     """Return what a tool wrote to `folder`: the share of each benchmark with Wilson's 95 % interval.
 
     Nothing where there is no results file. The ends are NaN for a score that is no share of right
-    answers.
-
-    Raises:
-        ValueError: several results files, or one that lacks a benchmark or its metric, gives a
-            value that is no share, or comes from another number of questions than the benchmark's.
+    answers. Raises ValueError for several results files, or one that lacks a benchmark or its
+    metric, gives a value that is no share, or comes from another number of questions than the
+    benchmark's.
     """
     files = [file for file in sorted(folder.rglob("*.json")) if "results" in file.name]
     if len(files) > 1:

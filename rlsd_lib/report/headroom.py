@@ -76,9 +76,7 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
     its interval, the verdict of `measure.intervals.decide`, and in how many of the sets with one lab
     left out the two are told apart. No interval has an arm that lacks a lab of `against`, or, for
     the rollouts, one with a run that never reached the threshold, of which only a bound is known.
-
-    Raises:
-        ValueError: no finished run of the arm `against`.
+    Raises ValueError without a finished run of the arm `against`.
     """
     found = efficiency(runs)
     if against not in set(found.get("arm", ())):

@@ -109,10 +109,8 @@ def token_heatmap(
 
     `center` is the neutral value, 0 for a gap and 1 for a weight. `limit` is the distance from it
     that gets full colour; by default the largest there is. Spaces, line ends and control characters
-    are made visible.
-
-    Raises:
-        ValueError: no tokens, lengths that differ, an infinite value, or a limit that is not > 0.
+    are made visible. Raises ValueError for no tokens, lengths that differ, an infinite value, or a
+    limit that is not > 0.
     """
     if len(tokens) != len(values) or not len(tokens):
         raise ValueError(f"{len(tokens)} tokens and {len(values)} values: expected one each")

@@ -33,10 +33,7 @@ def learned(runs: Runs, baseline: str = "grpo") -> Table:
     The notes say which differences were seen and which not, how far token credit is from GRPO's,
     who leaks, how far one may trust it, what to open, and which runs gave no result.
     Differences are paired by problem and seed; their intervals are over seeds where there are
-    several, else over problems.
-
-    Raises:
-        ValueError: no finished run of `baseline`.
+    several, else over problems. Raises ValueError without a finished run of `baseline`.
     """
     arms = with_arms(runs.runs[is_finished(runs.runs)])
     differences = paired_differences(runs, baseline).rows.set_index("method")

@@ -48,12 +48,8 @@ def write_report(suite_or_folder: str | Path) -> Path:
 
     It lies in a run directory of its own, outputs/reports/<name>, with the executed notebook and
     every figure. The claims table also reads the folders `smollm2` and `ablations` beside the
-    suite's where there are any.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: no run in it has finished.
-        NotebookError: a cell of the notebook raised.
+    suite's where there are any. Raises FileNotFoundError if there is no such folder; ValueError if
+    no run in it has finished; NotebookError if a cell of the notebook raised.
     """
     folder = runs_folder(suite_or_folder)
     runs = read_runs(folder)
@@ -77,11 +73,8 @@ def write_site() -> Path:
     """Write a page of each notebook, as its newest finished run left it, and an index; returns that.
 
     They replace the pages in outputs/site. The index is the beginning of the notebooks' manual; of a
-    link to a notebook without a finished run the words are kept.
-
-    Raises:
-        FileNotFoundError: there are no outputs yet.
-        ValueError: there is no finished run with an executed notebook.
+    link to a notebook without a finished run the words are kept. Raises FileNotFoundError if there
+    are no outputs yet; ValueError if there is no finished run with an executed notebook.
     """
     shown = _newest()
     if not shown:

@@ -63,10 +63,7 @@ def compare(runs: Runs, preset: str, own: Path | None = None) -> Table:
     over seeds with its 95 % Student interval, or one seed's share with its interval over questions.
     A benchmark's share is read from the run's folder benchmarks/after, and the untrained model's
     from benchmarks/before of a run without override or control, once per seed. `own` is a run with
-    metrics that is not closed yet.
-
-    Raises:
-        ValueError: results that `read_scores` refuses.
+    metrics that is not closed yet. Raises ValueError for results that `read_scores` refuses.
     """
     frame = runs.runs
     if own is not None:

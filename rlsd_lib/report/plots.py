@@ -41,10 +41,8 @@ def training_curve(
     colours and dashes in the order of all finished rows, so that one looks alike in every figure of
     these steps, whichever methods logged the metric. The axis begins at 0 where no value is
     negative, and rewards in [0, 1] are shown on all of it. `bound` is what theory allows at each
-    row of `steps`, which are one run's then, and drawn as a dotted line.
-
-    Raises:
-        ValueError: an absent column, no row with a value, or a window below 1.
+    row of `steps`, which are one run's then, and drawn as a dotted line. Raises ValueError for an
+    absent column, no row with a value, or a window below 1.
     """
     if window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
@@ -73,8 +71,7 @@ def training_curve(
 def curve(runs: Runs, metric: str, *, window: int = 1, title: str = "") -> Figure:
     """A logged metric against the step, one line per method and settings.
 
-    Raises:
-        ValueError: no finished run logged it.
+    Raises ValueError if no finished run logged it.
     """
     arms = with_arms(runs.runs).set_index("path")["arm"]
     steps = runs.steps[is_finished(runs.steps)]
@@ -87,10 +84,7 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
 
     `frame` has the rows of `leakage.summarise` for one run or several, and a column `arm`, whose
     values get a row and a colour each. The band is the base model's interval, the dashed line the
-    mean null value of the runs.
-
-    Raises:
-        ValueError: an absent column, or no row of a model.
+    mean null value of the runs. Raises ValueError for an absent column, or no row of a model.
     """
     data = _present(frame, ["arm", "measure", "of", "null", "mean", "low", "high"], "mean")
     colours, measures = _colours(data["arm"]), list(dict.fromkeys(data["measure"]))

@@ -272,10 +272,8 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
     no other, with that without its control, or else with that which sets its length alone. A row
     per method and settings: the mean difference, its 95 % interval over problems (a bootstrap) and
     over seeds (Student's t; NaN for one seed), the smallest difference that so many seeds would
-    find with 80 % power, and the number of shared seeds. The notes name what has no partner.
-
-    Raises:
-        ValueError: no finished run of `baseline`, or runs that were judged on other problems.
+    find with 80 % power, and the number of shared seeds. The notes name what has no partner. Raises
+    ValueError without a finished run of `baseline`, or for runs that were judged on other problems.
     """
     done = runs.runs[is_finished(runs.runs)]
     if baseline not in set(done.get("method", ())):

@@ -29,9 +29,8 @@ class Parameter(NamedTuple):
 def read_parameters(source: Path) -> dict[str, Parameter]:
     """The parameters that a notebook declares, by name.
 
-    Raises:
-        ValueError: there is not exactly one cell tagged "parameters", or a line in it is not
-            `name: type = literal`.
+    Raises ValueError if there is not exactly one cell tagged "parameters", or a line in it is not
+    `name: type = literal`.
     """
     return _declared(source, source.read_text())
 
@@ -71,9 +70,8 @@ def _parameter(source: Path, line: ast.stmt) -> Parameter:
 def complete(source: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The value of every parameter of a notebook: those given, checked, and defaults for the rest.
 
-    Raises:
-        ValueError: a name that the notebook does not declare; the message names the nearest.
-        TypeError: a value that does not fit its annotation.
+    Raises ValueError for a name that the notebook does not declare, and names the nearest;
+    TypeError for a value that does not fit its annotation.
     """
     declared = read_parameters(source)
     for name, value in given.items():
@@ -95,9 +93,7 @@ def parse_value(text: str, parameter: Parameter | None = None) -> Any:
     """A command-line value: JSON if it is JSON, else a Python literal if it is one, else text.
 
     A parameter that is declared as text alone takes the text as it is: `run_dir=007` stays 007.
-
-    Raises:
-        ValueError: braces or brackets that are neither JSON nor a Python literal.
+    Raises ValueError for braces or brackets that are neither JSON nor a Python literal.
     """
     if parameter is not None and parameter.kind is str:
         return text
@@ -119,8 +115,7 @@ def parse_pairs(
 ) -> dict[str, Any]:
     """Return `name=value` words as a dictionary, read as the notebook declares them.
 
-    Raises:
-        ValueError: a word without "=", or a name that is given twice.
+    Raises ValueError for a word without "=", or a name that is given twice.
     """
     found: dict[str, Any] = {}
     for pair in pairs:

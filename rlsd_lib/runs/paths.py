@@ -68,8 +68,7 @@ def flat_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def find_notebook(name_or_path: str | Path) -> Path:
     """The notebook file for a path, or for a name such as "15_rlsd" in the notebooks folder.
 
-    Raises:
-        FileNotFoundError: there is none; the message names the nearest that exists.
+    Raises FileNotFoundError if there is none; the message names the nearest that exists.
     """
     given = Path(name_or_path)
     file = given if given.suffix == ".ipynb" else given.with_name(given.name + ".ipynb")

@@ -21,10 +21,8 @@ PACKAGES = ("torch", "trl", "transformers", "accelerate", "datasets", "peft", "v
 def fingerprint(rows: Iterable[Any]) -> str:
     """SHA-256 over the rows of a data set, in order: two runs on the same data print the same.
 
-    Images are not decoded: the column `key`, a hash of a row's question and images, stands for them.
-
-    Raises:
-        ValueError: for rows with images and without a column `key`.
+    Images are not decoded: the column `key`, a hash of a row's question and images, stands for
+    them. Raises ValueError for rows with images and without a column `key`.
     """
     features = getattr(rows, "features", None) or {}
     # A column of images, or of lists of them.

@@ -50,10 +50,8 @@ def read_runs(folder: str | Path) -> Runs:
     metrics. Runs that did not finish are rows too; their status says so: "failed", "interrupted"
     (by ctrl-C or a cluster), "running", "running/killed" where the owner is gone, or "not started"
     where a suite has planned them. A row of `steps` holds the same identity and one logged line.
-
-    Raises:
-        FileNotFoundError: `folder` does not exist.
-        ValueError: a run's file cannot be read; the message names it.
+    Raises FileNotFoundError if `folder` does not exist; ValueError if a run's file cannot be read,
+    and names it.
     """
     root = Path(folder).resolve()
     if not root.is_dir():
@@ -83,9 +81,7 @@ def runs_folder(named: str | Path = "") -> Path:
     """The folder of runs with this path, from here or from the repository, or name in outputs.
 
     Without one it is that of the suite in outputs which finished last, every planned run included.
-
-    Raises:
-        FileNotFoundError: there is none.
+    Raises FileNotFoundError if there is none.
     """
     if named:
         places = (Path(named), REPOSITORY / named, outputs_root() / named)
@@ -146,9 +142,8 @@ def described(runs: Runs) -> str:
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of the run directory `path`.
 
-    Raises:
-        FileNotFoundError: there is no manifest.json in `path`.
-        ValueError: the manifest is not valid JSON.
+    Raises FileNotFoundError if there is no manifest.json in `path`; ValueError if the manifest is
+    not valid JSON.
     """
     return _read_json(Path(path) / "manifest.json")
 
@@ -228,10 +223,8 @@ def _identity(path: Path, status: str | None) -> dict[str, Any]:
 def read_lines(file: Path, *, torn: bool = False) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file, none where there is no file.
 
-    With `torn`, a last line without its end is left out.
-
-    Raises:
-        ValueError: a line is not valid JSON.
+    With `torn`, a last line without its end is left out. Raises ValueError if a line is not valid
+    JSON.
     """
     lines = file.read_text().split("\n") if file.exists() else [""]
     if torn:
@@ -272,8 +265,7 @@ def drop_torn_line(file: Path) -> None:
 def scalar(name: str, value: Any) -> float | int | str | bool | None:
     """A metric as JSON can hold it: 0-dimensional tensors and arrays become numbers.
 
-    Raises:
-        TypeError: the value is not a single number, a string or None.
+    Raises TypeError if the value is not a single number, a string or None.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value

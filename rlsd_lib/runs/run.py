@@ -127,8 +127,7 @@ class Run:
     def attach(cls, run_dir: str | Path) -> "Run":
         """Open a run that another process owns, for a kernel or a launched worker.
 
-        Raises:
-            FileNotFoundError: there is no run in `run_dir`.
+        Raises FileNotFoundError if there is no run in `run_dir`.
         """
         path = Path(run_dir).resolve()
         return cls(path, records.read_manifest(path)["attempt"])
@@ -141,8 +140,7 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Add facts to the manifest, such as `config=...` or `data=...`.
 
-        Raises:
-            ValueError: a name that the manifest keeps by itself.
+        Raises ValueError for a name that the manifest keeps by itself.
         """
         if taken := sorted(set(facts) & set(RESERVED)):
             raise ValueError(f"{', '.join(taken)}: kept by the run itself; use another name")
@@ -152,9 +150,8 @@ class Run:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. Values must be numbers, strings or None.
 
-        Raises:
-            TypeError: a value of another kind.
-            RuntimeError: another attempt has taken the directory over.
+        Raises TypeError for a value of another kind; RuntimeError if another attempt has taken the
+        directory over.
         """
         line = {"step": int(step), **{name: records.scalar(name, v) for name, v in metrics.items()}}
         self._check_mine()

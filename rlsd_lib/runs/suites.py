@@ -306,10 +306,9 @@ class Outcome:
 def jobs_of(name: str, changes: Mapping[str, Any] = {}) -> list[Job]:
     """The runs of a suite; `changes` replaces parameters in all of them.
 
-    Raises:
-        ValueError: an unknown suite or parameter, or two runs that would share a directory.
-        TypeError: a value that does not fit its annotation.
-        FileNotFoundError: a notebook of the suite does not exist.
+    Raises ValueError for an unknown suite or parameter, or two runs that would share a directory;
+    TypeError for a value that does not fit its annotation; FileNotFoundError if a notebook of the
+    suite does not exist.
     """
     found: dict[Path, Job] = {}
     for grid in SUITES[look_up(name, SUITES, "suite")].grids:

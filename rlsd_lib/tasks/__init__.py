@@ -36,10 +36,8 @@ def load_task(name: str, *, train_size: int, test_size: int, seed: int, **option
     """Build a task: the same arguments give the same rows, and no test question is in train.
 
     `options` go to the task: `digits` for `arithmetic`, the fields of its config for a
-    reasoning-gym data set (see `rlsd_lib.tasks.gym`), `source` and more for the data sets.
-
-    Raises:
-        ValueError: there is no such task or option; the message names the nearest.
+    reasoning-gym data set (see `rlsd_lib.tasks.gym`), `source` and more for the data sets. Raises
+    ValueError if there is no such task or option, and names the nearest.
     """
     how = {"train_size": train_size, "test_size": test_size, "seed": seed, **options}
     if name in LOADERS:

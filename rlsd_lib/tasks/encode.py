@@ -52,8 +52,7 @@ def word_tokenizer(
 def messages_of(row: Mapping[str, Any]) -> Prompt:
     """Return a row's prompt, with its images where the row has a column of them.
 
-    Raises:
-        ValueError: there are not as many image parts as images.
+    Raises ValueError if there are not as many image parts as images.
     """
     if "images" not in row or isinstance(row["prompt"], str):
         return row["prompt"]
@@ -142,10 +141,7 @@ def _image_tokens(rows: Dataset, processing: ProcessorMixin) -> list[int]:
 def within(task: Task, processing: Processing, limit: int, **template: Any) -> tuple[Task, int]:
     """Leave out the rows whose prompt has more than `limit` tokens; also returns how many.
 
-    `template` are the keywords of `prompt_lengths`.
-
-    Raises:
-        ValueError: a side has no row left.
+    `template` are the keywords of `prompt_lengths`. Raises ValueError if a side has no row left.
     """
     sides, dropped = {}, 0
     for name, rows in (("train", task.train), ("test", task.test)):

@@ -156,8 +156,7 @@ def _tolerance(gold: str) -> float:
 def grade(completion: str, answer: str, problem_type: str) -> bool:
     """Say whether a completion's final answer is right; never raises on a completion.
 
-    Raises:
-        ValueError: the reference answer is empty, or the problem type is none of `TYPES`.
+    Raises ValueError if the reference answer is empty, or the problem type is none of `TYPES`.
     """
     kind = TYPES.get(problem_type.strip().lower())
     gold = clean("".join(_TAGGED.findall(answer)[:1]) or answer)

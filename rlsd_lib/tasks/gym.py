@@ -41,11 +41,8 @@ def load(
     """Build a task from a data set of reasoning-gym.
 
     `instruction`, such as "Answer in <answer> </answer>." where answers are no numbers, is appended
-    to every question.
-
-    Raises:
-        ValueError: the data set's config has no such option, or there are fewer different questions
-            than asked for.
+    to every question. Raises ValueError if the data set's config has no such option, or there are
+    fewer different questions than asked for.
     """
     allowed = {field.name for field in fields(DATASETS[name][1])} - {"seed", "size"}
     for option in config:

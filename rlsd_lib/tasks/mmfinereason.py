@@ -54,10 +54,8 @@ def load(
     """Build the task; a size of -1 takes all rows of that side, else `seed` chooses among them.
 
     `options` are those of `prepare`. `reward` is "binary" (the paper's text) or "weighted" (the
-    released code: see `grading.weighted`).
-
-    Raises:
-        ValueError: a side has fewer rows than asked for, or there is no such `reward`.
+    released code: see `grading.weighted`). Raises ValueError if a side has fewer rows than asked
+    for, or there is no such `reward`.
     """
     look_up(reward, ("binary", "weighted"), "reward")
     rows, report = prepare(**options)
@@ -93,11 +91,9 @@ def prepare(
     read and kept, and how many were dropped for each fault; a row may have several.
 
     `source` is what `read` takes, or rows that were read already. `privileged` is "answer" (RLSD)
-    or "trace" (OPSD). `num_proc` processes do the work.
-
-    Raises:
-        FileNotFoundError: the folder has no data files.
-        ValueError: fields are missing, no row is usable, or there is no such `privileged`.
+    or "trace" (OPSD). `num_proc` processes do the work. Raises FileNotFoundError if the folder has
+    no data files; ValueError if fields are missing, no row is usable, or there is no such
+    `privileged`.
     """
     look_up(privileged, ("answer", "trace"), "privileged")
     given = isinstance(source, Dataset)

@@ -39,10 +39,8 @@ def load_model(
 
     With `sees_images` a folder or hub id is a vision-language model, and its processor stands in
     the tokenizer's place. `options` are fields of `LabRecipe`, arguments of `load_toy`, or those of
-    `from_pretrained`, where `dtype` is float32 by default.
-
-    Raises:
-        ValueError: `name` is a path, and there is no such folder.
+    `from_pretrained`, where `dtype` is float32 by default. Raises ValueError if `name` is a path,
+    and there is no such folder.
     """
     if name == "lab":
         return load_lab(cache_dir, LabRecipe(**options))
@@ -69,10 +67,8 @@ def load_smollm2(cache_dir: str | Path, **options: Any) -> Loaded:
     """Return SmolLM2-135M-Instruct and its tokenizer: the hub's, or else the package's.
 
     The package is converted once, into `cache_dir/smollm2-gguf/`. Its weights were quantised to 4
-    bits: figures of the two are not comparable, and a warning says which is used.
-
-    Raises:
-        FileNotFoundError: there is neither; the message says how to get one.
+    bits: figures of the two are not comparable, and a warning says which is used. Raises
+    FileNotFoundError if there is neither; the message says how to get one.
     """
     try:
         return _pretrained(SMOLLM2, **options)
@@ -86,10 +82,8 @@ def load_smollm2(cache_dir: str | Path, **options: Any) -> Loaded:
 def merged(folder: str | Path, *, sees_images: bool = False) -> Path:
     """Return the folder of a whole model: `folder`, or one with its adapter merged into the base.
 
-    For programs that load whole models only. The merged model is written on the first call.
-
-    Raises:
-        FileNotFoundError: the folder has neither a model nor an adapter.
+    For programs that load whole models only. The merged model is written on the first call. Raises
+    FileNotFoundError if the folder has neither a model nor an adapter.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():

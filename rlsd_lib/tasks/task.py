@@ -110,10 +110,8 @@ def draw_sides(
 ) -> dict[str, Dataset]:
     """Draw different rows for `train` and `test` from streams of random rows.
 
-    `question` is the text of a row that decides its side.
-
-    Raises:
-        ValueError: a size is below 1, or the stream repeats itself before there are enough rows.
+    `question` is the text of a row that decides its side. Raises ValueError if a size is below 1,
+    or the stream repeats itself before there are enough rows.
     """
     sides = {}
     for side, size in (("train", train_size), ("test", test_size)):

@@ -436,11 +436,9 @@ def numbers(rewards: Any, count: int) -> list[float | None]:
 def check_rewards(rewards: Tensor, names: Sequence[str], step: int, *, training: bool) -> float:
     """The share of rows that no function scored, of the rewards (N, functions) of all ranks.
 
-    None (NaN here) means "not mine to judge" and is TRL's: the row's advantage is 0.
-
-    Raises:
-        FloatingPointError: an infinite reward or, in training, not one row with a reward. TRL would
-            turn both into advantages of 0.
+    None (NaN here) means "not mine to judge" and is TRL's: the row's advantage is 0. Raises
+    FloatingPointError for an infinite reward or, in training, not one row with a reward. TRL would
+    turn both into advantages of 0.
     """
     if rewards.isinf().any():
         row, function = rewards.isinf().nonzero()[0].tolist()

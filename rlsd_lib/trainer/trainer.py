@@ -331,13 +331,10 @@ class RLSDTrainer(TeacherPass, Named):
 
         Another call without a checkpoint copies the student anew: steps and teacher age start at 0.
         `changes` lists, by the step from which they hold, the settings that a resumed run may
-        change (`checkpoints.FREE`) and has changed.
-
-        Raises:
-            ValueError: on every rank, if a file of the checkpoint is missing or damaged, if it is
-                of a run with other settings, model, rows or rewards, if it has no teacher state, or
-                if an earlier call released a teacher that this one needs.
-            FloatingPointError: on every rank, if weights or gradient are no longer finite.
+        change (`checkpoints.FREE`) and has changed. Raises ValueError on every rank, if a file of
+        the checkpoint is missing or damaged, if it is of a run with other settings, model, rows or
+        rewards, if it has no teacher state, or if an earlier call released a teacher that this one
+        needs; FloatingPointError on every rank, if weights or gradient are no longer finite.
         """
         given = resume_from_checkpoint
         if given is True:

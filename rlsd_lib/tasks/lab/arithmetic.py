@@ -172,10 +172,8 @@ def bare_chain(row: Row) -> str:
 def load(*, digits: int = 3, reference: str = "answer", **sizes: int) -> Task:
     """Build the task with the `sizes` and seed of `draw_sides`.
 
-    The reference is the `answer`, or a `trace`: a right chain without fillers.
-
-    Raises:
-        ValueError: there is no name for each column of so many digits, or no such reference.
+    The reference is the `answer`, or a `trace`: a right chain without fillers. Raises ValueError if
+    there is no name for each column of so many digits, or no such reference.
     """
     if not 1 <= digits <= len(COLUMNS):
         raise ValueError(f"digits is {digits}; choose 1 to {len(COLUMNS)}")
