@@ -55,8 +55,7 @@ def generalised_jsd(log_p_t: Tensor, log_p_s: Tensor, alpha: float = 0.5) -> Ten
     """alpha KL(P_T || M) + (1 - alpha) KL(P_S || M), M = alpha P_T + (1 - alpha) P_S.
 
     `(..., V), (..., V) -> (...)`. `alpha` is TRL's `distillation_alpha`: 0 means the forward KL,
-    1 the reverse KL. Those two are set, not reached: the formula vanishes at both ends, where
-    JSD / alpha and JSD / (1 - alpha) tend to them. So an extreme alpha also shrinks the loss.
+    1 the reverse KL. Those two are set, not reached: the formula vanishes at both ends.
     """
     if alpha in (0.0, 1.0):
         return reverse_kl(log_p_t, log_p_s) if alpha else forward_kl(log_p_t, log_p_s)
@@ -76,13 +75,9 @@ def teacher_top1(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
 def student_top1(log_p_t: Tensor, log_p_s: Tensor) -> Tensor:
     """Student's Top-1 (A.3): P_T(v_S*) / P_S(v_S*), v_S* = argmax P_S. `(..., V) x 2 -> (...)`.
 
-    The gradient has the paper's weight: -w grad log P_S(v_S*), w = P_T(v_S*) / P_S(v_S*), as the
-    forward KL's is -E_{v ~ P_S}[w(v) grad log P_S(v)], with the likeliest token for the sample. No
-    stop-gradient is needed: grad(P_T / P_S) = -(P_T / P_S) grad log P_S.
-
-    The other reading of A.3, w on grad P_S(v_S*), is the v_S* term of the forward KL: the same
-    direction, shorter by P_S(v_S*). A loss and not a divergence: 1 at P_S = P_T, and its gradient
-    there is -grad log P_S(v_S*). v_S* is the student's mode, so w <= V.
+    The gradient has the paper's weight, without a stop-gradient: -w grad log P_S(v_S*), w = P_T(v_S*)
+    / P_S(v_S*) <= V. The other reading of A.3, w on grad P_S(v_S*), is the v_S* term of the forward
+    KL: the same direction, shorter by P_S(v_S*). A loss and not a divergence: 1 at P_S = P_T.
     """
     top = log_p_s.argmax(-1)
     return (_pick(log_p_t, top) - _pick(log_p_s, top)).exp()
@@ -144,10 +139,7 @@ class Divergence:
             (0 <= (alpha or 0) <= 1, f"alpha={alpha}: expected 0 (forward KL) to 1 (reverse KL)."),
             (k is None or not top1, f"top_k={k} means nothing for {kind!r}: drop it, or use a KL."),
             (k is None or k >= 1, f"top_k={k}: expected at least 1, or None for all tokens."),
-            (
-                k is not None or not self.add_tail,
-                "add_tail means nothing without top_k: set top_k.",
-            ),
+            (k or not self.add_tail, "add_tail means nothing without top_k: set top_k."),
             (clip is None or clip > 0, f"token_clip={clip}: expected above 0, or None for none."),
         ):
             _require(valid, message)
@@ -190,9 +182,8 @@ def divergence(
 
     The gradient goes to the student's hidden states, head and bias. Where `mask` is 0 the result
     is exactly 0, nothing is computed and no gradient flows, whatever stands there (NaN included);
-    if that is everywhere, the result stays attached and its gradient is 0, so that no rank drops
-    out of a reduction. `chunk_size` counts tokens: memory and time depend on it, the result does
-    not. Heads must be whole: gather sharded ones first.
+    where it is 0 everywhere, the result stays attached, so that no rank drops out of a reduction.
+    Memory and time depend on `chunk_size` tokens, the result does not. Gather sharded heads first.
     """
     student = _Model(student_hidden, student_head, student_bias)
     teacher = _Model(teacher_hidden, teacher_head, teacher_bias)
@@ -219,55 +210,30 @@ def teacher_contrast(
     head: Tensor,
     mask: Tensor,
     *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk_size: int | None = None,
+    bias: Any = None,
+    **how: Any,
 ) -> Tensor:
     """K_t = KL(P_T(. | r) || P_T(. | r')) in nats: what the right reference r changes. `(N, T)`.
 
     `hidden` and `wrong_hidden` `(N, T, H)` are one teacher's states under r and under a wrong
-    reference r'. Other arguments, chunks and masked positions as in `divergence`. No gradient.
+    reference r'. `how` and masked positions as in `divergence`. No gradient.
     """
-    return divergence(
-        Divergence("forward_kl"),
-        wrong_hidden,
-        head,
-        hidden,
-        head,
-        mask,
-        student_bias=bias,
-        teacher_bias=bias,
-        temperature=temperature,
-        chunk_size=chunk_size,
-    )
+    states = wrong_hidden, head, hidden, head
+    how |= {"student_bias": bias, "teacher_bias": bias}
+    return divergence(Divergence("forward_kl"), *states, mask, **how)
 
 
 @torch.no_grad()
 def teacher_entropy(
-    hidden: Tensor,
-    head: Tensor,
-    mask: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk_size: int | None = None,
+    hidden: Tensor, head: Tensor, mask: Tensor, *, bias: Any = None, **how: Any
 ) -> Tensor:
     """H_t = log V - KL(P_T || uniform), the entropy of the teacher in nats. `(N, T)`.
 
-    `hidden` `(N, T, H)`, `head` `(V, H)`. Other arguments, chunks and masked positions as in
-    `divergence`. No gradient.
+    `hidden` `(N, T, H)`, `head` `(V, H)`; `how` and masked positions as in `divergence`. No gradient.
     """
-    below_uniform = divergence(
-        Divergence("forward_kl"),
-        hidden.new_zeros(*mask.shape, 1),
-        head.new_zeros(len(head), 1),
-        hidden,
-        head,
-        mask,
-        teacher_bias=bias,
-        temperature=temperature,
-        chunk_size=chunk_size,
-    )
+    uniform = hidden.new_zeros(*mask.shape, 1), head.new_zeros(len(head), 1)
+    models = *uniform, hidden, head
+    below_uniform = divergence(Divergence("forward_kl"), *models, mask, teacher_bias=bias, **how)
     return torch.where(mask.bool(), math.log(len(head)) - below_uniform, 0.0)
 
 

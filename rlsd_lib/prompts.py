@@ -42,10 +42,7 @@ def check_template(template: str) -> None:
     """Refuse a template without both placeholders with a ValueError that names the missing one."""
     for placeholder in ("{prompt}", "{privileged_context}"):
         if placeholder not in template:
-            raise ValueError(
-                f"privileged_template has no {placeholder}: {template!r}. "
-                "The teacher's turn must hold both {prompt} and {privileged_context}."
-            )
+            raise ValueError(f"privileged_template={template!r}: {placeholder} is missing. Add it.")
 
 
 def teacher_prompt(prompt: Prompt, context: str, template: str) -> Prompt:
@@ -86,18 +83,14 @@ def shorten_to_fit(
 
     if length(1) > limit:
         raise ValueError(
-            f"max_teacher_prompt_length={limit} leaves no room for the privileged text: the "
-            f"question and the template alone need {length(0)} tokens. Raise the limit or drop "
-            f"the row: {prompt_text(prompt)[:200]!r}."
+            f"max_teacher_prompt_length={limit} leaves no room: question and template need {length(0)}. "
+            f"Raise the limit or drop the row: {prompt_text(prompt)[:200]!r}."
         )
     return head(bisect.bisect_right(range(1, len(ids)), limit, key=length))
 
 
 def check_prompts(prompts: Sequence[object], template: str) -> None:
-    """Refuse rows whose prompt is no text and no chat with a user turn that holds text.
-
-    Raises ValueError with the rows.
-    """
+    """Refuse by ValueError rows whose prompt is no text and no chat with a user turn of text."""
 
     def is_prompt(prompt: Any) -> bool:
         try:
@@ -133,17 +126,11 @@ def check_contexts(
     empty = [i for i, text in rows if text is None or not (_is_visible(text) or null)]
     refuse(empty, f"have no {column}", "Fill the column, or drop these rows.")
     images = [i for i, text in rows if has_image_token(text)]
-    refuse(
-        images,
-        f"have an image placeholder in {column}",
-        "The teacher sees the student's images only; remove the placeholder.",
-    )
+    advice = "The teacher sees the student's images only; remove the placeholder."
+    refuse(images, f"have an image placeholder in {column}", advice)
     told = [i for i, text in rows if any(token in text for token in control)]
-    refuse(
-        told,
-        f"have a control token of the tokenizer in {column}",
-        "The teacher would take it for the end of a turn or the like; remove it.",
-    )
+    advice = "The teacher would take it for the end of a turn or the like; remove it."
+    refuse(told, f"have a control token of the tokenizer in {column}", advice)
 
 
 def count_in_prompts(
@@ -225,10 +212,7 @@ def wrong_references(own: str, distinct: Sequence[str], count: int) -> list[str]
     Raises ValueError where there are fewer.
     """
     if len(distinct) <= count:
-        raise ValueError(
-            f"{count} wrong references need {count + 1} different ones or more, there are "
-            f"{len(distinct)}."
-        )
+        raise ValueError(f"{count} wrong references: too many for {len(distinct)} different ones.")
     drawn = random.Random(own).sample(distinct, count + 1)
     return [text for text in drawn if text != own][:count]
 

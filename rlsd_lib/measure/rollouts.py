@@ -14,22 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from rlsd_lib import prompts
 from rlsd_lib.credit import leave_one_out
 from rlsd_lib.divergence import forward_kl
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.logps import log_probabilities, of_tokens
 from rlsd_lib.measure.oracle import OF_ERRORS, OF_SUCCESS, error_signals, success_signals
 from rlsd_lib.methods import NEEDS_WRONG, PEER, PROMPT, from_caller, keywords
-from rlsd_lib.prompts import (
-    COLUMN,
-    Prompt,
-    demonstrations,
-    distinct_references,
-    prompt_text,
-    teacher_prompt,
-    without_pixels,
-    wrong_references,
-)
 from rlsd_lib.tasks import Row, Task
 from rlsd_lib.tasks.encode import Processing, messages_of, tokenizer_of
 from rlsd_lib.trainer.config import RLSDConfig
@@ -44,7 +35,7 @@ class Rollout:
     """One completion, token by token. The lists have one entry per token, end token included."""
 
     problem: dict[str, Any]  # the task's row, without its images
-    teacher_prompt: Prompt
+    teacher_prompt: prompts.Prompt
     completion: str
     tokens: list[str]
     reward: float
@@ -57,12 +48,12 @@ class Rollout:
     @property
     def question(self) -> str:
         """All text that the student reads."""
-        return prompt_text(self.problem["prompt"])
+        return prompts.prompt_text(self.problem["prompt"])
 
     @property
     def reference(self) -> str:
         """The row's privileged text."""
-        return self.problem[COLUMN]
+        return self.problem[prompts.COLUMN]
 
 
 def look(
@@ -108,9 +99,9 @@ def look(
     rewards = sum(weight * torch.tensor(reward(texts, **columns)) for weight, reward in pairs)
     contexts = _contexts(config, problem, texts, rewards.tolist())
 
-    def shown(text: str | None) -> Prompt:
+    def shown(text: str | None) -> prompts.Prompt:
         template = config.privileged_template
-        return prompt if text is None else teacher_prompt(prompt, text, template)
+        return prompt if text is None else prompts.teacher_prompt(prompt, text, template)
 
     seen = list(map(shown, contexts))
     wrong = list(map(shown, _wrong_contexts(config, task, problem)))
@@ -133,7 +124,7 @@ def look(
     return [
         Rollout(
             problem={name: value for name, value in problem.items() if name != "images"},
-            teacher_prompt=without_pixels(seen[i]),
+            teacher_prompt=prompts.without_pixels(seen[i]),
             completion=texts[i],
             tokens=[tokenizer_of(processing).decode([token]) for token in ids],
             reward=rewards[i].item(),
@@ -173,12 +164,12 @@ def _contexts(
     config: RLSDConfig, problem: Row, texts: list[str], rewards: list[float]
 ) -> list[str | None]:
     """What the teacher reads beside the prompt of each rollout; None for nothing."""
-    nothing, reference = [None] * len(texts), [problem[COLUMN]] * len(texts)
+    nothing, reference = [None] * len(texts), [problem[prompts.COLUMN]] * len(texts)
     if config.row.teacher_sees == PROMPT:
         return nothing
     if config.row.teacher_sees != PEER:
         return reference
-    return demonstrations(
+    return prompts.demonstrations(
         texts,
         rewards,
         reference if config.include_environment_feedback else nothing,
@@ -193,15 +184,15 @@ def _wrong_contexts(config: RLSDConfig, task: Task, problem: Row) -> list[str]:
     """The row's wrong references, drawn as in training; none where no credit asks."""
     if not config.row.asks & NEEDS_WRONG:
         return []
-    distinct = distinct_references(task.train[COLUMN][:])
-    return wrong_references(problem[COLUMN], distinct, config.wrong_references)
+    distinct = prompts.distinct_references(task.train[prompts.COLUMN][:])
+    return prompts.wrong_references(problem[prompts.COLUMN], distinct, config.wrong_references)
 
 
 def _compare(
     config: RLSDConfig,
     processing: Processing,
-    student: tuple[PreTrainedModel, Prompt],
-    teacher: tuple[PreTrainedModel, Sequence[Prompt]],
+    student: tuple[PreTrainedModel, prompts.Prompt],
+    teacher: tuple[PreTrainedModel, Sequence[prompts.Prompt]],
     ids: list[int],
 ) -> dict[str, Tensor]:
     """What the teacher makes of one completion: gap, mask, divergence and signals, (T,) each.

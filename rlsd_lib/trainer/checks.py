@@ -20,18 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, ProcessorMixin
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from rlsd_lib import prompts
+from rlsd_lib import methods, prompts
 from rlsd_lib.credit import Credit, rlcsd, srpo_weight
-from rlsd_lib.methods import (
-    METHODS,
-    NEEDS_WRONG,
-    PEER,
-    PRIVILEGED,
-    PROMPT,
-    SIGNALS,
-    from_caller,
-    keywords,
-)
 from rlsd_lib.names import alike, nearest
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import HARMLESS, RLSDConfig
@@ -68,11 +58,11 @@ def check_arguments(
 ) -> None:
     """Judge what a trainer is given, before any model is loaded."""
     sees, method = args.row.teacher_sees, f"method={args.method!r}"
-    if sees == PROMPT and teacher_model is None:
+    if sees == methods.PROMPT and teacher_model is None:
         raise ValueError(f"{method} needs teacher_model=, the model to distil from.")
-    if sees != PROMPT and teacher_model is not None:
+    if sees != methods.PROMPT and teacher_model is not None:
         raise ValueError(f"{method} teaches itself: teacher_model= is for method='opd' only.")
-    if sees == PEER and not reward_funcs:
+    if sees == methods.PEER and not reward_funcs:
         raise ValueError(
             f"{method} needs reward_funcs: they decide which rollouts are shown to their peers."
         )
@@ -94,7 +84,7 @@ def check_arguments(
         _check_videos(dataset)
     if args.include_environment_feedback:
         _check_column(dataset, args.privileged_column, "include_environment_feedback=True")
-    if args.uses_teacher and sees == PRIVILEGED:
+    if args.uses_teacher and sees == methods.PRIVILEGED:
         column = args.privileged_column
         _check_column(dataset, column, method)
         if isinstance(dataset, Dataset):  # a streamed one is checked batch by batch
@@ -107,7 +97,7 @@ def check_arguments(
 
 def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfig) -> list[str]:
     """The references that a wrong one is drawn from; none where nothing asks for one."""
-    count, asking = args.wrong_references, sorted(NEEDS_WRONG.intersection(asked))
+    count, asking = args.wrong_references, sorted(methods.NEEDS_WRONG.intersection(asked))
     column = args.privileged_column
     if count > 1 and "wrong_gaps" not in asking:
         raise ValueError(
@@ -116,7 +106,7 @@ def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfi
         )
     if not asking:
         return []
-    if args.row.teacher_sees == PEER:
+    if args.row.teacher_sees == methods.PEER:
         raise ValueError(
             f"peer_context=True with a credit that asks for {', '.join(asking)}: wrong references "
             "are other rows', and a peer's rollout differs from them in more than being right. Set "
@@ -303,7 +293,7 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
 def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, ...]:
     """Keywords of a credit function of the caller's; refuses one that cannot or will not be called."""
     name = get_callable_name(credit)
-    if METHODS[args.method].teacher_sees != PRIVILEGED or not args.uses_teacher:
+    if methods.METHODS[args.method].teacher_sees != methods.PRIVILEGED or not args.uses_teacher:
         raise ValueError(
             f"credit={name} would never be called with method={args.method!r} and lambda_init="
             f"{args.lambda_init}: it replaces the credit of a method whose teacher sees the "
@@ -328,8 +318,8 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
 
     Without a `signals` function, every keyword without a default must be one of `SIGNALS`.
     """
-    signature, options = inspect.signature(function), keywords(function)
-    asked = [name for name in options if name in SIGNALS]
+    signature, options = inspect.signature(function), methods.keywords(function)
+    asked = [name for name in options if name in methods.SIGNALS]
     if any(p.kind is p.VAR_KEYWORD for p in options.values()):
         asked += [key for key in ("lam", "epsilon_w") if key not in asked]
     others = [k for k, p in options.items() if k not in asked and p.kind is not p.VAR_KEYWORD]
@@ -337,13 +327,13 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
     try:
         if first != ["advantages", "gap", "mask"] == sorted(first):
             raise TypeError(f"its first arguments are {', '.join(first)}, in another order")
-        given = asked if signals is None else [*asked, *from_caller(function)]
+        given = asked if signals is None else [*asked, *methods.from_caller(function)]
         signature.bind("advantages", "gap", "mask", **dict.fromkeys(given))
     except TypeError as problem:
         name = get_callable_name(function)
         raise ValueError(
             f"{what}={name}{signature} cannot be called: {problem}. Expected {name}(advantages "
-            f"(N,), gap (N, T), mask (N, T), *, ...) -> (N, T), with any of {', '.join(SIGNALS)}, "
+            f"(N,), gap (N, T), mask (N, T), *, ...) -> (N, T), with any of {', '.join(methods.SIGNALS)}, "
             "or a name that RLSDTrainer(signals=fn) gives: fn(rows, completion_ids (N, T), mask "
             "(N, T)) -> {name: tensor (N,) or (N, T)}."
         ) from None
@@ -353,7 +343,7 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
         if name in absent:
             raise ValueError(
                 f"{what}={get_callable_name(function)} asks for {name}, which nobody gives with method="
-                f"{args.method!r} and beta={args.beta}. It comes from {SIGNALS[name]}."
+                f"{args.method!r} and beta={args.beta}. It comes from {methods.SIGNALS[name]}."
             )
     return (*asked, *others)
 
@@ -374,8 +364,10 @@ def check_signals(given: Any, shape: torch.Size, functions: Sequence[Credit]) ->
     if not isinstance(given, Mapping):
         raise ValueError(f"signals returned {type(given).__name__}, expected a mapping of tensors.")
     for name, value in given.items():
-        if name in SIGNALS:
-            raise ValueError(f"signals returned {name!r}, which comes from {SIGNALS[name]}.")
+        if name in methods.SIGNALS:
+            raise ValueError(
+                f"signals returned {name!r}, which comes from {methods.SIGNALS[name]}."
+            )
         if not isinstance(value, Tensor) or value.shape not in (shape, shape[:1]):
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -383,7 +375,7 @@ def check_signals(given: Any, shape: torch.Size, functions: Sequence[Credit]) ->
                 f"(N, T) = {tuple(shape)}."
             )
     for function in functions:
-        if missing := sorted(from_caller(function) - set(given)):
+        if missing := sorted(methods.from_caller(function) - set(given)):
             raise ValueError(
                 f"{get_callable_name(function)} asks for {', '.join(missing)}, which signals did not "
                 f"return: it returned {sorted(given)}."

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin
 
 from trl import GRPOConfig
 
+from rlsd_lib import methods
 from rlsd_lib.credit import (
     Credit,
     lambda_schedule,
@@ -24,16 +25,6 @@ from rlsd_lib.credit import (
     uniform,
 )
 from rlsd_lib.divergence import Divergence
-from rlsd_lib.methods import (
-    METHODS,
-    NEEDS_WRONG,
-    PEER,
-    PRIVILEGED,
-    PROMPT,
-    SIGNALS,
-    Method,
-    keywords,
-)
 from rlsd_lib.names import Named, look_up
 from rlsd_lib.prompts import COLUMN, DEFAULT_TEMPLATE, check_template
 
@@ -124,16 +115,13 @@ class RLSDConfig(GRPOConfig, Named):
         conserve_credit (`bool`, *optional*, defaults to `False`):
             Rescales the clipped weights of each rollout to mean 1. Not in the paper.
         credit_settings (`dict`, *optional*, defaults to `{}`):
-            Settings of the method's credit function and of its weight by name, such as `tau`, in
-            place of their published defaults. lambda and epsilon_w have fields of their own, whose
-            defaults are RLSD's for every method: what others published for these is in
-            `methods.PUBLISHED`, and is used only if you set it.
+            Settings of the method's credit function and weight, such as `tau`, in place of their
+            published defaults; lambda and epsilon_w are fields, see `methods.PUBLISHED`.
         permute_credit (`bool`, *optional*, defaults to `False`):
-            Shuffles the token credit, or the weight of the distillation term, over each rollout's
-            own tokens: a control, which keeps its amount and loses its place.
+            A control: shuffles credit, or the distillation term's weight, over a rollout's tokens.
         wrong_references (`int`, *optional*, defaults to `1`):
-            How many references of other rows the teacher is shown beside the row's own, by methods
-            that ask for `wrong_gaps`. Each costs one more pass of the teacher.
+            References of other rows that the teacher also scores by, for methods that ask for
+            `wrong_gaps`; one more pass of the teacher each.
         teacher_model_kind (`str`, *optional*, defaults to `"snapshot"`):
             `"live"` (the current policy), `"base"` (the initial policy), `"ema"` (an exponential
             moving average) or `"snapshot"` (a copy renewed every `teacher_sync_steps`).
@@ -143,29 +131,21 @@ class RLSDConfig(GRPOConfig, Named):
             Weight of the student in one `"ema"` update, in (0, 1].
         teacher_pass (`str`, *optional*, defaults to `"auto"`):
             `"plain"` computes the teacher's prompt for each rollout, `"shared"` once for all
-            rollouts that have it, with the same result up to rounding. `"auto"` shares where that
-            is known to be exact and saves a quarter of the token positions; `"shared"` raises where
-            it cannot. A teacher that sees just what the student sees is always scored plainly, so
-            that its gap is exactly 0.
+            rollouts that have it or raises, with the same result up to rounding. `"auto"` shares
+            where that is known to be exact and saves a quarter of the token positions.
         completion_head (`bool`, *optional*):
-            Sends only completion positions through the LM head on a CPU, where TRL sends prompts
-            too. The result is the same up to rounding. `None` does so for rollouts all of whose
-            steps ask the teacher, so that other steps stay TRL's to the bit; `True` in every
-            training step, GRPO's too; `False` never. Set it where the cost of two methods is
-            compared. No effect elsewhere, on compiled models, or with prompt tuning.
+            On a CPU, sends only completion positions through the LM head, equal up to rounding.
+            `None`: in rollouts all of whose steps ask the teacher, so that other steps stay TRL's
+            to the bit; `True`: in every training step; `False`: never.
         privileged_column (`str`, *optional*, defaults to `"privileged_context"`):
-            The dataset column (str) that the teacher may read and the student may not, such as
-            `"solution"`. Reward functions get it under its own name.
+            The dataset column (str) that the teacher may read and the student may not.
         privileged_template (`str`, *optional*):
-            The teacher's user turn. Must contain `{prompt}` and `{privileged_context}`; other
-            braces are left alone.
+            The teacher's user turn, with `{prompt}` and `{privileged_context}` in it.
         peer_context (`bool`, *optional*, defaults to `False`):
-            Shows the teacher a successful rollout of the same group instead of the row's
-            `privileged_context`, as `sdpo` always does. A rollout without one keeps GRPO's credit.
-            Not for methods that compare the reference with wrong ones.
+            Shows the teacher a successful rollout of the same group instead of the reference, as
+            `sdpo` always does. A rollout without one keeps GRPO's credit.
         max_teacher_prompt_length (`int`, *optional*):
-            Tokens allowed for the teacher's prompt. A longer one has its privileged text shortened,
-            never its question; the share of shortened rows is logged. `None` sets no limit.
+            Tokens allowed for the teacher's prompt: the privileged text of a longer one is shortened.
         distillation_mode (`str`, *optional*):
             `"full_logits"`, `"topk_logits"` or `"sampled_token"`, for methods with a distillation
             term. Like every field below, `None` takes the method's own, see `rlsd_lib.METHODS`.
@@ -182,8 +162,7 @@ class RLSDConfig(GRPOConfig, Named):
         policy_weight (`float`, *optional*, defaults to `0.0`):
             Factor of GRPO's own term beside a method that is pure distillation.
         success_reward_threshold (`float`, *optional*, defaults to `1.0`):
-            The reward from which a rollout counts as right: it may serve as a demonstration to its
-            peers, and credit functions may ask for `success` and `group_success`.
+            The reward from which a rollout counts as right, as demonstration and as `success`.
         include_failed_rollout (`bool`, *optional*, defaults to `False`):
             Peers: also show the teacher a failed rollout of the group.
         include_environment_feedback (`bool`, *optional*, defaults to `False`):
@@ -239,10 +218,10 @@ class RLSDConfig(GRPOConfig, Named):
             self._check_against_grpo()
 
     @property
-    def row(self) -> Method:
+    def row(self) -> methods.Method:
         """The method's row in `METHODS`, with what its teacher sees in this run."""
-        row = METHODS[self.method]
-        return replace(row, teacher_sees=PEER) if self.peer_context else row
+        row = methods.METHODS[self.method]
+        return replace(row, teacher_sees=methods.PEER) if self.peer_context else row
 
     @property
     def divergence(self) -> Divergence | None:
@@ -293,9 +272,8 @@ class RLSDConfig(GRPOConfig, Named):
 
     def lambda_at(self, step: int) -> float:
         """lambda after `step` finished optimiser steps."""
-        return lambda_schedule(
-            step, self.lambda_init, self.lambda_warmup_steps, self.lambda_decay_steps
-        )
+        schedule = self.lambda_init, self.lambda_warmup_steps, self.lambda_decay_steps
+        return lambda_schedule(step, *schedule)
 
     def needs_teacher_at(self, step: int) -> bool:
         """Whether the update after `step` finished steps needs the teacher's scores."""
@@ -319,12 +297,11 @@ class RLSDConfig(GRPOConfig, Named):
         if self.importance_sampling_level != "token" and self.loss_type not in ("cispo", "vespo"):
             raise ValueError(
                 f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} averages "
-                f"the token credit of {whose} away: only the mean weight of a sequence would reach "
-                "the gradient. Use 'token', or the cispo or vespo loss."
+                f"the token credit of {whose} away. Use 'token', or the cispo or vespo loss."
             )
 
     def _check_values(self) -> None:
-        look_up(self.method, METHODS, "method")
+        look_up(self.method, methods.METHODS, "method")
         look_up(self.teacher_model_kind, TEACHER_KINDS, "teacher_model_kind")
         look_up(self.teacher_pass, TEACHER_PASSES, "teacher_pass")
         look_up(self.weight_clip, ("linear", "log"), "weight_clip")
@@ -343,8 +320,8 @@ class RLSDConfig(GRPOConfig, Named):
                 raise ValueError(f"{field.name}={value!r} means nothing {why}")
         if self.row.needs_weight and self.distillation_weight is None:
             raise ValueError(
-                f"method={self.method!r} needs distillation_weight, the factor of its distillation "
-                "term: the paper does not report one. Try 0.1."
+                f"method={self.method!r} needs distillation_weight, the factor of its "
+                "term: the paper reports none. Try 0.1."
             )
         spec = self.divergence  # built here, so that its own checks come now
         if self.distillation_mode == TOP_K and spec.top_k is None:
@@ -352,15 +329,15 @@ class RLSDConfig(GRPOConfig, Named):
 
     def _with_settings(self, function: Credit) -> Credit:
         """The function with those of `credit_settings` that it takes."""
-        taken = {k: v for k, v in self.credit_settings.items() if k in keywords(function)}
+        taken = {k: v for k, v in self.credit_settings.items() if k in methods.keywords(function)}
         return partial(function, **taken) if taken else function
 
     def _check_settings(self) -> None:
         """Refuse `credit_settings` that no function of the method takes, or that is no number."""
         credit = getattr(self.credit, "func", self.credit)
-        known = {**keywords(credit), **keywords(self.row.weight)}
+        known = {**methods.keywords(credit), **methods.keywords(self.row.weight)}
         settings = (k for k, option in known.items() if isinstance(option.default, float))
-        found = set(settings) - set(SIGNALS)
+        found = set(settings) - set(methods.SIGNALS)
         for name, value in self.credit_settings.items():
             if name not in found:
                 raise ValueError(
@@ -373,52 +350,47 @@ class RLSDConfig(GRPOConfig, Named):
     def _why_void(self, name: str) -> str | None:
         """Why an option that is set would change nothing, and what to do; None if it does."""
         row, sees, mode = self.row, self.row.teacher_sees, self.distillation_mode
+        reads = methods.METHODS[self.method].teacher_sees == methods.PRIVILEGED
+        alike = row.weight is None and (row.credit in (uniform, silent) or mode == SAMPLED)
+        mixed = row.needs_weight or row.weight is not None or row.credit is not silent
+        one_token = row.divergence is not None and row.divergence.kind.endswith("_top1")
         method = f"for method={self.method!r}"
         match name:
-            case "peer_context" if METHODS[self.method].teacher_sees != PRIVILEGED:
+            case "peer_context" if not reads:
                 return (
-                    f"{method}, whose teacher sees no privileged_context that a peer could "
-                    "replace. Leave it at False."
+                    f"{method}, whose teacher sees no privileged_context that a peer could replace."
                 )
-            case "peer_context" if row.asks & NEEDS_WRONG:
+            case "peer_context" if row.asks & methods.NEEDS_WRONG:
                 return (
-                    f"{method}, which compares the reference with another row's: a peer's rollout "
-                    "differs from that in more than being right. Leave it at False."
+                    f"{method}, which compares the reference with another row's. Leave it at False."
                 )
-            case "include_failed_rollout" | "include_environment_feedback" if sees != PEER:
-                return (
-                    f"{method} with the row's own reference: it is an option of method='sdpo' and "
-                    "of peer_context=True."
-                )
+            case "include_failed_rollout" | "include_environment_feedback" if sees != methods.PEER:
+                return f"{method}: it is an option of method='sdpo' and of peer_context=True."
             case "weight_clip" | "conserve_credit" if row.evidence is None:
                 return f"{method}, which has no weight. Leave it alone."
-            case "permute_credit" if row.weight is None and (
-                row.credit in (uniform, silent) or mode == SAMPLED
-            ):
+            case "permute_credit" if alike:
                 return f"{method}, which treats all tokens alike. Leave it at False."
-            case "wrong_references" if METHODS[self.method].teacher_sees != PRIVILEGED:
+            case "wrong_references" if not reads:
                 return f"{method}, whose teacher sees no reference. Leave it at 1."
             case "policy_weight" if row.credit is not silent or mode == SAMPLED:
                 return f"{method}, which is no pure divergence. Leave it at 0."
             case "teacher_model_kind" | "teacher_sync_steps" | "teacher_update_rate" if (
-                sees == PROMPT
+                sees == methods.PROMPT
             ):
                 return f"{method}, whose teacher_model never changes. Leave it at its default."
             case _ if name.startswith("distillation_") and row.divergence is None:
                 return f"{method}, which has no distillation term. Leave it at None."
             case "distillation_topk" | "distillation_add_tail" if mode in (FULL, SAMPLED):
                 return f"with distillation_mode={mode!r}. Use 'topk_logits'."
-            case "distillation_mode" if mode == SAMPLED and (
-                row.needs_weight or row.weight is not None or row.credit is not silent
-            ):
+            case "distillation_mode" if mode == SAMPLED and mixed:
                 return f"{method}, which adds or weights a divergence. Use full or top-k logits."
-            case "distillation_mode" | "distillation_alpha" if row.divergence.kind.endswith(
-                "_top1"
-            ) and (name, mode) != ("distillation_mode", FULL):
-                return f"{method}, which looks at one token. Use method='opsd' with it."
-            case "distillation_mode":
+            case "distillation_mode" if mode == FULL:
                 return None
-            case _ if name.startswith("distillation_") and mode == SAMPLED:
+            case "distillation_mode" | "distillation_alpha" if one_token:
+                return f"{method}, which looks at one token. Use method='opsd' with it."
+            case _ if (
+                name.startswith("distillation_") and name != "distillation_mode" and mode == SAMPLED
+            ):
                 return (
                     f"with {mode!r}, whose token advantage is log P_T - log P_S. Leave it at None."
                 )
@@ -429,23 +401,21 @@ class RLSDConfig(GRPOConfig, Named):
         if self.has_token_credit:
             self.check_keeps_token_credit(f"method={self.method!r}")
         if self.neftune_noise_alpha is not None:
+            alpha = self.neftune_noise_alpha
             raise ValueError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha} would put noise into the gap. Leave "
-                "it at None."
+                f"neftune_noise_alpha={alpha} would put noise into the gap. Leave it None."
             )
         # A least length forbids the end token alone, and whoever measures at one length asks for it.
         if shaping := sorted({*(self.generation_kwargs or {})} - HARMLESS - {"min_new_tokens"}):
             raise ValueError(
                 f"generation_kwargs={self.generation_kwargs}: {', '.join(shaping)} would draw "
-                "rollouts from another distribution than P_S, which enters the gap. Leave it out."
+                "rollouts from another distribution than P_S. Leave it out."
             )
-        if self.remove_unused_columns and self.row.teacher_sees not in (None, PROMPT):
-            raise ValueError(
-                f"remove_unused_columns=True would drop the {self.privileged_column} column before the "
-                "teacher sees it. Set remove_unused_columns=False."
-            )
+        if self.remove_unused_columns and self.row.teacher_sees not in (None, methods.PROMPT):
+            column = self.privileged_column
+            raise ValueError(f"remove_unused_columns=True would drop {column}. Set it to False.")
         if self.use_liger_kernel:
             raise ValueError(
-                "use_liger_kernel=True is not supported: student and teacher would run different "
-                "kernels and the gap would measure their difference. Set it to False."
+                "use_liger_kernel=True: student and teacher would run different kernels, whose "
+                "difference would enter the gap. Set it to False."
             )
