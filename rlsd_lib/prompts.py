@@ -42,7 +42,7 @@ def check_template(template: str) -> None:
     """Refuse a template without both placeholders with a ValueError that names the missing one."""
     for placeholder in ("{prompt}", "{privileged_context}"):
         if placeholder not in template:
-            raise ValueError(f"privileged_template={template!r}: {placeholder} is missing. Add it.")
+            raise ValueError(f"privileged_template={template!r} has no {placeholder}. Add it.")
 
 
 def teacher_prompt(prompt: Prompt, context: str, template: str) -> Prompt:

@@ -76,8 +76,7 @@ def text_of_prompt(processing: Processing, prompt: Prompt, **template: Any) -> s
 def encode(processing: Processing, prompts: Sequence[Prompt], **template: Any) -> BatchFeature:
     """Return what the model's forward takes for a batch of prompts, padded on the left.
 
-    `template` are arguments of the chat template, which adds a generation prompt unless they say
-    otherwise.
+    `template` are arguments of the chat template, which adds a generation prompt by default.
     """
     padding = {"padding": True, "padding_side": "left"}
     if isinstance(processing, ProcessorMixin):
@@ -106,8 +105,7 @@ def prompt_lengths(
 ) -> list[int]:
     """Return the tokens of every row's prompt; with a `privileged_template`, of its teacher's.
 
-    The tokens of an image follow from its size (`_get_num_multimodal_tokens`, which vLLM relies on
-    too), so images are opened but not decoded.
+    An image's tokens follow from its size, as for vLLM: images are opened but not decoded.
     """
     prompts = rows["prompt"][:]
     if privileged_template is not None:

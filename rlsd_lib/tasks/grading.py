@@ -64,8 +64,8 @@ _YES, _NO = {"yes", "true", "correct", "1"}, {"no", "false", "incorrect", "0", "
 def final_answer(completion: str) -> str | None:
     """Return the cleaned answer that a completion commits to; None for no answer, or a hedge.
 
-    Text in a closed reasoning block does not count, and after an unclosed one only tags do. The
-    time is linear in the length; more than 100,000 characters hold no answer.
+    Text in a closed reasoning block does not count, and after an unclosed one only tags do. The time
+    is linear in the length; more than `MAX_COMPLETION` characters hold no answer.
     """
     if len(completion) > MAX_COMPLETION:
         return None
@@ -163,7 +163,7 @@ def grade(completion: str, answer: str, problem_type: str) -> bool:
     if kind is None or not gold:
         raise ValueError(
             f"problem_type={problem_type!r}, answer={answer!r}: expected one of {sorted(TYPES)} and "
-            "an answer that is not empty; drop such rows (rlsd_lib.tasks.mmfinereason counts them)"
+            "an answer; drop such rows"
         )
     if (given := final_answer(completion)) is None:
         return False

@@ -24,10 +24,9 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def answer_in(completion: str) -> str | None:
-    """Return what stands in the only answer tag, or without a tag the last number.
+    """Return what stands in the only answer tag, or without a tag the last number, without commas.
 
-    None for neither, or for several tags. Thousands commas are removed, as reasoning-gym writes a
-    number.
+    None for neither, or for several tags.
     """
     if tags := _TAG.findall(completion):
         return tags[0].strip() if len(tags) == 1 else None

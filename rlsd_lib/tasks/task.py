@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 from datasets import Dataset
 
@@ -26,23 +26,6 @@ REFERENCE_PATTERN = (
 )
 
 Row = dict[str, Any]
-
-
-class RightChain(Protocol):
-    """Reads one completion of a row, a token's text at a time."""
-
-    shortest: list[str]  # the tokens of the shortest right completion, without an end token
-    position: int  # how many of those the completion has come past
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether only the end token may follow."""
-
-    def allowed(self) -> frozenset[str]:
-        """Return the tokens after which a right completion can still follow."""
-
-    def read(self, token: str) -> bool:
-        """Take the next token. False where it is the first wrong one."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +48,14 @@ class Task:
     report: dict[str, int] | None = None  # rows read, dropped and kept; None where generated
     first_error: Callable[[str, Row], int | None] | None = None  # index of the first wrong token
     decisions: Callable[[str], list[bool]] | None = None  # tokens that the answer follows from
-    right_chain: Callable[[Row], RightChain] | None = None  # reads a completion while it is right
+    right_chain: Callable[[Row], Any] | None = None  # see `lab.arithmetic.RightChain`
     nuisance_mask: Callable[[str], list[bool]] | None = None  # tokens that mean nothing
     underived: Callable[[str, Row], str] | None = None  # the text before the answer is derivable
 
     def reward(self, completions: list[Completion], **columns: Any) -> list[float]:
         """Return 1.0 for each verified completion and 0.0 for the others, or the task's own score.
 
-        `columns` are the data set's columns, each as long as `completions`; anything else that a
-        trainer passes along is ignored.
+        Of `columns` only those as long as `completions` count: the data set's.
         """
         size = len(completions)
         kept = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == size}

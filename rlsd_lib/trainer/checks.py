@@ -68,14 +68,13 @@ def check_arguments(
         )
     if args.uses_teacher and rollout_func is not None:
         raise ValueError(
-            "rollout_func builds its own prompt ids, which the teacher's prompt cannot be matched "
-            "to. Use tools or environment_factory instead."
+            "rollout_func builds its own prompt ids, to which no teacher's prompt can be matched. Use "
+            "tools or environment_factory."
         )
     if args.max_teacher_prompt_length is not None and environment_factory is not None:
         raise ValueError(
             f"max_teacher_prompt_length={args.max_teacher_prompt_length} with environment_factory: "
-            "TRL renders prompts with their environments' tools by whole batches only, so that no "
-            "prompt can be shortened by itself. Leave it at None and shorten the references."
+            "TRL renders whole batches, of which none can be shortened. Shorten the references."
         )
     if isinstance(dataset, Dataset):
         columns = dataset.column_names
@@ -101,29 +100,26 @@ def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfi
     column = args.privileged_column
     if count > 1 and "wrong_gaps" not in asking:
         raise ValueError(
-            f"wrong_references={count} means nothing where no credit asks for wrong_gaps: "
-            f"method={args.method!r} does not. Leave it at 1."
+            f"wrong_references={count} means nothing where no credit asks for wrong_gaps. Leave it at 1."
         )
     if not asking:
         return []
     if args.row.teacher_sees == methods.PEER:
         raise ValueError(
-            f"peer_context=True with a credit that asks for {', '.join(asking)}: wrong references "
-            "are other rows', and a peer's rollout differs from them in more than being right. Set "
-            "it to False."
+            f"peer_context=True with a credit that asks for {', '.join(asking)}: a peer's rollout "
+            "differs from other rows' references in more than being right. Set it to False."
         )
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{', '.join(asking)} need wrong references, which are drawn from the whole "
-            f"{column!r} column: a streaming data set has none. Give a datasets.Dataset."
+            f"{', '.join(asking)} need wrong references, drawn from the whole {column!r} column. Give "
+            "a datasets.Dataset, not a stream."
         )
     _check_column(dataset, column, ", ".join(asking))
     distinct = prompts.distinct_references(dataset[column][:])
     if len(distinct) <= count:
         raise ValueError(
-            f"wrong_references={count} needs {count + 1} different references or more, the "
-            f"{column!r} column of the training set has {len(distinct)}. Give rows with "
-            f"other references, lower wrong_references, or use a method without {asking[0]}."
+            f"wrong_references={count} needs {count + 1} different references or more, {column!r} "
+            f"has {len(distinct)}. Lower it, give other rows, or use a method without {asking[0]}."
         )
     return distinct
 
@@ -151,8 +147,7 @@ def check_teacher(
 ) -> None:
     """Refuse another model as teacher whose probabilities are not of the student's tokens.
 
-    `source` is what the user gave: a path, whose tokenizer is compared, or a model, whose
-    tokenizer is unknown.
+    The tokenizers are compared where `source` is a path: a model's is unknown.
     """
     if args.divergence is not None:
         _check_logits(teacher)
@@ -160,8 +155,8 @@ def check_teacher(
     sizes = [shape_of(head.weight)[0] for head in heads]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}. "
-            "Distillation compares token by token: use a teacher with the student's tokenizer."
+            f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}. Use a "
+            "teacher with the student's tokenizer."
         )
     if not isinstance(source, str):
         return
@@ -182,29 +177,24 @@ def _check_logits(model: nn.Module) -> None:
     for name in LOGIT_CHANGES:
         if getattr(config, name, None) not in (None, 1.0):
             raise ValueError(
-                f"{type(model).__name__} changes its logits by config.{name}="
-                f"{getattr(config, name)}, which the full-vocabulary divergence does not apply. "
-                "Use distillation_mode='sampled_token', or a model without it."
+                f"{type(model).__name__} changes its logits by config.{name}={getattr(config, name)}, "
+                "unlike the divergence. Use distillation_mode='sampled_token', or another model."
             )
 
 
 def check_sharding(model: nn.Module, args: RLSDConfig, accelerator: Accelerator) -> None:
     """Refuse FSDP1, and an average in weights so coarse that it would not move."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError(
-            "FSDP1 is not supported with a teacher: a sharded copy of it and full-vocabulary "
-            "divergences need FSDP2. Set fsdp_version: 2."
-        )
+        raise ValueError("FSDP1 is not supported with a teacher. Set fsdp_version: 2.")
     half = model.dtype in (torch.float16, torch.bfloat16)
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     rounds = half or (deepspeed and accelerator.mixed_precision != "no")
     if args.teacher_model_kind == "ema" and not isinstance(model, PeftModel) and rounds:
         mixed = f"under DeepSpeed in {accelerator.mixed_precision}"
         raise ValueError(
-            f"teacher_model_kind='ema' {f'with weights in {model.dtype}' if half else mixed}: an "
-            f"average that moves by {args.teacher_update_rate} of a small difference is rounded "
-            "away. Load the model in float32 (bf16=True may compute, but under DeepSpeed set "
-            "bf16=False), or use 'snapshot' or PEFT."
+            f"teacher_model_kind='ema' {f'with weights in {model.dtype}' if half else mixed}: steps "
+            f"of {args.teacher_update_rate} of a small difference are rounded away. Load the model in "
+            "float32 (under DeepSpeed with bf16=False), or use 'snapshot' or PEFT."
         )
 
 
@@ -236,9 +226,8 @@ def check_images(final: list[prompts.Prompt], accelerator: Accelerator) -> None:
         raise ValueError(f"{videos} of {rows} prompts in a batch hold a video. {VIDEO_ADVICE}")
     if 0 < bare < rows and is_sharded(accelerator):
         raise ValueError(
-            f"{bare} of {rows} prompts in a batch have no image and the others have: with sharded "
-            "parameters, ranks would wait for one another in the vision tower. Give every row an "
-            "image, train on the two kinds apart, or use DDP or ZeRO-2."
+            f"{bare} of {rows} prompts in a batch have no image: ranks would wait for one another in "
+            "the sharded vision tower. Give every row an image, or use DDP or ZeRO-2."
         )
 
 
@@ -252,20 +241,16 @@ def _check_sampling(model: nn.Module, args: RLSDConfig) -> None:
     if wrong := {k: v for k, v in found.items() if not (v == 1 and k in NEUTRAL_AT_ONE)}:
         raise ValueError(
             f"The model's generation_config has {wrong}: rollouts would come from another "
-            "distribution than P_S, which enters the gap. Set them to None on "
-            "model.generation_config."
+            "distribution than P_S. Set them to None."
         )
     cuts = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-    if differ := {
-        n: getattr(args, n) for n, off in cuts.items() if getattr(args, n) not in (off, 0)
-    }:
+    if differ := {n: v for n, off in cuts.items() if (v := getattr(args, n)) not in (off, 0)}:
         size = f"up to {-math.log(args.top_p):.3f} nats a token for top_p" if args.top_p < 1 else ""
-        logger.warning(
+        said = (
             "%s: rollouts come from another distribution than P_S; its log-probabilities differ by "
-            "the log of the mass that is cut, %s",
-            differ,
-            size or "which has no bound here",
         )
+        said += "the log of the mass that is cut, %s"
+        logger.warning(said, differ, size or "which has no bound here")
 
 
 def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> None:
@@ -278,8 +263,8 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
         noisy.append("config.attention_dropout")
     if noisy:
         raise ValueError(
-            f"Dropout is active in {noisy[:3]} ({len(noisy)} places) and would put noise into the "
-            "gap. Set disable_dropout=True, lora_dropout=0, and attention_dropout=0 in the config."
+            f"Dropout is active in {noisy[:3]} ({len(noisy)} places): noise in the gap. Set "
+            "disable_dropout=True, lora_dropout=0, and attention_dropout=0 in the config."
         )
     if isinstance(processing_class, ProcessorMixin):
         side = processing_class.tokenizer.padding_side
@@ -296,18 +281,17 @@ def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, .
     if methods.METHODS[args.method].teacher_sees != methods.PRIVILEGED or not args.uses_teacher:
         raise ValueError(
             f"credit={name} would never be called with method={args.method!r} and lambda_init="
-            f"{args.lambda_init}: it replaces the credit of a method whose teacher sees the "
-            "reference. Use method='rlsd' with lambda_init above 0."
+            f"{args.lambda_init}. Use method='rlsd' with lambda_init above 0."
         )
-    if args.weight_clip != "linear" or args.conserve_credit:
+    replaced = {
+        "weight_clip": args.weight_clip != "linear",
+        "conserve_credit": args.conserve_credit,
+        "credit_settings": args.credit_settings and args.row.weight is None,
+    }
+    for option in (name for name, is_set in replaced.items() if is_set):
         raise ValueError(
-            f"weight_clip={args.weight_clip!r}, conserve_credit={args.conserve_credit!r} are of the "
-            f"method's own weight, which credit={name} replaces. Leave them alone."
-        )
-    if args.credit_settings and args.row.weight is None:
-        raise ValueError(
-            f"credit_settings={args.credit_settings} are of the method's own credit, which credit="
-            f"{name} replaces. Leave them empty, and bind yours by functools.partial."
+            f"{option}={getattr(args, option)!r} is of the method's own credit, which credit={name} "
+            "replaces. Leave it alone, and bind settings of yours by functools.partial."
         )
     args.check_keeps_token_credit(f"credit={name}")
     return check_asked("credit", credit, args, signals)

@@ -416,6 +416,6 @@ class RLSDConfig(GRPOConfig, Named):
             raise ValueError(f"remove_unused_columns=True would drop {column}. Set it to False.")
         if self.use_liger_kernel:
             raise ValueError(
-                "use_liger_kernel=True: student and teacher would run different kernels, whose "
-                "difference would enter the gap. Set it to False."
+                "use_liger_kernel=True is not supported: student and teacher would run different "
+                "kernels. Set it to False."
             )

@@ -158,7 +158,7 @@ def test_what_cannot_be_called_is_refused_before_any_compute(tmp_path):
         (good, {"method": "grpo"}, "good would never be called with method='grpo'"),
         (good, {"method": "sdpo"}, "good would never be called with method='sdpo'"),
         (good, {"lambda_init": 0.0}, "lambda_init=0.0"),
-        (good, {"conserve_credit": True}, "conserve_credit=True are of the method's own weight"),
+        (good, {"conserve_credit": True}, "conserve_credit=True is of the method's own credit"),
     ]
     for credit, settings, said in cases:
         with pytest.raises(ValueError, match=said):

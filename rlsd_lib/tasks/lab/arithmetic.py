@@ -73,10 +73,7 @@ def question_of(row: Row) -> str:
 
 
 def verify(completion: str, row: Row) -> bool:
-    """Say whether a completion ends in the one answer it gives, and that answer is right.
-
-    Two answers, text after the answer, or digits of another script count as wrong.
-    """
+    """Say whether a completion ends in the one answer it gives, in ASCII digits, and it is right."""
     found = _FINAL.search(completion)
     if found is None or len(re.findall(rf"\b{ANSWER}\b", completion)) != 1:
         return False
@@ -91,8 +88,9 @@ def nuisance_mask(completion: str) -> list[bool]:
 class RightChain:
     """Reads a completion of a row token by token, and knows how a right one may go on.
 
-    Filler words and a quoted reference are neither right nor wrong, and may stand anywhere before
-    the answer. The operands of a column may change places.
+    Filler words and a quoted reference may stand anywhere before the answer, and a column's operands
+    change places. `shortest` holds the tokens of the shortest right completion, without an end
+    token, and `position` is how many of those the completion has come past.
     """
 
     def __init__(self, row: Row) -> None:
@@ -134,8 +132,7 @@ class RightChain:
 def first_error(completion: str, row: Row) -> int | None:
     """Return the index of the first wrong token of a chain, or None when every token is right.
 
-    The index counts the lab's tokens. A chain that stops too early is wrong at the index one past
-    its last token.
+    A chain that stops too early is wrong at the index one past its last token.
     """
     chain, tokens = RightChain(row), tokens_of(completion)
     for index, token in enumerate(tokens):

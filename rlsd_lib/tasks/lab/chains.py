@@ -48,10 +48,9 @@ class Style:
     tilt: float = 0.0
 
     def words(self, random: Random, digits: int) -> list[str]:
-        """Draw the filler words of one slot, independently of everything else.
+        """Draw the filler words of one slot, floor(mean + u) many.
 
-        Their number is floor(mean + u), u uniform over an interval of integer length: its mean is
-        exact, and the longest chain, hence the cost of a rollout, stays near the average.
+        u is uniform over an interval of integer length: the mean is exact, and no chain much longer.
         """
         mean = self._mean(digits)
         low, high = (-1.0, 2.0) if mean >= 1 else (0.0, 1.0)

@@ -118,11 +118,7 @@ def load_lab(
 
 
 def build_tokenizer(digits: int = 3) -> PreTrainedTokenizerFast:
-    """Return the lab's tokenizer: one token per word, digit and sign, padded on the left.
-
-    There is no token for an unknown word: encoding one raises, so that a prompt which the lab
-    cannot read is noticed.
-    """
+    """Return the lab's tokenizer: one token per word, digit and sign; an unknown word raises."""
     words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(TOKEN), "isolated")]
     return word_tokenizer(
         (*SPECIALS, *vocabulary_of(digits)),

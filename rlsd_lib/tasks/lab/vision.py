@@ -123,10 +123,7 @@ class NoVideos(BaseVideoProcessor, PushToHubMixin):
 def build_tokenizer(
     special: Sequence[str] = tuple(VISION.values()), **options: Any
 ) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of printable characters and a family's `special` tokens.
-
-    `options` go to `PreTrainedTokenizerFast`.
-    """
+    """Return a `word_tokenizer` of printable characters and a family's `special` tokens."""
     tokenizer = word_tokenizer(
         (*SPECIALS, *string.printable),
         pre_tokenizers.Split("", "isolated"),
