@@ -44,10 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def seal(folder: Path, **facts: Any) -> None:
-    """List every file of a checkpoint in its last one, beside facts as JSON.
-
-    The facts are `step`, `settings` of the run, and `changes` of them on resumes.
-    """
+    """List every file of a checkpoint in its last one, beside `step`, `settings` and `changes`."""
     content = {"files": _prints(folder), **facts}
     content["sha256"] = _digest(content)
     draft = folder / f".{MARK}"
@@ -56,11 +53,9 @@ def seal(folder: Path, **facts: Any) -> None:
 
 
 def check(folder: Path, *, sharded_state: bool = False) -> dict[str, Any] | None:
-    """The content of a checkpoint's `MARK`, all of whose files are as they were written.
+    """The content of a checkpoint's `MARK`; None if TRL's trainer or an earlier version wrote it.
 
-    None for a checkpoint of TRL's own trainer or of an earlier version, which has no such list.
-    Raises ValueError with the file and the way out, if one is missing or differs, or if there is
-    nothing to resume from.
+    Raises ValueError with the file that is missing or not as it was written, and the way out.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such checkpoint.")
@@ -96,9 +91,8 @@ def check(folder: Path, *, sharded_state: bool = False) -> dict[str, Any] | None
 def changed(
     folder: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, list[Any]]:
-    """What of the settings is not as recorded, as [before, now], all of it such as may change.
+    """What of the settings is not as recorded, as [before, now]; what one side lacks is listed too.
 
-    A setting that only one side knows belongs to another version of a library, and is listed.
     Raises ValueError with the first setting that decides the result and differs.
     """
     differ = {
@@ -112,7 +106,7 @@ def changed(
             more = " (it may only grow)" if name in GROWS else ""
             raise ValueError(
                 f"{folder} was written with {name}={before!r}, this run has {now!r}{more}. Resume "
-                "with the same value, or begin a new run."
+                "with the same, or begin anew."
             )
     return differ
 
@@ -126,8 +120,8 @@ def restore(trainer: Any, folder: Path) -> None:
     with on_every_rank():
         if trainer.args.sync_ref_model:
             raise ValueError(
-                "sync_ref_model=True: the reference model has moved, and no checkpoint holds it, so "
-                "that a resumed run would be another. Train without interruption, or leave it False."
+                "sync_ref_model=True: the reference model has moved, and no checkpoint holds it. "
+                "Train without interruption, or leave it False."
             )
         if trainer.accelerator.is_main_process:  # one reads, for all of them
             is_deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -193,19 +187,17 @@ def last_checkpoint(output_dir: str | Path, *, whole: bool = False) -> Path | No
 
 
 def check_weights(model: nn.Module, step: int, accelerator: Accelerator) -> None:
-    """Refuse weights that are NaN, infinite, or so large that their squares are. Collective.
+    """Refuse trained weights that are NaN, infinite, or so large that their squares are. Collective.
 
-    Of those that are trained: frozen ones may be packed bytes of another type. Raises
-    FloatingPointError on every rank, with the step after which they are so.
+    Raises FloatingPointError on every rank, with the step.
     """
     parts = [sharded.local(p) for p in model.parameters() if p.requires_grad]
     largest = torch.nn.utils.get_total_norm([p for p in parts if p.numel()], float("inf"))
     bad = (~(largest.float() ** 2).isfinite()).float().to(accelerator.device)
     if accelerator.reduce(bad, reduction="sum") > 0:
         raise FloatingPointError(
-            f"The student's weights are NaN, infinite or beyond 1e19 after step {step}. No "
-            "checkpoint is written of them, and earlier ones are intact. Begin a new run with a "
-            "lower learning_rate or max_grad_norm."
+            f"The student's weights are NaN, infinite or beyond 1e19 after step {step}. Earlier "
+            "checkpoints are intact. Begin a new run with a lower learning_rate or max_grad_norm."
         )
 
 
@@ -239,11 +231,9 @@ def _refusal(folder: Path, how: str) -> ValueError:
     found = _newest_first(folder.parent)
     after = found.index(folder) + 1 if folder in found else len(found)
     older = [path for path in found[after:] if (path / MARK).exists()]
-    way = (
-        f"The next older checkpoint is {older[0]}: resume from it (rlsd run: --if-exists resume-older)"
-        if older
-        else "There is no older checkpoint: begin anew (rlsd run: --if-exists overwrite)"
-    )
+    way = "There is no older checkpoint: begin anew (rlsd run: --if-exists overwrite)"
+    if older:
+        way = f"Resume from the next older, {older[0]} (rlsd run: --if-exists resume-older)"
     return ValueError(f"{folder}{how}. {way}.")
 
 

@@ -29,10 +29,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model that is not wrapped yet.
-
-    Collective if ZeRO-3 has loaded it in partitions, which a deep copy would leave empty.
-    """
+    """A copy of a model that is not wrapped yet; collective if ZeRO-3 has loaded it in partitions."""
     if not any(_is_partitioned(p) for p in model.parameters()):
         return copy.deepcopy(model)
     import deepspeed
@@ -51,10 +48,9 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def reshard(model: nn.Module) -> None:
-    """Shard again what FSDP2 keeps gathered after a forward: the parameters of root and head.
+    """Shard again what FSDP2 keeps gathered after a forward, root and head, until a backward pass.
 
-    FSDP2 waits for a backward pass, which a teacher never has. Until then, a module's parameters
-    are temporary: reading, refreshing or freezing them would be lost.
+    Until then parameters are temporary: refreshing or freezing them would be lost.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -86,14 +82,11 @@ def pairs(target: nn.Module, source: nn.Module) -> Pairs:
 
 @torch.no_grad()
 def move(target: nn.Parameter, source: nn.Parameter, rate: float = 1.0) -> None:
-    """target <- (1 - rate) target + rate source, by each rank on its own shards.
-
-    Raises RuntimeError if the two are not sharded alike, so that shards have different entries.
-    """
+    """target <- (1 - rate) target + rate source, by shards; RuntimeError if not sharded alike."""
     if _layout(target) != _layout(source):
         raise RuntimeError(
-            f"Teacher and student are not sharded alike over the ranks: {_layout(target)} and "
-            f"{_layout(source)}. Prepare both with one accelerator."
+            f"Teacher and student are not sharded alike, {_layout(target)} and {_layout(source)}: "
+            "prepare both with one accelerator."
         )
     if _is_partitioned(target):
         # ZeRO-3 keeps small parameters whole as well; the next forward gathers them anew.
@@ -134,10 +127,7 @@ def write(parameter: nn.Parameter, value: Tensor, accelerator: Accelerator) -> N
 
 
 def outside_forward(model: nn.Module, parameter: Tensor | None) -> Tensor | None:
-    """The gathered parameter of `model` right after its forward, attached to it. Collective.
-
-    Without gradients a copy, if the parameter will be sharded again.
-    """
+    """The gathered parameter of `model` right after its forward, attached to it. Collective."""
     if parameter is None:
         return None
     if _is_partitioned(parameter):

@@ -92,8 +92,7 @@ def check_possible(model: nn.Module, accelerator: Accelerator) -> None:
     """Refuse to share a model's prompts by ValueError where `why_not` has a reason."""
     if (reason := why_not(model, accelerator)) is not None:
         raise ValueError(
-            f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain', or 'auto', "
-            "which shares prompts where it can."
+            f"teacher_pass='shared' cannot be used here: {reason}. Use 'plain' or 'auto'."
         )
 
 
@@ -125,11 +124,7 @@ def try_score(
 
 
 def plan(rollouts: Rollouts, batch_size: int) -> list[Chunk]:
-    """Chunks of about `batch_size` rows.
-
-    A chunk has whole groups of similar prompt length, at least one, so that the keys and values
-    alive at a time are those of few prompts. Rows without a completion are left out.
-    """
+    """Chunks of about `batch_size` rows with a completion, in whole groups of similar prompt length."""
     prompts = [len(text) for text in rollouts.prompts.texts]
     ends = torch.arange(1, rollouts.mask.size(1) + 1, device=rollouts.mask.device)
     completions = (rollouts.mask * ends).amax(dim=1).tolist()  # the pass waits for the device here
@@ -174,10 +169,9 @@ def score(
     autocast: Callable[[], AbstractContextManager],
     want_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """log P (N, T) of the completions, and the states (N, T, H) that predicted them.
+    """log P (N, T) of the completions, 0 on padding, and the states (N, T, H) that predicted them.
 
-    `model` has TRL's fused head and no data-parallel wrapper: ranks may differ in their number of
-    calls, so a call must not be a collective. Padding scores 0, as in TRL.
+    `model` has TRL's fused head and no data-parallel wrapper: ranks may differ in their calls.
     """
     shape = rollouts.ids.shape
     logps = rollouts.ids.new_zeros(shape, dtype=torch.float32)
@@ -203,10 +197,7 @@ def score(
 
 
 def _inputs(rollouts: Rollouts, rows: Tensor, before: int, width: int) -> dict[str, Tensor]:
-    """Completions, shifted: the prompt's last token opens each, its own last is left out.
-
-    `before` is the width of the prompts.
-    """
+    """Completions behind prompts of width `before`, whose last token opens each; its own is left out."""
     prompts = rollouts.prompts
     ids, mask = rollouts.ids[rows, :width], rollouts.mask[rows, :width]
     # Positions count from the uncut width, as in the plain pass.

@@ -35,10 +35,9 @@ def predicting(states: Tensor, length: int) -> Tensor:
 
 @contextmanager
 def hidden_states(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Collect what the backbone hands to the LM head, (N, P + T, H), with its graph.
+    """Yield a list to which every forward inside the block adds what the LM head is given.
 
-    Yields a list to which every forward inside the block adds its states, if they are `wanted`.
-    TRL's fused head returns log-probabilities only, so this saves a second forward.
+    States (N, P + T, H) with their graph, if `wanted`: TRL's fused head returns log-probabilities only.
     """
     collected: list[Tensor] = []
     if not wanted:
@@ -77,11 +76,7 @@ def token_mean(
     num_processes: int,
     accumulation: int,
 ) -> Tensor:
-    """The mean of (N, T) values over tokens as TRL takes it for `args.loss_type`, a scalar.
-
-    The same normaliser as the policy loss, so that two terms of one loss stay comparable and
-    gradient accumulation and ranks add up to the global batch.
-    """
+    """The mean of (N, T) values over tokens as TRL's policy loss takes it, a scalar."""
     per_token = per_token * mask
     total = per_token.sum()
     if args.loss_type in ("cispo", "dapo", "vespo"):

@@ -76,10 +76,9 @@ class Teacher:
 
     @contextmanager
     def active(self, student: nn.Module) -> Iterator[nn.Module]:
-        """Yield the module to score with. `student` is the policy, wrapped or not.
+        """Yield the module to score with; the teacher's adapter is active only inside this block.
 
-        An adapter is active only inside this block, so that weight sync, saving and the optimiser
-        always see the student's.
+        `student` is the policy, wrapped or not.
         """
         if self.adapter is not None:
             # Switching freezes one adapter and unfreezes the other: needs the sharded parameters.
@@ -122,10 +121,9 @@ class Teacher:
             torch.cuda.empty_cache()
 
     def save(self, folder: Path, step: int) -> None:
-        """Write the teacher's state into a checkpoint folder. Collective.
+        """Write the teacher's state into a checkpoint folder, one parameter at a time. Collective.
 
-        Parameters are gathered one at a time, on the CPU. A snapshot taken at this very step equals
-        the student, so only that fact is written.
+        Of a snapshot taken at this very step, which equals the student, only that fact is written.
         """
         lives = self.model is not None and self.is_refreshed
         same = self.kind == "snapshot" and self.last_sync_step == step
@@ -170,9 +168,8 @@ class Teacher:
         state = json.loads(path.read_text()) if path.exists() else None
         if state is None and self.is_refreshed:
             raise ValueError(
-                f"{folder} holds no teacher state ({STATE_FILE}), so the {self.kind!r} teacher "
-                "would silently restart from the initial policy. Resume from a checkpoint written "
-                "by RLSDTrainer, or use teacher_model_kind='live' or 'base'."
+                f"{folder} holds no teacher state ({STATE_FILE}) for the {self.kind!r} teacher. Resume "
+                "from a checkpoint of RLSDTrainer, or use teacher_model_kind='live' or 'base'."
             )
         return state
 
@@ -204,8 +201,8 @@ def copy_for_scoring(
         teacher = create_model_from_path(source, **settings)
     elif len(set(getattr(source, "hf_device_map", {}).values())) > 1:
         raise ValueError(
-            f"A model split by device_map ({source.hf_device_map}) cannot be copied for a teacher. "
-            "Use teacher_model_kind='live', PEFT, or a single device per process."
+            f"device_map={source.hf_device_map}: a model in parts cannot be copied for a teacher. Use "
+            "teacher_model_kind='live', PEFT, or a single device per process."
         )
     else:
         with upstream.without_fused_head(source):
@@ -232,8 +229,7 @@ def add_teacher_adapter(student: PeftModel) -> None:
     """
     if student.active_adapter != "default":
         raise ValueError(
-            f"The active adapter is {student.active_adapter!r}; the teacher copies 'default'. "
-            "Load the adapter to train under the name 'default'."
+            f"The active adapter is {student.active_adapter!r}: load it under the name 'default'."
         )
     if ADAPTER not in student.peft_config:
         # Adapter initialisation draws random numbers; rollouts must not depend on it.

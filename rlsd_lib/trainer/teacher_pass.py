@@ -15,22 +15,11 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
+from rlsd_lib import prompts as texts
 from rlsd_lib.credit import Credit, leave_one_out
 from rlsd_lib.divergence import teacher_contrast, teacher_entropy
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
-from rlsd_lib.prompts import (
-    Prompt,
-    check_contexts,
-    copied,
-    count_in_prompts,
-    demonstrations,
-    refuse,
-    shorten_to_fit,
-    spelled,
-    teacher_prompt,
-    without_images,
-    wrong_references,
-)
+from rlsd_lib.prompts import Prompt
 from rlsd_lib.trainer import checkpoints, checks, shared_prompts, states, upstream
 from rlsd_lib.trainer.config import SHARED, RLSDConfig
 from rlsd_lib.trainer.shared_prompts import Prompts
@@ -134,12 +123,11 @@ class TeacherPass(GRPOTrainer):
     ) -> Tensor:
         # The final messages, observations and images included: TRL does not return them.
         # Copies, for a reward function may change what it is given.
-        self._final_prompts, self._completions = copied(prompts), copied(completions)
+        self._final_prompts, self._completions = map(texts.copied, (prompts, completions))
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        mode = "train" if self.model.training else "eval"
-        share = checks.check_rewards(
-            rewards, self.reward_func_names, self.state.global_step, training=mode == "train"
-        )
+        mode, step = "train" if self.model.training else "eval", self.state.global_step
+        names = self.reward_func_names
+        share = checks.check_rewards(rewards, names, step, training=mode == "train")
         self._metrics[mode]["rewards/unscored_frac"].append(share)
         # Of all ranks: a group may lie across two. A sum would turn NaN, "not mine to judge", into 0.
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
@@ -147,18 +135,10 @@ class TeacherPass(GRPOTrainer):
         return rewards
 
     def _get_per_token_logps_and_entropies(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
+        self, model: nn.Module, ids: Tensor, mask: Tensor, kept: int, *args: Any, **kwargs: Any
     ) -> tuple:
-        head = self.completion_head.wrap(model, logits_to_keep)
-        return super()._get_per_token_logps_and_entropies(
-            head, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
+        head = self.completion_head.wrap(model, kept)
+        return super()._get_per_token_logps_and_entropies(head, ids, mask, kept, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.model.training:
@@ -178,9 +158,7 @@ class TeacherPass(GRPOTrainer):
             self._add_scores(inputs, output)
         return output
 
-    def _given_signals(
-        self, inputs: list[dict[str, Any]], output: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def _given_signals(self, inputs: list[dict], output: dict[str, Any]) -> dict[str, Tensor]:
         """What the caller's `signals` says of this rank's rollouts. Collective."""
         if self.signals is None:
             return {}
@@ -213,14 +191,12 @@ class TeacherPass(GRPOTrainer):
             output["has_demonstration"] = torch.tensor(shown, device=self.accelerator.device)
         self._add_contrast(inputs, scores, output)
 
-    def _add_contrast(
-        self, inputs: list[dict[str, Any]], scores: Scores, output: dict[str, Any]
-    ) -> None:
+    def _add_contrast(self, inputs: list[dict], scores: Scores, output: dict[str, Any]) -> None:
         """What the teacher says under wrong references, one more pass for each, and how sure it is."""
         asked, wrong = self.asked, []
         if self.distinct:
             drawn = self._wrong_contexts(inputs)
-            wrong = [self.teacher_scores(self._final_prompts, texts, output) for texts in drawn]
+            wrong = [self.teacher_scores(self._final_prompts, each, output) for each in drawn]
         if "wrong_gaps" in asked:
             output["wrong_logps"] = torch.stack([each.logps for each in wrong], dim=1)
         if scores.hidden is None:
@@ -266,21 +242,21 @@ class TeacherPass(GRPOTrainer):
         column = self.args.privileged_column
         contexts = [row.get(column) for row in inputs]
         with checks.on_every_rank():
-            check_contexts(contexts, self.args.privileged_template, column, self._control)
-            found = count_in_prompts(self._final_prompts, contexts, column)
+            texts.check_contexts(contexts, self.args.privileged_template, column, self._control)
+            found = texts.count_in_prompts(self._final_prompts, contexts, column)
         self.log_means({"reference_in_prompt_frac": (found, len(contexts))})
         return contexts
 
     def _wrong_contexts(self, inputs: list[dict[str, Any]]) -> Iterator[Contexts]:
         """For each of the wrong references, what the teacher reads instead."""
         count, column = self.args.wrong_references, self.args.privileged_column
-        drawn = (wrong_references(row[column], self.distinct, count) for row in inputs)
+        drawn = (texts.wrong_references(row[column], self.distinct, count) for row in inputs)
         return zip(*drawn, strict=True)
 
     def _peer_contexts(self, inputs: list[dict[str, Any]]) -> Contexts:
         asked = self.args.include_environment_feedback
         feedback = [row.get(self.args.privileged_column) if asked else None for row in inputs]
-        shown = demonstrations(
+        shown = texts.demonstrations(
             gather_object(self._completions),
             self._rewards.tolist(),
             gather_object(feedback),
@@ -291,21 +267,20 @@ class TeacherPass(GRPOTrainer):
         )
         # The tally is of all ranks already; a mean of equal ratios is that ratio.
         self.log_means({"demonstration_group_frac": (shown.groups_with_success, shown.groups)})
-        return [spelled(text, self._control) for text in shown.texts]
+        return [texts.spelled(text, self._control) for text in shown.texts]
 
     def teacher_prompts(
         self, prompts: Sequence[Prompt], contexts: Contexts, output: dict[str, Any]
     ) -> Prompts:
         """What the teacher reads before each completion, tokenised as TRL does the student's.
 
-        Args: final prompts and contexts of the N rollouts (None leaves a prompt as it is), and
-        TRL's dictionary of them. Returns left-padded ids and mask (N, P). Not collective.
-        Raises ValueError where prompt and completion take more positions than the model has.
+        For N final prompts, contexts (None leaves a prompt as it is) and TRL's dictionary of them;
+        ids and mask (N, P) are padded on the left. Raises ValueError where the model's positions end.
         """
         fitted = list(map(self._fitted, prompts, contexts))
         cut = sum(text != context for text, context in zip(fitted, contexts, strict=True))
-        texts, _, fields = self._tokenize_prompts(list(map(self._seen, prompts, fitted)))
-        length = max(map(len, texts)) + output["completion_ids"].size(1)
+        read, _, fields = self._tokenize_prompts(list(map(self._seen, prompts, fitted)))
+        length = max(map(len, read)) + output["completion_ids"].size(1)
         if self._positions is not None and length > self._positions:
             raise ValueError(
                 f"The teacher's prompt and completion take {length} positions, the model has "
@@ -316,21 +291,17 @@ class TeacherPass(GRPOTrainer):
             for name in states.TYPE_ID_FIELDS
             if name in fields
         }
-        mask = [[1] * len(text) for text in texts]
+        mask = [[1] * len(ids) for ids in read]
         pad_id = self._tokenizer.pad_token_id
-        return Prompts(texts, self._pad_left(texts, pad_id), self._pad_left(mask, 0), types, cut)
+        return Prompts(read, self._pad_left(read, pad_id), self._pad_left(mask, 0), types, cut)
 
     def _seen(self, prompt: Prompt, context: str | None) -> Prompt:
         template = self.args.privileged_template
-        return prompt if context is None else teacher_prompt(prompt, context, template)
+        return prompt if context is None else texts.teacher_prompt(prompt, context, template)
 
     def _pad_left(self, rows: list[list[int]], value: int) -> Tensor:
-        return pad(
-            [torch.as_tensor(row) for row in rows],
-            padding_value=value,
-            padding_side="left",
-            pad_to_multiple_of=self.pad_to_multiple_of,
-        ).to(self.accelerator.device)
+        how = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
+        return pad(list(map(torch.as_tensor, rows)), value, **how).to(self.accelerator.device)
 
     # The length of it
 
@@ -339,7 +310,7 @@ class TeacherPass(GRPOTrainer):
         limit, template = self.args.max_teacher_prompt_length, self.args.privileged_template
         if limit is None or context is None or self._count(self._seen(prompt, context)) <= limit:
             return context
-        return shorten_to_fit(prompt, context, template, limit, self._tokenizer, self._count)
+        return texts.shorten_to_fit(prompt, context, template, limit, self._tokenizer, self._count)
 
     def _count(self, prompt: Prompt) -> int:
         return len(self._tokenize_prompts([prompt])[0][0])
@@ -353,14 +324,14 @@ class TeacherPass(GRPOTrainer):
         if args.row.teacher_sees == PRIVILEGED:
             column = args.privileged_column
             told = dataset[column][:]
-            check_contexts(told, args.privileged_template, column, self._control)
+            texts.check_contexts(told, args.privileged_template, column, self._control)
         if limit is None and (positions := self._positions) and not self.environment_factories:
             limit, contexts = positions, told  # a peer's is not known yet
             what = f"have a teacher's prompt that fills the model's {positions} positions, with no limit"
         if limit is None or args.row.teacher_sees == PROMPT:
             return
         most = limit - len(args.privileged_template.encode()) - MARGIN
-        pairs = zip(map(without_images, prompts), contexts, strict=True)
+        pairs = zip(map(texts.without_images, prompts), contexts, strict=True)
         rows = [
             row
             for row, (prompt, context) in enumerate(pairs)
@@ -368,7 +339,7 @@ class TeacherPass(GRPOTrainer):
             if len(f"{prompt}{context}".encode()) > most
             and self._count(self._seen(prompt, context)) >= limit
         ]
-        refuse(rows, what, "Raise the limit, shorten the references, or drop the rows.")
+        texts.refuse(rows, what, "Raise the limit, shorten the references, or drop the rows.")
 
     # The pass
 
@@ -434,12 +405,10 @@ class TeacherPass(GRPOTrainer):
         """Stop on every rank when any rank has a log-probability that is NaN or infinite."""
         bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
         decode, rank = self._tokenizer.decode, self.accelerator.process_index
-        texts = [decode(prompt_ids[row], skip_special_tokens=True)[-200:] for row in bad[:3]]
+        shown = [decode(prompt_ids[row], skip_special_tokens=True)[-200:] for row in bad[:3]]
         # Gathered before anyone raises: a rank that stopped alone would leave the others waiting.
-        found = gather_object([(rank, text) for text in texts])
-        if found:
+        if found := gather_object([(rank, text) for text in shown]):
             raise FloatingPointError(
                 f"Non-finite {whose} log-probabilities at step {self.state.global_step}, in samples "
-                f"(rank, prompt) {found}. Training stops here; checkpoints under "
-                f"{self.args.output_dir} are intact."
+                f"(rank, prompt) {found}. Checkpoints under {self.args.output_dir} are intact."
             )

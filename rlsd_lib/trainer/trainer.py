@@ -25,15 +25,8 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from rlsd_lib.credit import (
-    Credit,
-    Sums,
-    drift_sums,
-    gap_sums,
-    intervention_sums,
-    permuted,
-    weight_sums,
-)
+from rlsd_lib import credit as credits
+from rlsd_lib.credit import Credit, Sums
 from rlsd_lib.divergence import divergence
 from rlsd_lib.names import Named
 from rlsd_lib.trainer import checkpoints, checks, sharded, states, upstream
@@ -209,7 +202,7 @@ class RLSDTrainer(TeacherPass, Named):
             inputs["weight"] = shuffle(weight)(advantages, gap, mask, **asked)
             sums["distillation_weight"] = ((inputs["weight"] * mask).sum(), mask.sum())
         broken = (~(teacher + logps).isfinite()).sum()
-        if self.log_means(gap_sums(gap, mask) | sums, broken):
+        if self.log_means(credits.gap_sums(gap, mask) | sums, broken):
             self._check_finite(teacher, inputs["prompt_ids"], "teacher")
             self._check_finite(logps, inputs["prompt_ids"], "student")
         if self.teacher is None:
@@ -236,17 +229,18 @@ class RLSDTrainer(TeacherPass, Named):
         credited = assign(advantages)
         if self.credit is not None:
             checks.check_credited(credited, gap.shape, self.credit)
-            return credited, intervention_sums(credited, advantages, mask)
+            return credited, credits.intervention_sums(credited, advantages, mask)
         if not args.has_token_credit or args.distillation_mode == SAMPLED:
             return credited, {}
-        sums = intervention_sums(credited, advantages, mask)
+        sums = credits.intervention_sums(credited, advantages, mask)
         if self.teacher is not None and "success" not in asked:
-            sums |= drift_sums(credited, assign(-advantages), advantages, gap, mask)
+            sums |= credits.drift_sums(credited, assign(-advantages), advantages, gap, mask)
         if args.row.evidence is None:
             return credited, sums
         log_weight = args.row.evidence(advantages, gap)
         log_clip = args.weight_clip == "log"
-        return credited, weight_sums(log_weight, mask, args.epsilon_w, log_clip=log_clip) | sums
+        weights = credits.weight_sums(log_weight, mask, args.epsilon_w, log_clip=log_clip)
+        return credited, weights | sums
 
     def _functions(self) -> list[Credit]:
         weight = [] if self.args.weight is None else [self.args.weight]
@@ -289,28 +283,21 @@ class RLSDTrainer(TeacherPass, Named):
         where = self.args.seed, self.state.global_step, micro_step, self.accelerator.process_index
         seed = random.Random(str(where)).getrandbits(63)
 
-        def shuffle(function: Credit) -> Credit:
-            return permuted(function, torch.Generator().manual_seed(seed))
-
-        return shuffle
+        return lambda function: credits.permuted(function, torch.Generator().manual_seed(seed))
 
     def _distillation_loss(
         self, model: nn.Module, hidden: Tensor, inputs: dict[str, Any]
     ) -> Tensor:
         """The weighted mean over tokens of D(P_T, P_S), with the gradient through P_S only."""
         mask = states.loss_mask(inputs)
-        student, teacher = states.head_of(model), self._teacher_head
-        per_token = divergence(
-            self.args.divergence,
-            states.predicting(hidden, mask.size(1)),
-            student[0],
-            inputs["teacher_hidden"],
-            teacher[0],
-            mask.bool(),
-            student_bias=student[1],
-            teacher_bias=teacher[1],
-            temperature=self.temperature,
-        )
+        (ours, our_bias), (theirs, their_bias) = states.head_of(model), self._teacher_head
+        models = states.predicting(hidden, mask.size(1)), ours, inputs["teacher_hidden"], theirs
+        how = {
+            "student_bias": our_bias,
+            "teacher_bias": their_bias,
+            "temperature": self.temperature,
+        }
+        per_token = divergence(self.args.divergence, *models, mask.bool(), **how)
         loss = states.token_mean(
             per_token * inputs["weight"] if "weight" in inputs else per_token,
             states.policy_mask(inputs),
@@ -330,11 +317,11 @@ class RLSDTrainer(TeacherPass, Named):
         """As the parent's; a resumed run is the same run, bit by bit, or it is refused.
 
         Another call without a checkpoint copies the student anew: steps and teacher age start at 0.
-        `changes` lists, by the step from which they hold, the settings that a resumed run may
-        change (`checkpoints.FREE`) and has changed. Raises ValueError on every rank, if a file of
-        the checkpoint is missing or damaged, if it is of a run with other settings, model, rows or
-        rewards, if it has no teacher state, or if an earlier call released a teacher that this one
-        needs; FloatingPointError on every rank, if weights or gradient are no longer finite.
+        `changes` lists the settings that resumes changed, by the step from which they hold. Raises
+        ValueError on every rank, if a file of the checkpoint is missing or damaged, if it is of a run
+        with other settings, model, rows or rewards, if it has no teacher state, or if an earlier call
+        released a teacher that this one needs; FloatingPointError on every rank, if weights or
+        gradient are no longer finite.
         """
         given = resume_from_checkpoint
         if given is True:
@@ -415,9 +402,8 @@ class RLSDTrainer(TeacherPass, Named):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         whole = not sharded.is_sharded(self.accelerator)
         if self.teacher is not None and self.teacher.adapter is not None and whole:
-            upstream.load_trained_adapter(
-                self.accelerator.unwrap_model(self.model), resume_from_checkpoint
-            )
+            student = self.accelerator.unwrap_model(self.model)
+            upstream.load_trained_adapter(student, resume_from_checkpoint)
 
 
 class CreditCallback(TrainerCallback):
@@ -443,8 +429,8 @@ class TeacherCallback(TrainerCallback):
         teacher = self.trainer.teacher
         if teacher.model is None and not args.teacher_is_over(state.global_step):
             raise ValueError(
-                f"train() at step {state.global_step} needs the teacher, which an earlier train() "
-                f"released after lambda_decay_steps={args.lambda_decay_steps}. Make a new trainer."
+                f"step {state.global_step} needs the teacher, which an earlier train() released after "
+                f"lambda_decay_steps={args.lambda_decay_steps}. Make a new trainer."
             )
         if self.trainer._checkpoint is not None:
             teacher.load(Path(self.trainer._checkpoint), self.trainer.model)

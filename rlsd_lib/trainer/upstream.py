@@ -66,10 +66,7 @@ class CompletionHead:
 
     @contextmanager
     def applied(self, wanted: bool) -> Iterator[None]:
-        """Cut inside, if `wanted` and on a CPU.
-
-        The backward pass recomputes the tiles, so it belongs inside, with its forward pass.
-        """
+        """Cut inside, if `wanted` and on a CPU. The backward pass, which recomputes, belongs inside."""
         self.applies = wanted and self.saves
         try:
             with tiles_of(TILE) if self.applies else nullcontext():
@@ -83,7 +80,6 @@ class CompletionHead:
 
 
 def tiles_of(tokens: int) -> AbstractContextManager:
-    """Set the tile of every fused head to `tokens` rows inside."""
     return patch.object(chunked_logprob, "TOKEN_CHUNK_SIZE", tokens)
 
 
@@ -132,10 +128,7 @@ def scored_and_tile(length: int, most: int) -> tuple[int, int]:
 @contextmanager
 @mends("trl", "1.16.0", "trl/trainer/utils.py, add_fused_lm_head: the forward is a closure")
 def without_fused_head(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Take TRL's patched `forward` off inside, so that a deep copy runs its own weights.
-
-    The patch keeps the original bound method in a closure: a copy of it runs the original model.
-    """
+    """Take TRL's patched `forward` off inside: a deep copy of that would run the original model."""
     patched = model.__dict__.pop("forward", None)
     try:
         yield model
@@ -166,10 +159,7 @@ def for_processor(images: list[list | None] | None) -> list[list] | None:
 
 @mends("trl", "1.16.0", "trl/trainer/grpo_trainer.py, _get_per_token_logps_and_entropies")
 def drop_empty_images(model: nn.Module) -> None:
-    """Let a model leave image fields out where no row of a micro-batch has an image.
-
-    TRL slices the pixels of the whole batch and passes none of them as an empty tensor.
-    """
+    """Let a model leave image fields out where a micro-batch has none: TRL passes empty tensors."""
 
     def drop(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         pixels = kwargs.get("pixel_values")
@@ -187,9 +177,8 @@ def drop_empty_images(model: nn.Module) -> None:
 def keep_base_exact(model: nn.Module, backend: VLLMGeneration) -> None:
     """Restore the frozen half-precision weights of a PEFT model after each sync with vLLM.
 
-    TRL adds the adapter to the frozen weights, sends them, and subtracts it again. In bfloat16 that
-    rounds twice at every step: the frozen weights drift, and base model and saved adapter no longer
-    make the model that was trained. Costs a copy in CPU memory and one transfer per sync.
+    TRL adds the adapter to them and subtracts it again, which rounds twice at every step. Costs a
+    copy in CPU memory and one transfer per sync.
     """
     if not isinstance(model, PeftModel):
         return
@@ -236,10 +225,7 @@ def order_of_epoch(sampler: Any, epoch: int) -> None:
 
 @mends("transformers", "5.17.0", "transformers/trainer.py, Trainer._load_from_checkpoint")
 def load_trained_adapter(student: PeftModel, checkpoint: str | Path) -> None:
-    """Restore the trained adapter, which lies beside the teacher's sub-folder in a checkpoint.
-
-    Where a sub-folder holds an adapter, transformers restores only that one.
-    """
+    """Restore the trained adapter: beside a sub-folder with one, transformers restores only that."""
     student.load_adapter(str(checkpoint), "default", is_trainable=True)
 
 
@@ -255,9 +241,8 @@ def restorable_device(args: TrainingArguments) -> None:
 def prepare_fsdp2(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shard a frozen model layer by layer, as the policy will be. Collective.
 
-    TRL's `prepare_fsdp` shards the root alone, so that a forward gathers the whole model, and keeps
-    what each rank has loaded, which is nothing on ranks other than 0. Accelerate's preparation
-    fills its plugin's wrapping policy from the first model it sees; the policy must find it unset.
+    TRL's `prepare_fsdp` shards the root alone and keeps what each rank has loaded, nothing but on
+    rank 0. Accelerate's fills its plugin's wrapping policy, which the policy must find unset.
     """
     plugin = accelerator.state.fsdp_plugin
     unset = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
