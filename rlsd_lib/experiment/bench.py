@@ -100,8 +100,8 @@ def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any], dict[str,
 class Sizes:
     """A random Qwen3 on prompts and completions of exact length, in tokens; a group is a step.
 
-    Other models of `SHAPES` than `SYNTHETIC` are in bf16, with gradient checkpointing, and read two
-    rollouts at a time. Raises ValueError for a size that cannot be, naming it and what was expected.
+    Models of real size are in bf16, with gradient checkpointing, and read two rollouts at a time.
+    Raises ValueError for a size that cannot be.
     """
 
     prompt: Whole = 1024
@@ -200,8 +200,7 @@ def preset_trainer(preset: str, name: str, folder: Path, steps: int) -> Trainer:
 class Clock(TrainerCallback):
     """Seconds of each optimiser step without its generation, of generation and of the teacher pass.
 
-    `rollouts` holds, by the number of a step, the seconds that its rollouts took and their ids; what
-    is absent is generated and added. The first step, which warms up, has those of the second.
+    `rollouts` that are absent are generated and added; the first step, to warm up, has the second's.
     """
 
     def __init__(self, trainer: Any, rollouts: Rollouts) -> None:
@@ -264,10 +263,9 @@ def train(build: Build, name: str, steps: int, rollouts: Rollouts) -> Turn:
 
 
 def train_apart(*turn: Any) -> Turn:
-    """`train` in a process of its own, whose peak is of no other trainer.
+    """`train` in a process of its own, whose peak is of no other trainer; a GPU's can be reset.
 
-    A GPU's peak can be reset: there all share a process. Forked by a small server: a spawned
-    process would begin with the peak of its parent.
+    Forked by a small server: a spawned process would begin with the peak of its parent.
     """
     if torch.cuda.is_available():
         return train(*turn)
@@ -294,8 +292,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def race(build: Build, names: Sequence[str], steps: int = 3, rounds: int = 1) -> pd.DataFrame:
     """A row for each trainer, GRPO first: medians over all steps, peak memory, both over GRPO's.
 
-    The trainers take turns, `rounds` times; in a round all train on the rollouts of the first. A row
-    is NaN where device memory did not suffice.
+    They take turns, `rounds` times, each on the same rollouts. NaN where device memory did not do.
     """
     found, rollouts = [], [Rollouts() for _ in range(rounds)]
     turns = tqdm([*product(range(rounds), (BASE, *names))], unit="turn", disable=None)
@@ -330,8 +327,8 @@ def bench_gpu(folder: Path, models: Sequence[Sizes] = REAL) -> pd.DataFrame:
     """
     if not torch.cuda.is_available() and any(sizes.is_real for sizes in models):
         raise ValueError(
-            "--gpu needs an NVIDIA GPU that torch can see, of 40 GB or more for the two smaller "
-            "models. Without one: --against, on synthetic rollouts, or `rlsd plan`, by arithmetic."
+            "--gpu needs an NVIDIA GPU, of 40 GB or more for the two smaller models. Without one: "
+            "--against, on synthetic rollouts, or `rlsd plan`, by arithmetic."
         )
     folder.mkdir(parents=True, exist_ok=True)
     found = []
@@ -348,8 +345,7 @@ def bench_gpu(folder: Path, models: Sequence[Sizes] = REAL) -> pd.DataFrame:
 def measure(sizes: Sizes) -> pd.DataFrame:
     """The race of all contenders beside what plans say of those that `Plan` describes.
 
-    GRPO's row has the `mfu` that it reached, relative to `Plan.tflops`. Planned seconds are at this
-    mfu: GRPO's agree by construction. Planned peaks are the update's, less what torch does not count.
+    Planned seconds are at the `mfu` that GRPO reached, of `Plan.tflops`: its own agree by construction.
     """
     known = {name: change for name, (*_, change) in contenders().items() if change is not None}
     plans = {name: replace(sizes.plan, **change) for name, change in known.items()}
@@ -364,11 +360,10 @@ def measure(sizes: Sizes) -> pd.DataFrame:
 
 
 def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
-    """One shared pass: its seconds beside its floor, and its operators by their time.
+    """One shared pass: its seconds beside its floor, its operators by time, and a `trace` of it all.
 
-    The floor is the bare model's, over as many positions and scored tokens in calls of the same
-    shape, where no completion reads its prompt: what no pass can do without. `trace` receives the
-    pass with every function that it calls, for chrome://tracing or ui.perfetto.dev.
+    The floor is the bare model over as many positions and scored tokens in calls of the same shape,
+    where no completion reads its prompt. The trace is for chrome://tracing or ui.perfetto.dev.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = sizes.build("RLSD", Path(folder), 1)

@@ -66,18 +66,11 @@ def launch_command(config: Path, num_processes: int, run_dir: Path) -> list[str]
 
 
 def run_workers(run: Run, num_processes: int, on_tick: Callable[[], None]) -> dict[str, Any]:
-    """Train the run on several processes; returns what the workers wrote about it.
+    """Train the open run on `num_processes` of all machines; returns what the workers wrote of it.
 
-    A SIGTERM is passed on to them, and none of them outlives this call.
-
-    Args:
-        run: open, with everything in its manifest that a worker needs.
-        num_processes: of all machines.
-        on_tick: called every `TICK_SECONDS` while they train.
-
-    Raises:
-        RuntimeError: a process failed; the message holds its reason or the end of the log.
-        Stopped: they were stopped by SIGTERM and have written a checkpoint.
+    `on_tick` is called every `TICK_SECONDS`. A SIGTERM is passed on, and no worker outlives this call.
+    Raises RuntimeError with the reason or the end of the log if a process failed; Stopped after a
+    SIGTERM and their checkpoint.
     """
     config = accelerate_config(run.manifest["preset"]["accelerate"])
     command = launch_command(config, num_processes, run.path)

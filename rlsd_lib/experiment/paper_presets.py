@@ -46,10 +46,7 @@ TRACES = {name: {"privileged": "trace"} for name in (*DISTILLING, "grpo_opsd")}
 
 
 def _by_method(room: int, rate: float = 1e-5) -> dict[str, dict[str, Any]]:
-    """What the distillation methods change: a trace, as SDPO's peer, is as long as a completion.
-
-    The weight of `grpo_opsd` is not reported: a run has to give one.
-    """
+    """What the distillation methods change: a trace, as SDPO's peer, is as long as a completion."""
     longer = {"max_teacher_prompt_length": room}
     distilling = {name: {**longer, "learning_rate": rate} for name in (*DISTILLING, "sdpo")}
     return {**distilling, "grpo_opsd": longer}

@@ -41,9 +41,8 @@ Share = Annotated[float, lambda value: 0 < value < 1, "a share in (0, 1)"]
 class ModelShape:
     """A dense decoder with a gated MLP, as Qwen's or Llama's.
 
-    Parameters are counted on the model, the rest is arithmetic. A multiplication and an addition are
-    one FLOP each, and attention counts every pair of positions, as a kernel does that is given a
-    padding mask. Of a vision tower only the parameters count.
+    Multiplication and addition are one FLOP each; attention counts every pair of positions, as a
+    kernel with a padding mask does. Of a vision tower only the parameters count.
     """
 
     parameters: int  # all of them; a tied head counts once
@@ -71,9 +70,8 @@ class ModelShape:
     def layer_activations(self, rows: int, length: int, *, residual: int) -> float:
         """Bytes that the backward of one layer keeps for `rows` sequences of `length` positions.
 
-        Matrix products are in bf16; `residual` is bytes per number of the residual stream, 4 under
-        autocast. With SDPA: scores are never kept, keys and values are repeated to all heads, and
-        each layer keeps its own padding mask.
+        In bf16 with SDPA, which keeps no scores, repeats keys and values to all heads, and has a mask
+        for each layer; `residual` is bytes per number of the residual stream, 4 under autocast.
         """
         heads, kv_heads = self.text.num_attention_heads, self.text.num_key_value_heads
         casts = 5 if residual != BF16 else 2
@@ -121,19 +119,18 @@ def shape_of(config: Any) -> ModelShape:
 class Plan:
     """A run of RLSD on GPUs, and as `grpo` the same without a teacher. RLSDConfig's names are kept.
 
-    `prompt_length` counts the tokens of the images, `privileged_length` is what the teacher's prompt
-    has more than the student's. Speeds are those of an H100 SXM's data sheet, bf16 without sparsity,
-    and guesses of what is reached. Raises ValueError for what no run can have, naming the field.
+    Speeds are those of an H100 SXM's data sheet, bf16 without sparsity, and guesses of what is
+    reached. Raises ValueError for what no run can have, naming the field.
     """
 
     shape: ModelShape
     gpus: Positive
-    prompt_length: Positive
+    prompt_length: Positive  # tokens, those of images too
     max_completion_length: Positive
     rollouts: Positive  # per optimiser step, over all GPUs
     num_generations: Positive = 8
     per_device_train_batch_size: Positive = 1
-    privileged_length: FromZero = 128
+    privileged_length: FromZero = 128  # what the teacher's prompt has more
     sees_images: bool = False
     sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; computing is in bf16
@@ -192,8 +189,8 @@ class Plan:
     def memory(self) -> dict[str, dict[str, float]]:
         """GiB per GPU by phase and part: ALWAYS, and phases of which only one is there at a time.
 
-        FSDP2 gathers two layers at a time in bf16, and keeps embedding and head gathered; ZeRO-3
-        has the same bytes in another order. Checkpointing keeps each layer's input, and one layer.
+        FSDP2, as ZeRO-3, gathers two layers at a time in bf16, and keeps embedding and head.
+        Checkpointing keeps each layer's input, and one layer.
         """
         shape, rows, sharded = self.shape, self.per_device_train_batch_size, self.sharding != "ddp"
         whole = shape.parameters * WIDTH[self.dtype]
@@ -231,10 +228,7 @@ class Plan:
         return {when: {k: n / GIB for k, n in parts.items() if n} for when, parts in phases.items()}
 
     def flops(self) -> dict[str, float]:
-        """FLOPs of one optimiser step by part, summed over all GPUs.
-
-        The LM head scores completions alone, as with Triton or `completion_head=True`.
-        """
+        """FLOPs of one optimiser step by part, over all GPUs; the LM head scores completions alone."""
         shape, rollouts, new = self.shape, self.rollouts, self.max_completion_length
         body, head = shape.layer_flops(self._length, self._length), shape.head_flops(new)
         prompts, before = rollouts / self.num_generations, self.prompt_length
@@ -287,9 +281,7 @@ FIELDS = tuple(f.name for f in fields(Plan) if f.name not in ("shape", "gpus", "
 def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
     """The plan of a preset on `gpus` GPUs, with `changes` of `FIELDS` on top.
 
-    `rollouts` are the preset's `rollouts_per_step` where it has them, and otherwise what its batch
-    size and accumulation make on so many GPUs. `mfu` is the best that `rlsd bench --gpu` measured, if
-    outputs/tables/bench_gpu.csv is there; other speeds are those of `Plan`.
+    `mfu` is the best that `rlsd bench --gpu` measured, if outputs/tables/bench_gpu.csv is there.
     Raises ValueError where neither the preset nor a change says how long a prompt is.
     """
     training = preset.training
@@ -305,9 +297,7 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
     }
     shape = shape_of(config_named(preset.model))
     if not found["prompt_length"] and "prompt_length" not in changes:
-        raise ValueError(
-            "The preset does not say how long a prompt is. Add -p prompt_length=TOKENS."
-        )
+        raise ValueError("The preset does not say how long a prompt is. Add -p prompt_length=N.")
     table = outputs_root() / "tables" / "bench_gpu.csv"
     if table.is_file() and (mfu := pd.read_csv(table)["mfu"].max()) > 0:  # NaN: out of memory
         found |= {"mfu": mfu, "speeds": f"mfu measured, {table}; others assumed"}

@@ -38,11 +38,9 @@ class Findings:
 
     def text(self) -> str:
         """All of it, for a terminal."""
-        parts = [*self.lines, ""]
-        parts += [f"ok           {line}" for line in self.checked]
-        parts += [f"not checked  {line}" for line in self.unseen]
-        parts += [f"WRONG        {line}" for line in self.wrong]
-        return "\n".join(parts)
+        marked = {"ok": self.checked, "not checked": self.unseen, "WRONG": self.wrong}
+        parts = [f"{mark:<13}{line}" for mark, lines in marked.items() for line in lines]
+        return "\n".join([*self.lines, "", *parts])
 
     @contextmanager
     def noting(self) -> Iterator[None]:

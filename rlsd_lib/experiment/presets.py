@@ -22,45 +22,31 @@ from rlsd_lib.trainer.config import RLSDConfig, check_type
 
 @dataclass(frozen=True)
 class Preset:
-    """One row of the presets table.
-
-    `training` holds `RLSDConfig` fields, and `by_method` those that differ for a method;
-    `task_options` and `task_by_method` likewise for `load_task`. `num_samples` completions per
-    held-out problem are drawn at temperature 1 for each accuracy. `data_seed` fixes the rows, so
-    that runs with different seeds share train and test problems and differ in order and sampling
-    only; with `lab_per_seed` the seed also pretrains a lab of its own, so that seeds are labs, and
-    another `redraw` is the same lab with another order and sampling. `teacher_options` make the
-    external teacher of `opd`.
-
-    `rollouts_per_step` (0: whatever `training` says) is kept for any number of processes, through
-    the gradient accumulation; `processes` and `accelerate`, the name of a shipped config, are
-    how the preset is meant to be launched. `lora` holds fields of `peft.LoraConfig`. Prompts of
-    more than `max_prompt_length` tokens (0: no limit) are left out of the data.
-    """
+    """One row of the presets table."""
 
     summary: str
     model: str
     task: str
-    training: Mapping[str, Any]
-    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    training: Mapping[str, Any]  # fields of `RLSDConfig`
+    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # where they differ
     model_options: Mapping[str, Any] = field(default_factory=dict)
-    teacher_model: str = ""
+    teacher_model: str = ""  # the external teacher of `opd`
     teacher_options: Mapping[str, Any] = field(default_factory=dict)
-    task_options: Mapping[str, Any] = field(default_factory=dict)
+    task_options: Mapping[str, Any] = field(default_factory=dict)  # of `load_task`
     task_by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     train_size: int = 2000
     test_size: int = 200
-    num_samples: int = 4
+    num_samples: int = 4  # completions per held-out problem at temperature 1
     evaluation_batch_size: int = 64
-    data_seed: int = 0
+    data_seed: int = 0  # of the rows; the run's seed decides their order, and sampling
     save_model: bool = False
-    lab_per_seed: bool = False
-    redraw: int = 0
+    lab_per_seed: bool = False  # the run's seed pretrains a lab of its own: seeds are labs
+    redraw: int = 0  # another one is the same lab with another order and sampling
     sees_images: bool = False
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    max_prompt_length: int = 0
-    rollouts_per_step: int = 0
-    processes: int = 1
+    lora: Mapping[str, Any] = field(default_factory=dict)  # fields of `peft.LoraConfig`
+    max_prompt_length: int = 0  # tokens; longer prompts are left out of the data; 0: no limit
+    rollouts_per_step: int = 0  # for any number of processes; 0: whatever `training` says
+    processes: int = 1  # with `accelerate`, a shipped config, how it is meant to be launched
     accelerate: str = ""
 
     def load_task(self, method: str) -> Task:
@@ -252,6 +238,9 @@ OF_TEACHER = ("teacher_model_kind", "teacher_pass")
 OF_TEACHER += ("privileged_template", "max_teacher_prompt_length")
 
 
+Steps = Annotated[int, lambda n: n >= 1 or n == -1, "a step count >= 1, or -1 for the preset's"]
+
+
 class Resolved(NamedTuple):
     """A run that is checked and not begun: its preset with the overrides, and its configuration."""
 
@@ -263,29 +252,18 @@ class Resolved(NamedTuple):
 
 @dataclass(frozen=True)
 class RunParameters:
-    """What decides a run: the parameters of a training notebook, as its manifest keeps them.
+    """What decides a run: the parameters of a training notebook, as its manifest keeps them."""
 
-    Args:
-        method: a key of `METHODS`.
-        preset: a key of `PRESETS`.
-        seed: order of rows, sampling, and evaluation draws; the rows themselves are the preset's.
-        max_steps: optimiser steps; -1 for the preset's.
-        overrides: any `RLSDConfig` fields, and those of the preset in `OF_PRESET`.
-        control: a key of `CONTROLS`, applied to what the teacher reads.
-        num_processes: training processes, which share the batch of one; see `launch`.
-        run_dir: where everything is written; "" for the default directory.
-    """
-
-    method: str
-    preset: str
-    seed: Annotated[int, lambda value: value >= 0, "a number >= 0"] = 0
-    max_steps: Annotated[
-        int, lambda n: n >= 1 or n == -1, "a step count >= 1, or -1 for the preset's"
-    ] = -1
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    control: str = "none"
-    num_processes: int = 1
-    run_dir: str = ""
+    method: str  # a key of `METHODS`
+    preset: str  # a key of `PRESETS`
+    seed: Annotated[int, lambda value: value >= 0, "a number >= 0"] = 0  # of order and sampling
+    max_steps: Steps = -1  # optimiser steps
+    overrides: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # `RLSDConfig` and `OF_PRESET` fields
+    control: str = "none"  # a key of `CONTROLS`
+    num_processes: int = 1  # which share the batch of one, see `launch`
+    run_dir: str = ""  # "" for the default directory
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any]) -> "RunParameters":
@@ -307,8 +285,7 @@ class RunParameters:
         preset, overrides = resolve_preset(self.preset, self.overrides, self.seed)
         if METHODS[self.method].teacher_sees == PROMPT and not preset.teacher_model:
             raise ValueError(
-                f"method={self.method!r} needs a preset with a teacher_model; {self.preset!r} has "
-                "none."
+                f"method={self.method!r} needs a teacher_model; {self.preset!r} has none."
             )
         on_gpu = torch.cuda.is_available()
         settings: dict[str, Any] = {
@@ -340,7 +317,7 @@ class RunParameters:
     def checked(self, *, template: str | None = None, processes: int | None = None) -> Resolved:
         """As `resolve`, and refuse all else that can be judged before a directory is claimed.
 
-        Raises FileNotFoundError for an unknown accelerate config, else errors like `resolve`.
+        Raises like `resolve`, and FileNotFoundError for an unknown accelerate config.
         """
         count = self.num_processes if processes is None else processes
         found = self.resolve(template=template, processes=count)
@@ -389,14 +366,11 @@ def resolve_preset(
     known |= {f.name: f.type for f in fields(Preset) if f.name in OF_PRESET}
     for key, value in overrides.items():
         if look_up(key, known, "override") in IDENTITY:
-            raise ValueError(
-                f"overrides may not set {key!r}: it is a parameter of the run itself, by which its "
-                "directory and tables name it."
-            )
+            raise ValueError(f"overrides may not set {key!r}: it is a parameter of the run itself.")
         if key == "hub_token":
             raise ValueError(
-                "overrides may not set 'hub_token': it would stand in the manifest and in the "
-                "notebook. Log in with `hf auth login`, or set HF_TOKEN."
+                "overrides may not set 'hub_token': it would stand in the manifest. Log in with "
+                "`hf auth login`, or set HF_TOKEN."
             )
         try:
             check_type(key, value, known[key])
@@ -414,9 +388,8 @@ def resolve_preset(
     if preset.lab_per_seed:
         if preset.model != "lab" or "seed" in preset.model_options:
             raise ValueError(
-                f"lab_per_seed pretrains the lab of the run's own seed; model={preset.model!r} with "
-                f"model_options={dict(preset.model_options)} leaves no room for it. Set "
-                "lab_per_seed=False, or leave out the model's seed."
+                f"lab_per_seed gives a lab the run's seed: not model={preset.model!r} with "
+                f"model_options={dict(preset.model_options)}. Set lab_per_seed=False."
             )
         preset = replace(preset, model_options={**preset.model_options, "seed": seed})
     return preset, {k: v for k, v in overrides.items() if k not in changes}
@@ -441,8 +414,7 @@ def shared_batch(settings: Mapping[str, Any], num_processes: int) -> dict[str, i
         values = ", ".join(f"{name}={count}" for name, count in batch.items())
         raise ValueError(
             f"num_processes={num_processes} does not divide the batch of {names[0]}={rows}, "
-            f"{values}, generation_batch_size={generated}: choose a number that divides their "
-            "product, or change them."
+            f"{values}, generation_batch_size={generated}: choose a divisor of their product."
         )
     return {names[0]: rows // by_rows, **{name: n // by_steps for name, n in batch.items()}}
 
@@ -452,8 +424,7 @@ def _micro_batches(preset: Preset, settings: Mapping[str, Any]) -> int:
     rollouts, rows = preset.rollouts_per_step, settings["per_device_train_batch_size"]
     if rollouts % rows:
         raise ValueError(
-            f"{rollouts} rollouts per step cannot be shared by micro-batches of "
-            f"per_device_train_batch_size={rows}: choose a number that divides {rollouts}, or set "
-            "gradient_accumulation_steps."
+            f"per_device_train_batch_size={rows} does not divide {rollouts} rollouts per step: choose "
+            "a divisor, or set gradient_accumulation_steps."
         )
     return rollouts // rows

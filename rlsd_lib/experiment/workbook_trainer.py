@@ -70,8 +70,7 @@ class WorkbookTrainer(RLSDTrainer):
         if tokens and missing == tokens:
             raise FloatingPointError(
                 f"vLLM gave no log-probability (NaN) for any of {tokens:.0f} tokens at step "
-                f"{self.state.global_step}. Its weights or its cache are broken; restart it, or "
-                "train without vllm_importance_sampling_correction."
+                f"{self.state.global_step}. Restart it: its weights or its cache are broken."
             )
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["sampling/missing_logp_frac"].append(missing / max(tokens, 1))
@@ -90,8 +89,7 @@ class WorkbookTrainer(RLSDTrainer):
             kept = f"{last} is complete and untouched" if last else "there is no earlier checkpoint"
             raise RuntimeError(
                 f"{folder.name} could not be written to {folder.parent}, which has "
-                f"{disk.free / 2**30:.1f} GiB free: {type(error).__name__}: {error}. What was "
-                f"written of it is removed; {kept}."
+                f"{disk.free / 2**30:.1f} GiB free: {type(error).__name__}: {error}; {kept}."
             ) from error
 
 
@@ -177,8 +175,7 @@ def guard_server(client: Any, step: Callable[[], int], seconds: float) -> None:
             raise ConnectionError(
                 f"The vLLM server did not answer {method} {url} at step {step()} (longest wait "
                 f"{seconds:.0f} s, 0.9 ddp_timeout): {type(error).__name__}: {error}. Restart the "
-                "server, then resume from the last checkpoint: a restarted server has the initial "
-                "weights until the next sync."
+                "server, then resume from the last checkpoint."
             ) from error
 
     client.session.request = request

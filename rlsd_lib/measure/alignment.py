@@ -46,17 +46,15 @@ def alignment(
     """Compare credit functions by one step on the same rollouts; returns a row for each.
 
     `batches` of `problems` training problems with `config.num_generations` rollouts each are drawn;
-    the teacher is the model itself, and reads the row's reference. A credit function gets the
-    signals that its signature names, lambda being `config.lambda_init`; a wrong reference is drawn
-    as in training.
+    the teacher is the model itself. A credit function gets the signals that its signature names,
+    lambda being `config.lambda_init`.
 
     Columns: `cosine` of a batch's gradient with that of the probability of a right chain, with its
     95 % interval over batches (`low`, `high`); `cosine of the mean` gradient of all batches;
     `noise / signal`, the trace of the gradient's covariance over its squared mean, both unbiased;
-    and the shares of a failed rollout's absolute credit on its `first error`, `after it` and on
-    `fillers`. A function without any credit has NaN shares. The last column, the same for all, is
-    the cosine of two halves of the true gradient's estimate: where it is below 1, so are all
-    cosines with it. Everything is of this one model. Raises ValueError if the task cannot tell a
+    the shares of a failed rollout's absolute credit on its `first error`, `after it` and on
+    `fillers`, NaN without credit; and for all `halves of the truth`, the cosine of two halves of
+    the true gradient's estimate. Raises ValueError if the task cannot tell a
     right chain or a first error.
     """
     if None in (task.right_chain, task.first_error, task.decisions, task.nuisance_mask):

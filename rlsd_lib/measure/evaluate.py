@@ -35,13 +35,11 @@ def sample(
     """Sample one completion per prompt, as token ids up to and including its first end token.
 
     Prompts hold their images, where `processing` is a processor. Temperature 0 is greedy. Sampling
-    is from the full distribution; `settings` are further fields of transformers' `GenerationConfig`
-    that change it, and `processors` change the logits before them. Of the model's own generation
-    config only the end tokens count, beside the tokenizer's: what is measured must not depend on the settings a model was published with.
+    is from the full distribution, but for `settings`, fields of transformers' `GenerationConfig`, and
+    `processors` before them; of the model's own generation config only the end tokens count.
 
-    The same arguments give the same completions on the same machine; the model's mode and torch's
-    random state are as before afterwards. Raises ValueError, by transformers, for a negative
-    temperature.
+    The model's mode and torch's random state are as before afterwards. Raises ValueError, by
+    transformers, for a negative temperature.
     """
     tokenizer, own, was_training = tokenizer_of(processing), model.generation_config, model.training
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]

@@ -79,10 +79,9 @@ def right_chains(
 ) -> tuple[list[list[int]], np.ndarray]:
     """Draw one right completion for each row; returns token ids, and weights w in [0, 1] (N,).
 
-    The mean of the weights estimates, without bias, the mean probability over `rows` that a
-    completion at temperature 1 is a right chain within `max_new_tokens`. A chain that does not end
-    within them weighs 0. `template` are arguments of the chat template. The model's mode and
-    torch's random state are as before afterwards. Raises ValueError if the task cannot tell a right
+    Their mean estimates, without bias, the mean probability over `rows` that a completion at
+    temperature 1 is a right chain within `max_new_tokens`. `template` are arguments of the chat
+    template. Raises ValueError if the task cannot tell a right
     chain.
     """
     if task.right_chain is None:

@@ -20,8 +20,7 @@ def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
 
     `rank` 0 means that no token of the rollout has a more negative gap. `auroc_gap` is the share of
     the rollout's other tokens that have a less negative gap, ties counting half: 0.5 for evidence
-    that knows nothing, 1 for evidence that always points at the error. Rollouts whose first error
-    is that they stopped too early have no such token and are left out.
+    that knows nothing. Rollouts that stopped too early have no such token and are left out.
     """
     tokens = _tokens(task, rollouts).rename(columns={"position": "place"})
     by_rollout = tokens.groupby("rollout")
@@ -38,18 +37,14 @@ def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
 def auroc_by_problem(task: Task, groups: Sequence[Sequence[Rollout]]) -> pd.Series:
     """Mean AUROC of the first error of each problem, indexed by the group's place in `groups`.
 
-    `groups` holds one group of rollouts per problem. Problems without a failed rollout that has a
-    first error are left out: it may be empty.
+    Problems without a failed rollout that has a first error are left out.
     """
     means = [first_errors(task, group)["auroc_gap"].mean() for group in groups]
     return pd.Series(means, dtype=float).dropna()
 
 
 def error_auroc(task: Task, groups: Sequence[Sequence[Rollout]]) -> Interval:
-    """The mean of `auroc_by_problem`, with its 95 % bootstrap interval over problems.
-
-    NaN throughout where no failed rollout has a first error to point at.
-    """
+    """The mean of `auroc_by_problem`, with its 95 % bootstrap interval over problems, or NaN."""
     found = auroc_by_problem(task, groups)
     return bootstrap_interval(found) if len(found) else Interval(math.nan)
 

@@ -37,10 +37,10 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(values: Values, *, resamples: int = 5000, seed: int = 0) -> Interval:
-    """Return the mean of one value per problem with its percentile bootstrap interval.
+    """Return the mean of values (N,), one per problem, with its percentile bootstrap interval.
 
-    `values` (N,) are independent: one per problem, never one per sample, because samples of one
-    problem rise and fall together. One value gives NaN ends; none raises ValueError.
+    Never one per sample: those of one problem rise and fall together. NaN ends for one value;
+    ValueError for none.
     """
     data = np.asarray(values, dtype=float)
     if data.ndim != 1 or data.size == 0 or not np.isfinite(data).all():
@@ -75,11 +75,9 @@ def student_interval(values: Values, level: float = LEVEL) -> Interval:
 
 
 def share_interval(found: Iterable[bool]) -> Interval:
-    """Return the share of True with its Wilson interval.
+    """Return the share of True with its Wilson interval, which stays honest at a count of 0.
 
-    Wilson's interval stays honest at a count of 0, where it says how large the share could still
-    be. It takes the values as independent, so give one per problem where problems were sampled
-    repeatedly. Raises ValueError for none.
+    It takes the values as independent: give one per problem. Raises ValueError for none.
     """
     marks = [bool(mark) for mark in found]
     if not marks:
@@ -103,8 +101,7 @@ def pooled_share(shares: Values, highs: Values) -> Interval:
 def share_difference(first: Interval, second: Interval) -> Interval:
     """Return first - second, two results of `share_interval`, with Newcombe's interval.
 
-    Distances to the ends add up in squares. It stays honest where both counts are 0, and takes the
-    two as independent, which for completions of the same problems is on the safe side.
+    It stays honest where both counts are 0, and takes the two as independent.
     """
     share = first.mean - second.mean
     below = math.hypot(first.mean - first.low, second.high - second.mean)
@@ -113,12 +110,11 @@ def share_difference(first: Interval, second: Interval) -> Interval:
 
 
 def smallest_detectable(differences: Values) -> float:
-    """Return the smallest true mean that a t-test on these many differences would find.
+    """Return the smallest true mean that a t-test on so many differences finds with power `POWER`.
 
-    `differences` (S,) are paired, one per seed; their spread estimates that of a repetition. A mean
-    of this size is told from 0 (two-sided, at 5 %) in a share `POWER` of repetitions: the root in d
-    of P(|T| > t_crit) = POWER, T noncentral Student with S - 1 degrees of freedom and noncentrality
-    d sqrt(S) / s. NaN for one seed; 0 where the differences are all equal.
+    `differences` (S,) are paired, one per seed. The root in d of P(|T| > t_crit) = POWER, two-sided
+    at 5 %, T noncentral Student with S - 1 degrees of freedom and noncentrality d sqrt(S) / s. NaN
+    for one seed; 0 where the differences are all equal.
     """
     data = np.asarray(differences, dtype=float)
     count, spread = data.size, data.std(ddof=1) if data.size > 1 else math.nan
@@ -134,10 +130,9 @@ def simultaneous_intervals(values: pd.DataFrame, control: str) -> dict[str, Inte
     """Return each arm's mean minus the control's, with simultaneous 95 % intervals.
 
     `values` has a row per block (a lab, or a seed) and a column per arm, with no gaps. Each interval
-    is Student's of the paired differences, which cancels what a block adds to all its arms, at
-    Bonferroni's level: in a share `LEVEL` of repetitions or more all hold their true differences
-    together. No arm lends its noise to another, as Dunnett's common variance would: an arm that
-    collapses in some blocks has ten times the spread of one that does not. NaN ends for one block.
+    is Student's of the paired differences at Bonferroni's level: all hold their true differences
+    together in a share `LEVEL` of repetitions or more. No arm lends its noise to another, as
+    Dunnett's common variance would. NaN ends for one block.
     Raises ValueError if there is no such arm, no other arm, or an arm lacks a block.
     """
     if control not in values or values.shape[1] < 2:
@@ -153,10 +148,9 @@ def simultaneous_intervals(values: pd.DataFrame, control: str) -> dict[str, Inte
 def decide(difference: Interval, margin: float, shown: str = "") -> str:
     """Return what an interval of a difference decides, with a margin of equivalence.
 
-    "above" or "below" where it excludes 0, "no difference larger than `margin`" where it lies
-    within +-`margin` and does not, "not settled" otherwise. Raises ValueError for a margin of 0 or
-    less, within which nothing could ever lie. `shown` is the margin as text, where it is not a
-    difference.
+    "above" or "below" where it excludes 0, "no difference larger than `margin`" (or `shown`, its
+    text) where it lies within +-`margin` and does not, "not settled" otherwise. Raises ValueError
+    for a margin that is not above 0.
     """
     if not margin > 0:
         raise ValueError(f"margin is {margin}; give the largest difference that does not matter")

@@ -65,10 +65,7 @@ Cut = Callable[[str, Row], str]  # the part of a completion in which nothing can
 
 
 def first_half(completion: str, row: Row) -> str:
-    """The first half of a completion's words: where a value stands that was not worked out.
-
-    The cut for tasks that cannot know better.
-    """
+    """The first half of a completion's words: the cut for tasks that cannot know better."""
     words = completion.split()
     return " ".join(words[: len(words) // 2])
 
@@ -78,10 +75,9 @@ def value_leakage(
 ) -> pd.DataFrame:
     """Say of each completion whether it states its row's value before deriving it: 1.0 or 0.0.
 
-    The value is the row's `answer`, or its privileged text where there is no such column. `chance`
-    is the null: the share of the other rows' values that stand in the same place. Both are NaN
-    where the prompt itself holds the value, and values of others that the prompt holds are left
-    out. Digits may be apart ("7 5 8"); parts of longer words and numbers do not count.
+    The value is the row's `answer`, else its privileged text. `chance` is the null: the share of the
+    other rows' values in the same place. Both are NaN where the prompt holds the value. Digits may be
+    apart ("7 5 8"); parts of longer words and numbers do not count.
     """
     values = [str(row.get("answer") or row[COLUMN]) for row in rows]
     patterns = {value: _value_pattern(value) for value in values}
@@ -134,19 +130,10 @@ def view_ratios(
 ) -> Tensor:
     """log P_bar - log P_0 of every token, nats: (N, T) in float64, 0 after the end of a text.
 
-    Positive where a reference in the prompt would have made the token likelier.
-
-    Args:
-        base_model: the model before training; it judges, whoever wrote the completions.
-        prompts: N that the writer read; chat messages or plain text, without images.
-        completions: the token ids of N texts sampled at temperature 1, end token included.
-        references: N, each row's own; they are shown to one another's questions.
-        template: the privileged template, as in `RLSDConfig`.
-        seed: of the choice of references.
-        chat_template_kwargs: arguments of the chat template, those of the writer's prompts.
-
-    Raises:
-        ValueError: fewer than two different references.
+    Positive where a reference in the prompt would have made the token likelier. `base_model` is that
+    before training. Of N texts: the `prompts` that the writer read, without images; `completions` as
+    token ids, sampled at temperature 1, with their end; `references`, each row's own, which are shown
+    to one another's questions through `template`. Raises ValueError for fewer than two different ones.
     """
 
     def score(seen: Sequence[Prompt], temperature: float = 1.0) -> Tensor:
@@ -168,15 +155,14 @@ def view_ratios(
 
 
 def other_references(references: Sequence[str], seed: int) -> list[list[str]]:
-    """For each row, 8 different references of other rows, never one that reads like its own.
+    """For each row, `NUM_REFERENCES` different texts that are not its own, or all where fewer.
 
-    All others where there are fewer. Raises ValueError where there are no two different ones.
+    Raises ValueError where there are no two different ones.
     """
     distinct = sorted(set(references))
     if len(distinct) < 2:
         raise ValueError(
-            f"{len(distinct)} different references: the privileged view is an average over other "
-            "rows' references; give at least two rows that differ."
+            f"{len(distinct)} different references; give at least two rows that differ."
         )
     draw = random.Random(seed)
     take = min(NUM_REFERENCES, len(distinct) - 1)
@@ -193,14 +179,11 @@ def measure(
     num_problems: int | None = None,
     **sampling: Any,
 ) -> pd.DataFrame:
-    """Sample one completion per test problem from `model` at temperature 1, and judge each.
+    """Sample one completion for each of `num_problems` test problems at temperature 1, and judge it.
 
-    `num_problems` takes the first so many. `sampling` are `seed`, `batch_size`, and the
-    `chat_template_kwargs` that the model was trained with: it is sampled and judged under the same
-    template.
-
-    Returns a row per problem: `completion`, `phrase` (bool), `value` and `chance` (see
-    `value_leakage`) and `evidence` (nats, see `highest_capital`). Raises ValueError for prompts
+    `sampling` are `seed`, `batch_size`, and the `chat_template_kwargs` of training. Returns a row per
+    problem: `completion`, `phrase` (bool), `value` and `chance` (see `value_leakage`) and `evidence`
+    (nats, see `highest_capital`). Raises ValueError for prompts
     with images, or fewer than two different references.
     """
     rows = list(task.test)[:num_problems]
@@ -221,11 +204,9 @@ def measure(
 def summarise(judged: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     """Put two frames of `measure` on the same problems, the model's and its base model's, together.
 
-    Rows: the measures `phrase`, `value`, `privileged view` (shares) and `evidence` (mean, nats),
-    `of` the model, the base model, and their difference. Columns: `mean`, `low`, `high` (95 %:
-    Wilson for a share, Newcombe's combination of two for a difference, a bootstrap over problems
-    for nats), `null` and `problems`, the number that could be judged. A share of which no
-    completion could be judged is left out.
+    Rows: the measures `phrase`, `value`, `privileged view` (shares) and `evidence` (mean, nats), if
+    any completion could be judged, `of` the model, the base model, and their difference. Columns:
+    `mean`, `low`, `high` (95 %: Wilson, Newcombe, a bootstrap for nats), `null` and `problems`.
     """
     leaks = "privileged view"
     sides = [f.assign(**{leaks: f["evidence"] >= math.log(1 / ALPHA)}) for f in (judged, base)]

@@ -50,10 +50,9 @@ def success_signals(
     """What `credit.oracle_value` needs: the policy's own success probability along its rollouts.
 
     V is 0 from the first wrong token on, and before it the probability that `model` keeps to the
-    rest of a right chain, estimated as in `measure.exact` from one right chain for each rollout, and
-    averaged over those of a problem. So V depends on how much of the chain is behind, and not on
-    filler words. `success_before` (N,) is V before the first token and `success_after` (N, `width`)
-    V after each. `completions` are token ids with their end token. Raises ValueError if the task
+    rest of a right chain, as in `measure.exact` from one chain for each rollout, averaged over those
+    of a problem. `success_before` (N,) is V before the first token and `success_after` (N, `width`) V
+    after each. `completions` are token ids with their end token. Raises ValueError if the task
     cannot tell a right chain.
     """
     if task.right_chain is None:

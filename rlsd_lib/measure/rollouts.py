@@ -71,19 +71,11 @@ def look(
     """Sample one group for test problem `row` and give every token its credit, as in training.
 
     Method, prompts, sampling, rewards, credit and divergence are those that `RLSDTrainer` takes
-    from `config`, with lambda at `lambda_init`; `changes` are fields of it for this look alone.
-    The group stands for the whole batch where `scale_rewards` is "batch", and the teacher reads a
-    long reference whole, whatever `max_teacher_prompt_length` is. Wrong references are drawn as in
-    training, AntiSD's gate is open, and what `signals` give comes from `task_signals`. `processing`
-    is a processor where the model sees images. torch's random state is left as it was.
-
-    Args:
-        teacher: another model than `model` itself, as `opd` needs.
-        num_generations: rollouts in the group, the config's by default.
-
-    Raises:
-        ValueError: `changes` that make no valid config, or a method whose credit asks for what
-            neither rollouts nor task can give; a TypeError where a change is no field of the config.
+    from `config`, with lambda at `lambda_init`; `changes` are fields of it for this look alone. The
+    group is the batch, the teacher reads a long reference whole, AntiSD's gate is open, and what
+    `signals` give comes from `task_signals`. `teacher` is another model than `model`, as `opd` needs.
+    Raises ValueError for `changes` that make no valid config, or a method whose credit asks for what
+    neither rollouts nor task can give; TypeError where a change is no field of the config.
     """
     if changes:
         # TRL derives generation_batch_size from steps_per_generation, and refuses it beside that.
@@ -292,9 +284,8 @@ def _called(
     missing = [k for k, p in options.items() if p.default is p.empty and k not in known]
     if missing:
         raise ValueError(
-            f"This look has no {', '.join(missing)}, for which the credit of the method asks: a "
-            "group has at least two rollouts, first errors come from tasks that know them, and "
-            "other signals from the trainer alone."
+            f"This look has no {', '.join(missing)}, for which the credit asks: a group has at least "
+            "two rollouts, and other signals come from the task or the trainer alone."
         )
     return function(advantages, gap, mask, **{k: known[k] for k in options if k in known})
 

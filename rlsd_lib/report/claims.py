@@ -27,18 +27,16 @@ ACCURACY, REWARD = "accuracy_after", "reward"
 LEAK, DIVERGENCE = "rewards/leak/mean", "rlsd/divergence"
 VARIANTS = ("opsd", "opsd_teacher_top1", "opsd_student_top1")  # the paper's order of severity
 PEAK = (10, 20)  # steps
+ABOVE = "the difference is above 0"
 
 
 @dataclass
 class Part:
     """One number per seed, and where the claim puts its mean: low < mean < high.
 
-    A border of 0 is that of a difference between accuracies, rewards or leak rates, and `decide`
-    says with `MARGIN` whether there is one.
-    Seeds without a number (NaN, because only one side of a comparison has them) do not count.
-    `slack` widens the interval at both ends by what each value leaves open by itself, where seeds
-    that agree would hide it: no leak in 24 completions is no proof of none in a thousand. `why_not`
-    says why runs of this kind cannot measure it, whatever their number.
+    A border of 0 is that of a difference, for `decide` with `MARGIN`. Seeds without a number (NaN) do
+    not count. `slack` widens the interval by what each value leaves open by itself: no leak in 24
+    completions is no proof of none in a thousand. `why_not` says why such runs cannot measure it.
     """
 
     name: str
@@ -84,11 +82,9 @@ class Claim:
 
 
 def verdict(parts: list[Part]) -> str:
-    """Return what the parts of a claim say together.
+    """Return what the parts of a claim say together: every one holds, one fails, or neither.
 
-    reproduced: every part holds; not reproduced: a part fails; not settled: otherwise, for an
-    interval contains the border or there is one seed only; not testable at this scale: runs of this
-    kind cannot measure any part; no runs: none says anything about it.
+    Without any value it is "not testable at this scale" if a part says why, else "no runs".
     """
     if all(part.values.empty for part in parts):
         return NOT_TESTABLE if any(part.why_not for part in parts) else NO_RUNS
@@ -101,8 +97,7 @@ def verdict(parts: list[Part]) -> str:
 def claims_table(lab: Runs, real: Runs) -> Table:
     """Return a row per claim: the paper's number, ours on lab and real model, and two verdicts.
 
-    Only plain runs count: no override, no control, and RLSD's own number of steps, save where a
-    claim is about another. Runs that did not finish give no numbers; the notes name them.
+    Only plain runs (see `Arms`) of RLSD's length count, save where a claim is about another.
     """
     arms = {"lab": Arms(lab), "real model": Arms(real)}
     rows = []
@@ -114,8 +109,7 @@ def claims_table(lab: Runs, real: Runs) -> Table:
         rows.append(row)
     notes = [
         *(f"{where}: {runs}" for where, runs in arms.items()),
-        "[low, high]: Student's 95 % interval of the mean over seeds. Each stands alone: among "
-        "twenty verdicts one may be wrong by chance",
+        "[low, high]: Student's 95 % interval over seeds; of twenty verdicts one may be chance",
         f"above or below 0: not reproduced where the interval lies within {MARGIN} of 0, or beyond it",
         *(f"claim {n} is reproduced if {claim.rule}" for n, claim in enumerate(CLAIMS, 1)),
         *(note for runs in (lab, real) if len(runs.runs) for note in source_notes(runs)),
@@ -192,9 +186,7 @@ def _entropy(arms: Arms) -> list[Part]:
     if arms.preset.startswith("lab"):  # most of the entropy there is which filler word is said
         arms = Arms(arms.runs, f"{arms.preset.removesuffix('-bare')}-bare")
         if not arms.length:
-            why_not = (
-                "most of the lab's entropy is filler words, and there are no runs without them"
-            )
+            why_not = "most of the lab's entropy is filler words, and no runs are without them"
             return [Part("entropy", NO_VALUES, why_not=why_not)]
     grpo, rlsd = (_left(arms, method, "entropy") for method in ("grpo", "rlsd"))
     why_not = ""
@@ -238,13 +230,8 @@ CLAIMS = (
         "RLSD is above every other method of Table 2 in held-out accuracy, seed by seed",
         _above(*paper.table_2().index.drop(["base", "rlsd"])),
     ),
-    Claim("RLSD is above GRPO", _points("grpo"), "the difference is above 0", _above("grpo")),
-    Claim(
-        "RLSD is above GRPO+OPSD",
-        _points("grpo_opsd"),
-        "the difference is above 0",
-        _above("grpo_opsd"),
-    ),
+    Claim("RLSD is above GRPO", _points("grpo"), ABOVE, _above("grpo")),
+    Claim("RLSD is above GRPO+OPSD", _points("grpo_opsd"), ABOVE, _above("grpo_opsd")),
     Claim(
         "RLSD at N steps beats GRPO at 2N",
         f"{(_doubled.loc['rlsd, 200 steps'] - _doubled.loc['grpo, 400 steps']).mean():+.2f} points "

@@ -31,12 +31,10 @@ MEASURES = {
 def efficiency(runs: Runs, but: Collection[str] = ()) -> pd.DataFrame:
     """Return a row per finished run: arm, seed, learning rate, `final`, `mean` and `rollouts`.
 
-    Settings named in `but` do not tell arms apart.
-
     `final` is the probability of a right chain after training where every run has it, else the
-    held-out accuracy, which `ended` tells apart. `mean` is the training reward over all steps.
-    `rollouts` is their number when the mean reward of the last `WINDOW` first reached `THRESHOLD`;
-    all of the run's where it never did, which `reached` tells apart. `unit` is what a seed is: a lab, where it pretrains one.
+    held-out accuracy, as `ended` says. `mean` is the training reward over all steps. `rollouts` is
+    their number when the mean reward of the last `WINDOW` first reached `THRESHOLD`, all of the run's
+    where it never did (`reached`). `unit` is what a seed is. `but` is as in `tables.with_arms`.
     """
     frame = with_arms(runs.runs[is_finished(runs.runs)], but)
     rewards = {path: steps["reward"].to_numpy() for path, steps in runs.steps.groupby("path")}
@@ -73,9 +71,9 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
     """Return each arm beside `against`, with simultaneous 95 % intervals over labs.
 
     A row per arm and measure: its mean, the difference (for rollouts the ratio of geometric means),
-    its interval, the verdict of `measure.intervals.decide`, and in how many of the sets with one lab
-    left out the two are told apart. No interval has an arm that lacks a lab of `against`, or, for
-    the rollouts, one with a run that never reached the threshold, of which only a bound is known.
+    its interval, the verdict of `measure.intervals.decide`, and in how many sets with one lab left
+    out the two are told apart. No interval has an arm that lacks a lab of `against`, or whose
+    rollouts to the threshold are but a bound.
     Raises ValueError without a finished run of the arm `against`.
     """
     found = efficiency(runs)

@@ -107,9 +107,7 @@ def token_heatmap(
 ) -> Heatmap:
     """Colour each token by its value: blue above `center`, red below, white at it, grey for NaN.
 
-    `center` is the neutral value, 0 for a gap and 1 for a weight. `limit` is the distance from it
-    that gets full colour; by default the largest there is. Spaces, line ends and control characters
-    are made visible. Raises ValueError for no tokens, lengths that differ, an infinite value, or a
+    `limit` is the distance from `center` that gets full colour; by default the largest there is. Raises ValueError for no tokens, lengths that differ, an infinite value, or a
     limit that is not > 0.
     """
     if len(tokens) != len(values) or not len(tokens):
@@ -154,11 +152,7 @@ class Card(Figure):
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """An empty figure that a notebook shows once, where it is returned, and does not keep.
-
-    pyplot must make it, for only then does Jupyter know how to show it; and pyplot must forget it,
-    for else it shows it a second time.
-    """
+    """An empty figure that Jupyter knows how to show, made by pyplot, and shows once, forgotten by it."""
     figure = plt.figure(figsize=size, FigureClass=Card)
     plt.close(figure)
     return figure

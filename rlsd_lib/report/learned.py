@@ -30,10 +30,8 @@ def course(steps: pd.DataFrame, metric: str) -> str:
 def learned(runs: Runs, baseline: str = "grpo") -> Table:
     """Return a row per method with its accuracy, its difference to `baseline` and its leak rate.
 
-    The notes say which differences were seen and which not, how far token credit is from GRPO's,
-    who leaks, how far one may trust it, what to open, and which runs gave no result.
-    Differences are paired by problem and seed; their intervals are over seeds where there are
-    several, else over problems. Raises ValueError without a finished run of `baseline`.
+    The notes are sentences. Differences are paired by problem and seed; their intervals are over
+    seeds where there are several, else over problems. Raises ValueError without a finished run of `baseline`.
     """
     arms = with_arms(runs.runs[is_finished(runs.runs)])
     differences = paired_differences(runs, baseline).rows.set_index("method")
@@ -95,10 +93,7 @@ def _trust(arms: pd.DataFrame) -> str:
     count = arms["seed"].nunique()
     if count > 1:
         return f"The intervals are over {count} seeds: what another training run may change is in them."
-    return (
-        "One seed settles nothing: the intervals are over problems, and another training run may "
-        "move every difference."
-    )
+    return "One seed settles nothing: the intervals are over problems, and not over training runs."
 
 
 def to_open(runs: Runs) -> list[Path]:

@@ -29,9 +29,8 @@ QUESTIONS |= {"WeMath": 525}
 def paper_difference(first: str = "rlsd", second: str = "grpo") -> Table:
     """Return two methods of the paper's Table 2 and their difference, in per cent, by benchmark.
 
-    Wilson's intervals of the shares and Newcombe's of the difference, for questions drawn anew; the
-    last column is the difference in standard errors. The two are taken as independent, which for
-    the same questions is on the safe side; the spread between training runs is not in it.
+    Wilson's intervals of the shares and Newcombe's of the difference, taken as independent, which is
+    on the safe side; the last column is the difference in standard errors.
     """
     printed, rows, errors = table_2().loc[[first, second]], [], {}
     for name, count in QUESTIONS.items():
@@ -58,12 +57,10 @@ def paper_difference(first: str = "rlsd", second: str = "grpo") -> Table:
 def compare(runs: Runs, preset: str, own: Path | None = None) -> Table:
     """Return Table 2 in per cent: for each method the paper's numbers and, below, those of `runs`.
 
-    Columns are the benchmarks that the runs of `preset` named, their average, and the held-out
-    split. A run whose settings differ from the preset's has a row of its own. A cell is the mean
-    over seeds with its 95 % Student interval, or one seed's share with its interval over questions.
-    A benchmark's share is read from the run's folder benchmarks/after, and the untrained model's
-    from benchmarks/before of a run without override or control, once per seed. `own` is a run with
-    metrics that is not closed yet. Raises ValueError for results that `read_scores` refuses.
+    Columns are the benchmarks that the runs of `preset` named, their average, and the held-out split;
+    a run with settings of its own has a row. A cell is the mean over seeds with its 95 % Student
+    interval, or one seed's share with its own. Shares lie in a run's benchmarks/after, the untrained
+    model's in benchmarks/before of plain runs. `own` is a run with metrics, not closed yet. Raises ValueError for results that `read_scores` refuses.
     """
     frame = runs.runs
     if own is not None:

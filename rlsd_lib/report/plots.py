@@ -36,12 +36,10 @@ def training_curve(
 ) -> Figure:
     """A metric against the step: the mean over seeds, with the 95 % bootstrap interval shaded.
 
-    `steps` has a row per run and step, with columns `step`, `path`, `method` (a line each) and the
-    metric, which is averaged over the last `window` steps within each run first. Methods get
-    colours and dashes in the order of all finished rows, so that one looks alike in every figure of
-    these steps, whichever methods logged the metric. The axis begins at 0 where no value is
-    negative, and rewards in [0, 1] are shown on all of it. `bound` is what theory allows at each
-    row of `steps`, which are one run's then, and drawn as a dotted line. Raises ValueError for an
+    `steps` has a row per run and step, with columns `step`, `path`, `method` (a line each, with the
+    look that it has in every figure of these steps) and the metric, averaged over the last `window`
+    steps of a run first. The axis begins at 0 where no value is negative, and rewards are shown on
+    [0, 1]. `bound` is what theory allows at each row of `steps`, one run's then: a dotted line. Raises ValueError for an
     absent column, no row with a value, or a window below 1.
     """
     if window < 1:
@@ -82,9 +80,8 @@ def curve(runs: Runs, metric: str, *, window: int = 1, title: str = "") -> Figur
 def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     """Every measure of leakage in a panel: a point per run with its own 95 % interval.
 
-    `frame` has the rows of `leakage.summarise` for one run or several, and a column `arm`, whose
-    values get a row and a colour each. The band is the base model's interval, the dashed line the
-    mean null value of the runs. Raises ValueError for an absent column, or no row of a model.
+    `frame` has the rows of `leakage.summarise`, and a column `arm`, whose values get a row each. The
+    band is the base model's interval, the dashed line the mean null value of the runs. Raises ValueError for an absent column, or no row of a model.
     """
     data = _present(frame, ["arm", "measure", "of", "null", "mean", "low", "high"], "mean")
     colours, measures = _colours(data["arm"]), list(dict.fromkeys(data["measure"]))

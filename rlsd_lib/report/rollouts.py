@@ -18,9 +18,8 @@ SCALE = 1.0  # of credit on one scale: full colour is nothing at all, or twice G
 def rollout_heatmaps(rollout: Rollout, config: RLSDConfig, name: str) -> dict[str, Heatmap]:
     """The gap of a rollout's tokens, and what would move them: `multiplier` or `divergence`.
 
-    The multiplier is A_hat_t / A, white at GRPO's 1, with full colour at the clip where the method
-    has one; the divergence stands in its place where a method uses no reward. `name` opens the
-    titles.
+    The multiplier is A_hat_t / A, white at GRPO's 1, with full colour at the method's clip; methods
+    that use no reward have the divergence. `name` opens the titles.
     """
     reference = textwrap.shorten(rollout.reference, 40, placeholder=" ...")
     told = f"{name}, reward {rollout.reward:.3g}, reference {reference}"
@@ -40,8 +39,8 @@ def side_by_side(rollout: Rollout, config: RLSDConfig) -> tuple[dict[str, Heatma
     """A rollout under GRPO, RLSD with the paper's numbers and the method of `config`.
 
     Returns pictures by method, of token advantages as multiples of A on one scale or of the method's
-    divergence, and a sentence: how few tokens hold half of it. RLSD's gap is that of this rollout.
-    Where `config` has other numbers than the paper's, its RLSD stands beside as `rlsd_this_run`.
+    divergence, and a sentence: how few tokens hold half of it. An RLSD with other numbers than the
+    paper's stands beside as `rlsd_this_run`.
     """
     tokens, size, own = rollout.tokens, rollout.advantage, config.method
     moved = {"grpo": [size] * len(tokens), "rlsd": _rlsd(rollout)}

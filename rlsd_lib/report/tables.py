@@ -95,8 +95,7 @@ class Table(NamedTuple):
     def fitted(self, width: int) -> str:
         """Return the table in lines of at most `width` characters, but for paths.
 
-        The ends of an interval share a column. What `LEAST` names goes, as far as it must, and is
-        named; then the longest column is wrapped.
+        Columns of `LEAST` go, as far as they must, and are named; then the longest is wrapped.
         """
         rows, gone = _joined(self.rows), []
         for name in [name for name in LEAST if name in rows]:
@@ -162,19 +161,17 @@ def _text(value: Any) -> str:
 def make_table(runs: Runs) -> Table:
     """Return one row per group, method, preset and settings, with its seeds taken together.
 
-    Several seeds: mean over seeds, with the Student 95 % interval of that mean. One seed: the
-    run's own numbers, with the interval over its evaluation problems. Runs that did not finish
-    give no numbers; the notes name them.
+    Several seeds: their mean with Student's 95 % interval. One seed: the run's own numbers, with the
+    interval over its problems. Runs that did not finish give none; the notes name them.
     """
     frame = runs.runs
     if frame.empty:
         return Table(frame, ["no runs here yet"])
     keys, metrics, groups = _grouped(frame)
     rows = pd.DataFrame([_row(cells, keys, metrics) for cells in groups]).fillna(DASH)
-    if groups and rows["group"].nunique() == 1:
-        del rows["group"]
-    if groups and not rows["settings"].any():
-        del rows["settings"]
+    if groups:
+        alike = {"group": rows["group"].nunique() == 1, "settings": not rows["settings"].any()}
+        rows = rows.drop(columns=[name for name, is_alike in alike.items() if is_alike])
     notes = [note for cells in groups for note in _warnings(cells)]
     if any(len(cells) > 1 for cells in groups):
         notes.append("n > 1: mean over seeds, 95 % Student interval of the mean")
@@ -253,10 +250,7 @@ def _warnings(cells: pd.DataFrame) -> list[str]:
 
 
 def source_notes(runs: Runs) -> list[str]:
-    """Return which runs a table is made from, and a line for each that gave it nothing.
-
-    Runs give nothing that failed, still run, were killed, or were planned and never started.
-    """
+    """Return which runs a table is made from, and a line for each that did not finish."""
     lines = []
     for _, run in runs.runs[~is_finished(runs.runs)].iterrows():
         reason = f": {run['error']}" if isinstance(run.get("error"), str) else ""
@@ -269,10 +263,10 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
     """Return accuracy after training minus the baseline's, on the same problems and seeds.
 
     A run is compared with the baseline's run of the same preset, seed and settings; where there is
-    no other, with that without its control, or else with that which sets its length alone. A row
-    per method and settings: the mean difference, its 95 % interval over problems (a bootstrap) and
-    over seeds (Student's t; NaN for one seed), the smallest difference that so many seeds would
-    find with 80 % power, and the number of shared seeds. The notes name what has no partner. Raises
+    none, with that without its control, or else with that which sets its length alone. A row per
+    method and settings: the mean difference, its 95 % interval over problems (a bootstrap) and seeds
+    (Student's t; NaN for one), the smallest difference that so many seeds would find with 80 % power,
+    and the number of shared seeds. The notes name what has no partner. Raises
     ValueError without a finished run of `baseline`, or for runs that were judged on other problems.
     """
     done = runs.runs[is_finished(runs.runs)]
@@ -298,10 +292,8 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
     columns = ["method", f"accuracy - {baseline}", *ends, "detectable", "n seeds"]
     table = pd.DataFrame(rows, columns=columns).sort_values(columns[1], ascending=False)
     notes = [
-        "intervals are of 95 %: over problems a bootstrap, over seeds Student's t; one that contains "
-        "0 settles nothing",
-        "detectable: the smallest true difference that a repetition with so many seeds would find "
-        "in four cases of five, from the spread between these seeds",
+        "intervals of 95 %: bootstrap over problems, Student's t over seeds; 0 inside settles nothing",
+        "detectable: the smallest true difference that so many seeds would find in four cases of five",
     ]
     return Table(table, [*notes, *alone, *repeated, *source_notes(runs)])
 
@@ -321,7 +313,7 @@ def _partner(run: pd.Series, base: Mapping[tuple[Any, ...], pd.Series]) -> pd.Se
 
 
 def _place(run: pd.Series, parameters: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (run.get("preset"), run["seed"], settings_of(parameters))
+    return run.get("preset"), run["seed"], settings_of(parameters)
 
 
 def _compared(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> tuple[float, ...]:
@@ -352,8 +344,8 @@ def settings_of(parameters: Mapping[str, Any]) -> str:
 def with_arms(frame: pd.DataFrame, but: Collection[str] = ()) -> pd.DataFrame:
     """Add a column `arm`: the method, and of its preset and settings what is not alike in all runs.
 
-    `frame` is `Runs.runs`; runs without parameters (killed at once, never started) have no arm.
-    Settings named in `but` are left out: runs that differ in nothing else are one arm.
+    `frame` is `Runs.runs`; runs without parameters have no arm. `but` names settings that do not
+    tell arms apart.
     """
     known = frame[frame["parameters"].notna()]
     given = [{"preset": p.get("preset"), **flat_settings(p)} for p in known["parameters"]]
@@ -374,12 +366,10 @@ def together(*folders: Runs) -> Runs:
 
 
 class Arms:
-    """Finished plain runs of one preset, by method and seed.
+    """Finished plain runs of one preset, without override or control, by method and seed.
 
-    Plain means as the preset has it: no override, no control. Values come as a series with one
-    entry per seed, empty where there is no such run, so that methods are compared seed by seed.
-    `preset` is "" for the one that most of the plain runs have. The attribute `length` is the
-    number of steps of most RLSD runs, else of most runs; 0 where there is no plain run.
+    Values are a series with an entry per seed, empty where there is no such run. `preset` is "" for
+    that of most plain runs; `length` is the steps of most RLSD runs, else of most runs, else 0.
     """
 
     def __init__(self, runs: Runs, preset: str = "") -> None:
@@ -396,10 +386,8 @@ class Arms:
     def __str__(self) -> str:
         if not self.length:
             return "no runs"
-        methods = self.frame.loc[self.frame["steps"] == self.length, "method"].unique()
-        return (
-            f"preset {self.preset}, {self.length} steps; plain runs of {', '.join(sorted(methods))}"
-        )
+        methods = sorted(self.frame.loc[self.frame["steps"] == self.length, "method"].unique())
+        return f"preset {self.preset}, {self.length} steps; plain runs of {', '.join(methods)}"
 
     def final(self, method: str, column: str, *, steps: int | None = None) -> pd.Series:
         """Return a number of metrics.json, one per seed, from runs of `steps` (default: `length`)."""

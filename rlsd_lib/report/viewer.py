@@ -38,11 +38,10 @@ class CreditViewer(CreditCallback):
 
         RLSDTrainer(..., callbacks=[CreditViewer(every_steps=50, rollouts=4)])
 
-    Steps count from 1, as in TRL's log. The first and each `every_steps`-th get a page, such as
-    `step-000050.html`, and a PNG for each rollout. What is shown are the advantages that enter the
-    loss, as multiples of the rollout's, in the main process's first micro-step: the best rollout,
-    the worst, and so on. If `report_to` names `trackio` or `wandb`, each gets a table with a row
-    per token, `tensorboard` the same as text.
+    The first step and each `every_steps`-th get a page, such as `step-000050.html`, and a PNG for each
+    rollout: the advantages that enter the loss, as multiples of the rollout's, in the main process's
+    first micro-step, from the best and the worst end in turn. The trackers of `report_to` (trackio,
+    wandb, tensorboard) get a table with a row per token.
 
     Args:
         every_steps: optimiser steps from one page to the next, beside that of step 1.
@@ -55,9 +54,7 @@ class CreditViewer(CreditCallback):
 
     def __init__(self, every_steps: int = 50, rollouts: int = 4, folder: str | Path = "") -> None:
         if every_steps < 1 or rollouts < 1:
-            raise ValueError(
-                f"every_steps={every_steps}, rollouts={rollouts}: expected 1 or more of each."
-            )
+            raise ValueError(f"{every_steps=}, {rollouts=}: expected 1 or more of each.")
         self.every_steps, self.rollouts, self.folder = every_steps, rollouts, folder
         self.last = -1
 

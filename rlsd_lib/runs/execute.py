@@ -52,14 +52,12 @@ def execute_notebook(
         if_exists: "raise", "overwrite" or "resume", see `Run.start`.
 
     Raises:
-        FileNotFoundError: there is no such notebook.
-        ValueError: no parameters cell, or an unknown parameter.
-        TypeError: a value does not fit its annotation.
-        FileExistsError: the run directory is taken.
+        ValueError, TypeError: as `parameters.complete`.
+        FileExistsError, FileNotFoundError: as `Run.start`.
         NotebookError: a cell raised, the kernel died, or the notebook began a run and did not
             finish it; the run is marked failed.
-        Interrupted: ctrl-C or a SIGTERM; training saves a checkpoint first. The run is marked
-            interrupted. A second ctrl-C ends the kernel at once and raises KeyboardInterrupt.
+        Interrupted: ctrl-C or a SIGTERM, after a checkpoint. The run is marked interrupted. A second
+            ctrl-C ends the kernel at once and raises KeyboardInterrupt.
     """
     source = find_notebook(notebook)
     full = complete(source, parameters)
@@ -75,9 +73,8 @@ def execute_notebook(
     def ctrl_c() -> None:
         if "ctrl-C" in told:
             raise KeyboardInterrupt
-        sys.stderr.write(
-            "\nstopping; training saves a checkpoint first, ctrl-C again does not wait\n"
-        )
+        said = "stopping; training saves a checkpoint first, ctrl-C again does not wait"
+        sys.stderr.write(f"\n{said}\n")
         hand_on("ctrl-C")
 
     try:
@@ -123,8 +120,7 @@ def _run_cells(source: Path, run: Run, parameters: dict[str, Any]) -> None:
 def sockets_of_its_own() -> Iterator[Config]:
     """Jupyter's configuration of a kernel that is reached through files in a temporary folder.
 
-    By default Jupyter picks five free TCP ports and the kernel binds them a second later; when
-    several runs start at once, another may have taken one of them by then, and the kernel dies.
+    The five free TCP ports that Jupyter picks by default may be taken when the kernel binds them.
     """
     with TemporaryDirectory(prefix="rlsd-") as folder:
         yield Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})

@@ -18,8 +18,7 @@ NEUTRAL = {"overrides": {}, "max_steps": -1, "control": "none", "num_processes":
 def outputs_root() -> Path:
     """Where runs and caches lie: RLSD_OUTPUTS if set, else `outputs` in the clone, else here.
 
-    The clone is that of the installed package, wherever one stands: a notebook that is opened in
-    another folder must not pretrain the lab again, and its runs lie beside those of `rlsd run`.
+    The clone is that of the installed package, wherever one stands.
     """
     if told := os.environ.get("RLSD_OUTPUTS"):
         return Path(told).resolve()
@@ -36,11 +35,7 @@ def default_run_dir(group: str, parameters: Mapping[str, Any]) -> Path:
 
 
 def run_name(parameters: Mapping[str, Any]) -> str:
-    """What a run is called from what it is: <method>-<preset>-s<seed>, and what sets it apart.
-
-    A control other than "none" stands in the name; every other parameter that is not neutral goes
-    into a short hash, so that the same parameters always give the same name and others never do.
-    """
+    """What a run is called: <method>-<preset>-s<seed>, a control, and a hash of what is not neutral."""
     parts = [str(parameters[k]) for k in ("method", "preset") if parameters.get(k)]
     parts += [f"s{parameters['seed']}"] if "seed" in parameters else []
     rest = settings(parameters)

@@ -47,9 +47,8 @@ def read_runs(folder: str | Path) -> Runs:
 
     A row of `runs` holds path, group (the folder above), name, status, error, notebook, each
     parameter (and all of them as `parameters`), commit, dirty, started, seconds, and the final
-    metrics. Runs that did not finish are rows too; their status says so: "failed", "interrupted"
-    (by ctrl-C or a cluster), "running", "running/killed" where the owner is gone, or "not started"
-    where a suite has planned them. A row of `steps` holds the same identity and one logged line.
+    metrics. A status is as in `state_of`, or "not started" where a suite has planned the run. A row
+    of `steps` holds the same identity and one logged line.
     Raises FileNotFoundError if `folder` does not exist; ValueError if a run's file cannot be read,
     and names it.
     """
@@ -109,10 +108,7 @@ def is_finished(frame: pd.DataFrame) -> pd.Series:
 
 
 def left_out(frame: pd.DataFrame) -> str:
-    """Which runs a table or figure does not show because they did not finish; "" where all did.
-
-    `frame` has columns `name` (or `path`) and `status`, a row per run or several.
-    """
+    """Which runs (by `name`, or `path`) a table or figure leaves out as unfinished; "" for none."""
     column = "name" if "name" in frame else "path"
     rows = frame[~is_finished(frame)].drop_duplicates(column)
     if rows.empty:
@@ -167,10 +163,10 @@ def manifest_or_none(path: Path) -> dict[str, Any] | None:
 
 
 def state_of(path: Path) -> str | None:
-    """How a run stands: None (no run), finished, failed, interrupted, running or running/killed.
+    """How a run stands; None for no run.
 
-    Only a live process has the lock on the directory. A run of another host counts as running
-    while its lock file is there, since not every shared disk carries locks between hosts.
+    finished, failed, interrupted (by ctrl-C or a cluster), damaged, running, or running/killed where
+    its owner is gone. One of another host counts as running while its lock file is there, see `run`.
     """
     manifest, lock = manifest_or_none(path), path / LOCK
     if manifest and manifest["status"] != "running":
@@ -233,12 +229,12 @@ def read_lines(file: Path, *, torn: bool = False) -> list[dict[str, Any]]:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    """Write JSON as `replace_text` does."""
     replace_text(file, json.dumps(value, indent=2, default=plain) + "\n")
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Replace a file's text in one step."""
+    """Replace a file's text in one step: a reader sees the old or the new, never half of one."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_text(text)
     draft.replace(file)

@@ -78,9 +78,8 @@ class Run:
             run_dir: the directory; "" means the default, see `paths.default_run_dir`.
             parameters: everything that decides the run, as JSON-like values.
             notebook: name or path of the notebook, for its hash and the default directory.
-            if_exists: "raise", "overwrite" (start from empty), or "resume" (keep the files of a
-                failed or killed run, if there is one, and go on) or "resume-older" (the same, and
-                training passes over damaged checkpoints).
+            if_exists: "raise", "overwrite" (start from empty), "resume" (go on with a failed or
+                killed run, if there is one) or "resume-older" (and pass over damaged checkpoints).
 
         Raises:
             FileExistsError: the directory holds a run that `if_exists` does not give up, another
@@ -201,13 +200,6 @@ class Run:
         if self._lock:
             self._lock.release(force=True)
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self.fail(f"{kind.__name__}: {error}")
-
     def _update(self, **facts: Any) -> None:
         records.write_json(self.path / "manifest.json", {**self._check_mine(), **facts})
 
@@ -216,8 +208,8 @@ class Run:
         manifest = self.manifest
         if manifest["attempt"] != self.attempt:
             raise RuntimeError(
-                f"{self.path} was taken over by attempt {manifest['attempt']}; this is attempt "
-                f"{self.attempt}, which was stopped or declared dead. Nothing was written"
+                f"{self.path} was taken over by attempt {manifest['attempt']}; attempt {self.attempt} "
+                "was stopped or declared dead. Nothing was written"
             )
         return manifest
 
@@ -306,11 +298,8 @@ def _others(path: Path, found: Mapping[str, Any] | None) -> list[str]:
     """Files below a run directory that the run of manifest `found` has not written."""
     listed = {*(found or {}).get("files", ())} | {(found or {}).get("notebook")}
     files = (str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-    return sorted(
-        name
-        for name in files
-        if name not in listed and not any(fnmatch(name, pattern) for pattern in OWN)
-    )
+    foreign = (n for n in files if not any(fnmatch(n, pattern) for pattern in OWN))
+    return sorted(set(foreign) - listed)
 
 
 def _empty(path: Path, found: Mapping[str, Any] | None) -> None:

@@ -280,27 +280,19 @@ class Job:
         return [*words, "--run-dir", str(self.run_dir), "--if-exists", if_exists]
 
     def state(self) -> str:
-        """finished, failed, running (by another process), or to run.
-
-        A run that was killed, or interrupted by the keyboard or a cluster, is to run: nothing is
-        wrong with it.
-        """
+        """finished, failed, running (by another process), or, killed or interrupted too, to run."""
         found = state_of(self.run_dir)
         return found if found in ("finished", "failed", "running") else "to run"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job, after `seconds` of work.
-
-    `status` is "done", "kept" (it was finished), "failed" (now), "failed before" (and not made
-    again) or "busy" (another process writes it); `error` says why there is no result.
-    """
+    """What became of a job."""
 
     job: Job
-    status: str
-    seconds: float = 0.0
-    error: str | None = None
+    status: str  # done, kept (finished already), failed, failed before, busy (another writes it)
+    seconds: float = 0.0  # of work
+    error: str | None = None  # why there is no result
 
 
 def jobs_of(name: str, changes: Mapping[str, Any] = {}) -> list[Job]:
@@ -325,10 +317,7 @@ def jobs_of(name: str, changes: Mapping[str, Any] = {}) -> list[Job]:
 
 
 def record_plan(name: str, changes: Mapping[str, Any], jobs: Sequence[Job]) -> None:
-    """Write which runs a suite is to have, so that a table can name those that never started.
-
-    The file lies beside the runs; the suite with other `changes` adds a plan of its own.
-    """
+    """Write beside the runs which of them a suite with these `changes` is to have."""
     pairs = [f"-p {shlex.quote(f'{key}={as_text(value)}')}" for key, value in changes.items()]
     plan = {
         "command": " ".join(["rlsd suite", name, *pairs]),
