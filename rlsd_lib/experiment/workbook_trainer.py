@@ -119,10 +119,7 @@ class StopOnSigterm(TrainerCallback):
 
 
 def named(function: Any, name: str) -> Any:
-    """A reward function whose errors name it and the row, step and rank on which it failed.
-
-    Coroutine functions and reward models are returned as they are.
-    """
+    """A plain reward function whose errors name it and the row, step and rank where it failed."""
     if isinstance(function, nn.Module) or is_async_callable(function):
         return function
 

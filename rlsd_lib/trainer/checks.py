@@ -64,12 +64,11 @@ def check_arguments(
         raise ValueError(f"{method} teaches itself: teacher_model= is for method='opd' only.")
     if sees == methods.PEER and not reward_funcs:
         raise ValueError(
-            f"{method} needs reward_funcs: they decide which rollouts are shown to their peers."
+            f"{method} needs reward_funcs: they decide which rollouts peers are shown."
         )
     if args.uses_teacher and rollout_func is not None:
         raise ValueError(
-            "rollout_func builds its own prompt ids, to which no teacher's prompt can be matched. Use "
-            "tools or environment_factory."
+            "rollout_func builds its own prompt ids. Use tools or environment_factory."
         )
     if args.max_teacher_prompt_length is not None and environment_factory is not None:
         raise ValueError(
@@ -100,7 +99,7 @@ def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfi
     column = args.privileged_column
     if count > 1 and "wrong_gaps" not in asking:
         raise ValueError(
-            f"wrong_references={count} means nothing where no credit asks for wrong_gaps. Leave it at 1."
+            f"wrong_references={count} means nothing where no credit asks for wrong_gaps."
         )
     if not asking:
         return []
@@ -111,8 +110,8 @@ def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfi
         )
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{', '.join(asking)} need wrong references, drawn from the whole {column!r} column. Give "
-            "a datasets.Dataset, not a stream."
+            f"{', '.join(asking)} need wrong references, drawn from the whole {column!r} column: not "
+            "of a streaming data set. Give a datasets.Dataset."
         )
     _check_column(dataset, column, ", ".join(asking))
     distinct = prompts.distinct_references(dataset[column][:])
@@ -154,10 +153,8 @@ def check_teacher(
     heads = [states.causal_lm(model).get_output_embeddings() for model in (student, teacher)]
     sizes = [shape_of(head.weight)[0] for head in heads]
     if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}. Use a "
-            "teacher with the student's tokenizer."
-        )
+        has = f"vocabulary has {sizes[1]} tokens and the student's {sizes[0]}"
+        raise ValueError(f"The teacher's {has}. Use one with the student's tokenizer.")
     if not isinstance(source, str):
         return
     ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(source).get_vocab()
@@ -240,8 +237,8 @@ def _check_sampling(model: nn.Module, args: RLSDConfig) -> None:
     found = {name: value for name, value in given.items() if value and name not in free}
     if wrong := {k: v for k, v in found.items() if not (v == 1 and k in NEUTRAL_AT_ONE)}:
         raise ValueError(
-            f"The model's generation_config has {wrong}: rollouts would come from another "
-            "distribution than P_S. Set them to None."
+            f"The model's generation_config has {wrong}: rollouts would be of another distribution "
+            "than P_S. Set them to None."
         )
     cuts = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
     if differ := {n: v for n, off in cuts.items() if (v := getattr(args, n)) not in (off, 0)}:
@@ -337,9 +334,10 @@ def check_processes(functions: Collection[Credit | None], processes: int) -> Non
     for function in functions:
         bare = function.func if isinstance(function, partial) else function
         if processes > 1 and bare in (rlcsd, srpo_weight):
+            name = get_callable_name(bare)
             raise ValueError(
-                f"{get_callable_name(bare)} counts the tokens of the batch, of which each of {processes} "
-                "processes sees a part: its result would depend on their number. Train it on one."
+                f"{name} counts the tokens of the batch, and each of {processes} processes sees a part. "
+                "Train it on one."
             )
 
 
@@ -349,9 +347,7 @@ def check_signals(given: Any, shape: torch.Size, functions: Sequence[Credit]) ->
         raise ValueError(f"signals returned {type(given).__name__}, expected a mapping of tensors.")
     for name, value in given.items():
         if name in methods.SIGNALS:
-            raise ValueError(
-                f"signals returned {name!r}, which comes from {methods.SIGNALS[name]}."
-            )
+            raise ValueError(f"signals: {name!r}, which comes from {methods.SIGNALS[name]}.")
         if not isinstance(value, Tensor) or value.shape not in (shape, shape[:1]):
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -360,10 +356,8 @@ def check_signals(given: Any, shape: torch.Size, functions: Sequence[Credit]) ->
             )
     for function in functions:
         if missing := sorted(methods.from_caller(function) - set(given)):
-            raise ValueError(
-                f"{get_callable_name(function)} asks for {', '.join(missing)}, which signals did not "
-                f"return: it returned {sorted(given)}."
-            )
+            name = get_callable_name(function)
+            raise ValueError(f"{name} asks for {', '.join(missing)}, which signals did not return.")
 
 
 def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
@@ -382,10 +376,7 @@ def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
 
 
 def judged(function: Any) -> Any:
-    """A reward function whose result is refused unless it is one number or None for each row.
-
-    Coroutine functions and reward models are returned as they are.
-    """
+    """A plain reward function whose result is refused unless it is a number or None for each row."""
     if isinstance(function, nn.Module) or is_async_callable(function):
         return function
 
@@ -393,9 +384,8 @@ def judged(function: Any) -> Any:
         try:
             return numbers(function(**columns), len(columns["prompts"]))
         except ValueError as problem:
-            raise ValueError(
-                f"Reward function {get_callable_name(function)!r} {problem}"
-            ) from problem
+            name = get_callable_name(function)
+            raise ValueError(f"Reward function {name!r} {problem}") from problem
 
     return scored
 
@@ -426,6 +416,6 @@ def check_rewards(rewards: Tensor, names: Sequence[str], step: int, *, training:
     if training and unscored.all():
         raise FloatingPointError(
             f"At step {step} none of {len(rewards)} rows got a reward: {', '.join(names)} returned "
-            "None or NaN for all of them, so that there is nothing to learn from."
+            "None or NaN for all of them."
         )
     return unscored.float().mean().item()
