@@ -57,25 +57,18 @@ def from_caller(function: Credit | None) -> set[str]:
 class Method:
     """One row of the methods table.
 
-    `credit` spreads the advantage over tokens, and `evidence` is the log of its weight before
-    clipping (None where the method has no weight of RLSD's form, or none to log). `divergence` is
-    the distillation term D(P_T, P_S), None for none; `weight` is its weight per token, of the same
-    arguments as a credit, None for 1, and `distillation_weight` its factor. `teacher_sees` is None
-    for methods without a teacher. `needs_weight` marks methods whose two terms have no published
-    ratio.
-
     The teacher scores a rollout once, and once more for each of `wrong_references` where credit or
     weight ask for `wrong_gaps`, or once more where they ask for `contrast_kl` alone.
     """
 
     summary: str
-    credit: Credit = uniform
-    evidence: Evidence | None = None
-    teacher_sees: str | None = None
-    divergence: Divergence | None = None
-    needs_weight: bool = False
-    weight: Credit | None = None
-    distillation_weight: float = 1.0
+    credit: Credit = uniform  # spreads the advantage over tokens
+    evidence: Evidence | None = None  # log of a weight of RLSD's form before clipping
+    teacher_sees: str | None = None  # None: no teacher
+    divergence: Divergence | None = None  # the distillation term D(P_T, P_S)
+    needs_weight: bool = False  # the two terms have no published ratio
+    weight: Credit | None = None  # of the divergence per token, called like a credit; None for 1
+    distillation_weight: float = 1.0  # its factor
 
     @property
     def asks(self) -> set[str]:
@@ -227,9 +220,8 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-# What authors published for fields of `RLSDConfig` that every method shares. Nothing applies these:
-# a method changes its credit and no other setting, so lambda and epsilon_w are the configuration's,
-# 0.5 over 50 steps and 0.2 by default. Ask for them: RLSDConfig(method=m, **PUBLISHED.get(m, {})).
+# What authors published for fields of `RLSDConfig` that every method shares. Nothing applies these
+# but whoever asks for them: RLSDConfig(method=m, **PUBLISHED.get(m, {})).
 PUBLISHED: dict[str, dict[str, float]] = {
     "amr_sd": {"lambda_init": 0.2, "lambda_decay_steps": 50},
     "antisd": {"lambda_init": 0.5, "lambda_decay_steps": 0},

@@ -178,9 +178,8 @@ class Experiment:
     def evaluate(self, when: str) -> pd.DataFrame:
         """Accuracy, pass@k and leak rate on the held-out problems; one row per sampled completion.
 
-        `when` ("before", "after") names their mean and 95 % interval in metrics.json, and those of
-        the greedy accuracy, and where the task knows its right chains the probability of one, by
-        importance sampling. Problems are resampled; the leak rate counts one completion per problem.
+        `when` ("before", "after") names their means and 95 % intervals over problems in metrics.json,
+        and those of the greedy accuracy, and of the probability of a right chain where known.
         """
         self.run.record(phase=f"evaluating {when}")
         settings, measured = self._sampling(), (self.model, self.tokenizer, self.task)
@@ -251,8 +250,7 @@ class Experiment:
     def train_here(self, *, save: bool) -> dict[str, Any]:
         """Train in this process, which may be one of several; every one of them must call this.
 
-        Returns the steps `begun` after and `last` made, `seconds`, and the logged `steps`. `save`
-        leaves the trained model in the run directory. Raises Stopped like `train`.
+        Returns the steps `begun` after and `last` made, `seconds`, and the logged `steps`.
         """
         trainer = self.trainer()
         folder, manifest = self.config.output_dir, self.run.manifest
@@ -307,9 +305,8 @@ class Experiment:
     def look_at_mixed(self, first: int = 0, **changes: Any) -> list[Rollout]:
         """The first group from test problem `first` on in which rollouts succeed and fail.
 
-        Such a group is what a policy gradient learns from. Its best and its worst rollout come
-        first. Of 20 problems on which all rollouts agree the last is shown. `changes` are keywords
-        of `measure.rollouts.look`, which gives gap, weight and credit of every token.
+        Its best and its worst rollout come first. Of 20 problems on which all rollouts agree the last
+        is shown. `changes` are keywords of `measure.rollouts.look`.
         """
         looked = self.model, self.tokenizer, self.task
         settings = {"teacher": self.teacher_model, "seed": self.parameters.seed, **changes}

@@ -43,13 +43,8 @@ def execute_notebook(
 ) -> Path:
     """Run a notebook in a fresh kernel, inside its run directory; returns that directory.
 
-    The executed copy is written there cell by cell and stays there when the notebook fails.
-
-    Args:
-        notebook: a path, or a name in the notebooks folder such as "15_rlsd".
-        parameters: values for names of the notebook's parameters cell.
-        run_dir: the run directory; "" means the default for these parameters.
-        if_exists: "raise", "overwrite" or "resume", see `Run.start`.
+    The executed copy is written there cell by cell and stays there when the notebook fails. The
+    notebook is a path or a name such as "15_rlsd"; `run_dir` and `if_exists` are as in `Run.start`.
 
     Raises:
         ValueError, TypeError: as `parameters.complete`.

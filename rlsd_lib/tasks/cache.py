@@ -10,8 +10,7 @@ from filelock import FileLock
 def write_once(folder: Path, write: Callable[[Path], object]) -> Path:
     """Return `folder`, written by `write` on the first call; processes that start at once wait.
 
-    `write` fills an empty scratch folder, which gets its name at the end: an interrupted first call
-    leaves nothing behind that could be read.
+    `write` fills an empty scratch folder, which gets its name at the end.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -36,10 +36,9 @@ def tokenizer_of(processing: Processing) -> PreTrainedTokenizerBase:
 def word_tokenizer(
     words: Sequence[str], split: PreTokenizer, **options: Any
 ) -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token for each of `words`, which begin with padding and the end.
+    """Build a tokenizer, padding left, of one token for each of `words`, padding and the end first.
 
-    `split` cuts a text into words, `options` go to `PreTrainedTokenizerFast`. Padding is on the left;
-    without an `unk_token`, encoding any other word raises.
+    `split` cuts a text, `options` go to `PreTrainedTokenizerFast`; no `unk_token`: other words raise.
     """
     vocabulary = {word: index for index, word in enumerate(words)}
     unknown = options.get("unk_token", "<unknown word>")

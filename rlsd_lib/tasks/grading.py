@@ -125,9 +125,8 @@ def _polarity(text: str) -> bool | None:
 def _same_maths(gold: str, answer: str, rough: bool = False) -> bool:
     """Compare two cleaned answers as text where there is prose, else by math-verify.
 
-    A unit may be left out, but two different units are wrong; a percent sign on one side stands
-    for a hundredth or for nothing; (1, 2) is neither [1, 2] nor {1, 2}. `rough` allows 0.1 %, and
-    half of the gold's last printed digit up to 1 %, unless the gold is a whole number.
+    A unit may be left out; a percent sign on one side stands for a hundredth or for nothing; (1, 2)
+    is not [1, 2]. `rough` allows what `_tolerance` says.
     """
     (gold, unit), (answer, other) = _split_unit(gold), _split_unit(answer)
     if unit and other and unit != other:
@@ -146,6 +145,7 @@ def _same_maths(gold: str, answer: str, rough: bool = False) -> bool:
 
 
 def _tolerance(gold: str) -> float:
+    """0.1 %, or half of the last printed digit up to 1 %; 0 for a whole number."""
     if re.fullmatch(r"-?[0-9,]+%?", gold):
         return 0.0
     decimal = re.fullmatch(r"-?([0-9]*\.([0-9]+))%?", gold)

@@ -85,12 +85,9 @@ def prepare(
 ) -> tuple[Dataset, dict[str, int]]:
     """Read and check a data set, and map its rows to the columns of `FEATURES`.
 
-    A row's `prompt` is a user turn in which each `<image>` of the problem is an image part;
-    `images` are scaled to `min_area` .. `max_area` pixels. Returned with the rows: how many were
-    read and kept, and how many were dropped for each fault; a row may have several.
-
-    `source` is what `read` takes, or rows that were read already. `privileged` is "answer" (RLSD)
-    or "trace" (OPSD). Raises FileNotFoundError if the folder has
+    `source` is what `read` takes, or rows that were read already. `privileged` is "answer" (RLSD) or
+    "trace" (OPSD). Each `<image>` of a problem becomes an image part, scaled to `min_area` ..
+    `max_area` pixels. Returned with the rows: how many were read, kept, and dropped for each fault. Raises FileNotFoundError if the folder has
     no data files; ValueError if fields are missing, no row is usable, or there is no such
     `privileged`.
     """

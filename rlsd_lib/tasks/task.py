@@ -30,11 +30,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with the functions that judge it.
+    """A data set with the functions that judge it; those after `report` are None if none can know.
 
     `train` and `test` have the columns `prompt` (chat messages), `privileged_context` (what only
-    the teacher may read), `answer`, and whatever the verifier needs. The functions after
-    `report` are None where a task cannot know.
+    the teacher may read), `answer`, and whatever the verifier needs.
     """
 
     name: str
@@ -107,8 +106,8 @@ def draw_sides(
                 break
         else:
             raise ValueError(
-                f"only {len(rows)} different {side} questions found where {size} were asked for; "
-                f"lower {side}_size, or choose options with more questions"
+                f"only {len(rows)} different {side} questions found where {size} were asked for: "
+                f"lower {side}_size"
             )
         sides[side] = Dataset.from_list(list(rows.values()))
     return sides

@@ -1,11 +1,8 @@
 """Appendix A.3: how much the direction of an update says about r, for five methods.
 
-The observer knows the rollout and sees the direction of the update in logit space, nothing of its
-length. Two measures, both 0 when the direction does not depend on r:
-
-- `direction_spread`, 1 - ||E_r u / ||u|| ||: how far the directions lie apart, between 0 and 1.
-- `direction_information`, I(R; direction | rollout) in nats: how many values of r can be told
-  apart. Without noise any injective dependence, however faint, already gives all of H(R).
+The observer knows the rollout and sees the direction of the update in logit space. Two measures, 0
+when it does not depend on r: `direction_spread`, how far the directions lie apart, up to 1, and
+`direction_information`, how many values of r can be told apart, all of them by however faint a trace.
 """
 
 from itertools import product

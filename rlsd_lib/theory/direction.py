@@ -17,8 +17,8 @@ def added_credit(advantages: Tensor, gap: Tensor, *, lam: float, epsilon_w: floa
     """What RLSD adds to GRPO, A_hat - A = lam |A| psi(Delta): (N,), (N, T) -> (N, T).
 
     psi(Delta) in [-eps, eps] is up - 1 where A > 0 and 1 - down where A < 0: both increase in Delta
-    and vanish at 0 with slope 1. So the sign is the teacher's, whatever the reward; to first order
-    RLSD is GRPO plus sampled-token reverse-KL self-distillation (Eq. 17) with coefficient lam |A|.
+    and vanish at 0 with slope 1. To first order RLSD is GRPO plus sampled-token reverse-KL
+    self-distillation (Eq. 17) with coefficient lam |A|.
     """
     scale = advantages.unsqueeze(-1)
     up, down = clipped_weight(gap, epsilon_w), clipped_weight(-gap, epsilon_w)
@@ -40,19 +40,12 @@ def expected_credit(
 
 
 def expected_neutral_credit(gap: Tensor, mean: Tensor, *, lam: float, epsilon_w: float) -> Tensor:
-    """E[A_hat | prefix, v] of the sign-free weight: a ((1 - lam) + lam clip(exp |Delta|)).
-
-    It vanishes with a = E[A | prefix, v]. Group normalisation makes a zero on average over
-    prefixes, not at each of them.
-    """
+    """E[A_hat | v] of the sign-free weight: a ((1 - lam) + lam clip(exp |Delta|)), a = E[A | v]."""
     return mean * ((1 - lam) + lam * clipped_weight(gap.abs(), epsilon_w))
 
 
 def policy_step(student: Tensor, credit: Tensor) -> Tensor:
-    """E_{v ~ P_S}[credit(v) grad log P_S(v)] in logits, P_S (credit - mean): (V,), (V,) -> (V,).
-
-    It vanishes if and only if the credit is the same for all tokens.
-    """
+    """E_{v ~ P_S}[credit(v) grad log P_S(v)] in logits, P_S (credit - mean): (V,), (V,) -> (V,)."""
     return student * (credit - (student * credit).sum())
 
 
@@ -84,8 +77,7 @@ def group_outcomes(success: list[float]) -> tuple[Tensor, Tensor]:
 def largest_share_moved(lams: list[float], mean_abs: list[float], epsilon_w: float) -> float:
     """Largest share of a run's summed |A| that RLSD can move: sum lam_k eps m_k / sum m_k.
 
-    `lams` and `mean_abs` (steps,) are each step's lambda and mean |A|, as logged or as computed by
-    `group_mean_abs`. |A| falls as the success rate rises, so early steps weigh more.
+    `lams` and `mean_abs` (steps,) are each step's lambda and mean |A|, logged or `group_mean_abs`.
     """
     moved = sum(lam * epsilon_w * size for lam, size in zip(lams, mean_abs, strict=True))
     return moved / sum(mean_abs)

@@ -15,10 +15,7 @@ def posteriors(world: SequenceWorld) -> list[Tensor]:
 
 
 def predictive(world: SequenceWorld) -> tuple[Tensor, ...]:
-    """P_mix(y_t | y_<t) = sum_r P(r | y_<t) P_T(y_t | r, y_<t): entry t is (V**t, V).
-
-    This is the only student for which Theorem 4 holds.
-    """
+    """P_mix(y_t | y_<t) = sum_r P(r | y_<t) P_T(y_t | r, y_<t), Theorem 4's student: (V**t, V) each."""
     pairs = zip(posteriors(world), world.teacher, strict=False)
     return tuple((post.unsqueeze(-1) * step).sum(0) for post, step in pairs)
 
@@ -47,9 +44,8 @@ def belief_change(world: SequenceWorld) -> list[Tensor]:
 def format_term(world: SequenceWorld) -> list[Tensor]:
     """log P_mix(y_t) - log P_S(y_t): entry t is (V**(t+1),).
 
-    Corrected Theorem 4, for any teacher and student: evidence = belief change + this term. It
-    depends on the tokens and never on r, so a difference of gaps under two references drops it. Its
-    mean over student rollouts is -KL(P_S || P_mix).
+    Corrected Theorem 4: evidence = belief change + this term, which never depends on r. Its mean over
+    student rollouts is -KL(P_S || P_mix).
     """
     pairs = zip(predictive(world), world.student, strict=True)
     return [(mix.log() - student.log()).flatten() for mix, student in pairs]

@@ -139,9 +139,9 @@ def simulate(
 ) -> dict[str, Tensor]:
     """Train from `world.start()`; `rule` is distil or a credit, `sync_every` 0 a frozen teacher.
 
-    Updates are exact expectations. Returns (steps + 1,) each: `reward`, `cite` and `quote` (student's probabilities),
-    `information` I(reasoning; R), `loss` E_r KL(P_T || P_S), and `target_shift`, how far the update
-    at the same student moves because the teacher was refreshed.
+    Updates are exact expectations. Returns (steps + 1,) each: `reward`, `cite` and `quote`, the
+    student's probabilities, `information` I(reasoning; R), `loss` E_r KL(P_T || P_S), and
+    `target_shift`, how far a refresh of the teacher moves the update at the same student.
     """
     theta = anchor = world.start()
     rows = []
@@ -170,8 +170,7 @@ def simulate(
 def matched_rounds(world: QuoteWorld, theta: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
     """Student after `rounds` snapshots, each matched to the end, in closed form.
 
-    Every round multiplies the odds by E_r boost, so leakage compounds geometrically. Exact where
-    the quotes start equally likely, because then Z(r) is the same for all r.
+    Every round multiplies the odds by E_r boost. Exact where the quotes start equally likely.
     """
     grown = []
     for student, boost in zip(tables(theta), world.boosts, strict=True):

@@ -77,10 +77,9 @@ class Style:
 def write_chain(
     row: Row, random: Random, style: Style, beliefs: dict[Fact, Belief], *, quote: str = ""
 ) -> str:
-    """Write one chain for a row; `beliefs` may be empty, which makes it right.
+    """Write one chain for a row, which opens with `quote`; without `beliefs` it is right.
 
-    A wrong column is carried on faithfully, to the wrong answer that follows from it. `quote` is a
-    reference to open with.
+    A wrong column is carried on faithfully, to the wrong answer that follows from it.
     """
     parts = [*QUOTE, *quote] if quote else []
     carry, result = 0, ""

@@ -102,10 +102,7 @@ class LabRecipe:
 def load_lab(
     cache_dir: str | Path, recipe: LabRecipe
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """Return the lab's model (float32, on the CPU, in eval mode) and its tokenizer.
-
-    The first call pretrains and writes `cache_dir/lab-<digest of the recipe>/`; later calls read it.
-    """
+    """Return the lab's model (float32, CPU, eval mode) and tokenizer, pretrained on the first call."""
 
     def write(folder: Path) -> None:
         for part in pretrain(recipe):
@@ -156,8 +153,7 @@ def conversation(
 ) -> list[dict[str, str]]:
     """Write one conversation of the corpus, never about a held-out question.
 
-    `nuisance` is the share of filler words, in place of the recipe's own. A reference is the answer,
-    or a whole chain where `traced`.
+    `nuisance` is the share of filler words. A reference is the answer, or a chain where `traced`.
     """
     while is_held_out(question := question_of(row := draw_problem(random, recipe.digits))):
         pass
