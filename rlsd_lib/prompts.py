@@ -83,7 +83,7 @@ def shorten_to_fit(
 
     if length(1) > limit:
         raise ValueError(
-            f"max_teacher_prompt_length={limit} leaves no room: question and template need {length(0)}. "
+            f"max_teacher_prompt_length={limit} leaves no room: the question needs {length(0)}. "
             f"Raise the limit or drop the row: {prompt_text(prompt)[:200]!r}."
         )
     return head(bisect.bisect_right(range(1, len(ids)), limit, key=length))
@@ -138,8 +138,8 @@ def count_in_prompts(
 ) -> int:
     """Count rows whose privileged text stands in the student's prompt; refuse the clear leaks.
 
-    Raises ValueError with the rows. A text shorter than for `holds_reference` (a number, a choice) can stand
-    in a question by chance, and is only counted.
+    Raises ValueError with the rows. A text shorter than for `holds_reference` (a number, a choice)
+    can stand in a question by chance, and is only counted.
     """
     pairs = list(zip(prompts, contexts, strict=True))
     refuse(

@@ -345,7 +345,8 @@ def bench_gpu(folder: Path, models: Sequence[Sizes] = REAL) -> pd.DataFrame:
 def measure(sizes: Sizes) -> pd.DataFrame:
     """The race of all contenders beside what plans say of those that `Plan` describes.
 
-    Planned seconds are at the `mfu` that GRPO reached, of `Plan.tflops`: its own agree by construction.
+    Planned seconds are at the `mfu` that GRPO reached, of `Plan.tflops`: its own agree by
+    construction.
     """
     known = {name: change for name, (*_, change) in contenders().items() if change is not None}
     plans = {name: replace(sizes.plan, **change) for name, change in known.items()}

@@ -69,7 +69,8 @@ def run_submitted(
 ) -> Iterator[Outcome]:
     """Submit `jobs`, `workers` at a time; outcomes come as they end, failures among them.
 
-    `cluster` is "slurm", or "local" for processes of this machine; `options` are submitit's. Raises ValueError for an option that submitit does not know.
+    `cluster` is "slurm", or "local" for processes of this machine; `options` are submitit's. Raises
+    ValueError for an option that submitit does not know.
     """
     executor = submitit.AutoExecutor(outputs_root() / "submitit", cluster=cluster)
     try:

@@ -68,9 +68,9 @@ def launch_command(config: Path, num_processes: int, run_dir: Path) -> list[str]
 def run_workers(run: Run, num_processes: int, on_tick: Callable[[], None]) -> dict[str, Any]:
     """Train the open run on `num_processes` of all machines; returns what the workers wrote of it.
 
-    `on_tick` is called every `TICK_SECONDS`. A SIGTERM is passed on, and no worker outlives this call.
-    Raises RuntimeError with the reason or the end of the log if a process failed; Stopped after a
-    SIGTERM and their checkpoint.
+    `on_tick` is called every `TICK_SECONDS`. A SIGTERM is passed on, and no worker outlives this
+    call. Raises RuntimeError with the reason or the end of the log if a process failed; Stopped
+    after a SIGTERM and their checkpoint.
     """
     config = accelerate_config(run.manifest["preset"]["accelerate"])
     command = launch_command(config, num_processes, run.path)

@@ -133,7 +133,8 @@ def view_ratios(
     Positive where a reference in the prompt would have made the token likelier. `base_model` is that
     before training. Of N texts: the `prompts` that the writer read, without images; `completions` as
     token ids, sampled at temperature 1, with their end; `references`, each row's own, which are shown
-    to one another's questions through `template`. Raises ValueError for fewer than two different ones.
+    to one another's questions through `template`. Raises ValueError for fewer than two different
+    ones.
     """
 
     def score(seen: Sequence[Prompt], temperature: float = 1.0) -> Tensor:

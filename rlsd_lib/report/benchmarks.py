@@ -117,9 +117,9 @@ def command(
 def read_scores(folder: Path, names: Sequence[str]) -> dict[str, Interval]:
     """Return what a tool wrote to `folder`: the share of each benchmark with Wilson's 95 % interval.
 
-    Nothing without a results file; NaN ends for a score that is no share of right answers. Raises ValueError for several results files, or one that lacks a benchmark or its
-    metric, gives a value that is no share, or comes from another number of questions than the
-    benchmark's.
+    Nothing without a results file; NaN ends for a score that is no share of right answers. Raises
+    ValueError for several results files, or one that lacks a benchmark or its metric, gives a value
+    that is no share, or comes from another number of questions than the benchmark's.
     """
     files = [file for file in sorted(folder.rglob("*.json")) if "results" in file.name]
     if len(files) > 1:

@@ -107,8 +107,9 @@ def token_heatmap(
 ) -> Heatmap:
     """Colour each token by its value: blue above `center`, red below, white at it, grey for NaN.
 
-    `limit` is the distance from `center` that gets full colour; by default the largest there is. Raises ValueError for no tokens, lengths that differ, an infinite value, or a
-    limit that is not > 0.
+    `limit` is the distance from `center` that gets full colour; by default the largest there is.
+    Raises ValueError for no tokens, lengths that differ, an infinite value, or a limit that is not
+    > 0.
     """
     if len(tokens) != len(values) or not len(tokens):
         raise ValueError(f"{len(tokens)} tokens and {len(values)} values: expected one each")
@@ -152,7 +153,7 @@ class Card(Figure):
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """An empty figure that Jupyter knows how to show, made by pyplot, and shows once, forgotten by it."""
+    """An empty figure that Jupyter can show, made by pyplot, and shows once, forgotten by it."""
     figure = plt.figure(figsize=size, FigureClass=Card)
     plt.close(figure)
     return figure

@@ -31,7 +31,8 @@ def learned(runs: Runs, baseline: str = "grpo") -> Table:
     """Return a row per method with its accuracy, its difference to `baseline` and its leak rate.
 
     The notes are sentences. Differences are paired by problem and seed; their intervals are over
-    seeds where there are several, else over problems. Raises ValueError without a finished run of `baseline`.
+    seeds where there are several, else over problems. Raises ValueError without a finished run of
+    `baseline`.
     """
     arms = with_arms(runs.runs[is_finished(runs.runs)])
     differences = paired_differences(runs, baseline).rows.set_index("method")

@@ -60,7 +60,8 @@ def compare(runs: Runs, preset: str, own: Path | None = None) -> Table:
     Columns are the benchmarks that the runs of `preset` named, their average, and the held-out split;
     a run with settings of its own has a row. A cell is the mean over seeds with its 95 % Student
     interval, or one seed's share with its own. Shares lie in a run's benchmarks/after, the untrained
-    model's in benchmarks/before of plain runs. `own` is a run with metrics, not closed yet. Raises ValueError for results that `read_scores` refuses.
+    model's in benchmarks/before of plain runs. `own` is a run with metrics, not closed yet. Raises
+    ValueError for results that `read_scores` refuses.
     """
     frame = runs.runs
     if own is not None:

@@ -39,8 +39,8 @@ def training_curve(
     `steps` has a row per run and step, with columns `step`, `path`, `method` (a line each, with the
     look that it has in every figure of these steps) and the metric, averaged over the last `window`
     steps of a run first. The axis begins at 0 where no value is negative, and rewards are shown on
-    [0, 1]. `bound` is what theory allows at each row of `steps`, one run's then: a dotted line. Raises ValueError for an
-    absent column, no row with a value, or a window below 1.
+    [0, 1]. `bound` is what theory allows at each row of `steps`, one run's then: a dotted line.
+    Raises ValueError for an absent column, no row with a value, or a window below 1.
     """
     if window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
@@ -81,7 +81,8 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     """Every measure of leakage in a panel: a point per run with its own 95 % interval.
 
     `frame` has the rows of `leakage.summarise`, and a column `arm`, whose values get a row each. The
-    band is the base model's interval, the dashed line the mean null value of the runs. Raises ValueError for an absent column, or no row of a model.
+    band is the base model's interval, the dashed line the mean null value of the runs. Raises
+    ValueError for an absent column, or no row of a model.
     """
     data = _present(frame, ["arm", "measure", "of", "null", "mean", "low", "high"], "mean")
     colours, measures = _colours(data["arm"]), list(dict.fromkeys(data["measure"]))

@@ -38,10 +38,10 @@ class CreditViewer(CreditCallback):
 
         RLSDTrainer(..., callbacks=[CreditViewer(every_steps=50, rollouts=4)])
 
-    The first step and each `every_steps`-th get a page, such as `step-000050.html`, and a PNG for each
-    rollout: the advantages that enter the loss, as multiples of the rollout's, in the main process's
-    first micro-step, from the best and the worst end in turn. The trackers of `report_to` (trackio,
-    wandb, tensorboard) get a table with a row per token.
+    The first step and each `every_steps`-th get a page, such as `step-000050.html`, and a PNG for
+    each rollout: the advantages that enter the loss, as multiples of the rollout's, in the main
+    process's first micro-step, from the best and the worst end in turn. The trackers of `report_to`
+    (trackio, wandb, tensorboard) get a table with a row per token.
 
     Args:
         every_steps: optimiser steps from one page to the next, beside that of step 1.

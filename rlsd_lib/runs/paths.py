@@ -35,7 +35,7 @@ def default_run_dir(group: str, parameters: Mapping[str, Any]) -> Path:
 
 
 def run_name(parameters: Mapping[str, Any]) -> str:
-    """What a run is called: <method>-<preset>-s<seed>, a control, and a hash of what is not neutral."""
+    """What a run is called: <method>-<preset>-s<seed>, a control, a hash of what is not neutral."""
     parts = [str(parameters[k]) for k in ("method", "preset") if parameters.get(k)]
     parts += [f"s{parameters['seed']}"] if "seed" in parameters else []
     rest = settings(parameters)

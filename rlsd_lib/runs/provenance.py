@@ -30,8 +30,8 @@ def fingerprint(rows: Iterable[Any]) -> str:
     images = [name for name, feature in inner.items() if type(feature).__name__ == "Image"]
     if images and "key" not in features:
         raise ValueError(
-            f"the column {images[0]!r} holds images, and there is no column 'key': add one with a hash "
-            "of each row's question and image files"
+            f"the column {images[0]!r} holds images, and there is no column 'key': add a hash of each "
+            "row's question and image files"
         )
     rows = rows.remove_columns(images) if images else rows
     blank = dict.fromkeys(images, ())  # as JSON, what a row without images holds

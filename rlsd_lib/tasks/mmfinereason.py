@@ -87,9 +87,9 @@ def prepare(
 
     `source` is what `read` takes, or rows that were read already. `privileged` is "answer" (RLSD) or
     "trace" (OPSD). Each `<image>` of a problem becomes an image part, scaled to `min_area` ..
-    `max_area` pixels. Returned with the rows: how many were read, kept, and dropped for each fault. Raises FileNotFoundError if the folder has
-    no data files; ValueError if fields are missing, no row is usable, or there is no such
-    `privileged`.
+    `max_area` pixels. Returned with the rows: how many were read, kept, and dropped for each fault.
+    Raises FileNotFoundError if the folder has no data files; ValueError if fields are missing, no
+    row is usable, or there is no such `privileged`.
     """
     look_up(privileged, ("answer", "trace"), "privileged")
     given = isinstance(source, Dataset)

@@ -38,8 +38,8 @@ def load_model(
     """Return (model, tokenizer) of `lab`, `smollm2`, `toy-vlm`, a local folder, or a hub id.
 
     With `sees_images` the latter two are vision-language models, with a processor for a tokenizer.
-    `options` are those of `LabRecipe`, `load_toy` or `from_pretrained`, where `dtype` is float32 by default. Raises ValueError if `name` is a path,
-    and there is no such folder.
+    `options` are those of `LabRecipe`, `load_toy` or `from_pretrained`, where `dtype` is float32 by
+    default. Raises ValueError if `name` is a path, and there is no such folder.
     """
     if name == "lab":
         return load_lab(cache_dir, LabRecipe(**options))

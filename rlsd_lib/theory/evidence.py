@@ -15,7 +15,7 @@ def posteriors(world: SequenceWorld) -> list[Tensor]:
 
 
 def predictive(world: SequenceWorld) -> tuple[Tensor, ...]:
-    """P_mix(y_t | y_<t) = sum_r P(r | y_<t) P_T(y_t | r, y_<t), Theorem 4's student: (V**t, V) each."""
+    """P_mix = sum_r P(r | y_<t) P_T(y_t | r, y_<t), the student of Theorem 4: entry t is (V**t, V)."""
     pairs = zip(posteriors(world), world.teacher, strict=False)
     return tuple((post.unsqueeze(-1) * step).sum(0) for post, step in pairs)
 

@@ -336,8 +336,8 @@ def check_processes(functions: Collection[Credit | None], processes: int) -> Non
         if processes > 1 and bare in (rlcsd, srpo_weight):
             name = get_callable_name(bare)
             raise ValueError(
-                f"{name} counts the tokens of the batch, and each of {processes} processes sees a part. "
-                "Train it on one."
+                f"{name} counts the tokens of the batch, of which each of {processes} processes sees a "
+                "part. Train it on one."
             )
 
 

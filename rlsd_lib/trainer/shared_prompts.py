@@ -124,7 +124,7 @@ def try_score(
 
 
 def plan(rollouts: Rollouts, batch_size: int) -> list[Chunk]:
-    """Chunks of about `batch_size` rows with a completion, in whole groups of similar prompt length."""
+    """Chunks of about `batch_size` rows with a completion, whole groups of like prompt length."""
     prompts = [len(text) for text in rollouts.prompts.texts]
     ends = torch.arange(1, rollouts.mask.size(1) + 1, device=rollouts.mask.device)
     completions = (rollouts.mask * ends).amax(dim=1).tolist()  # the pass waits for the device here
@@ -197,7 +197,7 @@ def score(
 
 
 def _inputs(rollouts: Rollouts, rows: Tensor, before: int, width: int) -> dict[str, Tensor]:
-    """Completions behind prompts of width `before`, whose last token opens each; its own is left out."""
+    """Completions but for their last token, each opened by the last of its prompt (`before` wide)."""
     prompts = rollouts.prompts
     ids, mask = rollouts.ids[rows, :width], rollouts.mask[rows, :width]
     # Positions count from the uncut width, as in the plain pass.

@@ -37,7 +37,8 @@ def predicting(states: Tensor, length: int) -> Tensor:
 def hidden_states(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
     """Yield a list to which every forward inside the block adds what the LM head is given.
 
-    States (N, P + T, H) with their graph, if `wanted`: TRL's fused head returns log-probabilities only.
+    States (N, P + T, H) with their graph, if `wanted`: TRL's fused head returns log-probabilities
+    only.
     """
     collected: list[Tensor] = []
     if not wanted:

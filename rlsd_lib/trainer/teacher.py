@@ -168,8 +168,8 @@ class Teacher:
         state = json.loads(path.read_text()) if path.exists() else None
         if state is None and self.is_refreshed:
             raise ValueError(
-                f"{folder} holds no teacher state ({STATE_FILE}) for the {self.kind!r} teacher. Resume "
-                "from a checkpoint of RLSDTrainer, or use teacher_model_kind='live' or 'base'."
+                f"{folder} holds no teacher state ({STATE_FILE}) for the {self.kind!r} teacher. Use "
+                "a checkpoint of RLSDTrainer, or use teacher_model_kind='live' or 'base'."
             )
         return state
 

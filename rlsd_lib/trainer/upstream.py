@@ -66,7 +66,7 @@ class CompletionHead:
 
     @contextmanager
     def applied(self, wanted: bool) -> Iterator[None]:
-        """Cut inside, if `wanted` and on a CPU. The backward pass, which recomputes, belongs inside."""
+        """Cut inside, if `wanted` and on a CPU, where the backward pass, which recomputes, belongs."""
         self.applies = wanted and self.saves
         try:
             with tiles_of(TILE) if self.applies else nullcontext():
