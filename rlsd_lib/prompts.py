@@ -170,14 +170,18 @@ def count_images(prompt: Prompt, kind: str = "image") -> int:
     return sum(part["type"] == kind for part in _parts(prompt))
 
 
-def without_pixels(prompt: Prompt) -> Prompt:
-    """Return a prompt whose image parts say only that there is an image: it can be written down."""
-    return _with_images(prompt, [{"type": "image"}])
-
-
-def without_images(prompt: Prompt) -> Prompt:
-    """Return a prompt without its image parts."""
-    return _with_images(prompt, [])
+def with_images(prompt: Prompt, images: list[dict[str, Any]]) -> Prompt:
+    """Return a prompt with each of its image parts replaced by the parts `images`."""
+    if isinstance(prompt, str):
+        return prompt
+    changed = []
+    for message in prompt:
+        content = message["content"]
+        if isinstance(content, list):
+            parts = (images if part["type"] == "image" else [part] for part in content)
+            content = list(chain.from_iterable(parts))
+        changed.append({**message, "content": content})
+    return changed
 
 
 def spelled(text: str | None, control: Collection[str]) -> str | None:
@@ -272,20 +276,6 @@ def _render_content(content: str | list[dict[str, Any]], context: str, template:
     last = texts[-1]
     text = render(template, content[last]["text"], context)
     return [*content[:last], {**content[last], "text": text}, *content[last + 1 :]]
-
-
-def _with_images(prompt: Prompt, images: list[dict[str, Any]]) -> Prompt:
-    """A prompt with each of its image parts replaced by `images`."""
-    if isinstance(prompt, str):
-        return prompt
-    changed = []
-    for message in prompt:
-        content = message["content"]
-        if isinstance(content, list):
-            parts = (images if part["type"] == "image" else [part] for part in content)
-            content = list(chain.from_iterable(parts))
-        changed.append({**message, "content": content})
-    return changed
 
 
 def _is_visible(text: str) -> bool:

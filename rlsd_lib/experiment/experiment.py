@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from pandas.io.formats.style import Styler
@@ -161,10 +160,8 @@ class Experiment:
     def prompts(self, row: int = 0) -> Styler:
         """What student and teacher read for test problem `row`, side by side."""
         problem, sees = self.task.test[row], self.config.row.teacher_sees
-        contexts = {
-            PRIVILEGED: problem[COLUMN],
-            PEER: "<a successful rollout of the same group>",
-        }
+        peer = "<a successful rollout of the same group>"
+        contexts = {PRIVILEGED: problem[COLUMN], PEER: peer}
         seen = problem["prompt"]
         if sees in contexts:
             seen = teacher_prompt(seen, contexts[sees], self.config.privileged_template)
@@ -188,27 +185,22 @@ class Experiment:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.bf16):
             results = evaluate(*measured, **settings, seed=self.parameters.seed)
             greedy = evaluate(*measured, **once)
-            right = self._right_chains() if self.task.right_chain is not None else None
-        # Kept per problem, so that runs can be compared problem by problem.
-        scores = {"correct": per_problem(results), "greedy": per_problem(greedy)}
+            # Kept per problem, so that runs can be compared problem by problem.
+            scores = {"correct": per_problem(results), "greedy": per_problem(greedy)}
+            if self.task.right_chain is not None:
+                limit, how = settings["max_new_tokens"], self.config.chat_template_kwargs or {}
+                asked = {"max_new_tokens": limit, "seed": self.parameters.seed, **how}
+                scores["right_chain"] = right_chains(*measured, list(self.task.test), **asked)[1]
         leak = share_interval(results.loc[results["sample"] == 0, "speaks_of_reference"])
         measures = {**accuracies(results, greedy), "leak_rate": leak}
-        if right is not None:
-            scores["right_chain"] = right
-            measures["right_chain"] = bootstrap_interval(right)
+        if "right_chain" in scores:
+            measures["right_chain"] = bootstrap_interval(scores["right_chain"])
         self.run.add_evaluation(when, **scores)
         for name, value in measures.items():
             self.estimates[name, when] = value
             ends = zip(("", "_low", "_high"), value, strict=True)
             self.metrics |= {f"{name}_{when}{end}": number for end, number in ends}
         return results
-
-    def _right_chains(self) -> np.ndarray:
-        limit, seed = self.config.max_completion_length, self.parameters.seed
-        rows = list(self.task.test)
-        how = self.config.chat_template_kwargs or {}
-        asked = {"max_new_tokens": limit, "seed": seed, **how}
-        return right_chains(self.model, self.tokenizer, self.task, rows, **asked)[1]
 
     def _sampling(self) -> dict[str, Any]:
         return {

@@ -63,7 +63,7 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
     run = resolve(parameters)
     preset = run.preset
     found = Findings([f"{notebook}: {preset.summary}", *_settings(run)])
-    found.checked += ["method, preset, overrides and control exist", _batch_in_words(run)]
+    found.checked += ["method, preset, overrides and control exist", _batch(run)[1]]
     found.lines += [f"note: {line}" for line in RunParameters.of(parameters).idle(run.config)]
     config, processing = _local_model(preset)
     if config is None:
@@ -73,10 +73,8 @@ def dry_run(notebook: str, parameters: Mapping[str, Any]) -> Findings:
         found.checked.append(_check_limits(run, positions))
     source = preset.task_options.get("source", "")
     if preset.task in DATA and not (source and Path(source).is_dir()):
-        found.unseen.append(
-            f"the rows of {preset.task} ({source or 'from the hub'}): give a folder with "
-            '-p overrides=\'{"task_options": {"source": FOLDER}}\' to have them checked'
-        )
+        place = '-p overrides=\'{"task_options": {"source": FOLDER}}\''
+        found.unseen.append(f"the rows of {preset.task} ({source or 'from the hub'}): give {place}")
     else:
         with found.noting():
             task = preset.load_task(run.config.method)
@@ -135,27 +133,22 @@ def _settings(run: Resolved) -> Iterator[str]:
             yield f"  {name:<28} {value!r}"
 
 
-def _batch_in_words(run: Resolved) -> str:
-    config, rollouts = run.config, _rollouts(run)
-    return (
-        f"{rollouts} rollouts per step = {rollouts // config.num_generations} prompts x "
-        f"{config.num_generations} = {run.processes} processes x "
-        f"{config.per_device_train_batch_size} rows x {config.gradient_accumulation_steps} "
-        f"micro-batches; {config.max_steps} steps"
+def _batch(run: Resolved) -> tuple[int, str]:
+    """Rollouts of one optimiser step over all processes, and how they are made up, in words."""
+    config, group = run.config, run.config.num_generations
+    rows, micro = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    rollouts = run.processes * rows * micro
+    return rollouts, (
+        f"{rollouts} rollouts per step = {rollouts // group} prompts x {group} = {run.processes} "
+        f"processes x {rows} rows x {micro} micro-batches; {config.max_steps} steps"
     )
-
-
-def _rollouts(run: Resolved) -> int:
-    """Rollouts of one optimiser step, over all processes."""
-    each = run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps
-    return each * run.processes
 
 
 def _plan(run: Resolved) -> list[str]:
     """Memory and time by arithmetic, for models whose sizes are known."""
     planned = {name: getattr(run.config, name) for name in FIELDS if hasattr(run.config, name)}
     try:
-        plan = plan_of(run.preset, gpus=run.processes, **planned, rollouts=_rollouts(run))
+        plan = plan_of(run.preset, gpus=run.processes, **planned, rollouts=_batch(run)[0])
     except ValueError as error:
         return [f"no `rlsd plan`: {error}"]
     return [describe(plan, f"{run.processes} GPUs of 80 GiB"), ""]
@@ -248,7 +241,7 @@ def _check_lengths(run: Resolved, task: Task, processing: Processing) -> Iterato
     if full:
         raise ValueError(
             f"max_teacher_prompt_length={limit} leaves the privileged text no room in {len(full)} "
-            f"rows (rows {full[:5]}): raise it, or lower max_prompt_length"
+            f"rows (rows {full[:5]}): raise it"
         )
     long = sum(length > limit for length in lengths)
     yield f"teacher prompts have up to {max(lengths)} tokens; {long} will be shortened to {limit}"

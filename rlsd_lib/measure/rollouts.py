@@ -116,7 +116,7 @@ def look(
     return [
         Rollout(
             problem={name: value for name, value in problem.items() if name != "images"},
-            teacher_prompt=prompts.without_pixels(seen[i]),
+            teacher_prompt=prompts.with_images(seen[i], [{"type": "image"}]),  # no pixels
             completion=texts[i],
             tokens=[tokenizer_of(processing).decode([token]) for token in ids],
             reward=rewards[i].item(),
@@ -157,19 +157,12 @@ def _contexts(
 ) -> list[str | None]:
     """What the teacher reads beside the prompt of each rollout; None for nothing."""
     nothing, reference = [None] * len(texts), [problem[prompts.COLUMN]] * len(texts)
-    if config.row.teacher_sees == PROMPT:
-        return nothing
     if config.row.teacher_sees != PEER:
-        return reference
-    return prompts.demonstrations(
-        texts,
-        rewards,
-        reference if config.include_environment_feedback else nothing,
-        slice(None),
-        group_size=len(texts),
-        threshold=config.success_reward_threshold,
-        with_failed=config.include_failed_rollout,
-    ).texts
+        return nothing if config.row.teacher_sees == PROMPT else reference
+    feedback = reference if config.include_environment_feedback else nothing
+    how = {"group_size": len(texts), "threshold": config.success_reward_threshold}
+    how["with_failed"] = config.include_failed_rollout
+    return prompts.demonstrations(texts, rewards, feedback, slice(None), **how).texts
 
 
 def _wrong_contexts(config: RLSDConfig, task: Task, problem: Row) -> list[str]:
@@ -246,7 +239,7 @@ def check_from_tasks(config: RLSDConfig) -> None:
     if absent := sorted(from_caller(config.credit) - OF_ERRORS - OF_SUCCESS):
         raise ValueError(
             f"method={config.method!r} asks for {', '.join(absent)}, which no task of the workbook "
-            "knows. Train it in a script of your own, with RLSDTrainer(signals=fn)."
+            "knows. Train it with RLSDTrainer(signals=fn)."
         )
 
 

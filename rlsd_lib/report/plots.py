@@ -6,7 +6,7 @@ place, so that a print in grey can be read too.
 """
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -86,9 +86,7 @@ def leak_measures(frame: pd.DataFrame, title: str) -> Figure:
     """
     data = _present(frame, ["arm", "measure", "of", "null", "mean", "low", "high"], "mean")
     colours, measures = _colours(data["arm"]), list(dict.fromkeys(data["measure"]))
-    figure = new_figure((2.2 * len(measures) + 2.2, 0.4 * len(colours) + 1.6))
-    with sns.axes_style("whitegrid"):
-        panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    figure, panels = _panels(len(measures), (2.2 * len(measures) + 2.2, 0.4 * len(colours) + 1.6))
     for axes, measure in zip(panels, measures, strict=True):
         rows = data[data["measure"] == measure]
         base, model = (rows[rows["of"] == of] for of in ("base", "model"))
@@ -118,9 +116,8 @@ def costs(ratios: pd.DataFrame) -> Figure:
     data = ratios.assign(model=names.str[0], trainer=names.str[1])
     data = data.melt(["model", "trainer"], var_name="cost", value_name="ratio")
     models = data.groupby("model", sort=False)
-    figure = new_figure((3 * len(models) + 2, 0.4 * data["trainer"].nunique() + 1.4))
-    with sns.axes_style("whitegrid"):
-        panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    size = 3 * len(models) + 2, 0.4 * data["trainer"].nunique() + 1.4
+    figure, panels = _panels(len(models), size)
     look = {"x": "ratio", "y": "trainer", "hue": "cost", "palette": "colorblind"}
     for axes, (model, rows) in zip(panels, models, strict=True):
         sns.barplot(rows, ax=axes, legend=axes is panels[-1], **look)
@@ -133,9 +130,7 @@ def costs(ratios: pd.DataFrame) -> Figure:
 
 def canvas(title: str) -> tuple[Figure, Axes]:
     """Return an empty figure with one pair of axes, in the look of the others."""
-    figure = new_figure(SIZE)
-    with sns.axes_style("whitegrid"):
-        axes = figure.subplots()
+    figure, (axes,) = _panels(1, SIZE)
     axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     sns.despine(ax=axes)
     return figure, axes
@@ -146,6 +141,12 @@ def footnote(figure: Figure, text: str) -> Figure:
     lines = "\n".join(textwrap.wrap(text, 120, break_on_hyphens=False))
     figure.text(0.01, -0.01, lines, fontsize=7, color="0.35", va="top", parse_math=False)
     return figure
+
+
+def _panels(count: int, size: tuple[float, float]) -> tuple[Figure, Sequence[Axes]]:
+    figure = new_figure(size)
+    with sns.axes_style("whitegrid"):
+        return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
 
 
 def _present(frame: pd.DataFrame, columns: list[str], needed: str) -> pd.DataFrame:

@@ -74,8 +74,8 @@ class CreditViewer(CreditCallback):
         folder.mkdir(parents=True, exist_ok=True)
         body = []
         for number, rollout in enumerate(shown):
-            told = rollout.tokens, rollout.credit, rollout.advantage
             title = f"rollout {number}, reward {rollout.reward:.3g}"
+            told = rollout.tokens, rollout.credit, rollout.advantage
             picture = credit_heatmap(*told, title=title)
             picture.savefig(folder / f"step-{step:06d}-{number}.png", dpi=150, bbox_inches="tight")
             body.append(f"<pre>{escape(rollout.prompt)}</pre>{picture._repr_html_()}")
@@ -112,13 +112,17 @@ def read_rollouts(
 
 def _table(step: int, shown: list[Shown]) -> pd.DataFrame:
     """A row per token of all rollouts."""
-    columns = ("step", "rollout", "reward", "advantage", "position", "token", "token advantage")
-    rows = [
-        (step, number, each.reward, each.advantage, position, token, value)
-        for number, each in enumerate(shown)
-        for position, (token, value) in enumerate(zip(each.tokens, each.credit, strict=True))
-    ]
-    return pd.DataFrame(rows, columns=list(columns))
+    frames = []
+    for number, each in enumerate(shown):
+        whole = {
+            "step": step,
+            "rollout": number,
+            "reward": each.reward,
+            "advantage": each.advantage,
+        }
+        own = {"position": range(len(each.tokens)), "token": each.tokens}
+        frames.append(pd.DataFrame({**whole, **own, "token advantage": each.credit}))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _track(trainer: RLSDTrainer, table: pd.DataFrame) -> None:

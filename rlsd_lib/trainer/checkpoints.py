@@ -233,7 +233,7 @@ def _refusal(folder: Path, how: str) -> ValueError:
     older = [path for path in found[after:] if (path / MARK).exists()]
     way = "There is no older checkpoint: begin anew (rlsd run: --if-exists overwrite)"
     if older:
-        way = f"Resume from the next older, {older[0]} (rlsd run: --if-exists resume-older)"
+        way = f"The next older checkpoint is {older[0]}: resume it (rlsd run: --if-exists resume-older)"
     return ValueError(f"{folder}{how}. {way}.")
 
 

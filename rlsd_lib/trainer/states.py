@@ -14,14 +14,8 @@ from rlsd_lib.trainer import sharded
 
 # What TRL's output dictionary holds of the images; the teacher sees the very same tensors.
 IMAGE_FIELDS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "image_position_ids",
+    *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
+    *("spatial_shapes", "num_tiles", "image_sizes", "image_position_ids"),
 )
 # In front of the names of a credit's own signals, so that TRL's dictionary has no other of the name.
 SIGNAL = "signal "

@@ -331,7 +331,7 @@ class TeacherPass(GRPOTrainer):
         if limit is None or args.row.teacher_sees == PROMPT:
             return
         most = limit - len(args.privileged_template.encode()) - MARGIN
-        pairs = zip(map(texts.without_images, prompts), contexts, strict=True)
+        pairs = zip((texts.with_images(prompt, []) for prompt in prompts), contexts, strict=True)
         rows = [
             row
             for row, (prompt, context) in enumerate(pairs)

@@ -10,7 +10,7 @@ import torch
 
 from rlsd_lib.measure import rollouts as lens
 from rlsd_lib.measure.evaluate import evaluate, sample
-from rlsd_lib.prompts import without_images, without_pixels
+from rlsd_lib.prompts import with_images
 from rlsd_lib.tasks import load_task
 from rlsd_lib.tasks.encode import encode, messages_of
 from rlsd_lib.tasks.models import load_model
@@ -93,9 +93,10 @@ def test_text_models_are_encoded_as_before():
 def test_images_leave_the_prompt_or_only_their_pixels_do():
     parts = [{"type": "image", "image": object()}, {"type": "text", "text": "a"}]
     prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]
-    assert without_images(prompt)[1]["content"] == [parts[1]]
-    assert without_pixels(prompt)[1]["content"] == [{"type": "image"}, parts[1]]
-    assert without_images("text") == without_pixels("text") == "text"
+    assert with_images(prompt, [])[1]["content"] == [parts[1]]
+    bare = [{"type": "image"}]
+    assert with_images(prompt, bare)[1]["content"] == [*bare, parts[1]]
+    assert with_images("text", bare) == "text"
     assert parts[0]["image"] is not None
 
 
