@@ -232,12 +232,10 @@ class Demonstrations(NamedTuple):
 def demonstrations(
     completions: Sequence[Completion],
     rewards: Sequence[float],
-    feedback: Sequence[str | None],
     local: slice,
     *,
     group_size: int,
     threshold: float,
-    with_failed: bool,
 ) -> Demonstrations:
     """Write the privileged text of each rollout in `local`.
 
@@ -245,24 +243,15 @@ def demonstrations(
     rollout is never its own demonstration. NaN rewards (unscorable rollouts) never succeed. Raises
     ValueError if the sequences differ in length, or are not whole groups.
     """
-    total = len(completions)
-    if len(rewards) != total or len(feedback) != total or total % group_size:
-        raise ValueError(
-            f"{total} completions, {len(rewards)} rewards and {len(feedback)} feedback texts do "
-            f"not make whole groups of {group_size}."
-        )
+    total, count = len(completions), len(rewards)
+    if count != total or total % group_size:
+        raise ValueError(f"{total} completions, {count} rewards: expected groups of {group_size}.")
     good = [reward >= threshold for reward in rewards]
     texts = []
     for index in range(total)[local]:
         first = index // group_size * group_size
         peers = [i for i in range(first, first + group_size) if i != index]
-        shown = [text_of(completions[i]) for i in peers if good[i]][:1]
-        if shown and with_failed:
-            wrong = [text_of(completions[i]) for i in peers if rewards[i] < threshold]
-            shown += [f"A wrong attempt:\n{text}" for text in wrong[:1]]
-        if feedback[index]:
-            shown.append(f"Feedback:\n{feedback[index]}")
-        texts.append("\n\n".join(shown) or None)
+        texts.append(next((text_of(completions[i]) for i in peers if good[i]), "") or None)
     groups = [good[i : i + group_size] for i in range(0, total, group_size)]
     return Demonstrations(texts, sum(map(any, groups)), len(groups))
 

@@ -254,35 +254,11 @@ def test_without_a_success_nothing_moves(tmp_path, mode):
         assert row["rlsd/demonstration_group_frac"] == 0.0
 
 
-def test_with_failure_and_feedback_the_teacher_reads_all_three(tmp_path):
-    """Written out by hand, and compared through the loss; feedback alone is a demonstration too."""
-
-    def turns(generation: Generation) -> list[tuple[str, bool]]:
-        texts = decoded(generation)
-        good = [reward >= 0.5 for reward in tiny.reward(texts)]
-        found = []
-        for i, (turn, has_peer) in enumerate(peer_turns(generation)):
-            failed = [j for j in range(i - i % 4, i - i % 4 + 4) if j != i and not good[j]]
-            parts = [turn] if has_peer else []
-            parts += [f"A wrong attempt:\n{texts[failed[0]]}"] if has_peer and failed else []
-            parts += [f"Feedback:\n{generation.rows[i]['privileged_context']}"]
-            found.append(("\n\n".join(parts) if has_peer else f"{turn}|{parts[0]}", True))
-        return found
-
-    options = {"include_failed_rollout": True, "include_environment_feedback": True}
-    steps = record(script(make(tmp_path, "sdpo", max_steps=3, **options)), LOSSES)
-    by_hand = Reference("sdpo", turns, divergence=DIVERGENCES["sdpo"])
-    for step in steps:
-        dense.assert_equal(step.losses, by_hand.losses(step, LOSSES))
-
-
 def show(rewards: list[float], **options: Any) -> list[str | None]:
     """Demonstrations of rollouts called 0, 1, 2, ... in groups of three."""
-    count = len(rewards)
-    settings = {"group_size": 3, "threshold": 1.0, "with_failed": False, **options}
-    feedback = settings.pop("feedback", [None] * count)
-    names = [str(i) for i in range(count)]
-    return demonstrations(names, rewards, feedback, slice(0, count), **settings).texts
+    names = [str(i) for i in range(len(rewards))]
+    settings = {"group_size": 3, "threshold": 1.0, **options}
+    return demonstrations(names, rewards, slice(None), **settings).texts
 
 
 def test_a_rollout_is_never_its_own_demonstration():
@@ -293,21 +269,10 @@ def test_a_rollout_is_never_its_own_demonstration():
             assert text == (str(peers[0]) if peers else None)
 
 
-def test_failure_is_shown_beside_a_success_only_and_feedback_always():
-    wrong = "\n\nA wrong attempt:\n"
-    assert show([0, 1, 0], with_failed=True) == ["1" + wrong + "2", None, "1" + wrong + "0"]
-    assert show([0, 0, 0], with_failed=True) == [None] * 3
-    assert show([0, 0, 1], feedback=["a", None, "b"]) == [
-        "2\n\nFeedback:\na",
-        "2",
-        "Feedback:\nb",
-    ]
-
-
 def test_an_unscorable_rollout_is_neither_success_nor_failure(tmp_path):
     nan = float("nan")
     assert show([nan, nan, 0.5], threshold=0.0) == ["2", "2", None]
-    assert show([1, nan, 1], with_failed=True) == ["2", "0", "0"]
+    assert show([1, nan, 1]) == ["2", "0", "0"]
     trainer = make(
         tmp_path,
         "sdpo",
@@ -320,7 +285,7 @@ def test_an_unscorable_rollout_is_neither_success_nor_failure(tmp_path):
 
 
 def test_groups_must_be_whole():
-    with pytest.raises(ValueError, match="4 completions, 4 rewards and 4 feedback texts"):
+    with pytest.raises(ValueError, match="4 completions, 4 rewards: expected groups of 3"):
         show([1, 0, 0, 1])
 
 
@@ -391,8 +356,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sampled top-1": ("opsd_student_top1", SAMPLED, "Use method='opsd' with it"),
     "k of a top-1": ("opsd_student_top1", {"distillation_topk": 5}, "means nothing for"),
     "sampled mixture": ("grpo_opsd", {**SAMPLED, "distillation_weight": 1.0}, "full or top-k"),
-    "peers of opsd": ("opsd", {"include_failed_rollout": True}, "option of method='sdpo'"),
-    "feedback of rlsd": ("rlsd", {"include_environment_feedback": True}, "option of method='sdpo'"),
 }
 
 
@@ -464,13 +427,11 @@ def test_opd_leaves_the_callers_teacher_alone_and_asks_its_current_weights(tmp_p
         dense.assert_equal(step.losses, reference("opd").losses(step, ["dapo"]))
 
 
-def test_sdpo_needs_rewards_and_the_feedback_it_is_to_show(tmp_path):
+def test_sdpo_needs_rewards_and_no_reference(tmp_path):
     for rewards in (None, []):
         with pytest.raises(ValueError, match="'sdpo' needs reward_funcs: they decide which"):
             build(tmp_path, "sdpo", reward_funcs=rewards)
     bare = tiny.dataset().remove_columns("privileged_context")
-    with pytest.raises(ValueError, match="include_environment_feedback=True needs a 'privileged"):
-        build(tmp_path, "sdpo", train_dataset=bare, args={"include_environment_feedback": True})
     build(tmp_path, "sdpo", train_dataset=bare)
 
 

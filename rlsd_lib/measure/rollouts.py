@@ -159,10 +159,8 @@ def _contexts(
     nothing, reference = [None] * len(texts), [problem[prompts.COLUMN]] * len(texts)
     if config.row.teacher_sees != PEER:
         return nothing if config.row.teacher_sees == PROMPT else reference
-    feedback = reference if config.include_environment_feedback else nothing
     how = {"group_size": len(texts), "threshold": config.success_reward_threshold}
-    how["with_failed"] = config.include_failed_rollout
-    return prompts.demonstrations(texts, rewards, feedback, slice(None), **how).texts
+    return prompts.demonstrations(texts, rewards, slice(None), **how).texts
 
 
 def _wrong_contexts(config: RLSDConfig, task: Task, problem: Row) -> list[str]:

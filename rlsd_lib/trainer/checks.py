@@ -80,8 +80,6 @@ def check_arguments(
         if "prompt" not in columns:
             raise ValueError(f"The dataset has no 'prompt' column{nearest('prompt', columns)}.")
         _check_videos(dataset)
-    if args.include_environment_feedback:
-        _check_column(dataset, args.privileged_column, "include_environment_feedback=True")
     if args.uses_teacher and sees == methods.PRIVILEGED:
         column = args.privileged_column
         _check_column(dataset, column, method)

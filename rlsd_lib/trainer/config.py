@@ -163,10 +163,6 @@ class RLSDConfig(GRPOConfig, Named):
             Factor of GRPO's own term beside a method that is pure distillation.
         success_reward_threshold (`float`, *optional*, defaults to `1.0`):
             The reward from which a rollout counts as right, as demonstration and as `success`.
-        include_failed_rollout (`bool`, *optional*, defaults to `False`):
-            Peers: also show the teacher a failed rollout of the group.
-        include_environment_feedback (`bool`, *optional*, defaults to `False`):
-            Peers: also show the teacher the row's `privileged_context`, as feedback.
     """
 
     vllm_importance_sampling_mode: str = "token_truncate"
@@ -197,8 +193,6 @@ class RLSDConfig(GRPOConfig, Named):
     distillation_weight: float | None = None
     policy_weight: float = 0.0
     success_reward_threshold: float = 1.0
-    include_failed_rollout: bool = False
-    include_environment_feedback: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -364,8 +358,6 @@ class RLSDConfig(GRPOConfig, Named):
                 return (
                     f"{method}, which compares the reference with another row's. Leave it at False."
                 )
-            case "include_failed_rollout" | "include_environment_feedback" if sees != methods.PEER:
-                return f"{method}: it is an option of method='sdpo' and of peer_context=True."
             case "weight_clip" | "conserve_credit" if row.evidence is None:
                 return f"{method}, which has no weight. Leave it alone."
             case "permute_credit" if alike:

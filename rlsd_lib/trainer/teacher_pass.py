@@ -254,16 +254,12 @@ class TeacherPass(GRPOTrainer):
         return zip(*drawn, strict=True)
 
     def _peer_contexts(self, inputs: list[dict[str, Any]]) -> Contexts:
-        asked = self.args.include_environment_feedback
-        feedback = [row.get(self.args.privileged_column) if asked else None for row in inputs]
         shown = texts.demonstrations(
             gather_object(self._completions),
             self._rewards.tolist(),
-            gather_object(feedback),
             self._own_rows(len(inputs)),
             group_size=self.num_generations,
             threshold=self.args.success_reward_threshold,
-            with_failed=self.args.include_failed_rollout,
         )
         # The tally is of all ranks already; a mean of equal ratios is that ratio.
         self.log_means({"demonstration_group_frac": (shown.groups_with_success, shown.groups)})

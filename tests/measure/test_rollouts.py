@@ -82,11 +82,7 @@ CASES = {
     },
     "rlsd, a peer": {"peer_context": True, "success_reward_threshold": 0.5},
     "rlsd_neutral": {},
-    "sdpo": {
-        "success_reward_threshold": 0.5,
-        "include_failed_rollout": True,
-        "include_environment_feedback": True,
-    },
+    "sdpo": {"success_reward_threshold": 0.5},
     "opsd": {"distillation_mode": "topk_logits", "distillation_topk": 5, "distillation_alpha": 0.3},
     "opsd, sampled": {"distillation_mode": "sampled_token"},
     "opsd_teacher_top1, no peer": {"peer_context": True, "success_reward_threshold": 2.0},
