@@ -47,10 +47,8 @@ def keywords(function: Credit | None) -> dict[str, inspect.Parameter]:
 def from_caller(function: Credit | None) -> set[str]:
     """Names without which a credit function cannot run and that only `signals` can give."""
     named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = (
-        k for k, p in keywords(function).items() if p.kind in named and p.default is p.empty
-    )
-    return set(required) - set(SIGNALS)
+    options = keywords(function).items()
+    return {k for k, p in options if p.kind in named and p.default is p.empty} - set(SIGNALS)
 
 
 @dataclass(frozen=True)

@@ -219,9 +219,7 @@ def _check_limits(run: Resolved, positions: int | None) -> str:
     teacher = settings.max_teacher_prompt_length or 0 if settings.uses_teacher else 0
     needed = max(teacher, prompt) + completion
     if positions is not None and needed > positions:
-        raise ValueError(
-            f"prompt and completion may take {needed} positions, the model has {positions}"
-        )
+        raise ValueError(f"a rollout may take {needed} positions, the model has {positions}")
     return f"at most {needed} positions" + (f" of the model's {positions}" if positions else "")
 
 

@@ -258,9 +258,7 @@ class RunParameters:
     preset: str  # a key of `PRESETS`
     seed: Annotated[int, lambda value: value >= 0, "a number >= 0"] = 0  # of order and sampling
     max_steps: Steps = -1  # optimiser steps
-    overrides: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # `RLSDConfig` and `OF_PRESET` fields
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of `RLSDConfig` or `OF_PRESET`
     control: str = "none"  # a key of `CONTROLS`
     num_processes: int = 1  # which share the batch of one, see `launch`
     run_dir: str = ""  # "" for the default directory
@@ -285,7 +283,7 @@ class RunParameters:
         preset, overrides = resolve_preset(self.preset, self.overrides, self.seed)
         if METHODS[self.method].teacher_sees == PROMPT and not preset.teacher_model:
             raise ValueError(
-                f"method={self.method!r} needs a teacher_model; {self.preset!r} has none."
+                f"method={self.method!r} needs a teacher_model: {self.preset!r} has none"
             )
         on_gpu = torch.cuda.is_available()
         settings: dict[str, Any] = {

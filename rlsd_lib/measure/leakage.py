@@ -163,7 +163,7 @@ def other_references(references: Sequence[str], seed: int) -> list[list[str]]:
     distinct = sorted(set(references))
     if len(distinct) < 2:
         raise ValueError(
-            f"{len(distinct)} different references; give at least two rows that differ."
+            f"{len(distinct)} different references: give at least two rows that differ"
         )
     draw = random.Random(seed)
     take = min(NUM_REFERENCES, len(distinct) - 1)

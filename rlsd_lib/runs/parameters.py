@@ -82,10 +82,8 @@ def complete(source: Path, given: Mapping[str, Any]) -> dict[str, Any]:
                 hint += f"; a field of RLSDConfig or of the preset goes into -p {pair}"
             raise ValueError(f"{source.name} has no parameter {name!r}{hint}")
         if not declared[name].accepts(value):
-            wanted = declared[name].kind.__name__
-            raise TypeError(
-                f"{source.name}: {name}={value!r} is {type(value).__name__}, expected {wanted}"
-            )
+            kinds = f"{type(value).__name__}, expected {declared[name].kind.__name__}"
+            raise TypeError(f"{source.name}: {name}={value!r} is {kinds}")
     return {name: given.get(name, parameter.default) for name, parameter in declared.items()}
 
 

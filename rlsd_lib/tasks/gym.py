@@ -49,10 +49,8 @@ def load(
 
     def rows(random: Random) -> Iterator[Row]:
         while True:
-            entries = reasoning_gym.create_dataset(
-                name, size=CHUNK, seed=random.randrange(2**31), **config
-            )
-            for entry in entries:
+            drawn = {"size": CHUNK, "seed": random.randrange(2**31)}
+            for entry in reasoning_gym.create_dataset(name, **drawn, **config):
                 question, answer = entry["question"].strip(), str(entry["answer"])
                 yield {
                     "prompt": [{"role": "user", "content": f"{question} {instruction}".strip()}],

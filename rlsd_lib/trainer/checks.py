@@ -63,13 +63,9 @@ def check_arguments(
     if sees != methods.PROMPT and teacher_model is not None:
         raise ValueError(f"{method} teaches itself: teacher_model= is for method='opd' only.")
     if sees == methods.PEER and not reward_funcs:
-        raise ValueError(
-            f"{method} needs reward_funcs: they decide which rollouts peers are shown."
-        )
+        raise ValueError(f"{method} needs reward_funcs: they decide which rollouts peers see.")
     if args.uses_teacher and rollout_func is not None:
-        raise ValueError(
-            "rollout_func builds its own prompt ids. Use tools or environment_factory."
-        )
+        raise ValueError("rollout_func builds its own prompt ids. Use tools or environments.")
     if args.max_teacher_prompt_length is not None and environment_factory is not None:
         raise ValueError(
             f"max_teacher_prompt_length={args.max_teacher_prompt_length} with environment_factory: "
@@ -96,9 +92,8 @@ def check_wrong_references(dataset: Any, asked: Collection[str], args: RLSDConfi
     count, asking = args.wrong_references, sorted(methods.NEEDS_WRONG.intersection(asked))
     column = args.privileged_column
     if count > 1 and "wrong_gaps" not in asking:
-        raise ValueError(
-            f"wrong_references={count} means nothing where no credit asks for wrong_gaps."
-        )
+        what = f"wrong_references={count}"
+        raise ValueError(f"{what} means nothing where no credit asks for wrong_gaps. Set it to 1.")
     if not asking:
         return []
     if args.row.teacher_sees == methods.PEER:
@@ -241,9 +236,7 @@ def _check_sampling(model: nn.Module, args: RLSDConfig) -> None:
     cuts = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
     if differ := {n: v for n, off in cuts.items() if (v := getattr(args, n)) not in (off, 0)}:
         size = f"up to {-math.log(args.top_p):.3f} nats a token for top_p" if args.top_p < 1 else ""
-        said = (
-            "%s: rollouts come from another distribution than P_S; its log-probabilities differ by "
-        )
+        said = "%s: rollouts are of another distribution than P_S; its log-probabilities differ by "
         said += "the log of the mass that is cut, %s"
         logger.warning(said, differ, size or "which has no bound here")
 

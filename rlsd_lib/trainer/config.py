@@ -351,13 +351,9 @@ class RLSDConfig(GRPOConfig, Named):
         method = f"for method={self.method!r}"
         match name:
             case "peer_context" if not reads:
-                return (
-                    f"{method}, whose teacher sees no privileged_context that a peer could replace."
-                )
+                return f"{method}: there is no privileged_context that a peer could replace."
             case "peer_context" if row.asks & methods.NEEDS_WRONG:
-                return (
-                    f"{method}, which compares the reference with another row's. Leave it at False."
-                )
+                return f"{method}, which compares the reference with another row's. Leave it alone."
             case "weight_clip" | "conserve_credit" if row.evidence is None:
                 return f"{method}, which has no weight. Leave it alone."
             case "permute_credit" if alike:
@@ -383,9 +379,7 @@ class RLSDConfig(GRPOConfig, Named):
             case _ if (
                 name.startswith("distillation_") and name != "distillation_mode" and mode == SAMPLED
             ):
-                return (
-                    f"with {mode!r}, whose token advantage is log P_T - log P_S. Leave it at None."
-                )
+                return f"with {mode!r}, whose credit is log P_T - log P_S. Leave it at None."
         return None
 
     def _check_against_grpo(self) -> None:
@@ -394,9 +388,7 @@ class RLSDConfig(GRPOConfig, Named):
             self.check_keeps_token_credit(f"method={self.method!r}")
         if self.neftune_noise_alpha is not None:
             alpha = self.neftune_noise_alpha
-            raise ValueError(
-                f"neftune_noise_alpha={alpha} would put noise into the gap. Leave it None."
-            )
+            raise ValueError(f"neftune_noise_alpha={alpha} would put noise into the gap. Drop it.")
         # A least length forbids the end token alone, and whoever measures at one length asks for it.
         if shaping := sorted({*(self.generation_kwargs or {})} - HARMLESS - {"min_new_tokens"}):
             raise ValueError(

@@ -207,9 +207,8 @@ def copy_for_scoring(
     else:
         with upstream.without_fused_head(source):
             teacher = sharded.copy_of(source)
-    add_fused_lm_head(
-        teacher, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32
-    )
+    exact = args.cast_lm_head_to_fp32
+    add_fused_lm_head(teacher, temperature=args.temperature, cast_lm_head_to_fp32=exact)
     return teacher.requires_grad_(False).eval()
 
 

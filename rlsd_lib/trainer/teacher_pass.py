@@ -182,9 +182,9 @@ class TeacherPass(GRPOTrainer):
         if scores.hidden is not None:
             output["teacher_hidden"] = scores.hidden
             # Reused rollouts outlive an optimiser step; the head must stay that of their states.
-            keep = len(self._served) > 1
+            kept = len(self._served) > 1
             self._teacher_head = tuple(
-                t.clone() if keep and t is not None else t for t in scores.head
+                t.clone() if kept and t is not None else t for t in scores.head
             )
         if self.args.row.teacher_sees == PEER:
             shown = [context is not None for context in contexts]
