@@ -243,7 +243,9 @@ def rlcsd(
     moved = advantage.sign() * (advantage.abs() + advantage.sign() * rho).clamp(min=0.0)
     tokens, chosen = keep.sum(dtype=rho.dtype), selected.sum(dtype=rho.dtype)
     others = tokens / (tokens - chosen) * advantage
-    return _inside(keep, torch.where(selected, eta * tokens / chosen * moved, others), advantage)
+    return torch.where(
+        keep, torch.where(selected, eta * tokens / chosen * moved, others), advantage
+    )
 
 
 def rlrt(
@@ -272,7 +274,7 @@ def antisd(
     """
     keep, advantage, gap = _prepared(advantages, gap, mask)
     pull = (softplus(gap.clamp(-5.0, 5.0)) - math.log(2)) / 2
-    return _inside(keep, advantage - lam * gate * pull, advantage)
+    return torch.where(keep, advantage - lam * gate * pull, advantage)
 
 
 @torch.no_grad()
@@ -292,7 +294,7 @@ def sdar(
     Published with c = 0.1, beta = 5. Shapes as in `rlsd`.
     """
     keep, advantage, gap = _prepared(advantages, gap, mask)
-    return _inside(keep, advantage + coefficient * (beta * gap).sigmoid(), advantage)
+    return torch.where(keep, advantage + coefficient * (beta * gap).sigmoid(), advantage)
 
 
 @torch.no_grad()
@@ -317,7 +319,7 @@ def amr_sd(
     information = gap.clamp(-5.0, 5.0)
     praise = lam * (information - tau).clamp(min=0.0)
     blame = gamma_over_lam * lam * (-information - tau).clamp(min=0.0)
-    return _inside(keep, advantage * (1 + torch.where(advantage < 0, blame, praise)), advantage)
+    return torch.where(keep, advantage * (1 + torch.where(advantage < 0, blame, praise)), advantage)
 
 
 @torch.no_grad()
@@ -329,7 +331,7 @@ def srpo(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
     not used. Left out: the importance ratio on the distillation term, 1 for rollouts used once.
     """
     keep, advantage, _ = _prepared(advantages, gap, mask)
-    return _inside(keep, advantage.clamp(min=0.0), advantage)
+    return torch.where(keep, advantage.clamp(min=0.0), advantage)
 
 
 @torch.no_grad()
@@ -346,7 +348,7 @@ def sdpg(
     `beta > 0` TRL's own beta KL(P_S || pi_ref) comes on top of this pull.
     """
     keep, advantage, reference_gap = _prepared(advantages, reference_gap, mask)
-    return _inside(keep, advantage + alpha * reference_gap, advantage)
+    return torch.where(keep, advantage + alpha * reference_gap, advantage)
 
 
 def rlsd_negative_only(
@@ -419,7 +421,7 @@ def privileged_baseline(
     keep, advantage, gap = _prepared(advantages, gap, mask)
     values = value(group_success, gap, mask)
     surprise = success[:, None].to(gap.dtype) - values[:, :-1]
-    return _inside(keep, surprise / _deviation(values), advantage)
+    return torch.where(keep, surprise / _deviation(values), advantage)
 
 
 @torch.no_grad()
@@ -434,7 +436,7 @@ def hindsight(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: T
     """
     keep, advantage, gap = _prepared(advantages, gap, mask)
     values = value(group_success, gap, mask)
-    return _inside(keep, values.diff(dim=1) / _deviation(values), advantage)
+    return torch.where(keep, values.diff(dim=1) / _deviation(values), advantage)
 
 
 def hindsight_gated(
@@ -587,7 +589,7 @@ def oracle_value(
     place = torch.arange(1, gap.size(1) + 1, device=gap.device) * keep
     values = values.gather(1, pad(place, (1, 0)).cummax(dim=1).values)
     sigma = _deviation(values[:, :1].clamp(floor, 1 - floor))
-    return _inside(keep, values.diff(dim=1) / sigma, advantage)
+    return torch.where(keep, values.diff(dim=1) / sigma, advantage)
 
 
 def permuted(credit: Credit, generator: torch.Generator) -> Credit:
@@ -686,11 +688,6 @@ def _prepared(advantages: Tensor, gap: Tensor, mask: Tensor) -> tuple[Tensor, Te
     _check_shapes(advantages, gap, mask)
     keep = mask.bool()
     return keep, advantages[:, None], torch.where(keep, gap, 0.0)
-
-
-def _inside(keep: Tensor, credited: Tensor, advantage: Tensor) -> Tensor:
-    """The credit inside the mask, A outside: (N, T), (N, T), (N, 1) -> (N, T)."""
-    return torch.where(keep, credited, advantage)
 
 
 def _mean_one(weight: Tensor, keep: Tensor) -> Tensor:
