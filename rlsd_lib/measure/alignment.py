@@ -51,11 +51,10 @@ def alignment(
 
     Columns: `cosine` of a batch's gradient with that of the probability of a right chain, with its
     95 % interval over batches (`low`, `high`); `cosine of the mean` gradient of all batches;
-    `noise / signal`, the trace of the gradient's covariance over its squared mean, both unbiased;
-    the shares of a failed rollout's absolute credit on its `first error`, `after it` and on
-    `fillers`, NaN without credit; and for all `halves of the truth`, the cosine of two halves of
-    the true gradient's estimate. Raises ValueError if the task cannot tell a
-    right chain or a first error.
+    `noise / signal`, the trace of the gradient's covariance over its squared mean, both unbiased; the
+    shares of a failed rollout's absolute credit on its `first error`, `after it` and on `fillers`,
+    NaN without credit; and for all `halves of the truth`, the cosine of two halves of the true
+    gradient's estimate. Raises ValueError if the task cannot tell a right chain or a first error.
     """
     if None in (task.right_chain, task.first_error, task.decisions, task.nuisance_mask):
         raise ValueError(f"task {task.name!r} cannot tell right chains from wrong ones")

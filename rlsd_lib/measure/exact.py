@@ -81,8 +81,7 @@ def right_chains(
 
     Their mean estimates, without bias, the mean probability over `rows` that a completion at
     temperature 1 is a right chain within `max_new_tokens`. `template` are arguments of the chat
-    template. Raises ValueError if the task cannot tell a right
-    chain.
+    template. Raises ValueError if the task cannot tell a right chain.
     """
     if task.right_chain is None:
         raise ValueError(f"task {task.name!r} cannot tell a right chain; draw samples instead")

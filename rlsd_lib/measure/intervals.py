@@ -129,11 +129,11 @@ def smallest_detectable(differences: Values) -> float:
 def simultaneous_intervals(values: pd.DataFrame, control: str) -> dict[str, Interval]:
     """Return each arm's mean minus the control's, with simultaneous 95 % intervals.
 
-    `values` has a row per block (a lab, or a seed) and a column per arm, with no gaps. Each interval
-    is Student's of the paired differences at Bonferroni's level: all hold their true differences
-    together in a share `LEVEL` of repetitions or more. No arm lends its noise to another, as
-    Dunnett's common variance would. NaN ends for one block.
-    Raises ValueError if there is no such arm, no other arm, or an arm lacks a block.
+    `values` has a row per block (a lab, or a seed) and a column per arm, with no gaps. Each
+    interval is Student's of the paired differences at Bonferroni's level: all hold their true
+    differences together in a share `LEVEL` of repetitions or more. No arm lends its noise to
+    another, as Dunnett's common variance would. NaN ends for one block. Raises ValueError if there
+    is no such arm, no other arm, or an arm lacks a block.
     """
     if control not in values or values.shape[1] < 2:
         raise ValueError(f"arms are {list(values)}; give {control!r} and at least one other")

@@ -182,10 +182,10 @@ def measure(
 ) -> pd.DataFrame:
     """Sample one completion for each of `num_problems` test problems at temperature 1, and judge it.
 
-    `sampling` are `seed`, `batch_size`, and the `chat_template_kwargs` of training. Returns a row per
-    problem: `completion`, `phrase` (bool), `value` and `chance` (see `value_leakage`) and `evidence`
-    (nats, see `highest_capital`). Raises ValueError for prompts
-    with images, or fewer than two different references.
+    `sampling` are `seed`, `batch_size`, and the `chat_template_kwargs` of training. Returns a row
+    per problem: `completion`, `phrase` (bool), `value` and `chance` (see `value_leakage`) and
+    `evidence` (nats, see `highest_capital`). Raises ValueError for prompts with images, or fewer
+    than two different references.
     """
     rows = list(task.test)[:num_problems]
     if any(row.get("images") or count_images(row["prompt"]) for row in rows):

@@ -73,8 +73,8 @@ def compared(runs: Runs, against: str = "grpo") -> Table:
     A row per arm and measure: its mean, the difference (for rollouts the ratio of geometric means),
     its interval, the verdict of `measure.intervals.decide`, and in how many sets with one lab left
     out the two are told apart. No interval has an arm that lacks a lab of `against`, or whose
-    rollouts to the threshold are but a bound.
-    Raises ValueError without a finished run of the arm `against`.
+    rollouts to the threshold are but a bound. Raises ValueError without a finished run of the arm
+    `against`.
     """
     found = efficiency(runs)
     if against not in set(found.get("arm", ())):

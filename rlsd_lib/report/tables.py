@@ -264,10 +264,10 @@ def paired_differences(runs: Runs, baseline: str = "grpo") -> Table:
 
     A run is compared with the baseline's run of the same preset, seed and settings; where there is
     none, with that without its control, or else with that which sets its length alone. A row per
-    method and settings: the mean difference, its 95 % interval over problems (a bootstrap) and seeds
-    (Student's t; NaN for one), the smallest difference that so many seeds would find with 80 % power,
-    and the number of shared seeds. The notes name what has no partner. Raises
-    ValueError without a finished run of `baseline`, or for runs that were judged on other problems.
+    method and settings: the mean difference, its 95 % interval over problems (a bootstrap) and
+    seeds (Student's t; NaN for one), the smallest difference that so many seeds would find with 80
+    % power, and the number of shared seeds. The notes name what has no partner. Raises ValueError
+    without a finished run of `baseline`, or for runs that were judged on other problems.
     """
     done = runs.runs[is_finished(runs.runs)]
     if baseline not in set(done.get("method", ())):

@@ -48,9 +48,8 @@ def read_runs(folder: str | Path) -> Runs:
     A row of `runs` holds path, group (the folder above), name, status, error, notebook, each
     parameter (and all of them as `parameters`), commit, dirty, started, seconds, and the final
     metrics. A status is as in `state_of`, or "not started" where a suite has planned the run. A row
-    of `steps` holds the same identity and one logged line.
-    Raises FileNotFoundError if `folder` does not exist; ValueError if a run's file cannot be read,
-    and names it.
+    of `steps` holds the same identity and one logged line. Raises FileNotFoundError if `folder`
+    does not exist; ValueError if a run's file cannot be read, and names it.
     """
     root = Path(folder).resolve()
     if not root.is_dir():

@@ -41,9 +41,9 @@ class RLSDTrainer(TeacherPass, Named):
     """GRPO whose token advantages are shaped by a teacher that sees privileged information.
 
     A drop-in for [`~trl.GRPOTrainer`] with one more dataset column (str), `privileged_context` or
-    the one that `privileged_column` names.
-    With `method="grpo"`, or while lambda is 0, every step is bit-identical to the parent's, unless
-    `completion_head=True`. Evaluation runs no teacher: its loss is GRPO's for every method.
+    the one that `privileged_column` names. With `method="grpo"`, or while lambda is 0, every step
+    is bit-identical to the parent's, unless `completion_head=True`. Evaluation runs no teacher: its
+    loss is GRPO's for every method.
 
     Args: GRPOTrainer's, and
         teacher_model: for `method="opd"`, the model to distil from, or its path.
