@@ -422,7 +422,7 @@ def _micro_batches(preset: Preset, settings: Mapping[str, Any]) -> int:
     rollouts, rows = preset.rollouts_per_step, settings["per_device_train_batch_size"]
     if rollouts % rows:
         raise ValueError(
-            f"per_device_train_batch_size={rows} does not divide {rollouts} rollouts per step: choose "
-            "a divisor, or set gradient_accumulation_steps."
+            f"{rollouts} rollouts per step cannot be shared by per_device_train_batch_size={rows}: "
+            "choose a divisor, or set gradient_accumulation_steps."
         )
     return rollouts // rows

@@ -200,6 +200,13 @@ class Run:
         if self._lock:
             self._lock.release(force=True)
 
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.fail(f"{kind.__name__}: {error}")
+
     def _update(self, **facts: Any) -> None:
         records.write_json(self.path / "manifest.json", {**self._check_mine(), **facts})
 
