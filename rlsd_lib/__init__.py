@@ -22,10 +22,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module that defines `name` when it is first asked for.
-
-    Raises AttributeError if `name` is not a public name of the package.
-    """
+    """Import the module that defines `name` when first asked for it; else AttributeError."""
     if name not in _HOME:
         raise AttributeError(f"module 'rlsd_lib' has no attribute {name!r}; it exports {__all__}")
     return getattr(import_module(_HOME[name]), name)

@@ -10,11 +10,7 @@ SHOWN = 40  # valid names that an error lists in full
 
 
 def look_up(name: str, names: Iterable[str], what: str) -> str:
-    """Return `name` if it is one of `names`.
-
-    Raises ValueError naming the value, the nearest valid name, and all valid names or, where they
-    are many, a few more like it.
-    """
+    """Return `name` if it is one of `names`, else raise ValueError with the nearest of them."""
     names = list(names)
     if name in names:
         return name

@@ -69,10 +69,7 @@ def shorten_to_fit(
     tokenizer: Any,
     count_tokens: Callable[[Prompt], int],
 ) -> str:
-    """The longest head of `context` whose teacher prompt has at most `limit` tokens.
-
-    Raises ValueError if not one token of the privileged text fits beside the question.
-    """
+    """The longest head of `context` with a teacher prompt of `limit` tokens; ValueError for none."""
     ids = tokenizer.encode(context, add_special_tokens=False)
 
     def head(kept: int) -> str:
@@ -211,10 +208,7 @@ def distinct_references(column: Sequence[object]) -> list[str]:
 
 
 def wrong_references(own: str, distinct: Sequence[str], count: int) -> list[str]:
-    """`count` of the `distinct` texts, all unlike `own`, which alone decides the draw.
-
-    Raises ValueError where there are fewer.
-    """
+    """`count` of the `distinct` texts, unlike `own`, which decides the draw; ValueError for fewer."""
     if len(distinct) <= count:
         raise ValueError(f"{count} wrong references: too many for {len(distinct)} different ones.")
     drawn = random.Random(own).sample(distinct, count + 1)

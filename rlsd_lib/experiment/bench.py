@@ -63,10 +63,7 @@ Group = Annotated[int, lambda n: isinstance(n, int) and n >= 2, "2 or more, a gr
 
 
 def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any], dict[str, Any] | None]]:
-    """Trainer and configuration by name, and what its plan changes of RLSD's; None: has no plan.
-
-    TRL's self-distiller sees the same teacher prompt as ours.
-    """
+    """Trainer and configuration by name, and what its plan changes of RLSD's; None: has no plan."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 

@@ -26,10 +26,7 @@ CONTROLS: dict[str, str] = {
 
 
 def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
-    """Return `data` with its privileged column replaced as `CONTROLS` says.
-
-    Raises ValueError for an unknown control, or references that it cannot change.
-    """
+    """Return `data` with its privileged column as `CONTROLS` says; ValueError where it cannot be."""
     if look_up(control, CONTROLS, "control") == "none":
         return data
     texts, rng = data[COLUMN][:], random.Random(seed)
@@ -39,10 +36,7 @@ def apply_control(data: Dataset, control: str, seed: int) -> Dataset:
 
 
 def check_control(control: str, method: str) -> None:
-    """Refuse a control where the teacher reads no reference: it would only label the run.
-
-    Raises ValueError for an unknown control or method, or naming both.
-    """
+    """Refuse by ValueError a control where no reference is read: it would only label the run."""
     look_up(control, CONTROLS, "control")
     sees = METHODS[look_up(method, METHODS, "method")].teacher_sees
     if control != "none" and sees != PRIVILEGED:

@@ -93,10 +93,7 @@ class Experiment:
 
     @classmethod
     def attach(cls, run_dir: str | Path) -> "Experiment":
-        """The experiment of a run that another process began, as one of its processes trains it.
-
-        Raises FileNotFoundError if there is no run in `run_dir`.
-        """
+        """The experiment of a run that another process began; FileNotFoundError if there is none."""
         self = cls.__new__(cls)
         self.run = Run.attach(run_dir)
         self.parameters = RunParameters.of(self.run.manifest["parameters"])

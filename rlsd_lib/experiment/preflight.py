@@ -101,10 +101,7 @@ def resolve(parameters: Mapping[str, Any], template: str | None = None) -> Resol
 
 
 def check(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Judge runs by all their parameters, with the errors of their `Experiment`; load no model.
-
-    Returns what the runs set that changes nothing, each sentence once.
-    """
+    """Judge runs as their `Experiment` would; returns what they set that changes nothing."""
     idle: list[str] = []
     for run in map(RunParameters.of, runs):
         preset, config, *_ = run.checked()
@@ -197,10 +194,7 @@ def _local_model(preset: Preset) -> tuple[PretrainedConfig, Processing] | tuple[
 
 
 def check_rows(run: Resolved, task: Task) -> None:
-    """Refuse rows that the trainer would refuse, as the run's control leaves them.
-
-    Raises ValueError as `trainer.checks.check_arguments` does.
-    """
+    """Refuse, as the trainer does, rows as the run's control leaves them: ValueError."""
     rows = apply_control(task.train, run.control, run.config.seed)
     teacher = run.preset.teacher_model if run.config.row.teacher_sees == PROMPT else None
     check_arguments([task.reward], run.config, rows, teacher)

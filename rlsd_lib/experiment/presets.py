@@ -313,10 +313,7 @@ class RunParameters:
         return Resolved(preset, RLSDConfig(**settings), processes, self.control)
 
     def checked(self, *, template: str | None = None, processes: int | None = None) -> Resolved:
-        """As `resolve`, and refuse all else that can be judged before a directory is claimed.
-
-        Raises like `resolve`, and FileNotFoundError for an unknown accelerate config.
-        """
+        """As `resolve`, and refuse all else that can be judged before a directory is claimed."""
         count = self.num_processes if processes is None else processes
         found = self.resolve(template=template, processes=count)
         check_from_tasks(found.config)

@@ -127,10 +127,7 @@ def _rollouts(
     distinct: Sequence[str],
     seed: int,
 ) -> tuple[dict[str, Any], Tensor]:
-    """What a credit function may ask for, for rollouts of `rows`, and their log P_S with a graph.
-
-    Wrong references are drawn from `distinct`, and the teacher reads them where there are any.
-    """
+    """Credit functions' signals for rollouts of `rows`, and their log P_S (N, T) with a graph."""
     prompts = [messages_of(row) for row in rows]
     limit = config.max_completion_length
     ids = sample(model, tokenizer, prompts, max_new_tokens=limit, batch_size=256, seed=seed)

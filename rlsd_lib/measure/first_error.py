@@ -35,10 +35,7 @@ def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
 
 
 def auroc_by_problem(task: Task, groups: Sequence[Sequence[Rollout]]) -> pd.Series:
-    """Mean AUROC of the first error of each problem, indexed by the group's place in `groups`.
-
-    Problems without a failed rollout that has a first error are left out.
-    """
+    """Mean first-error AUROC of each problem that has one, indexed by its place in `groups`."""
     means = [first_errors(task, group)["auroc_gap"].mean() for group in groups]
     return pd.Series(means, dtype=float).dropna()
 

@@ -62,10 +62,7 @@ def bootstrap_interval(values: Values, *, resamples: int = 5000, seed: int = 0) 
 
 
 def student_interval(values: Values, level: float = LEVEL) -> Interval:
-    """Return the mean of independent values (S,), one per seed, with Student's interval.
-
-    Wider than a bootstrap, which covers far less often than it promises for a handful of values.
-    """
+    """Return the mean of independent values (S,), one per seed, with Student's interval."""
     data = np.asarray(values, dtype=float)
     mean = float(data.mean())
     if data.size < 2:
@@ -99,10 +96,7 @@ def pooled_share(shares: Values, highs: Values) -> Interval:
 
 
 def share_difference(first: Interval, second: Interval) -> Interval:
-    """Return first - second, two results of `share_interval`, with Newcombe's interval.
-
-    It stays honest where both counts are 0, and takes the two as independent.
-    """
+    """Return first - second of `share_interval`s, taken as independent, with Newcombe's interval."""
     share = first.mean - second.mean
     below = math.hypot(first.mean - first.low, second.high - second.mean)
     above = math.hypot(first.high - first.mean, second.mean - second.low)

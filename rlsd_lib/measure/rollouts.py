@@ -244,10 +244,7 @@ def check_from_tasks(config: RLSDConfig) -> None:
 def task_signals(
     model: PreTrainedModel, task: Task, processing: Processing, config: RLSDConfig
 ) -> Signals | None:
-    """`signals` for `RLSDTrainer`, where the credit asks for what the task knows, else None.
-
-    `model` is the policy, whose value `success_signals` reads as it is at the time.
-    """
+    """`signals` for `RLSDTrainer` of policy `model`, if the credit asks for what the task knows."""
     asked, limit = from_caller(config.credit), config.max_completion_length
     if not asked or task.first_error is None or task.decisions is None:
         return None

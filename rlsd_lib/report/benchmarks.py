@@ -58,10 +58,7 @@ BENCHMARKS = {
 
 
 def check_benchmarks(names: Sequence[str]) -> str:
-    """Return the tool that judges all of these benchmarks.
-
-    Raises ValueError for no name, an unknown or repeated one, or names that need two tools.
-    """
+    """Return the tool of these benchmarks; ValueError for none, unknown, repeated or mixed ones."""
     if not names:
         raise ValueError(f"no benchmark named; choose from {', '.join(BENCHMARKS)}")
     tools = {BENCHMARKS[look_up(name, BENCHMARKS, "benchmark")].tool for name in names}

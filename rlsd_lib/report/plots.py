@@ -67,10 +67,7 @@ def training_curve(
 
 
 def curve(runs: Runs, metric: str, *, window: int = 1, title: str = "") -> Figure:
-    """A logged metric against the step, one line per method and settings.
-
-    Raises ValueError if no finished run logged it.
-    """
+    """A logged metric against the step, a line per method and settings; ValueError for none."""
     arms = with_arms(runs.runs).set_index("path")["arm"]
     steps = runs.steps[is_finished(runs.steps)]
     steps = steps.assign(method=steps["path"].map(arms))

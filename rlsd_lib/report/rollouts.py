@@ -67,10 +67,7 @@ def _rlsd(rollout: Rollout, lam: float = PAPER[0], epsilon_w: float = PAPER[1]) 
 
 
 def credit_sliders(rollout: Rollout, *, lam: float = 0.5, epsilon_w: float = 0.2) -> VBox:
-    """Return two sliders above a heat map of the rollout's RLSD credit, which follows them.
-
-    A token that weighs nothing, or twice as much as under GRPO, has full colour.
-    """
+    """Return two sliders above a heat map of the rollout's RLSD credit, which follows them."""
     sliders = {
         "lam": FloatSlider(lam, min=0, max=1, step=0.05, description="lambda"),
         "epsilon_w": FloatSlider(epsilon_w, min=0, max=4, step=0.1, description="epsilon_w"),

@@ -29,10 +29,7 @@ class Standing(NamedTuple):
 
 
 def standing(folder: Path, since: str = "") -> Standing | None:
-    """How the run in `folder` stands; None if it does not run, or began before `since` (ISO time).
-
-    A run says its phase in the manifest. One that trains nothing has none, and gives None.
-    """
+    """How the run in `folder` stands; None if it trains nothing, ended, or began before `since`."""
     manifest = manifest_or_none(folder) or {}
     phase = manifest.get("phase")
     if not phase or manifest["status"] != "running" or manifest["started"] < since:

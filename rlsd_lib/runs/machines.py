@@ -37,10 +37,7 @@ def record(folder: Path, results: Mapping[str, str]) -> Path:
 
 
 def hardware_table(folder: Path) -> str:
-    """Markdown: a row for everything that was run anywhere, a column for each machine of `folder`.
-
-    Where no GPU has a file, its column says that nothing was run there.
-    """
+    """Markdown: a row for all that was run anywhere, a column for each machine, one for no GPU."""
     machines: list[dict[str, Any]] = [
         json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))
     ]

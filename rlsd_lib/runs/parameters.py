@@ -27,11 +27,7 @@ class Parameter(NamedTuple):
 
 
 def read_parameters(source: Path) -> dict[str, Parameter]:
-    """The parameters that a notebook declares, by name.
-
-    Raises ValueError if there is not exactly one cell tagged "parameters", or a line in it is not
-    `name: type = literal`.
-    """
+    """The parameters that a notebook declares, by name; ValueError for a cell that is none."""
     return _declared(source, source.read_text())
 
 
@@ -111,10 +107,7 @@ def parse_value(text: str, parameter: Parameter | None = None) -> Any:
 def parse_pairs(
     pairs: Sequence[str], declared: Mapping[str, Parameter] | None = None
 ) -> dict[str, Any]:
-    """Return `name=value` words as a dictionary, read as the notebook declares them.
-
-    Raises ValueError for a word without "=", or a name that is given twice.
-    """
+    """Return `name=value` words as a dictionary; ValueError for a word without "=", or twice."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

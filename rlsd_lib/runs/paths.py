@@ -16,10 +16,7 @@ NEUTRAL = {"overrides": {}, "max_steps": -1, "control": "none", "num_processes":
 
 
 def outputs_root() -> Path:
-    """Where runs and caches lie: RLSD_OUTPUTS if set, else `outputs` in the clone, else here.
-
-    The clone is that of the installed package, wherever one stands.
-    """
+    """Where runs and caches lie: RLSD_OUTPUTS, else `outputs` in the installed clone, else here."""
     if told := os.environ.get("RLSD_OUTPUTS"):
         return Path(told).resolve()
     is_clone = (REPOSITORY / "pyproject.toml").is_file()  # not so where a wheel is installed
@@ -27,10 +24,7 @@ def outputs_root() -> Path:
 
 
 def default_run_dir(group: str, parameters: Mapping[str, Any]) -> Path:
-    """The folder of a run: its parameter `run_dir`, else outputs/<group>/<run_name>.
-
-    `group` is a suite's name or a notebook's stem.
-    """
+    """The folder of a run: its parameter `run_dir`, else outputs/<suite or notebook>/<run_name>."""
     return Path(parameters.get("run_dir") or outputs_root() / group / run_name(parameters))
 
 
@@ -61,10 +55,7 @@ def flat_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_notebook(name_or_path: str | Path) -> Path:
-    """The notebook file for a path, or for a name such as "15_rlsd" in the notebooks folder.
-
-    Raises FileNotFoundError if there is none; the message names the nearest that exists.
-    """
+    """The notebook of a path, or of a name such as "15_rlsd"; FileNotFoundError for none."""
     given = Path(name_or_path)
     file = given if given.suffix == ".ipynb" else given.with_name(given.name + ".ipynb")
     folders = [root / "notebooks" for root in (Path.cwd(), REPOSITORY)]

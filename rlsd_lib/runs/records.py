@@ -135,11 +135,7 @@ def described(runs: Runs) -> str:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of the run directory `path`.
-
-    Raises FileNotFoundError if there is no manifest.json in `path`; ValueError if the manifest is
-    not valid JSON.
-    """
+    """The manifest of a run directory; FileNotFoundError for none, ValueError for invalid JSON."""
     return _read_json(Path(path) / "manifest.json")
 
 
@@ -216,11 +212,7 @@ def _identity(path: Path, status: str | None) -> dict[str, Any]:
 
 
 def read_lines(file: Path, *, torn: bool = False) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, none where there is no file.
-
-    With `torn`, a last line without its end is left out. Raises ValueError if a line is not valid
-    JSON.
-    """
+    """Rows of a JSON-lines file if it is there, without a `torn` last line; ValueError for no JSON."""
     lines = file.read_text().split("\n") if file.exists() else [""]
     if torn:
         lines[-1] = ""
@@ -258,10 +250,7 @@ def drop_torn_line(file: Path) -> None:
 
 
 def scalar(name: str, value: Any) -> float | int | str | bool | None:
-    """A metric as JSON can hold it: 0-dimensional tensors and arrays become numbers.
-
-    Raises TypeError if the value is not a single number, a string or None.
-    """
+    """A metric as JSON can hold it, tensors of one number as numbers; TypeError for all else."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     try:

@@ -124,10 +124,7 @@ class Run:
 
     @classmethod
     def attach(cls, run_dir: str | Path) -> "Run":
-        """Open a run that another process owns, for a kernel or a launched worker.
-
-        Raises FileNotFoundError if there is no run in `run_dir`.
-        """
+        """Open a run that another process owns; FileNotFoundError where there is none."""
         path = Path(run_dir).resolve()
         return cls(path, records.read_manifest(path)["attempt"])
 
@@ -137,10 +134,7 @@ class Run:
         return records.read_manifest(self.path)
 
     def record(self, **facts: Any) -> None:
-        """Add facts to the manifest, such as `config=...` or `data=...`.
-
-        Raises ValueError for a name that the manifest keeps by itself.
-        """
+        """Add facts to the manifest, such as `data=...`; ValueError for a name of `RESERVED`."""
         if taken := sorted(set(facts) & set(RESERVED)):
             raise ValueError(f"{', '.join(taken)}: kept by the run itself; use another name")
         # Again: what started the run may not have loaded torch, which knows the accelerators.

@@ -348,10 +348,7 @@ def settle(jobs: Sequence[Job], retry_failed: bool) -> tuple[list[Outcome], list
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, if_exists: str = "skip") -> Iterator[Outcome]:
-    """Make the runs of `jobs`, at most `workers` at a time; outcomes come as they end.
-
-    Of what is there, "skip" begins again, "resume" goes on from the last checkpoint.
-    """
+    """Make the runs of `jobs`, at most `workers` at a time; outcomes come as they end."""
     with ThreadPoolExecutor(workers) as pool:
         sent = [pool.submit(_run_job, job, workers, if_exists) for job in jobs]
         try:

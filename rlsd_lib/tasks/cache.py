@@ -8,10 +8,7 @@ from filelock import FileLock
 
 
 def write_once(folder: Path, write: Callable[[Path], object]) -> Path:
-    """Return `folder`, written by `write` on the first call; processes that start at once wait.
-
-    `write` fills an empty scratch folder, which gets its name at the end.
-    """
+    """Return `folder`, filled by `write` on the first call, whole or not at all; others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():

@@ -49,10 +49,7 @@ def word_tokenizer(
 
 
 def messages_of(row: Mapping[str, Any]) -> Prompt:
-    """Return a row's prompt, with its images where the row has a column of them.
-
-    Raises ValueError if there are not as many image parts as images.
-    """
+    """Return a row's prompt with its images; ValueError for more or fewer than it has parts."""
     if "images" not in row or isinstance(row["prompt"], str):
         return row["prompt"]
     try:

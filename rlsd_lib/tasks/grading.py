@@ -154,10 +154,7 @@ def _tolerance(gold: str) -> float:
 
 
 def grade(completion: str, answer: str, problem_type: str) -> bool:
-    """Say whether a completion's final answer is right; never raises on a completion.
-
-    Raises ValueError if the reference answer is empty, or the problem type is none of `TYPES`.
-    """
+    """Say whether a completion's final answer is right; ValueError for no such type or reference."""
     kind = TYPES.get(problem_type.strip().lower())
     gold = clean("".join(_TAGGED.findall(answer)[:1]) or answer)
     if kind is None or not gold:
@@ -177,10 +174,9 @@ def grade(completion: str, answer: str, problem_type: str) -> bool:
 
 
 def weighted(completion: str, answer: str, problem_type: str) -> float:
-    """Return the reward of arXiv 2604.03128's code: maths 0.9 accuracy + 0.1 format, others accuracy.
+    """The reward of arXiv 2604.03128's code: maths 0.9 accuracy + 0.1 format, others accuracy.
 
     Its penalty for completions far above the 4096 tokens that are generated is 0, so left out.
-    Raises as `grade` does.
     """
     right = float(grade(completion, answer, problem_type))
     if TYPES[problem_type.strip().lower()] != "math":

@@ -24,10 +24,7 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def answer_in(completion: str) -> str | None:
-    """Return what stands in the only answer tag, or without a tag the last number, without commas.
-
-    None for neither, or for several tags.
-    """
+    """Return what stands in the only answer tag, or without tags the last number without commas."""
     if tags := _TAG.findall(completion):
         return tags[0].strip() if len(tags) == 1 else None
     numbers = _NUMBER.findall(completion)

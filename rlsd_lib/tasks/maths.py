@@ -18,10 +18,7 @@ FIELDS = {"problem_type": "math", "data_type": "text", "images": [], "videos": [
 
 
 def load(*, source: str | Path = HUB, revision: str | None = None, **options: Any) -> Task:
-    """Build the task with the `options` of `mmfinereason.load`; a set without solutions has no trace.
-
-    Raises ValueError if a column is missing.
-    """
+    """Build the task with `mmfinereason.load`'s `options`; ValueError for a missing column."""
     rows = mmfinereason.read(source, revision).map(
         lambda row: {**FIELDS, mmfinereason.TRACE: row.get("solution", "")}
     )

@@ -62,10 +62,7 @@ def token_credit(
 def updates(
     world: SequenceWorld, reward: Tensor, method: str, *, lam: float = 1.0, epsilon_w: float = 0.2
 ) -> Tensor:
-    """Ascent direction of every (r, completion) in the logits of all prefixes: (m, V**T, D).
-
-    Reward-driven methods score the sampled tokens; distillation methods pull at each prefix.
-    """
+    """Ascent direction of every (r, completion) in the logits of all prefixes: (m, V**T, D)."""
     vocab, length = world.student[0].shape[-1], len(world.student)
     starts = [sum(vocab ** (k + 1) for k in range(t)) for t in range(length + 1)]
     out = torch.zeros(len(world.prior), vocab**length, starts[-1], dtype=torch.float64)

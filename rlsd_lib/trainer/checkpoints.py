@@ -112,10 +112,7 @@ def changed(
 
 
 def restore(trainer: Any, folder: Path) -> None:
-    """Judge a checkpoint, and restore the rollouts in whose midst it was written. Collective.
-
-    Raises ValueError on every rank, as `check` and `changed` do.
-    """
+    """Judge a checkpoint, and restore the rollouts of its midst. Collective, and raises so."""
     content, differ = None, {}
     with on_every_rank():
         if trainer.args.sync_ref_model:
@@ -169,10 +166,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
 
 
 def last_checkpoint(output_dir: str | Path, *, whole: bool = False) -> Path | None:
-    """The newest complete checkpoint in `output_dir`; a warning names newer incomplete ones.
-
-    `whole` also passes over those with a damaged file.
-    """
+    """The newest complete, or `whole`, checkpoint; warnings name what is passed over."""
     for path in _newest_first(Path(output_dir)):
         if not (path / MARK).is_file():
             logger.warning("%s has no %s: incomplete, ignored", path, MARK)

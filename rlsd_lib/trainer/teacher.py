@@ -144,10 +144,7 @@ class Teacher:
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     def load(self, folder: Path, student: nn.Module) -> None:
-        """Restore what `save` wrote. The student must have the checkpoint's weights. Collective.
-
-        Raises ValueError on every rank, if one finds no teacher state.
-        """
+        """Restore what `save` wrote, once the student is restored; else ValueError. Collective."""
         with on_every_rank():
             state = self._checked_state(folder)
         if state is None:

@@ -148,10 +148,7 @@ def decisions(completion: str) -> list[bool]:
 
 
 def underived(completion: str, row: Row) -> str:
-    """Return the text before the sum of the last column, where no answer can be known yet.
-
-    A completion that adds fewer columns than the numbers have derives nothing: all of it.
-    """
+    """Return the text before the last column's sum, where no answer can be known yet."""
     return "=".join(completion.split("=")[: len(str(row["first"]))])
 
 
