@@ -33,10 +33,7 @@ NEEDS_WRONG = {"wrong_gaps", "contrast_kl"}  # signals for which the teacher rea
 
 
 def keywords(function: Credit | None) -> dict[str, inspect.Parameter]:
-    """What a credit function takes after (advantages, gap, mask), by name.
-
-    Names that a `functools.partial` binds are settled by whoever bound them, and not among these.
-    """
+    """What a credit function takes after (advantages, gap, mask) that no partial binds, by name."""
     if function is None:
         return {}
     bound = function.keywords if isinstance(function, partial) else {}

@@ -318,10 +318,7 @@ REAL = [Sizes(completion=1024, model=f"Qwen/Qwen3-{size}") for size in ("1.7B", 
 
 
 def bench_gpu(folder: Path, models: Sequence[Sizes] = REAL) -> pd.DataFrame:
-    """Measure each model and write `bench_gpu.csv`, whose mfu plans read, and `bench_gpu.png`.
-
-    Raises ValueError for a model of real size where there is no GPU.
-    """
+    """Measure models into bench_gpu.csv, whose mfu plans read, and .png; ValueError without a GPU."""
     if not torch.cuda.is_available() and any(sizes.is_real for sizes in models):
         raise ValueError(
             "--gpu needs an NVIDIA GPU, of 40 GB or more for the two smaller models. Without one: "

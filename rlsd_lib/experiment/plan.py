@@ -87,10 +87,7 @@ class ModelShape:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """The sizes in a transformers config, counted on the model itself on the meta device.
-
-    Raises ValueError for layers that this arithmetic does not describe.
-    """
+    """Sizes of a transformers config, counted on the meta device; ValueError for other layers."""
     text, sees_images = config.get_text_config(), hasattr(config, "vision_config")
     auto = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
     with torch.device("meta"):

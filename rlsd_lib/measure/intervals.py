@@ -72,10 +72,7 @@ def student_interval(values: Values, level: float = LEVEL) -> Interval:
 
 
 def share_interval(found: Iterable[bool]) -> Interval:
-    """Return the share of True with its Wilson interval, which stays honest at a count of 0.
-
-    It takes the values as independent: give one per problem. Raises ValueError for none.
-    """
+    """Return the share of True, one mark per problem, with Wilson's interval; ValueError for none."""
     marks = [bool(mark) for mark in found]
     if not marks:
         raise ValueError("there are no completions; give at least one")

@@ -131,10 +131,7 @@ def look(
 
 
 def group_advantages(rewards: Tensor, group_size: int, config: RLSDConfig) -> Tensor:
-    """Rewards (N,) in groups of neighbours -> advantages (N,), by Eq. 1 with TRL's sample deviation.
-
-    Each group stands for the whole batch where `scale_rewards` is "batch".
-    """
+    """Rewards (N,) in groups of neighbours -> advantages (N,), by Eq. 1 with TRL's deviation."""
     groups = rewards.view(-1, group_size)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if config.scale_rewards != "none":

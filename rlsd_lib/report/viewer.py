@@ -88,10 +88,7 @@ class CreditViewer(CreditCallback):
 def read_rollouts(
     trainer: RLSDTrainer, inputs: dict[str, Any], advantages: Tensor, count: int
 ) -> Iterator[Shown]:
-    """Read `count` rollouts out of TRL's dictionary, in turn from the best and the worst end.
-
-    `advantages` (N,) are the rollouts'. Those whose tokens are all masked are left out.
-    """
+    """Read `count` rollouts out of TRL's dictionary, from the best and worst `advantages` in turn."""
     tokenizer, mask = trainer._tokenizer, policy_mask(inputs).bool()
     credit = inputs["advantages"]
     credit = (credit[:, None] if credit.dim() == 1 else credit).expand(mask.shape)

@@ -22,10 +22,7 @@ def machine_name() -> str:
 
 
 def record(folder: Path, results: Mapping[str, str]) -> Path:
-    """Add what was run here and what came of it, in words, to this machine's file in `folder`.
-
-    A row that is there already is replaced. Every row keeps the commit and versions of its run.
-    """
+    """Add what was run here, and what came of it in words, to this machine's file in `folder`."""
     machine, versions = machine_name(), package_versions()
     path = folder / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
     known = json.loads(path.read_text())["rows"] if path.exists() else {}

@@ -32,10 +32,7 @@ def read_parameters(source: Path) -> dict[str, Parameter]:
 
 
 def edited_defaults(source: Path) -> dict[str, tuple[Any, Any]]:
-    """Defaults that differ from those of git's HEAD, by name: (committed, now).
-
-    Empty where HEAD has no such notebook; a parameter that HEAD does not declare is left out.
-    """
+    """Defaults that differ from git's HEAD, where it declares them: name -> (committed, now)."""
     committed = git(source.parent, "show", f"HEAD:./{source.name}")
     if committed is None:
         return {}

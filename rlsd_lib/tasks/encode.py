@@ -70,10 +70,7 @@ def text_of_prompt(processing: Processing, prompt: Prompt, **template: Any) -> s
 
 
 def encode(processing: Processing, prompts: Sequence[Prompt], **template: Any) -> BatchFeature:
-    """Return what the model's forward takes for a batch of prompts, padded on the left.
-
-    `template` are arguments of the chat template, which adds a generation prompt by default.
-    """
+    """Return what the model's forward takes for prompts, padded left; `template` are its options."""
     padding = {"padding": True, "padding_side": "left"}
     if isinstance(processing, ProcessorMixin):
         # The templates of some families require parts. Without an image there are no image fields.
@@ -133,10 +130,7 @@ def _image_tokens(rows: Dataset, processing: ProcessorMixin) -> list[int]:
 
 
 def within(task: Task, processing: Processing, limit: int, **template: Any) -> tuple[Task, int]:
-    """Leave out the rows whose prompt has more than `limit` tokens; also returns how many.
-
-    `template` are the keywords of `prompt_lengths`. Raises ValueError if a side has no row left.
-    """
+    """Leave out rows whose prompt has over `limit` tokens, and say how many; ValueError if all do."""
     sides, dropped = {}, 0
     for name, rows in (("train", task.train), ("test", task.test)):
         lengths = prompt_lengths(rows, processing, **template)

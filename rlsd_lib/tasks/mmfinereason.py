@@ -124,10 +124,7 @@ def prepare(
 
 
 def read(source: str | Path, revision: str | None = None) -> Dataset:
-    """Read a data set of the hub (at `revision`), or a folder of .parquet or .jsonl files.
-
-    Image paths are relative to that folder. Raises FileNotFoundError for one without data files.
-    """
+    """Read a set of the hub, or a folder of .parquet or .jsonl files; else FileNotFoundError."""
     if not Path(source).is_dir():
         return load_dataset(str(source), revision=revision, split="train")
     files = [p for p in Path(source).rglob("*") if p.suffix in (".parquet", ".jsonl")]

@@ -52,10 +52,7 @@ class Task:
     underived: Callable[[str, Row], str] | None = None  # the text before the answer is derivable
 
     def reward(self, completions: list[Completion], **columns: Any) -> list[float]:
-        """Return 1.0 for each verified completion and 0.0 for the others, or the task's own score.
-
-        Of `columns` only those as long as `completions` count: the data set's.
-        """
+        """Return the task's own score of each completion, or 1.0 if it is verified and else 0.0."""
         size = len(completions)
         kept = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == size}
         judge = self.score or self.verify

@@ -137,10 +137,7 @@ def _check_column(dataset: Any, column: str, what: str) -> None:
 def check_teacher(
     student: nn.Module, teacher: nn.Module, tokenizer: Any, source: Any, args: RLSDConfig
 ) -> None:
-    """Refuse another model as teacher whose probabilities are not of the student's tokens.
-
-    The tokenizers are compared where `source` is a path: a model's is unknown.
-    """
+    """Refuse a teacher of other tokens than the student's; a path's tokenizer is compared too."""
     if args.divergence is not None:
         _check_logits(teacher)
     heads = [states.causal_lm(model).get_output_embeddings() for model in (student, teacher)]

@@ -76,10 +76,7 @@ class Teacher:
 
     @contextmanager
     def active(self, student: nn.Module) -> Iterator[nn.Module]:
-        """Yield the module to score with; the teacher's adapter is active only inside this block.
-
-        `student` is the policy, wrapped or not.
-        """
+        """Yield the module to score with; the teacher's adapter is active only inside this block."""
         if self.adapter is not None:
             # Switching freezes one adapter and unfreezes the other: needs the sharded parameters.
             sharded.reshard(student)
@@ -219,10 +216,7 @@ def prepare(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
 
 
 def add_teacher_adapter(student: PeftModel) -> None:
-    """Add a frozen adapter that starts as a copy of the active one.
-
-    Raises ValueError if the active adapter is not called "default", the name TRL trains.
-    """
+    """Add a frozen copy of the active adapter, which is "default", as TRL trains, or ValueError."""
     if student.active_adapter != "default":
         raise ValueError(
             f"The active adapter is {student.active_adapter!r}: load it under the name 'default'."

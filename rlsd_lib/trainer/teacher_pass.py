@@ -383,10 +383,7 @@ class TeacherPass(GRPOTrainer):
     # Numbers of all ranks
 
     def log_means(self, sums: dict[str, tuple[Any, Any]], count: Any = 0) -> float:
-        """Log numerator / denominator under rlsd/, each summed over ranks. Collective.
-
-        Returns the sum of `count` over ranks, which costs no transfer of its own.
-        """
+        """Log ratios of sums over ranks under rlsd/; returns that of `count`. Collective."""
         flat = [count, *(value for pair in sums.values() for value in pair)]
         device = self.accelerator.device
         values = torch.stack([torch.as_tensor(value, device=device).float() for value in flat])
