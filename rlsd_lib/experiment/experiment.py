@@ -49,17 +49,10 @@ class Experiment:
         experiment.evaluate("after")
         experiment.finish()
 
-    Everything is written under `experiment.run.path`.
-
-    Args:
-        notebook: the notebook that runs this, for the manifest.
-        if_exists: as in `Run.start`.
-        parameters: the fields of `RunParameters`; `method` and `preset` are required.
-
-    Raises:
-        ValueError: for unknown names or bad values, before a run directory is claimed.
-        FileExistsError: if the run directory holds a run already.
-        FileNotFoundError: for an unknown accelerate config.
+    Everything is written under `experiment.run.path`. `parameters` are the fields of
+    `RunParameters`; `notebook` is for the manifest, and `if_exists` as in `Run.start`. Raises
+    ValueError for unknown names or bad values, before a run directory is claimed; FileExistsError if
+    it holds a run already; FileNotFoundError for an unknown accelerate config.
     """
 
     def __init__(

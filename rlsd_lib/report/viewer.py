@@ -38,18 +38,11 @@ class CreditViewer(CreditCallback):
 
         RLSDTrainer(..., callbacks=[CreditViewer(every_steps=50, rollouts=4)])
 
-    The first step and each `every_steps`-th get a page, such as `step-000050.html`, and a PNG for
-    each rollout: the advantages that enter the loss, as multiples of the rollout's, in the main
-    process's first micro-step, from the best and the worst end in turn. The trackers of `report_to`
-    (trackio, wandb, tensorboard) get a table with a row per token.
-
-    Args:
-        every_steps: optimiser steps from one page to the next, beside that of step 1.
-        rollouts: how many are shown; a smaller micro-batch is shown whole.
-        folder: where the pages go; "" for `credit` in the trainer's output_dir.
-
-    Raises:
-        ValueError: a number below 1.
+    The first step and each `every_steps`-th get a page in `folder` (by default `credit` in the
+    trainer's output_dir), such as `step-000050.html`, and a PNG for each of so many `rollouts`: the
+    advantages that enter the loss, as multiples of the rollout's, in the main process's first
+    micro-step, from the best and the worst end in turn. The trackers of `report_to` (trackio, wandb,
+    tensorboard) get a table with a row per token. Raises ValueError for a number below 1.
     """
 
     def __init__(self, every_steps: int = 50, rollouts: int = 4, folder: str | Path = "") -> None:

@@ -22,15 +22,12 @@ from fnmatch import fnmatch
 from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 from IPython import get_ipython
 
 from rlsd_lib.runs import paths, provenance, records
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 HANDED_ON = "RLSD_RUN"  # environment variable: the directory that a runner claimed for its kernel
 INTERRUPTED = ("KeyboardInterrupt", "Stopped: ")  # how the reasons of runs begin that can go on
@@ -160,8 +157,8 @@ class Run:
         lists = {name: list(values) for name, values in scores.items()}
         records.write_json(self.path / f"evaluation_{when}.json", lists)
 
-    def save_figure(self, figure: "Figure", name: str) -> Path:
-        """Save a figure as figures/<name>.png and return its path."""
+    def save_figure(self, figure: Any, name: str) -> Path:
+        """Save a figure, or what else has `savefig`, as figures/<name>.png and return its path."""
         path = self.path / "figures" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=150, bbox_inches="tight")

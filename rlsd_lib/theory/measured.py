@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlsd_lib import credit
+from rlsd_lib.divergence import reverse_kl
 
 
 def sampled_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -37,9 +38,7 @@ def reverse_kl_gradient(
 
     `weight` (B,) scales each rollout; the teacher is held fixed.
     """
-    log_s = torch.log_softmax(student, -1)
-    log_t = torch.log_softmax(teacher, -1).detach()
-    divergence = (log_s.exp() * (log_s - log_t)).sum(-1)
+    divergence = reverse_kl(teacher.log_softmax(-1).detach(), student.log_softmax(-1))
     return -gradient((divergence * weight.unsqueeze(-1) * mask).sum(), parameters)
 
 
