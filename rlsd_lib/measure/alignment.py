@@ -7,7 +7,7 @@ gradient is chance, and the shares where a failed rollout's blame goes. Nothing 
 function is judged in a minute. Whether the outcome follows is another question.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -191,9 +191,8 @@ def _true_gradient(
     limit = config.max_completion_length
     ids, weights = right_chains(model, tokenizer, task, rows, max_new_tokens=limit, seed=seed)
     total = [torch.zeros_like(p) for p in parameters]
-    for part in _parts(len(rows), CHAINS):
-        chains = [ids[i] for i in part]
-        prompts = [messages_of(rows[i]) for i in part]
+    for part in (slice(start, start + CHAINS) for start in range(0, len(rows), CHAINS)):
+        chains, prompts = ids[part], list(map(messages_of, rows[part]))
         ours = log_probabilities(model, tokenizer, prompts, chains, differentiable=True)
         mask = padded([[1.0] * len(chain) for chain in chains])
         logps = (ours.cpu().gather(2, padded(chains)[..., None])[..., 0] * mask).sum(dim=1)
@@ -201,8 +200,3 @@ def _true_gradient(
         for whole, found in zip(total, torch.autograd.grad(objective, parameters), strict=True):
             whole += found
     return torch.cat([g.flatten().cpu() for g in total])
-
-
-def _parts(count: int, size: int) -> Iterator[list[int]]:
-    for start in range(0, count, size):
-        yield list(range(start, min(start + size, count)))
