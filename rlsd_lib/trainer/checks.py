@@ -233,7 +233,7 @@ def _check_sampling(model: nn.Module, args: RLSDConfig) -> None:
     cuts = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
     if differ := {n: v for n, off in cuts.items() if (v := getattr(args, n)) not in (off, 0)}:
         size = f"up to {-math.log(args.top_p):.3f} nats a token for top_p" if args.top_p < 1 else ""
-        said = "%s: rollouts are of another distribution than P_S; its log-probabilities differ by "
+        said = "%s: rollouts come from another distribution than P_S; log-probabilities differ by "
         said += "the log of the mass that is cut, %s"
         logger.warning(said, differ, size or "which has no bound here")
 
