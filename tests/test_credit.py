@@ -306,21 +306,21 @@ def weighed(k: Token, exponent: float, low: float = 0.8, high: float = 1.2) -> f
     return k.a * (0.5 + 0.5 * min(max(math.exp(sign(k.a) * exponent), low), high))
 
 
-def rlcsd_token(k: Token) -> float:
+def rlcsd_token(k: Token, eta: float = 1.0, clip: float = 0.5) -> float:
     def rho(s: Token) -> float:
-        return 0.2 * 0.5 * math.tanh(s.evidence(3) / 0.03)
+        return min(max(0.2 * 0.5 * math.tanh(s.evidence(3) / 0.03), -clip), clip)
 
     every = list(tokens_of(k.b))
     chosen = [s for s in every if abs(rho(s)) > 0.02]
     if k not in chosen:
         return k.a * len(every) / (len(every) - len(chosen))
     moved = max(k.a + rho(k), 0) if k.a > 0 else min(k.a + rho(k), 0) if k.a < 0 else 0.0
-    return moved * len(every) / len(chosen)
+    return eta * moved * len(every) / len(chosen)
 
 
-def amr_sd_token(k: Token) -> float:
+def amr_sd_token(k: Token, tau: float = 0.0) -> float:
     information = min(max(k.d, -5), 5)
-    gain = 0.2 * max(0, information) if k.a >= 0 else 0.1 * max(0, -information)
+    gain = 0.2 * max(0, information - tau) if k.a >= 0 else 0.1 * max(0, -information - tau)
     return k.a * (1 + gain)
 
 
@@ -397,8 +397,20 @@ TURNS_SIGN |= {"hindsight_gated"}
 OVER_THE_BATCH = {"rlcsd", "srpo_weight"}
 
 
+# The paper's rows, which have no defaults, and settings whose defaults are idle.
+PAPERS = {"lam": 0.5, "epsilon_w": 0.2}
+WITH_SETTINGS: dict[str, tuple[Callable[[Token], float], dict[str, float]]] = {
+    "rlsd": (lambda k: weighed(k, k.d), PAPERS),
+    "rlsd_neutral": (lambda k: weighed(k, sign(k.a) * abs(k.d)), PAPERS),
+    "rlcsd": (partial(rlcsd_token, eta=2.0, clip=0.05), {"eta": 2.0, "clip": 0.05}),
+    "amr_sd": (partial(amr_sd_token, tau=0.3), {"tau": 0.3}),
+}
+
+
 def test_every_row_equals_its_formula():
-    for name, formula in (FORMULAS | WEIGHTS).items():
+    cases = [(name, formula, {}) for name, formula in (FORMULAS | WEIGHTS).items()]
+    cases += [(name, *row) for name, row in WITH_SETTINGS.items()]
+    for name, formula, options in cases:
         for seed, scale in enumerate((0.05, 0.5, 2.0, 5.0)):
             b = batch_of(seed, scale)
             expected = b.advantages[:, None].repeat(1, b.mask.shape[1])
@@ -406,7 +418,8 @@ def test_every_row_equals_its_formula():
                 expected = torch.zeros_like(expected)
             for k in tokens_of(b):
                 expected[k.n, k.t] = formula(k)
-            difference = (b.credit(ROWS[name]) - expected).abs().max().item()
+            credited = b.credit(getattr(credit, name), **options)
+            difference = (credited - expected).abs().max().item()
             assert difference < 1e-12 * max(1, expected.abs().max().item()), (name, seed)
 
 
