@@ -355,8 +355,8 @@ def value_token(k: Token) -> float:
     return min(k.value(after=False) / k.prior, 1)
 
 
-def contrast_token(k: Token) -> float:
-    return k.signal("contrast_kl") / (k.signal("contrast_kl") + 1)
+def contrast_token(k: Token, tau: float = 1.0) -> float:
+    return k.signal("contrast_kl") / (k.signal("contrast_kl") + tau)
 
 
 FORMULAS: dict[str, Callable[[Token], float]] = {
@@ -404,6 +404,7 @@ WITH_SETTINGS: dict[str, tuple[Callable[[Token], float], dict[str, float]]] = {
     "rlsd_neutral": (lambda k: weighed(k, sign(k.a) * abs(k.d)), PAPERS),
     "rlcsd": (partial(rlcsd_token, eta=2.0, clip=0.05), {"eta": 2.0, "clip": 0.05}),
     "amr_sd": (partial(amr_sd_token, tau=0.3), {"tau": 0.3}),
+    "opsd_value_contrast": (lambda k: value_token(k) * contrast_token(k, 0.2), {"tau": 0.2}),
 }
 
 

@@ -221,7 +221,7 @@ def test_an_unscored_rollout_is_left_out_of_the_others_success(tmp_path):
 
 
 def test_the_weight_multiplies_the_divergence_of_each_token(tmp_path):
-    """A weight of 1 is OPSD to the bit, a weight of 0 beside policy_weight GRPO's update."""
+    """A weight of 1 is OPSD, one of 0 beside policy_weight GRPO's update; SDPG has a factor."""
     ends = {}
     for name, method, settings in (
         ("opsd", "opsd", {}),
@@ -229,6 +229,9 @@ def test_the_weight_multiplies_the_divergence_of_each_token(tmp_path):
         ("none", "opsd_contrast", {"credit_settings": {"tau": 1e30}, "policy_weight": 1.0}),
         ("grpo", "grpo", {"completion_head": True}),
         ("half", "opsd_contrast", {}),
+        ("sdpg", "sdpg", {}),
+        ("published", "sdpg", {"distillation_weight": 1e-3}),
+        ("strong", "sdpg", {"distillation_weight": 1.0}),
     ):
         trainer = make(tmp_path, method, max_steps=1, more={"signals": None}, **settings)
         trainer.train()
@@ -236,6 +239,8 @@ def test_the_weight_multiplies_the_divergence_of_each_token(tmp_path):
     torch.testing.assert_close(ends["all"], ends["opsd"])
     torch.testing.assert_close(ends["none"], ends["grpo"], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(ends["half"], ends["opsd"], atol=1e-4)
+    assert torch.equal(ends["sdpg"], ends["published"])
+    assert not torch.allclose(ends["sdpg"], ends["strong"], atol=1e-4)
 
 
 # --- AntiSD's gate, and the permuted control -----------------------------------------------------
@@ -261,25 +266,27 @@ def test_the_gate_shuts_with_the_entropy_and_a_resume_is_bit_by_bit(tmp_path):
     assert whole.state.log_history[0]["rlsd/gate"] == 1.0
 
 
-def test_permuted_credit_keeps_its_amount_and_draws_once_for_the_drift(tmp_path):
+@pytest.mark.parametrize("method", ["rlsd", "opsd_contrast"])
+def test_permuted_credit_or_weight_keeps_its_amount_and_draws_once(tmp_path, method):
     runs = {}
     for shuffled in (False, True):
-        trainer, kept = make(tmp_path, "rlsd", permute_credit=shuffled, max_steps=1), []
+        trainer, kept = make(tmp_path, method, permute_credit=shuffled, max_steps=1), []
         assign = trainer._token_advantages
 
         def spy(inputs, logps, assign=assign, kept=kept):
-            kept.append((assign(inputs, logps), states.loss_mask(inputs).bool()))
-            return kept[-1][0]
+            credited = assign(inputs, logps)
+            kept.append((inputs.get("weight", credited), states.loss_mask(inputs).bool()))
+            return credited
 
         trainer._token_advantages = spy
         trainer.train()
-        runs[shuffled] = kept, trainer.state.log_history[0]["rlsd/drift"]
+        runs[shuffled] = kept, trainer.state.log_history[0].get("rlsd/drift")
     for (plain, mask), (mixed, _) in zip(runs[False][0], runs[True][0], strict=True):
         assert not torch.equal(plain, mixed)
         for row in range(len(mask)):
             kept = mask[row]
             assert torch.equal(plain[row][kept].sort().values, mixed[row][kept].sort().values)
-    assert runs[False][1] != runs[True][1]
+    assert (runs[False][1] != runs[True][1]) == (method == "rlsd")  # the other has no drift
     once = permuted(oracle, torch.Generator().manual_seed(1)).__name__
     assert once == "oracle"
 
