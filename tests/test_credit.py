@@ -273,11 +273,10 @@ class Token(NamedTuple):
             return 0.0
         return self.d - math.log(sum(math.exp(gap) for gap in wrong) / len(wrong))
 
-    @property
-    def gated(self) -> float:
-        """The gap, times the share of what no wrong reference explains, with tau = 1 nat."""
+    def gated(self, tau: float = 1.0) -> float:
+        """The gap, times the share of what no wrong reference explains, tau in nats."""
         size = abs(self.evidence(3))
-        return self.d * size / (size + 1)
+        return self.d * size / (size + tau)
 
     def value(self, after: bool, gap: Callable[["Token"], float] = lambda s: s.d) -> float:
         """The success probability before this token, or after it."""
@@ -355,6 +354,11 @@ def value_token(k: Token) -> float:
     return min(k.value(after=False) / k.prior, 1)
 
 
+def gated_token(k: Token, tau: float = 1.0) -> float:
+    before, after = (k.value(past, lambda s: s.gated(tau)) for past in (False, True))
+    return (after - before) / k.sigma
+
+
 def contrast_token(k: Token, tau: float = 1.0) -> float:
     return k.signal("contrast_kl") / (k.signal("contrast_kl") + tau)
 
@@ -375,9 +379,7 @@ FORMULAS: dict[str, Callable[[Token], float]] = {
         (k.b.signals["success"][k.n].item() - k.value(False)) / k.sigma
     ),
     "hindsight": lambda k: (k.value(after=True) - k.value(after=False)) / k.sigma,
-    "hindsight_gated": lambda k: (
-        (k.value(True, lambda s: s.gated) - k.value(False, lambda s: s.gated)) / k.sigma
-    ),
+    "hindsight_gated": gated_token,
     "posterior_blame": blame_token,
     "oracle": oracle_token,
     "oracle_value": oracle_value_token,
@@ -404,6 +406,7 @@ WITH_SETTINGS: dict[str, tuple[Callable[[Token], float], dict[str, float]]] = {
     "rlsd_neutral": (lambda k: weighed(k, sign(k.a) * abs(k.d)), PAPERS),
     "rlcsd": (partial(rlcsd_token, eta=2.0, clip=0.05), {"eta": 2.0, "clip": 0.05}),
     "amr_sd": (partial(amr_sd_token, tau=0.3), {"tau": 0.3}),
+    "hindsight_gated": (partial(gated_token, tau=0.3), {"tau": 0.3}),
     "opsd_value_contrast": (lambda k: value_token(k) * contrast_token(k, 0.2), {"tau": 0.2}),
 }
 
