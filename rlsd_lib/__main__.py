@@ -358,12 +358,13 @@ def _bench(options: argparse.Namespace) -> int:
     """Measure step time and memory of RLSD beside GRPO, as ratios.
 
     rlsd bench --preset smoke --steps 5
-    rlsd bench --against GRPO RLSD "TRL SDPO" -p prompt=512
+    rlsd bench --against GRPO RLSD "TRL SDPO" cepo -p prompt=512
     """
     from functools import partial
 
     from rlsd_lib.experiment import bench
     from rlsd_lib.experiment.bench import BASE, Sizes, contenders, preset_trainer
+    from rlsd_lib.methods import METHODS
     from rlsd_lib.runs.machines import machine_name, record
 
     synthetic = options.against is not None
@@ -385,7 +386,7 @@ def _bench(options: argparse.Namespace) -> int:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
         clock = "seconds are the processor's where torch has one thread, else the wall clock's"
         print(f"{sizes}\n{machine_name()}; {clock}\n", flush=True)
-        names = [look_up(name, contenders(), "contender") for name in options.against]
+        names = [look_up(name, contenders(*METHODS), "contender") for name in options.against]
         others = [name for name in names or contenders() if name != BASE]
         table = bench.race(sizes.build, others, options.steps, options.rounds)
     else:
@@ -486,7 +487,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--preset", default="lab")
     bench.add_argument("--steps", type=int, default=10, help="timed steps per round")
     bench.add_argument("--rounds", type=int, default=3, help="times that both are measured in turn")
-    others = "instead of a preset: trainers, TRL's too, on synthetic rollouts (default: all)"
+    others = "trainers, TRL's too, or methods, on synthetic rollouts (default: all trainers)"
     bench.add_argument("--against", nargs="*", metavar="TRAINER", help=others)
     bench.add_argument("--gpu", action="store_true", help="models of real size, beside their plans")
     bench.add_argument("--profile", action="store_true", help="where the teacher pass takes time")

@@ -273,11 +273,10 @@ class Token(NamedTuple):
             return 0.0
         return self.d - math.log(sum(math.exp(gap) for gap in wrong) / len(wrong))
 
-    @property
-    def gated(self) -> float:
-        """The gap, times the share of what no wrong reference explains, with tau = 1 nat."""
+    def gated(self, tau: float = 1.0) -> float:
+        """The gap, times the share of what no wrong reference explains, tau in nats."""
         size = abs(self.evidence(3))
-        return self.d * size / (size + 1)
+        return self.d * size / (size + tau)
 
     def value(self, after: bool, gap: Callable[["Token"], float] = lambda s: s.d) -> float:
         """The success probability before this token, or after it."""
@@ -306,21 +305,21 @@ def weighed(k: Token, exponent: float, low: float = 0.8, high: float = 1.2) -> f
     return k.a * (0.5 + 0.5 * min(max(math.exp(sign(k.a) * exponent), low), high))
 
 
-def rlcsd_token(k: Token) -> float:
+def rlcsd_token(k: Token, eta: float = 1.0, clip: float = 0.5) -> float:
     def rho(s: Token) -> float:
-        return 0.2 * 0.5 * math.tanh(s.evidence(3) / 0.03)
+        return min(max(0.2 * 0.5 * math.tanh(s.evidence(3) / 0.03), -clip), clip)
 
     every = list(tokens_of(k.b))
     chosen = [s for s in every if abs(rho(s)) > 0.02]
     if k not in chosen:
         return k.a * len(every) / (len(every) - len(chosen))
     moved = max(k.a + rho(k), 0) if k.a > 0 else min(k.a + rho(k), 0) if k.a < 0 else 0.0
-    return moved * len(every) / len(chosen)
+    return eta * moved * len(every) / len(chosen)
 
 
-def amr_sd_token(k: Token) -> float:
+def amr_sd_token(k: Token, tau: float = 0.0) -> float:
     information = min(max(k.d, -5), 5)
-    gain = 0.2 * max(0, information) if k.a >= 0 else 0.1 * max(0, -information)
+    gain = 0.2 * max(0, information - tau) if k.a >= 0 else 0.1 * max(0, -information - tau)
     return k.a * (1 + gain)
 
 
@@ -355,8 +354,13 @@ def value_token(k: Token) -> float:
     return min(k.value(after=False) / k.prior, 1)
 
 
-def contrast_token(k: Token) -> float:
-    return k.signal("contrast_kl") / (k.signal("contrast_kl") + 1)
+def gated_token(k: Token, tau: float = 1.0) -> float:
+    before, after = (k.value(past, lambda s: s.gated(tau)) for past in (False, True))
+    return (after - before) / k.sigma
+
+
+def contrast_token(k: Token, tau: float = 1.0) -> float:
+    return k.signal("contrast_kl") / (k.signal("contrast_kl") + tau)
 
 
 FORMULAS: dict[str, Callable[[Token], float]] = {
@@ -375,9 +379,7 @@ FORMULAS: dict[str, Callable[[Token], float]] = {
         (k.b.signals["success"][k.n].item() - k.value(False)) / k.sigma
     ),
     "hindsight": lambda k: (k.value(after=True) - k.value(after=False)) / k.sigma,
-    "hindsight_gated": lambda k: (
-        (k.value(True, lambda s: s.gated) - k.value(False, lambda s: s.gated)) / k.sigma
-    ),
+    "hindsight_gated": gated_token,
     "posterior_blame": blame_token,
     "oracle": oracle_token,
     "oracle_value": oracle_value_token,
@@ -397,8 +399,22 @@ TURNS_SIGN |= {"hindsight_gated"}
 OVER_THE_BATCH = {"rlcsd", "srpo_weight"}
 
 
+# The paper's rows, which have no defaults, and settings whose defaults are idle.
+PAPERS = {"lam": 0.5, "epsilon_w": 0.2}
+WITH_SETTINGS: dict[str, tuple[Callable[[Token], float], dict[str, float]]] = {
+    "rlsd": (lambda k: weighed(k, k.d), PAPERS),
+    "rlsd_neutral": (lambda k: weighed(k, sign(k.a) * abs(k.d)), PAPERS),
+    "rlcsd": (partial(rlcsd_token, eta=2.0, clip=0.05), {"eta": 2.0, "clip": 0.05}),
+    "amr_sd": (partial(amr_sd_token, tau=0.3), {"tau": 0.3}),
+    "hindsight_gated": (partial(gated_token, tau=0.3), {"tau": 0.3}),
+    "opsd_value_contrast": (lambda k: value_token(k) * contrast_token(k, 0.2), {"tau": 0.2}),
+}
+
+
 def test_every_row_equals_its_formula():
-    for name, formula in (FORMULAS | WEIGHTS).items():
+    cases = [(name, formula, {}) for name, formula in (FORMULAS | WEIGHTS).items()]
+    cases += [(name, *row) for name, row in WITH_SETTINGS.items()]
+    for name, formula, options in cases:
         for seed, scale in enumerate((0.05, 0.5, 2.0, 5.0)):
             b = batch_of(seed, scale)
             expected = b.advantages[:, None].repeat(1, b.mask.shape[1])
@@ -406,7 +422,8 @@ def test_every_row_equals_its_formula():
                 expected = torch.zeros_like(expected)
             for k in tokens_of(b):
                 expected[k.n, k.t] = formula(k)
-            difference = (b.credit(ROWS[name]) - expected).abs().max().item()
+            credited = b.credit(getattr(credit, name), **options)
+            difference = (credited - expected).abs().max().item()
             assert difference < 1e-12 * max(1, expected.abs().max().item()), (name, seed)
 
 

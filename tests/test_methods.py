@@ -18,10 +18,6 @@ from rlsd_lib.methods import METHODS
 from rlsd_lib.prompts import demonstrations
 from rlsd_lib.trainer.config import TEACHER_KINDS
 
-EXTRA: dict[str, dict[str, Any]] = {
-    "grpo_opsd": {"distillation_weight": 0.3},
-    "sdpo": {"success_reward_threshold": 0.5},
-}
 TAUGHT = [name for name in tiny.FIRST if METHODS[name].teacher_sees]
 every = pytest.mark.parametrize("method", tiny.FIRST)  # the others: trainer/test_credits.py
 
@@ -35,7 +31,7 @@ def make(folder: Path, method: str, student: Any = None, **overrides: Any) -> RL
     return RLSDTrainer(
         tiny.model() if student is None else student,
         overrides.pop("reward", tiny.reward),
-        tiny.config(folder, method=method, **{**EXTRA.get(method, {}), **overrides}),
+        tiny.config(folder, method=method, **{**tiny.NEEDS.get(method, {}), **overrides}),
         tiny.dataset(),
         processing_class=tiny.tokenizer(),
         **teacher,
@@ -153,7 +149,7 @@ def teacher_turns(method: str, generation: Generation) -> list[tuple[str, bool]]
 
 
 def reference(method: str, **settings: Any) -> Reference:
-    weight = EXTRA.get(method, {}).get("distillation_weight", 1.0)
+    weight = tiny.NEEDS.get(method, {}).get("distillation_weight", 1.0)
     return Reference(
         method,
         settings.pop("turns", partial(teacher_turns, method)),
@@ -370,7 +366,7 @@ def build(folder: Path, method: str, **changes: Any) -> RLSDTrainer:
     """An RLSDTrainer with its arguments changed one by one."""
     given = {"model": tiny.model(), "reward_funcs": tiny.reward, "train_dataset": tiny.dataset()}
     args = tiny.config(
-        folder, method=method, **{**EXTRA.get(method, {}), **changes.pop("args", {})}
+        folder, method=method, **{**tiny.NEEDS.get(method, {}), **changes.pop("args", {})}
     )
     return RLSDTrainer(args=args, processing_class=tiny.tokenizer(), **{**given, **changes})
 

@@ -1,5 +1,6 @@
 """A random two-layer Qwen3 with character tokens, and rows to train it on: seconds per test."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rlsd_lib import RLSDConfig, RLSDTrainer
-from rlsd_lib.methods import METHODS
+from rlsd_lib.methods import METHODS, from_caller
 from rlsd_lib.prompts import teacher_prompt
 from rlsd_lib.tasks import Task
 from rlsd_lib.tasks.lab import vision as toy_vlm
@@ -22,6 +23,12 @@ CHAT_TEMPLATE = (
 # Rows of the methods table: RLSD and the paper's baselines, and what came after it.
 FIRST = list(METHODS)[: list(METHODS).index("cepo")]
 LATER = [name for name in METHODS if name not in FIRST]
+# Settings without which a row does not train, or not with all that it computes.
+NEEDS: dict[str, dict[str, Any]] = {
+    "grpo_opsd": {"distillation_weight": 0.3},
+    "sdpo": {"success_reward_threshold": 0.5},
+    "sdpg": {"beta": 0.01},
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -64,6 +71,24 @@ def reward(completions: list, **_: Any) -> list[float]:
     """Spread out and deterministic: groups differ, so advantages are not 0."""
     texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
     return [(sum(map(ord, text)) % 7) / 7 for text in texts]
+
+
+def signals(rows: list[dict], ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What rows ask of their caller: functions of a rollout's own ids, so that a test can tell whose."""
+    assert len(rows) == len(ids) and "privileged_context" in rows[0]
+    return {
+        "first_error": ids[:, 0] % 3,
+        "decisions": ids % 2 == 0,
+        "thought": (ids % 3 == 0) * mask,
+        "success_before": ids[:, 0] % 5 / 5,
+        "success_after": ids % 7 / 7,
+    }
+
+
+def from_outside(method: str, model: Callable[[], Any]) -> dict[str, Any]:
+    """Arguments of the trainer that a row needs beside its settings; `model` makes OPD's teacher."""
+    signalled = {"signals": signals} if from_caller(METHODS[method].credit) else {}
+    return signalled | ({"teacher_model": model()} if method == "opd" else {})
 
 
 def config(folder: Path, **overrides: Any) -> RLSDConfig:

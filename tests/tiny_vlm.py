@@ -128,12 +128,20 @@ def dataset(counts: list[int], **columns: list) -> Dataset:
 
 
 def trainer(
-    folder: Path, data: Dataset, student: Any = None, family: str = "qwen3-vl", **overrides: Any
+    folder: Path,
+    data: Dataset,
+    student: Any = None,
+    family: str = "qwen3-vl",
+    *,
+    more: dict[str, Any] | None = None,
+    **overrides: Any,
 ) -> RLSDTrainer:
+    """A trainer on a model of the family, with `more` arguments; `overrides` are RLSDConfig fields."""
     return RLSDTrainer(
         model(family) if student is None else student,
         tiny.reward,
         tiny.config(folder, **overrides),
         data,
         processing_class=processor(family),
+        **more or {},
     )

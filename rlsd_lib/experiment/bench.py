@@ -39,6 +39,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rlsd_lib.experiment.experiment import Experiment
 from rlsd_lib.experiment.plan import GIB, NO_TEACHER, RESERVED, Plan, shape_of
+from rlsd_lib.experiment.presets import OUR_WEIGHT
+from rlsd_lib.methods import METHODS, PROMPT, Method, from_caller
 from rlsd_lib.names import check_fields, look_up
 from rlsd_lib.report.plots import costs
 from rlsd_lib.tasks.encode import word_tokenizer
@@ -49,21 +51,24 @@ from rlsd_lib.trainer.trainer import RLSDTrainer
 BASE = "GRPO"
 SYNTHETIC = "synthetic"  # a model in `SHAPES` that is nobody's
 SPECIAL = ("<pad>", "</s>", "<unk>")
-# A contender, a folder, a number of steps -> its trainer.
-Build = Callable[[str, Path, int], Trainer]
+Build = Callable[[str, Path, int], Trainer]  # contender, folder, number of steps -> its trainer
 Rollouts = dict[int, tuple[float, list]]  # seconds and ids, by the number of the step
+# Trainer, configuration, what its plan changes of RLSD's (None: no plan).
+Contender = tuple[type[Trainer], Callable[..., Any], dict[str, Any] | None]
 Turn = tuple[list[dict[str, float]], Rollouts]  # of each timed step seconds by part, peak MiB
 STEP, GENERATION, REST = "step, s", "generation, s", "without generation, s"
 TEACHER, PEAK = "teacher pass, s", "peak MiB"
 RATIOS = {STEP: "step / GRPO", REST: "without generation / GRPO", PEAK: "peak MiB / GRPO"}
 MIB = 2**20
 LORA = ", LoRA"  # ends the name of a contender that trains an adapter
+# Settings without which a row of the methods table does not run, or not with all that it computes.
+NEEDS = OUR_WEIGHT | {"sdpg": {"beta": 1e-3}, "sdpo": {"success_reward_threshold": 0.5}}
 Whole = Annotated[int, lambda n: isinstance(n, int) and n >= 1, "a whole number >= 1"]
 Group = Annotated[int, lambda n: isinstance(n, int) and n >= 2, "2 or more, a group"]
 
 
-def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any], dict[str, Any] | None]]:
-    """Trainer and configuration by name, and what its plan changes of RLSD's; None: has no plan."""
+def contenders(*rows: str) -> dict[str, Contender]:
+    """By name, `rows` of the methods table last. TRL's SDPO sees the same teacher prompt as ours."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
@@ -90,6 +95,7 @@ def contenders() -> dict[str, tuple[type[Trainer], Callable[..., Any], dict[str,
         BASE + LORA: (GRPOTrainer, GRPOConfig, alone | lora),
         "RLSD" + LORA: (RLSDTrainer, ours, lora),
         "TRL SDPO": (SDPOTrainer, theirs, None),
+        **{n: (RLSDTrainer, partial(ours, method=n, **NEEDS.get(n, {})), None) for n in rows},
     }
 
 
@@ -113,7 +119,7 @@ class Sizes:
 
     def build(self, name: str, folder: Path, steps: int) -> Trainer:
         """The trainer of a contender, for `steps` steps of a group each; ValueError for a wrong name."""
-        table = contenders()
+        table = contenders(*METHODS)
         trainer, configure, _ = table[look_up(name, table, "contender")]
         plan, on_gpu = self.plan, torch.cuda.is_available()
         config = configure(
@@ -139,8 +145,8 @@ class Sizes:
             model = AutoModelForCausalLM.from_config(self.config(), dtype=plan.dtype)
         # One token per word: a text of n words is n tokens.
         words = [*SPECIAL, *(f"w{i}" for i in range(model.config.vocab_size - len(SPECIAL)))]
-        if not issubclass(trainer, GRPOTrainer):
-            # TRL's self-distiller loads its teacher from where the model came from.
+        if config.beta or not issubclass(trainer, GRPOTrainer):
+            # TRL loads a reference model, and its self-distiller a teacher, from where it came from.
             model.save_pretrained(folder / "model")
             model.config._name_or_path = str(folder / "model")
         return trainer(
@@ -150,6 +156,7 @@ class Sizes:
             train_dataset=self.make_rows(steps),
             processing_class=word_tokenizer(words, WhitespaceSplit()),
             peft_config=LoraConfig(task_type="CAUSAL_LM") if name.endswith(LORA) else None,
+            **(_from_outside(METHODS[name], model) if name in METHODS else {}),
         )
 
     def config(self) -> Any:
@@ -180,6 +187,17 @@ class Sizes:
         lengths = {"prompt": self.prompt, "privileged_context": self.reference}
         rows = [{k: " ".join(draw(k=n)) for k, n in lengths.items()} for _ in range(count)]
         return Dataset.from_list(rows)
+
+
+def _from_outside(row: Method, model: Any) -> dict[str, Any]:
+    """What a row needs of its caller: another model, or signals, which here mean nothing."""
+    names, ends = from_caller(row.credit), ("first_error", "success_before")
+
+    def signals(_: Any, __: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: mask[:, 0] if name in ends else mask for name in names}
+
+    other = copy.deepcopy(model) if row.teacher_sees == PROMPT else None
+    return {"teacher_model": other, "signals": signals if names else None}
 
 
 def _reward(completions: list[str], **_: Any) -> list[float]:
@@ -262,11 +280,14 @@ def train(build: Build, name: str, steps: int, rollouts: Rollouts) -> Turn:
 def train_apart(*turn: Any) -> Turn:
     """`train` in a process of its own, whose peak is of no other trainer; a GPU's can be reset.
 
-    Forked by a small server: a spawned process would begin with the peak of its parent.
+    Forked by a server that has only imported this file: a spawned process would begin with the
+    peak of its parent.
     """
     if torch.cuda.is_available():
         return train(*turn)
-    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+    server = get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=server) as pool:
         return pool.submit(train, *turn).result()
 
 

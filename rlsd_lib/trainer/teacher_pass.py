@@ -80,7 +80,8 @@ class TeacherPass(GRPOTrainer):
         if self.use_vllm:
             upstream.keep_base_exact(self.model, self.vllm_generation)
         if self._is_vlm:
-            upstream.drop_empty_images(self.model)
+            for each in filter(None, (self.model, self.ref_model)):
+                upstream.drop_empty_images(each)
         if not args.uses_teacher:
             return
         config = self.model.config.get_text_config()

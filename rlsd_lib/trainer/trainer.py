@@ -227,8 +227,9 @@ class RLSDTrainer(TeacherPass, Named):
             return shuffle(function)(verdicts, gap, mask, **asked)
 
         credited = assign(advantages)
+        if self.credit is not None or self.signals is not None:  # something of it is the caller's
+            checks.check_credited(credited, gap.shape, function)
         if self.credit is not None:
-            checks.check_credited(credited, gap.shape, self.credit)
             return credited, credits.intervention_sums(credited, advantages, mask)
         if not args.has_token_credit or args.distillation_mode == SAMPLED:
             return credited, {}

@@ -15,6 +15,7 @@ from rlsd_lib.experiment import bench
 from rlsd_lib.experiment.bench import Sizes, contenders, preset_trainer
 from rlsd_lib.experiment.plan import plan_of, shape_of
 from rlsd_lib.experiment.presets import PRESETS
+from rlsd_lib.methods import METHODS
 from rlsd_lib.tasks.models import config_named
 
 TINY = Sizes(prompt=24, completion=6, generations=4, vocabulary=120, reference=8)
@@ -75,6 +76,18 @@ def test_all_trainers_train_on_the_rollouts_of_the_first(measured):
     assert table.loc["GRPO", "step / GRPO"] == 1
 
 
+def test_rows_of_the_methods_table_race_with_all_that_they_need(tmp_path):
+    """Another teacher, a reference model, what `signals` gives; a weight; a wrong reference."""
+    needy = [row for row in METHODS if bench.from_caller(METHODS[row].credit)]
+    for row in (*needy, *bench.NEEDS, "opd", "cepo"):
+        trainer = TINY.build(row, tmp_path, 2)
+        assert trainer.args.method == row
+        assert (trainer.ref_model is not None) == (row == "sdpg")
+        if row in ("opd", "oracle_value"):
+            trainer.train()
+            assert trainer.state.global_step == 2
+
+
 def test_a_preset_is_raced_on_its_own_task(here, monkeypatch):
     # Nothing is pretrained for this.
     loaded = tiny.model(), tiny.tokenizer()
@@ -86,7 +99,7 @@ def test_a_preset_is_raced_on_its_own_task(here, monkeypatch):
 
 def test_the_command_prints_the_race(here, capsys):
     command = ["bench", "--steps", "1", "--rounds", "1", *PAIRS]
-    assert main([*command, "--against", "GRPO", "RLSD"]) == 0
+    assert main([*command, "--against", "GRPO", "sdar", "RLSD"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].startswith("RLSD ")
     assert printed[-1].split()[-1] == "1.500"

@@ -1,5 +1,6 @@
-"""Every row of the table that came after the paper: it trains, with its signals, at its cost."""
+"""Every row of the table: it trains, with its signals, at its cost."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -11,70 +12,69 @@ from peft import LoraConfig, get_peft_model
 
 from rlsd_lib import RLSDConfig
 from rlsd_lib.credit import leave_one_out, oracle, permuted, rlcsd, srpo_weight
-from rlsd_lib.methods import METHODS, PUBLISHED, keywords
+from rlsd_lib.methods import METHODS, NEEDS_WRONG, PUBLISHED, keywords
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.checks import check_processes
 from rlsd_lib.trainer.trainer import GATE_STEPS
 
 # Passes of the teacher over each rollout, where not one.
 PASSES = {"cepo": 2, "rlsd_contrast": 2, "rlcsd": 2, "opsd_contrast": 2, "opsd_value_contrast": 2}
-PASSES |= {"oracle": 0, "oracle_value": 0, "hindsight_gated": 2}
+PASSES |= {"grpo": 0, "oracle": 0, "oracle_value": 0, "hindsight_gated": 2}
+# One row for each thing that a forward is made for: the gap, a wrong reference, TRL's reference
+# model, the states of the teacher under both references.
+KINDS = ["rlsd", "cepo", "sdpg", "opsd_value_contrast"]
 
 
-def signals(rows: list[dict], ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Functions of what is given, so that a test can tell whose they are."""
-    assert len(rows) == len(ids) and "privileged_context" in rows[0]
-    return {
-        "first_error": ids[:, 0] % 3,
-        "decisions": ids % 2 == 0,
-        "thought": (ids % 3 == 0) * mask,
-        "success_before": ids[:, 0] % 5 / 5,
-        "success_after": ids % 7 / 7,
-    }
-
-
-def settings_of(method: str) -> dict[str, Any]:
-    given = {"method": method, "success_reward_threshold": 0.5, "max_steps": 2}
-    if method == "sdpg":
-        given["beta"] = 0.01
-    return given
-
-
-def make(folder, method: str, student: Any = None, **changes: Any):
-    more = {"signals": signals, **changes.pop("more", {})}
-    settings = {**settings_of(method), **changes}
+def make(folder, method: str, student: Any = None, kind: Any = tiny, **changes: Any):
+    """A trainer of `method` on the tiny model of the module `kind`; `more` are its arguments."""
+    more = tiny.from_outside(method, partial(kind.model, seed=1)) | changes.pop("more", {})
+    settings = {"method": method, "success_reward_threshold": 0.5, "max_steps": 2}
+    settings |= {**tiny.NEEDS.get(method, {}), **changes}
     if student is None and settings.get("beta"):  # TRL loads the reference model from its folder
         student = str(folder / "student")
-        tiny.model().save_pretrained(student)
-    return tiny.trainer(folder, student, more=more, **settings)
+        kind.model().save_pretrained(student)
+    if kind is tiny_vlm:  # rows with several images, one and none
+        return kind.trainer(
+            folder, kind.dataset([1, 0, 2, 0, 3, 1, 0, 1]), student, more=more, **settings
+        )
+    return kind.trainer(folder, student, more=more, **settings)
 
 
-def lora_student() -> Any:
+def lora_of(model: Any) -> Any:
     torch.manual_seed(5)
-    return get_peft_model(tiny.model(), LoraConfig(r=4, lora_alpha=8, init_lora_weights=False))
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules="all-linear")
+    return get_peft_model(model, config)
 
 
-def count_teacher_rows(trainer) -> dict[str, int]:
-    """Counts rows that are generated, and rows that the teacher scores."""
-    counted = {"rollouts": 0, "teacher": 0}
+def count_rows(trainer) -> dict[str, int]:
+    """Counts rows that are generated, that the teacher scores, and that other models score."""
+    counted = {"rollouts": 0, "teacher": 0, "others": 0}
     scores, generate = trainer.teacher_scores, trainer._generate
+    logps = trainer._get_per_token_logps_and_entropies
 
     def scored(prompts, contexts, output):
+        others, found = counted["others"], scores(prompts, contexts, output)
         counted["teacher"] += len(prompts)
-        return scores(prompts, contexts, output)
+        counted["others"] = others
+        return found
 
     def generated(prompts):
         counted["rollouts"] += len(prompts)
         return generate(prompts)
 
+    def forward(model, ids, *args, **kwargs):
+        counted["others"] += len(ids)
+        return logps(model, ids, *args, **kwargs)
+
     trainer.teacher_scores, trainer._generate = scored, generated
+    trainer._get_per_token_logps_and_entropies = forward
     return counted
 
 
 def check_run(name: str, trainer: Any) -> None:
-    """Two steps: something learns, every number is finite, the teacher works as often as it says."""
+    """Two steps: something learns, every number is finite, models score as often as the row says."""
     start = {k: p.detach().clone() for k, p in trainer.model.named_parameters() if p.requires_grad}
-    counted = count_teacher_rows(trainer)
+    counted = count_rows(trainer)
     trainer.train()
     moved = [k for k, p in trainer.model.named_parameters() if k in start and not p.equal(start[k])]
     assert moved, f"{name} learned nothing"
@@ -88,27 +88,37 @@ def check_run(name: str, trainer: Any) -> None:
             name,
             log,
         )
-    passes = PASSES.get(name, 1)
-    assert counted == {"rollouts": 16, "teacher": 16 * passes}, (name, counted)
+    passes = PASSES.get(name, 1) + trainer.args.wrong_references - 1
+    # Rollouts serve one step: the student's forward is the loss's own, and beta > 0 adds TRL's.
+    others = 1 + (trainer.args.beta > 0)
+    expected = {"rollouts": 16, "teacher": 16 * passes, "others": 16 * others}
+    assert counted == expected, (name, counted)
+
+
+def check_rows(folder, names: Iterable[str], student: str) -> None:
+    kind = tiny_vlm if "images" in student else tiny
+    for name in names:
+        lora = lora_of(kind.model()) if "LoRA" in student else None
+        several = {"wrong_references": 2} if lora and "wrong_gaps" in METHODS[name].asks else {}
+        check_run(name, make(folder, name, lora, kind, **several))
 
 
 def test_every_row_trains_on_text(tmp_path):
-    for name in tiny.LATER:
-        check_run(name, make(tmp_path, name))
+    check_rows(tmp_path, METHODS, "text")
 
 
-def test_every_row_trains_with_lora(tmp_path):
-    for name in tiny.LATER:
-        check_run(name, make(tmp_path, name, lora_student()))
+beyond_text = pytest.mark.parametrize("student", ["text, LoRA", "images", "images, LoRA"])
 
 
-@pytest.mark.parametrize("name", ["cepo", "opsd_value_contrast", "hindsight"])
-def test_a_row_of_each_kind_trains_on_images(tmp_path, name):
-    """Rows with several images, one and none; wrong references beside the same images."""
-    settings = settings_of(name)
-    check_run(
-        name, tiny_vlm.trainer(tmp_path, tiny_vlm.dataset([1, 0, 2, 0, 3, 1, 0, 1]), **settings)
-    )
+@beyond_text
+def test_a_row_of_each_kind_trains_on_images_and_with_lora(tmp_path, student):
+    check_rows(tmp_path, KINDS, student)
+
+
+@pytest.mark.slow
+@beyond_text
+def test_every_row_trains_on_images_and_with_lora(tmp_path, student):
+    check_rows(tmp_path, METHODS, student)
 
 
 # --- signals -------------------------------------------------------------------------------------
@@ -128,7 +138,8 @@ def test_every_signal_is_that_of_its_own_rollout(tmp_path):
         return advantages[:, None] + 0 * gap
 
     settings = {"method": "rlsd", "num_iterations": 2, "max_steps": 3, "wrong_references": 2}
-    trainer = make(tmp_path, teacher_pass="plain", beta=0.01, more={"credit": credit}, **settings)
+    more = {"credit": credit, "signals": tiny.signals}
+    trainer = make(tmp_path, teacher_pass="plain", beta=0.01, more=more, **settings)
     score, assign, micros = trainer._generate_and_score_completions, trainer._token_advantages, []
     scores = trainer.teacher_scores
 
@@ -210,7 +221,7 @@ def test_an_unscored_rollout_is_left_out_of_the_others_success(tmp_path):
 
 
 def test_the_weight_multiplies_the_divergence_of_each_token(tmp_path):
-    """A weight of 1 is OPSD to the bit, a weight of 0 beside policy_weight GRPO's update."""
+    """A weight of 1 is OPSD, one of 0 beside policy_weight GRPO's update; SDPG has a factor."""
     ends = {}
     for name, method, settings in (
         ("opsd", "opsd", {}),
@@ -218,6 +229,9 @@ def test_the_weight_multiplies_the_divergence_of_each_token(tmp_path):
         ("none", "opsd_contrast", {"credit_settings": {"tau": 1e30}, "policy_weight": 1.0}),
         ("grpo", "grpo", {"completion_head": True}),
         ("half", "opsd_contrast", {}),
+        ("sdpg", "sdpg", {}),
+        ("published", "sdpg", {"distillation_weight": 1e-3}),
+        ("strong", "sdpg", {"distillation_weight": 1.0}),
     ):
         trainer = make(tmp_path, method, max_steps=1, more={"signals": None}, **settings)
         trainer.train()
@@ -225,6 +239,8 @@ def test_the_weight_multiplies_the_divergence_of_each_token(tmp_path):
     torch.testing.assert_close(ends["all"], ends["opsd"])
     torch.testing.assert_close(ends["none"], ends["grpo"], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(ends["half"], ends["opsd"], atol=1e-4)
+    assert torch.equal(ends["sdpg"], ends["published"])
+    assert not torch.allclose(ends["sdpg"], ends["strong"], atol=1e-4)
 
 
 # --- AntiSD's gate, and the permuted control -----------------------------------------------------
@@ -250,25 +266,27 @@ def test_the_gate_shuts_with_the_entropy_and_a_resume_is_bit_by_bit(tmp_path):
     assert whole.state.log_history[0]["rlsd/gate"] == 1.0
 
 
-def test_permuted_credit_keeps_its_amount_and_draws_once_for_the_drift(tmp_path):
+@pytest.mark.parametrize("method", ["rlsd", "opsd_contrast"])
+def test_permuted_credit_or_weight_keeps_its_amount_and_draws_once(tmp_path, method):
     runs = {}
     for shuffled in (False, True):
-        trainer, kept = make(tmp_path, "rlsd", permute_credit=shuffled, max_steps=1), []
+        trainer, kept = make(tmp_path, method, permute_credit=shuffled, max_steps=1), []
         assign = trainer._token_advantages
 
         def spy(inputs, logps, assign=assign, kept=kept):
-            kept.append((assign(inputs, logps), states.loss_mask(inputs).bool()))
-            return kept[-1][0]
+            credited = assign(inputs, logps)
+            kept.append((inputs.get("weight", credited), states.loss_mask(inputs).bool()))
+            return credited
 
         trainer._token_advantages = spy
         trainer.train()
-        runs[shuffled] = kept, trainer.state.log_history[0]["rlsd/drift"]
+        runs[shuffled] = kept, trainer.state.log_history[0].get("rlsd/drift")
     for (plain, mask), (mixed, _) in zip(runs[False][0], runs[True][0], strict=True):
         assert not torch.equal(plain, mixed)
         for row in range(len(mask)):
             kept = mask[row]
             assert torch.equal(plain[row][kept].sort().values, mixed[row][kept].sort().values)
-    assert runs[False][1] != runs[True][1]
+    assert (runs[False][1] != runs[True][1]) == (method == "rlsd")  # the other has no drift
     once = permuted(oracle, torch.Generator().manual_seed(1)).__name__
     assert once == "oracle"
 
@@ -290,6 +308,8 @@ def asks_reference(advantages, gap, mask, *, reference_gap):
 
 def test_what_nobody_gives_is_refused_before_the_model_loads(tmp_path):
     few = tiny.dataset(4, privileged_context=["7", "8", "7", "8"])
+    equal = {"data": tiny.dataset(4, privileged_context=["7"] * 4)}
+    none_else = "wrong_references=1 needs 2 different.*has 1"
     stream = tiny.dataset().to_iterable_dataset()
     none = {"more": {"signals": None}}
     cases = [
@@ -300,6 +320,9 @@ def test_what_nobody_gives_is_refused_before_the_model_loads(tmp_path):
             {"data": few, "wrong_references": 2},
             "wrong_references=2 needs 3 different.*has 2",
         ),
+        *((name, equal, none_else) for name, row in METHODS.items() if row.asks & NEEDS_WRONG),
+        ("cepo", {"data": tiny.dataset(1)}, none_else),
+        ("rlsd", {**equal, "more": {"credit": asks_wrong}}, none_else),
         ("opsd_contrast", {"data": stream}, "contrast_kl need wrong references.*streaming"),
         ("rlsd", {"wrong_references": 2}, "wrong_references=2 means nothing where no credit asks"),
         ("grpo", {"wrong_references": 2}, "wrong_references=2 means nothing"),
@@ -360,3 +383,12 @@ def test_what_signals_returns_is_checked(tmp_path):
         trainer = make(tmp_path, "oracle", more={"signals": lambda *_, given=given: given})
         with pytest.raises(ValueError, match=said):
             trainer.train()
+
+
+def test_a_signal_that_makes_the_credit_nan_stops_the_run(tmp_path):
+    def broken(rows, ids, mask):
+        return tiny.signals(rows, ids, mask) | {"success_before": torch.full((8,), torch.nan)}
+
+    trainer = make(tmp_path, "oracle_value", more={"signals": broken})
+    with pytest.raises(ValueError, match="credit=oracle_value returned NaN or infinity in rows"):
+        trainer.train()

@@ -10,7 +10,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from filelock import FileLock
 from forked import Forked
 from transformers import TrainerCallback
 
-from rlsd_lib import RLSDTrainer
 from rlsd_lib.experiment.presets import shared_batch
 from rlsd_lib.experiment.workbook_trainer import Stopped, WorkbookTrainer
+from rlsd_lib.methods import METHODS
 
 TIMEOUT = 240  # seconds for all runs of two processes; a hang would last for gloo's half hour
 SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads
@@ -38,8 +38,11 @@ GOOD = [{0, 3, 5, 10, 11}, {1, 2}, {7}, set()]
 # Of the later rows one with wrong references, one with a weight of the divergence, and two by the
 # success of the group's others, of which some are on the other rank.
 NAMES = (*tiny.FIRST, "cepo", "opsd_value_contrast", "hindsight", "posterior_blame")
-RUNS: dict[str, dict[str, Any]] = {name: {"method": name} for name in NAMES}
-RUNS["grpo_opsd"]["distillation_weight"] = 0.3
+REFUSED = ("rlcsd", "srpo")  # they count the tokens of a batch: test_credits.py
+ROWS = {name: {"method": name, **tiny.NEEDS.get(name, {})} for name in METHODS}
+RUNS: dict[str, dict[str, Any]] = {name: ROWS[name] for name in NAMES}
+OTHERS_STUDENT = "RLSD_TEST_STUDENT"  # a saved tiny.model(), where processes train `OTHERS`
+OTHERS = {name: row for name, row in ROWS.items() if name not in (*NAMES, *REFUSED)}
 RUNS |= {
     "sdpo sampled": {"method": "sdpo", "distillation_mode": "sampled_token"},
     "sdpo grpo": {"method": "sdpo", "loss_type": "grpo"},
@@ -72,17 +75,15 @@ def train(folder: Path, world: int, settings: dict[str, Any]) -> dict[str, Any]:
         "optim": "sgd",
         "learning_rate": 0.5,
     }
-    external = settings.get("method") == "opd"
-    config |= settings if external else {"teacher_sync_steps": 2, **settings}
-    teacher = {"teacher_model": tiny.model(1)} if external else {}
-    trainer = RLSDTrainer(
-        tiny.model(),
-        reward,
-        tiny.config(folder, **{**config, **shared_batch(config, world)}),
-        tiny.dataset(),
-        processing_class=tiny.tokenizer(),
-        **teacher,
-    )
+    method, student = settings.get("method", "rlsd"), None
+    config |= settings if method == "opd" else {"teacher_sync_steps": 2, **settings}
+    if settings.get("beta"):  # TRL loads the reference model from the student's folder
+        student = os.environ.get(OTHERS_STUDENT, str(folder / "student"))
+        if world == 1:
+            tiny.model().save_pretrained(student)
+    more = tiny.from_outside(method, partial(tiny.model, 1))
+    config |= shared_batch(config, world)
+    trainer = tiny.trainer(folder, student, rewards=reward, more=more, **config)
     assert trainer.accelerator.num_processes == world
     dense.script(trainer, marked_ids)
     contexts: list[list[str | None]] = []
@@ -107,8 +108,11 @@ def train_all(folder: Path, world: int) -> None:
     """Entry of each process: every run, one file each."""
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", 0))
-    for name, settings in RUNS.items():
+    others = OTHERS_STUDENT in os.environ
+    for name, settings in (OTHERS if others else RUNS).items():
         torch.save(train(folder / "scratch", world, settings), folder / f"{name}-{rank}.pt")
+    if others:
+        return
     torch.save(stop_one(folder / "stopped", rank), folder / f"stopped-{rank}.pt")
     torch.save(refuse_one(folder / "refused", rank), folder / f"refused-{rank}.pt")
 
@@ -220,7 +224,7 @@ def run_two(folder: Path, module: str, settings: dict[str, str]) -> str:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """Result of one process, by name of the run; each is trained once."""
-    return cache(lambda name: train(tmp_path_factory.mktemp("one"), 1, RUNS[name]))
+    return cache(lambda name: train(tmp_path_factory.mktemp("one"), 1, (RUNS | OTHERS)[name]))
 
 
 def of_ranks(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -229,6 +233,16 @@ def of_ranks(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def test_two_processes_give_the_result_of_one(one, two):
     for name in RUNS:
+        assert_same_result(name, one(name), of_ranks(two, name))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one_for_every_other_row(one, tmp_path_factory):
+    student = str(tmp_path_factory.mktemp("student"))
+    tiny.model().save_pretrained(student)
+    settings = {**USE_CPU, OTHERS_STUDENT: student}
+    two = run_once(tmp_path_factory, "others", "test_distributed", settings)
+    for name in OTHERS:
         assert_same_result(name, one(name), of_ranks(two, name))
 
 

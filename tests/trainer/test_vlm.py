@@ -205,14 +205,9 @@ def test_full_vocabulary_divergence_with_images(tmp_path):
 
 
 def test_another_model_teaches_on_rows_with_and_without_images(tmp_path):
-    trainer = RLSDTrainer(
-        tiny_vlm.model(),
-        tiny.reward,
-        tiny.config(tmp_path, method="opd", max_steps=1, shuffle_dataset=False, **ALONE),
-        tiny_vlm.dataset(MIXED),
-        processing_class=tiny_vlm.processor(),
-        teacher_model=tiny_vlm.model(seed=1),
-    )
+    settings = {"method": "opd", "max_steps": 1, "shuffle_dataset": False, **ALONE}
+    more = {"teacher_model": tiny_vlm.model(seed=1)}
+    trainer = tiny_vlm.trainer(tmp_path, tiny_vlm.dataset(MIXED), more=more, **settings)
     seen = run_and_capture(trainer)
     assert {micro["pixel_values"].size(0) == 0 for micro in seen} == {True, False}
     assert trainer.state.log_history[0]["rlsd/divergence"] > 0.01
