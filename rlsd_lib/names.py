@@ -32,9 +32,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {like[0]!r}?)" if like else f" (valid: {', '.join(known) or 'none'})"
 
 
-def alike(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+def alike(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
     """At most `count` names that `name` may have been meant for, the nearest first."""
-    return difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.5)
+    return difflib.get_close_matches(str(name), list(known), n=count, cutoff=cutoff)
 
 
 class Named:

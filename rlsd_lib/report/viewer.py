@@ -41,7 +41,8 @@ class CreditViewer(CreditCallback):
     The first step and each `every_steps`-th get a page in `folder` (by default `credit` in the
     trainer's output_dir), such as `step-000050.html`, and a PNG for each of so many `rollouts`: the
     advantages that enter the loss, as multiples of the rollout's, in the main process's first
-    micro-step, from the best and the worst end in turn. The trackers of `report_to` (trackio, wandb,
+    micro-step, from the best and the worst end in turn. Full colour is the largest of a picture, so
+    that a small effect is seen: compare by the numbers, not by the colours. The trackers of `report_to` (trackio, wandb,
     tensorboard) get a table with a row per token. Raises ValueError for a number below 1.
     """
 

@@ -306,6 +306,13 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
             "or a name that RLSDTrainer(signals=fn) gives: fn(rows, completion_ids (N, T), mask "
             "(N, T)) -> {name: tensor (N,) or (N, T)}."
         ) from None
+    for option in others if signals is None else []:
+        # With a default it would never be given, and nobody would know.
+        for meant in alike(option, methods.SIGNALS, cutoff=0.8):
+            raise ValueError(
+                f"{what}={get_callable_name(function)} has {option!r}, which is no signal: did you mean "
+                f"{meant!r}? If it is a setting of yours, give it another name."
+            )
     absent = {"reference_gap"} if args.beta == 0 else set()
     absent |= {"teacher_entropy", "contrast_kl"} if args.divergence is None else set()
     for name in asked:

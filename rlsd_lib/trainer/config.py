@@ -336,7 +336,8 @@ class RLSDConfig(GRPOConfig, Named):
             if name not in found:
                 raise ValueError(
                     f"credit_settings: {name!r} is no setting of method={self.method!r} in this "
-                    f"run, which has {', '.join(sorted(found)) or 'none'}."
+                    f"run, which has {', '.join(sorted(found)) or 'none'}. Settings of a credit "
+                    "function of your own are bound by functools.partial."
                 )
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise ValueError(f"credit_settings: {name}={value!r}: expected a number.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -105,6 +106,14 @@ def test_a_killed_suite_redoes_nothing_and_ends_in_the_same_table(
         finish(never_killed / folder.name, seed)
     tables = [make_table(read_runs(tmp_path / name)) for name in ("outputs", "never-killed")]
     assert tables[0].markdown() == tables[1].markdown()
+
+
+def test_the_manual_lists_every_suite_with_its_number_of_runs() -> None:
+    manual = (Path(__file__).parents[2] / "notebooks" / "README.md").read_text()
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| .* \| (\d+) \| [\d.]+ (?:min|h) \|$", manual, re.MULTILINE
+    )
+    assert {name: int(runs) for name, runs in rows} == {n: len(jobs_of(n)) for n in suites.SUITES}
 
 
 def test_a_folder_of_runs_is_found_by_its_name_or_as_the_suite_that_finished_last(tmp_path):

@@ -120,6 +120,10 @@ def misspelt(advantages, gap, mask, *, sucess):
     return gap
 
 
+def nearly(advantages, gap, mask, *, lamb=0.5, strength=2.0):
+    return lamb * gap
+
+
 def by_name(*, advantages, gap, mask):
     return gap
 
@@ -147,6 +151,7 @@ def test_what_cannot_be_called_is_refused_before_any_compute(tmp_path):
             r"misspelt\(.*missing a required.*'sucess'.*any of lam, epsilon_w, success, rewards, entropy",
         ),
         (by_name, {}, r"by_name\(.*Expected by_name\(advantages \(N,\), gap \(N, T\), mask"),
+        (nearly, {}, r"credit=nearly has 'lamb', which is no signal: did you mean 'lam'\?"),
         (too_few, {}, r"too_few\(advantages, gap\) cannot be called: too many positional"),
         (
             lambda advantages, mask, gap: gap,
