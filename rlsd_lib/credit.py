@@ -550,6 +550,17 @@ def opsd_value_contrast(
 
 
 @torch.no_grad()
+def raft(advantages: Tensor, gap: Tensor, mask: Tensor, *, success: Tensor) -> Tensor:
+    """R on every token: right rollouts are imitated, wrong ones left out (RAFT, 2304.06767).
+
+    What a credit gains over GRPO because right rollouts of groups without contrast count, whatever
+    it says of tokens. R is `success` (N,); the gap is not used. Other shapes as in `rlsd`.
+    """
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    return torch.where(keep, success[:, None].to(gap.dtype), advantage)
+
+
+@torch.no_grad()
 def oracle(
     advantages: Tensor, gap: Tensor, mask: Tensor, *, first_error: Tensor, decisions: Tensor
 ) -> Tensor:

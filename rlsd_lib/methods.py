@@ -205,6 +205,9 @@ METHODS: dict[str, Method] = {
     ),
     "opsd_value_contrast": _weighted("OPSD with both weights (ours)", credit.opsd_value_contrast),
     # Controls without a teacher: the gap is 0.
+    "raft": Method(
+        "right rollouts imitated, wrong ones left out (RAFT, 2304.06767)", credit=credit.raft
+    ),
     "oracle": Method(
         "all blame on the first error, which `signals` names, all praise on the decisive tokens",
         credit=credit.oracle,

@@ -381,6 +381,7 @@ FORMULAS: dict[str, Callable[[Token], float]] = {
     "hindsight": lambda k: (k.value(after=True) - k.value(after=False)) / k.sigma,
     "hindsight_gated": gated_token,
     "posterior_blame": blame_token,
+    "raft": lambda k: float(k.b.signals["success"][k.n]),
     "oracle": oracle_token,
     "oracle_value": oracle_value_token,
 }
@@ -394,7 +395,7 @@ WEIGHTS: dict[str, Callable[[Token], float]] = {
 ROWS = {name: getattr(credit, name) for name in [*FORMULAS, *WEIGHTS]}
 # Rows whose credit may be of the other sign than A, and is not 0 where A = 0.
 TURNS_SIGN = {"antisd", "sdar", "sdpg", "privileged_baseline", "hindsight", "oracle_value"}
-TURNS_SIGN |= {"hindsight_gated"}
+TURNS_SIGN |= {"hindsight_gated", "raft"}
 # Rows that count tokens over the whole batch of a call.
 OVER_THE_BATCH = {"rlcsd", "srpo_weight"}
 
@@ -572,7 +573,7 @@ def test_a_permuted_credit_keeps_its_values_and_loses_their_places():
         assert torch.equal(moved[~inside], credited[~inside]), name
         for before, after, keep in zip(credited, moved, inside, strict=True):
             assert torch.equal(before[keep].sort().values, after[keep].sort().values), name
-        assert torch.equal(moved, credited) == (name == "srpo"), name
+        assert torch.equal(moved, credited) == (name in ("raft", "srpo")), name
         again = credit.permuted(ROWS[name], torch.Generator().manual_seed(0))
         assert torch.equal(b.credit(again), moved), name
 

@@ -82,7 +82,7 @@ def _credit(*methods: str) -> dict[str, Sequence[Any]]:
 
 ORACLE, TRUE_VALUE = _credit("oracle"), _credit("oracle_value")
 HINDSIGHT, GATED, POSTERIOR = map(_credit, ("hindsight", "hindsight_gated", "posterior_blame"))
-BASELINE = _credit("privileged_baseline")
+BASELINE, RAFT = _credit("privileged_baseline"), _credit("raft")
 TOLD = _credit("opsd_value_contrast")  # distillation that is told where to look, beside GRPO
 # Lambda stays: what a credit function can do, and not how soon it is switched off.
 WIDEST = {"lambda_init": 1.0, "lambda_decay_steps": 0, "epsilon_w": 9.0}
@@ -141,6 +141,7 @@ SUITES: dict[str, Suite] = {
             {**LABS, **GRPO, "overrides": ({}, REDRAWN)},
             {**LABS, **ORACLE},
             {**LABS, **TRUE_VALUE},
+            {**LABS, **RAFT},
             {**LABS, **RLSD, "overrides": ({}, WIDEST, {**WIDEST, "learning_rate": 5e-5})},
             {**LABS, **RLSD, "overrides": (WIDEST,), "control": ("shuffled",)},
             {**LABS, **RLSD, "overrides": (EMPTY,), "control": ("empty",)},
@@ -214,6 +215,7 @@ SUITES: dict[str, Suite] = {
         "what `credits` suggested, on five labs that no choice has seen: the privileged baseline",
         [
             {**NEW_LABS, **GRPO},
+            {**NEW_LABS, **RAFT},
             _permuted(BASELINE, **FROZEN) | NEW_LABS,
             {**NEW_LABS, **BASELINE, "overrides": (FROZEN,), "control": ("shuffled",)},
         ],

@@ -18,6 +18,7 @@ from rlsd_lib import methods
 from rlsd_lib.credit import (
     Credit,
     lambda_schedule,
+    raft,
     sampled_distillation,
     scaled,
     sdpg,
@@ -346,7 +347,7 @@ class RLSDConfig(GRPOConfig, Named):
         """Why an option that is set would change nothing, and what to do; None if it does."""
         row, sees, mode = self.row, self.row.teacher_sees, self.distillation_mode
         reads = methods.METHODS[self.method].teacher_sees == methods.PRIVILEGED
-        alike = row.weight is None and (row.credit in (uniform, silent) or mode == SAMPLED)
+        alike = row.weight is None and (row.credit in (uniform, silent, raft) or mode == SAMPLED)
         mixed = row.needs_weight or row.weight is not None or row.credit is not silent
         one_token = row.divergence is not None and row.divergence.kind.endswith("_top1")
         method = f"for method={self.method!r}"
