@@ -19,7 +19,7 @@ from rlsd_lib.trainer.trainer import GATE_STEPS
 
 # Passes of the teacher over each rollout, where not one.
 PASSES = {"cepo": 2, "rlsd_contrast": 2, "rlcsd": 2, "opsd_contrast": 2, "opsd_value_contrast": 2}
-PASSES |= {"grpo": 0, "oracle": 0, "oracle_value": 0, "hindsight_gated": 2}
+PASSES |= {"grpo": 0, "raft": 0, "oracle": 0, "oracle_value": 0, "hindsight_gated": 2}
 # One row for each thing that a forward is made for: the gap, a wrong reference, TRL's reference
 # model, the states of the teacher under both references.
 KINDS = ["rlsd", "cepo", "sdpg", "opsd_value_contrast"]
