@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset, Value
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from rlsd_lib.prompts import prompt_text
 from rlsd_lib.trainer import sharded, states
@@ -180,17 +180,23 @@ def last_checkpoint(output_dir: str | Path, *, whole: bool = False) -> Path | No
     return None
 
 
-def check_weights(model: nn.Module, step: int, accelerator: Accelerator) -> None:
+def check_weights(
+    model: nn.Module, step: int, accelerator: Accelerator, teacher: Iterable[Tensor] = ()
+) -> None:
     """Refuse trained weights that are NaN, infinite, or so large that their squares are. Collective.
 
-    Raises FloatingPointError on every rank, with the step.
+    `teacher` are those that a teacher has of its own. Raises FloatingPointError on every rank, with
+    the step.
     """
-    parts = [sharded.local(p) for p in model.parameters() if p.requires_grad]
-    largest = torch.nn.utils.get_total_norm([p for p in parts if p.numel()], float("inf"))
-    bad = (~(largest.float() ** 2).isfinite()).float().to(accelerator.device)
-    if accelerator.reduce(bad, reduction="sum") > 0:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for whose, weights in (("student", trained), ("teacher", teacher)):
+        parts = [part for p in weights if (part := sharded.local(p)).numel()]
+        largest = torch.nn.utils.get_total_norm(parts, float("inf"))
+        bad = (~(largest.float() ** 2).isfinite()).float().to(accelerator.device)
+        if accelerator.reduce(bad, reduction="sum") == 0:
+            continue
         raise FloatingPointError(
-            f"The student's weights are NaN, infinite or beyond 1e19 after step {step}. Earlier "
+            f"The {whose}'s weights are NaN, infinite or beyond 1e19 after step {step}. Earlier "
             "checkpoints are intact. Begin a new run with a lower learning_rate or max_grad_norm."
         )
 

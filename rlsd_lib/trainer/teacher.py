@@ -21,7 +21,7 @@ from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
@@ -166,6 +166,12 @@ class Teacher:
                 "a checkpoint of RLSDTrainer, or use teacher_model_kind='live' or 'base'."
             )
         return state
+
+    def trained_weights(self, student: nn.Module) -> list[Tensor]:
+        """The teacher's own copies of what the student trains; [] if it is never refreshed."""
+        if self.model is None or not self.is_refreshed:
+            return []
+        return [own for own, trained in self._parameter_pairs(student) if trained.requires_grad]
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """What the teacher does not share with the student, by name."""

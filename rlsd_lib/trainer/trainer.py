@@ -363,7 +363,8 @@ class RLSDTrainer(TeacherPass, Named):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, output_dir = self.state.global_step, self._get_output_dir(trial)
         self._saved = folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        checkpoints.check_weights(self.model, step, self.accelerator)
+        own = [] if self.teacher is None else self.teacher.trained_weights(self.model)
+        checkpoints.check_weights(self.model, step, self.accelerator, own)
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
             (folder / checkpoints.MARK).unlink(missing_ok=True)

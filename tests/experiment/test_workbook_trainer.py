@@ -156,6 +156,38 @@ def test_a_step_that_destroys_the_run_costs_no_good_checkpoint(
     assert all(p.isfinite().all() for p in again.model.parameters())
 
 
+OTHERS = {
+    "teacher": "Non-finite teacher log-probabilities at|The teacher's weights are NaN.* after step",
+    "nan": "none of 8 rows got a reward",
+    "inf": "gave inf for row 0",
+}
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_teacher_or_a_reward_that_breaks_costs_no_good_checkpoint(
+    tmp_path: Path, what: str, step: int
+) -> None:
+    broken = made(tmp_path, **EVERY_STEP, save_total_limit=1)
+
+    def spoil_others() -> None:
+        if what == "teacher":
+            with torch.no_grad():
+                next(broken.teacher.model.parameters()).view(-1)[0] = float("nan")
+        else:
+            broken.reward_funcs = [lambda completions, **_: [float(what)] * len(completions)]
+
+    broken.add_callback(At(step, spoil_others))
+    with pytest.raises(FloatingPointError, match=OTHERS[what]):
+        broken.train()
+    # A teacher is heard of when it next scores: rollouts here serve two steps.
+    assert folders(tmp_path) == ([f"checkpoint-{step}"] if step else [])
+    again = made(tmp_path, **EVERY_STEP)
+    again.train(resume_from_checkpoint=True if step else None)
+    assert again.state.global_step == 4
+    assert all(p.isfinite().all() for p in again.model.parameters())
+
+
 def test_a_last_step_without_a_checkpoint_is_looked_at_too(tmp_path: Path) -> None:
     trainer = made(tmp_path, max_steps=1)  # save_strategy="no"
     trainer.add_callback(At(0, lambda: spoil(trainer, "learning rate")))
