@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import papermill
@@ -117,7 +117,8 @@ def sockets_of_its_own() -> Iterator[Config]:
 
     The five free TCP ports that Jupyter picks by default may be taken when the kernel binds them.
     """
-    with TemporaryDirectory(prefix="rlsd-") as folder:
+    short = len(gettempdir()) < 70  # the path of a socket has at most 104 characters
+    with TemporaryDirectory(prefix="rlsd-", dir=None if short else "/tmp") as folder:
         yield Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
 
 

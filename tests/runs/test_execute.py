@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_a_notebook_without_a_run_may_be_executed_too(
 ) -> None:
     execute_notebook(make_notebook(cells=("1 + 1",)), run_dir=tmp_path / "a")
     assert state_of(tmp_path / "a") == "finished"
+
+
+def test_a_long_temporary_folder_is_no_place_for_sockets(
+    make_notebook: NotebookMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    folder = execute_notebook(make_notebook(), {"seed": 1}, run_dir=tmp_path / "a")
+    assert state_of(folder) == "finished"
 
 
 def test_plain_papermill_claims_by_itself_and_may_run_the_start_cell_again(
