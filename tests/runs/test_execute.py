@@ -90,8 +90,9 @@ def test_a_kernel_that_dies_leaves_a_failed_run(
 def test_ctrl_c_interrupts_a_run_and_says_how_it_goes_on(
     cell: str, reason: str, make_notebook: NotebookMaker, tmp_path: Path
 ) -> None:
-    wait = "import time\nfor _ in range(600 * (not run.manifest['resumed'])):\n    time.sleep(0.1)"
-    cells = (START, cell, "run.log(1, {})", wait, FINISH)
+    # In a cell, and not between two, where no handler of a notebook's is anybody's.
+    wait = "import time\nrun.log(1, {})\nfor _ in range(600 * (not run.manifest['resumed'])):\n"
+    cells = (START, cell, wait + "    time.sleep(0.1)", FINISH)
     source, folder = make_notebook(cells=cells), tmp_path / "a"
     words = ["run", str(source), "-p", "seed=3", "--run-dir", str(folder)]
     command = [sys.executable, "-m", "rlsd_lib", *words]
