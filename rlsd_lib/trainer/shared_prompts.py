@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlsd_lib.trainer import upstream
 from rlsd_lib.trainer.config import AUTO, PLAIN, RLSDConfig
 from rlsd_lib.trainer.sharded import SHARDS
 from rlsd_lib.trainer.states import causal_lm, hidden_states
@@ -118,7 +119,8 @@ def try_score(
         return None
     want_hidden, autocast = args.divergence is not None, accelerator.autocast
     bare = accelerator.unwrap_model(teacher)
-    return score(bare, rollouts, chunks, autocast=autocast, want_hidden=want_hidden)
+    with upstream.grouped_attention(ids.device):
+        return score(bare, rollouts, chunks, autocast=autocast, want_hidden=want_hidden)
 
 
 def plan(rollouts: Rollouts, batch_size: int) -> list[Chunk]:

@@ -17,6 +17,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import sdpa_attention
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.kernels import chunked_logprob
 
@@ -206,6 +207,15 @@ def _frozen_halves(model: PeftModel) -> dict[str, Tensor]:
 
 
 # --- transformers and accelerate -----------------------------------------------------------------
+
+
+@mends("transformers", "5.17.0", "transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa")
+def grouped_attention(device: torch.device) -> AbstractContextManager:
+    """Read grouped keys in place, on a CPU, where transformers repeats them if there is a mask."""
+    if device.type != "cpu":
+        return nullcontext()
+    allowed = sdpa_attention.use_gqa_in_sdpa
+    return patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda _, *kv: allowed(None, *kv))
 
 
 @mends("transformers", "5.17.0", "transformers/trainer.py, _save_checkpoint: rotates at its end")

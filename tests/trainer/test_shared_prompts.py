@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from test_trainer import run_and_capture
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.integrations import sdpa_attention
 from trl.trainer.utils import add_fused_lm_head
 
 from rlsd_lib import RLSDTrainer
@@ -304,6 +306,28 @@ def test_a_prompt_is_computed_once_and_the_head_sees_completions_only(tmp_path):
     assert sum(rows * width for rows, width in positions) == prefix.positions_of(chunks)
     completions = [batch.width for chunk in chunks for batch in chunk.batches]
     assert positions[1::2] == [(4, width) for width in completions]
+
+
+def test_grouped_keys_are_read_in_place_on_a_cpu_and_give_the_same_bits(tmp_path, monkeypatch):
+    """transformers copies them for every query head where there is a mask, as there always is."""
+    trainer = tiny.trainer(tmp_path, max_steps=1, teacher_pass="shared")
+    copied = Mock(wraps=sdpa_attention.repeat_kv)
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", copied)
+    score, compared = trainer.teacher_scores, []
+
+    def both(*args, **kwargs):
+        copied.reset_mock()
+        found = score(*args, **kwargs)
+        assert not copied.called
+        with monkeypatch.context() as as_it_is:
+            as_it_is.setattr(prefix.upstream, "grouped_attention", nullcontext)
+            compared.append(torch.equal(score(*args, **kwargs).logps, found.logps))
+        assert copied.called
+        return found
+
+    trainer.teacher_scores = both
+    trainer.train()
+    assert compared == [True]
 
 
 def test_auto_shares_only_where_it_saves_a_quarter(tmp_path):
