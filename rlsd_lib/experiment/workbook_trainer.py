@@ -63,14 +63,17 @@ class WorkbookTrainer(RLSDTrainer):
         logps = output.get("sampling_per_token_logps")
         if logps is None or not self.vllm_importance_sampling_correction:
             return output
-        # TRL trains a token to which vLLM gave NaN without mismatch correction.
+        # TRL trains a token to which vLLM gave NaN without mismatch correction, drops one at
+        # infinity, and clips one at minus infinity: an error of the server that it would not tell.
         mask = policy_mask(output).bool()
-        counts = torch.stack([(logps.isnan() & mask).sum(), mask.sum()]).float()
-        missing, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        if tokens and missing == tokens:
+        found = (logps.isnan() & mask, logps.isinf() & mask, mask)
+        counts = torch.stack([each.sum() for each in found]).float()
+        missing, infinite, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        if infinite or 0 < tokens == missing:
             raise FloatingPointError(
-                f"vLLM gave no log-probability (NaN) for any of {tokens:.0f} tokens at step "
-                f"{self.state.global_step}. Restart it: its weights or its cache are broken."
+                f"vLLM gave NaN as log-probability for {missing:.0f}, and infinity for "
+                f"{infinite:.0f}, of {tokens:.0f} tokens at step {self.state.global_step}. "
+                "Restart it: its weights or its cache are broken."
             )
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["sampling/missing_logp_frac"].append(missing / max(tokens, 1))

@@ -18,6 +18,7 @@ import torch
 
 pytest.importorskip("requests")
 
+from test_workbook_trainer import At, folders
 from trl.generation import vllm_client, vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
@@ -122,10 +123,27 @@ def test_a_server_that_answers_is_trained_on(tmp_path: Path, server: Fake) -> No
     assert any((p != q).any() for p, q in zip(run.model.parameters(), before, strict=True))
 
 
-def test_a_server_without_any_log_probability_stops_the_run(tmp_path: Path, server: Fake) -> None:
-    server.logp = float("nan")
-    with pytest.raises(FloatingPointError, match=r"\(NaN\) for any of 32 tokens at step 0"):
-        trainer(tmp_path, server).train()
+@pytest.mark.parametrize("step", [0, 2, 3])
+@pytest.mark.parametrize("logp", ["nan", "inf", "-inf"])
+def test_log_probabilities_that_are_no_numbers_cost_no_good_checkpoint(
+    tmp_path: Path, server: Fake, logp: str, step: int
+) -> None:
+    """In the first step, one in the middle and the last one."""
+    run = trainer(tmp_path, server, max_steps=4, save_total_limit=1)
+
+    def broken() -> None:
+        server.logp = float(logp)
+
+    run.add_callback(At(step, broken))
+    counts = "32, and infinity for 0" if logp == "nan" else "0, and infinity for 32"
+    with pytest.raises(FloatingPointError, match=f"for {counts}, of 32 tokens at step {step}"):
+        run.train()
+    assert folders(tmp_path) == ([f"checkpoint-{step}"] if step else [])
+    server.logp = Fake.logp
+    again = trainer(tmp_path, server, max_steps=4)
+    again.train(resume_from_checkpoint=True if step else None)
+    assert again.state.global_step == 4
+    assert all(p.isfinite().all() for p in again.model.parameters())
 
 
 @pytest.mark.parametrize("mood", ["late", "dead"])
