@@ -385,10 +385,8 @@ def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
         trainer: Any = sizes.build("RLSD", Path(folder), 1)
         trainer.args.teacher_pass = "shared"
         score = trainer.teacher_scores = Mock(wraps=trainer.teacher_scores)
-        # Any words will do, and cost no generation.
-        shape = (sizes.generations, sizes.completion)
-        ids = torch.randint(sizes.vocabulary, shape) + len(SPECIAL)
-        trainer._generate_single_turn = lambda *_: (ids.tolist(), None)
+        ids = torch.randint(sizes.vocabulary, (sizes.generations, sizes.completion)) + len(SPECIAL)
+        trainer._generate_single_turn = lambda *_: (ids.tolist(), None)  # any words, at no cost
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         args, kwargs = score.call_args
@@ -397,14 +395,13 @@ def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
             # In turn, so that a slow moment meets both; the first round warms up.
             rounds = [[timed(once)[0] for once in passes] for _ in range(21)][1:]
             spent, floor = map(median, zip(*rounds, strict=True))
-            ratio = median(one / other for one, other in rounds)
             with torch.profiler.profile(with_stack=True) as found:
                 score(*args, **kwargs)
     trace.parent.mkdir(parents=True, exist_ok=True)
     found.export_chrome_trace(str(trace))
     by = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
     table = found.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)
-    told = f"teacher pass {spent:.4f} s, floor {floor:.4f} s: {ratio:.2f} x"
+    told = f"teacher pass {spent:.4f} s, floor {floor:.4f} s: {spent / floor:.2f} x"
     return f"{sizes}\n{table}\n{told}\ntrace: {trace}"
 
 
