@@ -46,12 +46,15 @@ MACHINES = Path("tables", "machines")  # in the outputs: what was run on which m
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
-    0, 1 (a run failed), 2 (bad input) or 130 (stopped by ctrl-C or a SIGTERM, and can go on).
+    0, 1 (a run failed), 2 (bad input), 130 (stopped by ctrl-C or a SIGTERM, and can go on) or 141
+    (nobody reads what is printed).
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         options = parser().parse_args(words)
-        return options.command(options)
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         _complain(f"rlsd: {error}")
         return 2
@@ -63,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotebookError as error:  # in a line: the traceback is in the notebook
         _complain(f"rlsd: failed: {error}")
         return 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _again(words: Sequence[str], resume: str) -> str:

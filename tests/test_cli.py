@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -130,6 +131,16 @@ def test_a_checkout_that_was_never_installed_has_a_command_and_a_version(
         main(["--version"])
     assert left.value.code == 0
     assert capsys.readouterr().out == f"rlsd {rlsd_lib.__version__}\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As `head` after its lines: a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "rlsd_lib", "list"]
+    with open(writing, "w") as closed:
+        done = subprocess.run(words, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_the_command_is_installed_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
