@@ -8,22 +8,26 @@ where N counts rollouts and T completion positions. The gap is the privileged in
 Delta_t = log P_T(y_t) - log P_S(y_t) of the sampled tokens (Eq. 13 of arXiv 2604.03128), in nats.
 The mask is 1 on tokens that the policy wrote and that the method may move. Where it is 0 the
 advantage is returned unchanged: a rollout without a reference keeps GRPO's credit. (`silent` and
-`sampled_distillation`, which use no reward, return 0 there.) What else a function needs it names
-as a keyword: `lam`, `epsilon_w`, and the signals
+`sampled_distillation`, which use no reward, return 0 there, and `scaled` a multiple.) What else a
+function needs it names as a keyword: `lam`, `epsilon_w`, what the trainer knows,
 
     success (N,)              whether the rollout was right, as bool; False where none could score it
     group_success (N,)        share of right rollouts among the others of its group: `leave_one_out`
     wrong_gaps (K, N, T)      the gap when the teacher is shown the k-th wrong reference r' in place
                               of r; NaN for one that the rollout lacks
     reference_gap (N, T)      log pi_ref(y_t) - log P_S(y_t), nats
+    teacher_entropy (N, T), contrast_kl (N, T)   of the functions of `divergence`
+    rewards (N,), entropy (N, T), gate (a number)   see `methods.SIGNALS`
+
+and what only the caller of the trainer can give, `RLSDTrainer(signals=...)`,
+
     thought (N, T)            1 on the tokens of the reasoning span
     first_error (N,)          place of the first wrong token, T for none
     decisions (N, T)          whether a token bears on the answer, as bool
     success_before (N,), success_after (N, T)   the policy's own V_0 and V_t
-    teacher_entropy (N, T), contrast_kl (N, T)   of the functions of `divergence`
 
 In this order: the paper; what others published after it; ours; weights of a distillation term;
-controls; what is logged. Only torch is imported here.
+controls; what is logged. No third-party package but torch is imported here.
 """
 
 import math
@@ -78,7 +82,7 @@ def rlsd(
     in the paper: `log_clip` moves the lower end of the clip to 1 / (1 + eps), as far as the upper
     one in the logarithm; `conserve` divides the clipped weights of a rollout by their mean, so that
     credit moves between its tokens and the rollout as a whole keeps its A.
-    Returns (N, T), detached, with the sign of A everywhere and 0 where A = 0.
+    Returns (N, T), detached, nowhere against the sign of A, and 0 where A = 0.
     """
     return _reweight(signed_evidence, advantages, gap, mask, lam, epsilon_w, log_clip, conserve)
 
@@ -111,7 +115,7 @@ def sampled_distillation(
     The reward does not enter. Masked positions get 0. Shapes as in `rlsd`.
     """
     _check_shapes(advantages, gap, mask)
-    return gap.detach() * mask
+    return torch.where(mask.bool(), gap.detach(), 0.0)
 
 
 def signed_evidence(advantages: Tensor, gap: Tensor) -> Tensor:
@@ -231,7 +235,7 @@ def rlcsd(
     A + rho stops at 0, so that the sign of A stays and 0 where A = 0. The published loss is the
     mean over the others plus `eta` times the mean over the selected, each by its own number of
     tokens in the batch; here the credit is scaled by those counts, so that one mean over all tokens
-    gives that loss. Rows of one call therefore depend on each other, and a few selected tokens get
+    (`loss_type` "dapo" or "bnpo") gives that loss. Rows of one call therefore depend on each other, and a few selected tokens get
     large credit. A deviation: the counts are of one call, a micro-batch of one process, so that
     accumulation changes the credit; the trainer refuses several processes. Defaults are the
     released code's; its scripts have tau 0.02, beta 1, clip 2. Needs

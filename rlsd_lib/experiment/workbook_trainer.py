@@ -16,7 +16,7 @@ from trl.trainer.utils import is_async_callable
 
 from rlsd_lib.runs.processes import on_sigterm
 from rlsd_lib.trainer.checkpoints import last_checkpoint
-from rlsd_lib.trainer.states import policy_mask
+from rlsd_lib.trainer.states import loss_mask
 from rlsd_lib.trainer.trainer import RLSDTrainer
 from rlsd_lib.trainer.upstream import mends
 
@@ -65,7 +65,7 @@ class WorkbookTrainer(RLSDTrainer):
             return output
         # TRL trains a token to which vLLM gave NaN without mismatch correction, drops one at
         # infinity, and clips one at minus infinity: an error of the server that it would not tell.
-        mask = policy_mask(output).bool()
+        mask = loss_mask(output).bool()
         found = (logps.isnan() & mask, logps.isinf() & mask, mask)
         counts = torch.stack([each.sum() for each in found]).float()
         missing, infinite, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.integrations import TensorBoardCallback
 
 from rlsd_lib.report.heatmap import credit_heatmap
-from rlsd_lib.trainer.states import policy_mask
+from rlsd_lib.trainer.states import loss_mask
 from rlsd_lib.trainer.trainer import CreditCallback, RLSDTrainer
 
 PAGE = """<!DOCTYPE html>
@@ -83,7 +83,7 @@ def read_rollouts(
     trainer: RLSDTrainer, inputs: dict[str, Any], advantages: Tensor, count: int
 ) -> Iterator[Shown]:
     """Read `count` rollouts out of TRL's dictionary, from the best and worst `advantages` in turn."""
-    tokenizer, mask = trainer._tokenizer, policy_mask(inputs).bool()
+    tokenizer, mask = trainer._tokenizer, loss_mask(inputs).bool()
     credit = inputs["advantages"]
     credit = (credit[:, None] if credit.dim() == 1 else credit).expand(mask.shape)
     credit = credit.float().masked_fill(~mask, float("nan"))

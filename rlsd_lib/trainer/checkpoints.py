@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from rlsd_lib.prompts import prompt_text
 from rlsd_lib.trainer import sharded, states
 from rlsd_lib.trainer.checks import on_every_rank
+from rlsd_lib.trainer.teacher import ADAPTER
 
 MARK = "complete.json"  # the last file of a checkpoint
 ROLLOUTS = "rlsd_rollouts_{rank}.pt"
@@ -160,7 +162,9 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "adapter": _adapter_of(trainer.model),
         "rows": _rows(trainer.train_dataset),
         "rewards": trainer.reward_func_names,
-        "credit": getattr(trainer.credit, "__name__", None),
+        "credit": _named(trainer.credit),
+        "signals": _named(trainer.signals),
+        "fixed weights": _print_of(_fixed(trainer)),
     }
     return json.loads(json.dumps(facts, default=str))
 
@@ -249,6 +253,34 @@ def _adapter_of(model: nn.Module) -> dict[str, str] | None:
         for name, value in config.items()
         if name not in free
     }
+
+
+def _named(function: Any) -> str | None:
+    """A function by its name, with what a partial binds."""
+    if not isinstance(function, partial):
+        return function and getattr(function, "__name__", type(function).__name__)
+    bound = sorted({**dict(enumerate(function.args)), **function.keywords}.items(), key=str)
+    told = {name: _named(value) if callable(value) else value for name, value in bound}
+    return f"{_named(function.func)} with {told}"
+
+
+def _fixed(trainer: Any) -> list[Tensor]:
+    """Weights that a run depends on and no checkpoint holds, of the main process, as it has them."""
+    if not trainer.accelerator.is_main_process:  # where some hold no numbers yet
+        return []
+    found = [] if trainer.teacher is None else trainer.teacher.fixed_weights()
+    if isinstance(trainer.model, PeftModel):
+        adapter, named = f".{ADAPTER}.", trainer.model.named_parameters()
+        found += [p for name, p in named if not p.requires_grad and adapter not in name]
+    if trainer.ref_model is not None:
+        found += trainer.ref_model.parameters()
+    return list(map(sharded.local, found))
+
+
+def _print_of(weights: Iterable[Tensor]) -> str | None:
+    """A hash of a few numbers of each tensor, which no training leaves alone; None for no tensors."""
+    few = [w.flatten()[:: max(1, w.numel() // 16)][:16].float().cpu() for w in weights]
+    return hashlib.sha256(torch.cat(few).numpy()).hexdigest()[:16] if few else None
 
 
 def _rows(dataset: Any) -> str | None:

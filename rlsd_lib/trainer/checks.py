@@ -24,7 +24,7 @@ from rlsd_lib import methods, prompts
 from rlsd_lib.credit import Credit, rlcsd, srpo_weight
 from rlsd_lib.names import alike, nearest
 from rlsd_lib.trainer import states
-from rlsd_lib.trainer.config import HARMLESS, RLSDConfig
+from rlsd_lib.trainer.config import HARMLESS, SAMPLED, RLSDConfig
 from rlsd_lib.trainer.sharded import is_sharded, shape_of
 
 # Config fields by which a model changes its logits after the head, which `divergence` does not do.
@@ -251,6 +251,12 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
             f"Dropout is active in {noisy[:3]} ({len(noisy)} places): noise in the gap. Set "
             "disable_dropout=True, lora_dropout=0, and attention_dropout=0 in the config."
         )
+    copied = args.teacher_model_kind != "live" and isinstance(model, PeftModel)
+    if args.use_vllm and copied and model.peft_config[model.active_adapter].modules_to_save:
+        raise ValueError(
+            "TRL would send vLLM the teacher's copy of modules_to_save beside the student's. Train "
+            "without them, without vLLM, or with teacher_model_kind='live'."
+        )
     if isinstance(processing_class, ProcessorMixin):
         side = processing_class.tokenizer.padding_side
         if side != "left":
@@ -272,6 +278,8 @@ def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, .
         "weight_clip": args.weight_clip != "linear",
         "conserve_credit": args.conserve_credit,
         "credit_settings": args.credit_settings and args.row.weight is None,
+        "policy_weight": args.policy_weight,
+        "distillation_mode": args.distillation_mode == SAMPLED,
     }
     for option in (name for name, is_set in replaced.items() if is_set):
         raise ValueError(
@@ -279,7 +287,13 @@ def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, .
             "replaces. Leave it alone, and bind settings of yours by functools.partial."
         )
     args.check_keeps_token_credit(f"credit={name}")
-    return check_asked("credit", credit, args, signals)
+    asked = check_asked("credit", credit, args, signals)
+    if "lam" in asked and not args.row.has_lambda:
+        raise ValueError(
+            f"credit={name} takes lam, and method={args.method!r} has no schedule of it. Use "
+            "method='rlsd', or bind lam by functools.partial."
+        )
+    return asked
 
 
 def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> tuple[str, ...]:
@@ -334,6 +348,13 @@ def check_processes(functions: Collection[Credit | None], processes: int) -> Non
                 f"{name} counts the tokens of the batch, of which each of {processes} processes sees a "
                 "part. Train it on one."
             )
+
+
+def check_signals_are_asked(signals: Any, asked: Collection[str]) -> None:
+    """Refuse a `signals` function of which no credit function or weight takes anything."""
+    if signals is not None and not set(asked) - set(methods.SIGNALS):
+        name = get_callable_name(signals)
+        raise ValueError(f"signals={name} would give what nothing takes. Leave it out.")
 
 
 def check_signals(given: Any, shape: torch.Size, functions: Sequence[Credit]) -> None:

@@ -74,13 +74,15 @@ def is_number(annotation: Any) -> bool:
 def check_type(name: str, value: Any, annotation: Any) -> None:
     """Refuse what a field cannot hold: comparing or counting it would fail with no name in sight.
 
-    A whole number fits a float, a bool only bool, and NaN and infinity nothing. Raises TypeError
-    for a value of another type, ValueError for one that is not finite.
+    A whole number fits a float, a bool only bool, NaN nothing, and infinity `max_grad_norm` alone,
+    which then clips nothing. Raises TypeError for a value of another type, ValueError for one that
+    is not finite.
     """
     types = _kinds(annotation)
     if not set(types) <= {bool, int, float, str, list, dict, Mapping, NoneType}:
         return  # an enum or the like, which the field itself converts
-    if isinstance(value, Real) and not math.isfinite(value):
+    unclipped = name == "max_grad_norm" and value == math.inf
+    if isinstance(value, Real) and not math.isfinite(value) and not unclipped:
         raise ValueError(f"{name}={value!r}: expected a finite number.")
     numbers = {int: Integral, float: Real}
     fitting = tuple(numbers.get(kind, kind) for kind in types)
@@ -287,12 +289,24 @@ class RLSDConfig(GRPOConfig, Named):
         end = self.lambda_warmup_steps + self.lambda_decay_steps
         return self.lambda_init == 0 or (self.lambda_decay_steps > 0 and step >= end)
 
-    def check_keeps_token_credit(self, whose: str) -> None:
-        """Raise ValueError if TRL's loss averages the token credit of `whose` over a sequence."""
+    def check_keeps_token_credit(self, whose: str, *, keeps_sign: bool = False) -> None:
+        """Raise ValueError if TRL's loss averages the token credit of `whose` over a sequence.
+
+        Or if it takes decisions for whole rollouts by the sign of A, which credit has per token.
+        """
+        by_sign = {
+            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
+            "loss_type": self.loss_type == "vespo",
+        }
+        for name in (name for name, is_set in by_sign.items() if is_set and not keeps_sign):
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} treats a rollout by the sign of its advantage, "
+                f"which the token credit of {whose} need not have. Leave it out."
+            )
         if self.importance_sampling_level != "token" and self.loss_type not in ("cispo", "vespo"):
             raise ValueError(
                 f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} averages "
-                f"the token credit of {whose} away. Use 'token', or the cispo or vespo loss."
+                f"the token credit of {whose} away. Use 'token', or the cispo loss."
             )
 
     def _check_values(self) -> None:
@@ -387,7 +401,8 @@ class RLSDConfig(GRPOConfig, Named):
     def _check_against_grpo(self) -> None:
         """Refuse options of the parent that would void the method."""
         if self.has_token_credit:
-            self.check_keeps_token_credit(f"method={self.method!r}")
+            signed = self.row.evidence is not None  # a weight above 0 on A
+            self.check_keeps_token_credit(f"method={self.method!r}", keeps_sign=signed)
         if self.neftune_noise_alpha is not None:
             alpha = self.neftune_noise_alpha
             raise ValueError(f"neftune_noise_alpha={alpha} would put noise into the gap. Drop it.")

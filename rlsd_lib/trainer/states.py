@@ -100,15 +100,15 @@ def type_ids(prompt: Tensor, output: dict[str, Any], name: str) -> Tensor:
     return torch.cat([prompt, completion], dim=1)
 
 
-def policy_mask(inputs: dict[str, Any]) -> Tensor:
+def loss_mask(inputs: dict[str, Any]) -> Tensor:
     """1 on the tokens (N, T) that the policy wrote: TRL's mask, over which every mean is taken."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
-def loss_mask(inputs: dict[str, Any]) -> Tensor:
+def credit_mask(inputs: dict[str, Any]) -> Tensor:
     """1 on the tokens (N, T) that the policy wrote and that the method may move."""
-    mask = policy_mask(inputs)
+    mask = loss_mask(inputs)
     if "has_demonstration" in inputs:
         mask = mask * inputs["has_demonstration"][:, None]
     return mask

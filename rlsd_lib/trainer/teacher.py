@@ -122,7 +122,7 @@ class Teacher:
 
         Of a snapshot taken at this very step, which equals the student, only that fact is written.
         """
-        lives = self.model is not None and self.is_refreshed
+        lives = self.model is not None and (self.is_refreshed or self.adapter is not None)
         same = self.kind == "snapshot" and self.last_sync_step == step
         weights = {}
         for name, parameter in self._own_parameters().items() if lives and not same else ():
@@ -172,6 +172,12 @@ class Teacher:
         if self.model is None or not self.is_refreshed:
             return []
         return [own for own, trained in self._parameter_pairs(student) if trained.requires_grad]
+
+    def fixed_weights(self) -> list[Tensor]:
+        """The teacher's own weights that never change, so that no checkpoint holds them."""
+        if self.model is None or self.kind not in ("base", EXTERNAL) or self.adapter is not None:
+            return []
+        return list(self._own_parameters().values())
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """What the teacher does not share with the student, by name."""

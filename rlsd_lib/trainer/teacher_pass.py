@@ -165,7 +165,7 @@ class TeacherPass(GRPOTrainer):
             return {}
         with checks.on_every_rank():
             ids = output["completion_ids"]
-            given = self.signals(inputs, ids, states.policy_mask(output))
+            given = self.signals(inputs, ids, states.loss_mask(output))
             checks.check_signals(given, ids.shape, self._functions())
         return {f"{states.SIGNAL}{name}": value.to(ids.device) for name, value in given.items()}
 
@@ -204,7 +204,7 @@ class TeacherPass(GRPOTrainer):
             return
         head, bias = scores.head
         how = {"bias": bias, "temperature": self.temperature}
-        mask = states.policy_mask(output)
+        mask = states.loss_mask(output)
         if "teacher_entropy" in asked:
             entropy = teacher_entropy(scores.hidden, head, mask, **how)
             output[f"{states.SIGNAL}teacher_entropy"] = entropy

@@ -33,8 +33,8 @@ from rlsd_lib.trainer import checkpoints, checks, sharded, states, upstream
 from rlsd_lib.trainer.config import SAMPLED, RLSDConfig
 from rlsd_lib.trainer.teacher_pass import Signals, TeacherPass
 
-# AntiSD's gate: steps whose mean entropy is the measure, and the share of it below which it shuts.
-GATE_STEPS, GATE_SHARE = 10, 0.93
+# AntiSD is off while the last step's entropy is below this share of the mean of the first steps.
+GATE_SHARE, GATE_STEPS = 0.93, 10
 
 
 class RLSDTrainer(TeacherPass, Named):
@@ -49,9 +49,10 @@ class RLSDTrainer(TeacherPass, Named):
         teacher_model: for `method="opd"`, the model to distil from, or its path.
         credit: a credit function in place of the method's, for methods whose teacher sees the
             reference. Called as `credit(advantages (N,), gap (N, T), mask (N, T), **asked)` for
-            token advantages (N, T), detached; `asked` are those of `methods.SIGNALS`, and of what
-            `signals` returns, that its signature names, `lam` and `epsilon_w` for `**kwargs`.
-            Without `lam` it has no schedule: lambda stays constant.
+            token advantages (N, T), detached. Each further parameter is filled by its name, from
+            `methods.SIGNALS` or from what `signals` returns; `**kwargs` receives `lam` and
+            `epsilon_w`. A function that does not take `lam` is called at every step: the schedule
+            is ignored, and the teacher is never released.
         signals: gives what only the caller knows of a rollout, such as where it went wrong. Called
             once per generation batch on each rank, as `signals(rows, completion_ids (N, T), mask
             (N, T))` with TRL's rows, for a mapping of names to tensors (N,) or (N, T), which credit
@@ -113,6 +114,7 @@ class RLSDTrainer(TeacherPass, Named):
             self._weight_asked = checks.check_asked("weight", args.weight, args, signals)
         checks.check_processes([credit or args.credit, args.weight], args.world_size)
         self.asked = (*self._asked, *self._weight_asked)
+        checks.check_signals_are_asked(signals, self.asked)
         self.distinct = checks.check_wrong_references(train_dataset, self.asked, args)
         self._has_lambda = args.row.has_lambda if credit is None else "lam" in self._asked
         if credit is not None and not self._has_lambda:
@@ -147,14 +149,14 @@ class RLSDTrainer(TeacherPass, Named):
     # Loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        training = self.model.training and self.teacher is not None
-        if training and self._has_lambda:
+        is_taught = self.model.training and self.teacher is not None
+        if is_taught and self._has_lambda:
             lam = self.args.lambda_at(self.state.global_step)
             self._metrics["train"]["rlsd/lambda"].append(lam)
         advantages = inputs["advantages"]
         if "rewards" not in inputs:
             self._show_credit(inputs, advantages)
-            if training:
+            if is_taught:
                 self._metrics["train"]["rlsd/intervention"].append(0.0)
             return super()._compute_loss(model, inputs)
         # A copy, because TRL hands the same dictionary out again when rollouts are reused.
@@ -164,7 +166,9 @@ class RLSDTrainer(TeacherPass, Named):
         if self._pending is not None:
             raise RuntimeError("TRL's loss never asked for log-probabilities: credit not applied.")
         self._show_credit(inputs, advantages)
-        return loss + self._distillation_loss(model, hidden[0], inputs) if hidden else loss
+        if hidden:
+            loss = loss + self._distillation_loss(model, hidden[0], inputs)
+        return loss
 
     def _show_credit(self, inputs: dict[str, Any], advantages: Tensor) -> None:
         if self.model.training:
@@ -184,7 +188,7 @@ class RLSDTrainer(TeacherPass, Named):
 
     def _token_advantages(self, inputs: dict[str, Any], logps: Tensor) -> Tensor:
         """A (N,) -> A_hat (N, T) by the credit function, and the metrics of it."""
-        advantages, mask = inputs["advantages"], states.loss_mask(inputs)
+        advantages, mask = inputs["advantages"], states.credit_mask(inputs)
         if advantages.dim() != 1:
             raise RuntimeError(f"Advantages were reweighted already: {tuple(advantages.shape)}.")
         # P_S is the policy that wrote the rollout: credit belongs to the rollout, as A does.
@@ -290,7 +294,7 @@ class RLSDTrainer(TeacherPass, Named):
         self, model: nn.Module, hidden: Tensor, inputs: dict[str, Any]
     ) -> Tensor:
         """The weighted mean over tokens of D(P_T, P_S), with the gradient through P_S only."""
-        mask = states.loss_mask(inputs)
+        mask = states.credit_mask(inputs)
         (ours, our_bias), (theirs, their_bias) = states.head_of(model), self._teacher_head
         models = states.predicting(hidden, mask.size(1)), ours, inputs["teacher_hidden"], theirs
         how = {
@@ -301,7 +305,7 @@ class RLSDTrainer(TeacherPass, Named):
         per_token = divergence(self.args.divergence, *models, mask.bool(), **how)
         loss = states.token_mean(
             per_token * inputs["weight"] if "weight" in inputs else per_token,
-            states.policy_mask(inputs),
+            states.loss_mask(inputs),
             self.args,
             num_items=inputs["num_items_in_batch"],
             num_processes=self.accelerator.num_processes,

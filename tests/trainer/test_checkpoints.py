@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,68 @@ def test_another_adapter_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter={.*'lora_alpha': '4'.*this run has .*: '8'"):
         trainer(8).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     trainer(4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def tempered(advantages, gap, mask, tau):
+    return advantages[:, None] * (gap / tau).tanh()
+
+
+def test_another_setting_of_a_credit_is_not_continued(tmp_path: Path) -> None:
+    def trainer(tau: float) -> RLSDTrainer:
+        return tiny.trainer(tmp_path, more={"credit": partial(tempered, tau=tau)}, **EVERY_STEP)
+
+    trainer(1.0).train()
+    said = r"credit=\"tempered with {'tau': 1.0}\", this run has .*'tau': 50.0"
+    with pytest.raises(ValueError, match=said):
+        trainer(50.0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("what", ["base", "external", "reference", "base of the adapter"])
+def test_weights_that_no_checkpoint_holds_must_be_the_same(tmp_path: Path, what: str) -> None:
+    """A resume from a trained model, say, would put it in the place of the teacher or of pi_ref."""
+
+    def trainer(seed: int) -> RLSDTrainer:
+        model, other = tiny.model(), tiny.model()
+        with torch.no_grad():
+            for each in (model, other):
+                next(each.parameters())[0, 0] += seed
+        if what == "external":
+            how = {"method": "opd", "more": {"teacher_model": other}}
+            return tiny.trainer(tmp_path, **how, **EVERY_STEP)
+        if what == "base of the adapter":
+            lora = LoraConfig(r=2, target_modules={"q_proj"})
+            return tiny.trainer(tmp_path, get_peft_model(model, lora), **EVERY_STEP)
+        kind = "base" if what == "base" else "live"
+        made = tiny.trainer(tmp_path, model, teacher_model_kind=kind, **EVERY_STEP)
+        made.ref_model = other if what == "reference" else None
+        return made
+
+    trainer(0).train()
+    with pytest.raises(ValueError, match=r"fixed weights='\w+', this run has '\w+'"):
+        trainer(1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer(0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_base_teachers_adapter_is_restored(tmp_path: Path) -> None:
+    """Adapters begin at random: a new trainer's would be another teacher."""
+
+    def trainer(seed: int) -> RLSDTrainer:
+        lora = LoraConfig(r=2, target_modules={"q_proj"}, init_lora_weights=False)
+        model = tiny.model()
+        torch.manual_seed(seed)
+        student = get_peft_model(model, lora)
+        return tiny.trainer(tmp_path, student, teacher_model_kind="base", **EVERY_STEP)
+
+    def adapter(made: RLSDTrainer) -> dict[str, torch.Tensor]:
+        return {k: p.clone() for k, p in made.model.named_parameters() if ".teacher." in k}
+
+    first = trainer(0)
+    wanted = adapter(first)
+    first.train()
+    again = trainer(1)
+    assert any((p != wanted[name]).any() for name, p in adapter(again).items())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(p, wanted[name]) for name, p in adapter(again).items())
 
 
 def test_what_may_change_is_recorded_with_its_step(copied: Path, trained: Path) -> None:

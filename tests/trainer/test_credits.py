@@ -275,7 +275,7 @@ def test_permuted_credit_or_weight_keeps_its_amount_and_draws_once(tmp_path, met
 
         def spy(inputs, logps, assign=assign, kept=kept):
             credited = assign(inputs, logps)
-            kept.append((inputs.get("weight", credited), states.loss_mask(inputs).bool()))
+            kept.append((inputs.get("weight", credited), states.credit_mask(inputs).bool()))
             return credited
 
         trainer._token_advantages = spy

@@ -140,6 +140,10 @@ def good(advantages, gap, mask):
     return gap
 
 
+def fading(advantages, gap, mask, lam):
+    return gap
+
+
 SEQUENCE = {"importance_sampling_level": "sequence"}
 
 
@@ -164,10 +168,28 @@ def test_what_cannot_be_called_is_refused_before_any_compute(tmp_path):
         (good, {"method": "sdpo"}, "good would never be called with method='sdpo'"),
         (good, {"lambda_init": 0.0}, "lambda_init=0.0"),
         (good, {"conserve_credit": True}, "conserve_credit=True is of the method's own credit"),
+        (
+            good,
+            {"method": "opsd", "policy_weight": 1.0},
+            "policy_weight=1.0 is of the method's own",
+        ),
+        (
+            good,
+            {"method": "opsd", "distillation_mode": "sampled_token"},
+            "='sampled_token' is of the",
+        ),
+        (fading, {"method": "hindsight"}, "takes lam, and method='hindsight' has no schedule"),
+        (good, {"loss_type": "vespo"}, "by the sign of its advantage.* credit=good need not have"),
     ]
     for credit, settings, said in cases:
         with pytest.raises(ValueError, match=said):
             tiny.trainer(tmp_path, "no/such-model", more={"credit": credit}, **settings)
+
+
+def test_signals_that_nothing_takes_are_refused(tmp_path):
+    for method in ("grpo", "rlsd"):
+        with pytest.raises(ValueError, match="signals=signals would give what nothing takes"):
+            tiny.trainer(tmp_path, "no/such-model", more={"signals": tiny.signals}, method=method)
 
 
 def test_a_bad_result_names_the_function(tmp_path):

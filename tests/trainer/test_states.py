@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from rlsd_lib.trainer.states import policy_mask, token_mean
+from rlsd_lib.trainer.states import loss_mask, token_mean
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
@@ -36,7 +36,7 @@ def test_the_mean_over_tokens_is_trls_for_every_loss_type(tmp_path, tools):
         theirs = trainer._compute_loss(trainer.model, inputs)
         ours = token_mean(
             values,
-            policy_mask(inputs),
+            loss_mask(inputs),
             trainer.args,
             num_items=inputs["num_items_in_batch"],
             num_processes=1,

@@ -79,6 +79,17 @@ def test_values_that_no_number_is_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="num_generations=None: expected a count"):
         tiny.config(tmp_path, num_generations=None)
     assert tiny.config(tmp_path, epsilon_w=np.float32(0.5), learning_rate=1).epsilon_w == 0.5
+    assert tiny.config(tmp_path, max_grad_norm=float("inf")).max_grad_norm == float("inf")
+
+
+def test_credit_against_the_sign_of_a_is_refused_where_trl_decides_by_it(tmp_path):
+    """TRL's off-policy mask and VESPO's weight are a rollout's; by token signs they fall apart."""
+    for setting in ({"off_policy_mask_threshold": 0.1}, {"loss_type": "vespo"}):
+        for method in ("grpo", "rlsd", "opsd"):
+            tiny.config(tmp_path, method=method, **setting)
+        for method in ("hindsight", "antisd", "privileged_baseline"):
+            with pytest.raises(ValueError, match=r"by the sign of its advantage.* Leave it out"):
+                tiny.config(tmp_path, method=method, **setting)
 
 
 def test_rewards_that_are_no_list_of_numbers_are_refused(tmp_path):
