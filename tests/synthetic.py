@@ -66,7 +66,7 @@ def write_run(
     given = {"method": method, "preset": "lab", "seed": seed, "max_steps": -1, "overrides": {}}
     given |= {"control": "none", **(parameters or {})}
     run = Run.start(path, parameters=given)
-    run.record(data={"problems": "the same"}, config=config or {})
+    run.record(data={"problems": "the same"}, config={"learning_rate": 1e-4, **(config or {})})
     seen = {"after": 0.7, "leak_after": 0.0, "seconds": 1.0, **DEFAULT, **PAPER[method], **look}
     shift = 0.002 * (seed - 1)  # seeds differ
     curves = {name: curve for name, curve in seen.items() if callable(curve)}

@@ -30,6 +30,11 @@ class Interval(NamedTuple):
         """Whether there is an interval and not a mean alone."""
         return not math.isnan(self.low)
 
+    def within(self, least: float, most: float) -> "Interval":
+        """The same with ends that do not leave the range of its quantity; NaN ends stay."""
+        low, high = np.clip([self.low, self.high], least, most).tolist()
+        return Interval(self.mean, low, high)
+
     def __format__(self, spec: str) -> str:
         """`f"{interval:.3f}"` is "mean [low, high]", or the mean alone where nothing else is known."""
         ends = f" [{self.low:{spec}}, {self.high:{spec}}]" if self.is_known else ""
@@ -105,12 +110,12 @@ def smallest_detectable(differences: Values) -> float:
 
     `differences` (S,) are paired, one per seed. The root in d of P(|T| > t_crit) = POWER, two-sided
     at 5 %, T noncentral Student with S - 1 degrees of freedom and noncentrality d sqrt(S) / s. NaN
-    for one seed; 0 where the differences are all equal.
+    where the spread is not known: for one seed, or differences that are all equal.
     """
     data = np.asarray(differences, dtype=float)
     count, spread = data.size, data.std(ddof=1) if data.size > 1 else math.nan
     if not spread > 0:
-        return float(spread)
+        return math.nan
     critical = stats.t.ppf((1 + LEVEL) / 2, count - 1)
     # The lower tail adds less than 0.001 at any usual power.
     shift = brentq(lambda d: stats.nct.sf(critical, count - 1, d) - POWER, 0.0, 100.0 * critical)

@@ -130,8 +130,7 @@ def _shown(difference: Interval, is_ratio: bool) -> str:
     """A difference, or the ratio whose logarithm it is; no interval leaves the range of a share."""
     if is_ratio:
         return "x " + f"{Interval(*(math.exp(end) for end in difference)):.2f}"
-    mean, low, high = difference
-    return f"{Interval(mean, max(low, -1.0), min(high, 1.0)):+.3f}"
+    return f"{difference.within(-1, 1):+.3f}"
 
 
 def best_rates(runs: Runs) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from rlsd_lib.measure.intervals import Interval
 from rlsd_lib.report.tables import DASH, WORDS, Table, interval_of, paired_differences, with_arms
-from rlsd_lib.runs.records import Runs, is_finished, left_out
+from rlsd_lib.runs.records import Runs, is_finished, left_out, read_manifest
 
 MOVED = "rlsd/intervention"
 LEAKS = 0.05  # share of completions from which on the sentences speak of leaking
@@ -52,7 +52,8 @@ def learned(runs: Runs, baseline: str = "grpo") -> Table:
     sizes = {arm: interval_of(cells, MOVED).mean for arm, cells in groups.items()}
     moved = ", ".join(f"{arm} {size:.3f}" for arm, size in sizes.items() if size > 0)
     moved = moved and f"Intervention, the {WORDS[MOVED]} (0 is GRPO's): {moved}."
-    sentences = [*_seen(gaps, baseline), moved, _leak(groups), _trust(arms), f"To open: {names}."]
+    trust = [_rates(groups), _trust(arms)]
+    sentences = [*_seen(gaps, baseline), moved, _leak(groups), *trust, f"To open: {names}."]
     sentences.append(left_out(runs.runs))
     return Table(pd.DataFrame(rows), [*filter(None, sentences)])
 
@@ -88,6 +89,16 @@ def _leak(groups: dict[str, pd.DataFrame]) -> str:
         f"and its accuracy went from {before:.2f} to {after:.2f}"
         f"{'; the lab is a model organism, whose teacher was made to quote' if made else ''}."
     )
+
+
+def _rates(groups: dict[str, pd.DataFrame]) -> str:
+    """What the methods' learning rates are, where they are not all the same."""
+    paths = {arm: cells["path"].iloc[0] for arm, cells in groups.items()}
+    rates = {arm: read_manifest(path)["config"]["learning_rate"] for arm, path in paths.items()}
+    if len(set(rates.values())) == 1:
+        return ""
+    told = ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items())
+    return f"Learning rates differ, and with them more than the method: {told}."
 
 
 def _trust(arms: pd.DataFrame) -> str:

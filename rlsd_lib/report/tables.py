@@ -43,6 +43,7 @@ METRICS = {
     "leak_rate_after": ("leak after", 3),
     "seconds_per_step": ("s / step", 2),
 }
+SHARES = ("accuracy", "pass@", "leak_rate", "right_chain")  # begin the names of what lies in [0, 1]
 # What a logged metric is, in words and with its unit.
 WORDS = {
     "reward": "mean reward of the step's rollouts",
@@ -223,6 +224,8 @@ def interval_of(cells: pd.DataFrame, name: str) -> Interval:
     if not values:
         return Interval(math.nan, math.nan, math.nan)
     found = student_interval(values)
+    if name.startswith(SHARES):
+        found = found.within(0, 1)
     if not found.is_known and f"{name}_low" in cells:
         found = Interval(found.mean, *cells[[f"{name}_low", f"{name}_high"]].iloc[0])
     return found
@@ -325,7 +328,7 @@ def _compared(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> tuple[float, ...]
     ours, theirs = ([_correct(run["path"]) for run in side] for side in zip(*pairs, strict=True))
     differences = np.subtract(ours, theirs)  # (seeds, problems)
     by_problem = bootstrap_interval(differences.mean(axis=0))
-    by_seed = student_interval(differences.mean(axis=1))
+    by_seed = student_interval(differences.mean(axis=1)).within(-1, 1)
     seen = smallest_detectable(differences.mean(axis=1))
     return (*by_problem, by_seed.low, by_seed.high, seen)
 

@@ -6,6 +6,7 @@ another.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import re
@@ -163,6 +164,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "rows": _rows(trainer.train_dataset),
         "rewards": trainer.reward_func_names,
         "credit": _named(trainer.credit),
+        "credit source": _source_of(trainer.credit),
         "signals": _named(trainer.signals),
         "fixed weights": _print_of(_fixed(trainer)),
     }
@@ -262,6 +264,15 @@ def _named(function: Any) -> str | None:
     bound = sorted({**dict(enumerate(function.args)), **function.keywords}.items(), key=str)
     told = {name: _named(value) if callable(value) else value for name, value in bound}
     return f"{_named(function.func)} with {told}"
+
+
+def _source_of(function: Any) -> str | None:
+    """A hash of the text of a function, of that which a partial binds; None where there is none."""
+    bare = function.func if isinstance(function, partial) else function
+    try:
+        return hashlib.sha256(inspect.getsource(bare).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
 
 
 def _fixed(trainer: Any) -> list[Tensor]:

@@ -271,8 +271,9 @@ def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, .
     name = get_callable_name(credit)
     if methods.METHODS[args.method].teacher_sees != methods.PRIVILEGED or not args.uses_teacher:
         raise ValueError(
-            f"credit={name} would never be called with method={args.method!r} and lambda_init="
-            f"{args.lambda_init}. Use method='rlsd' with lambda_init above 0."
+            f"credit={name} would never be called: method={args.method!r} with lambda_init="
+            f"{args.lambda_init} has no teacher that reads the reference. Use method='rlsd' with "
+            "lambda_init above 0."
         )
     replaced = {
         "weight_clip": args.weight_clip != "linear",
@@ -381,9 +382,13 @@ def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
     returned = f"credit={get_callable_name(credit)} returned"
     with on_every_rank():
         if not isinstance(credited, Tensor) or credited.shape != shape:
-            given = tuple(credited.shape) if isinstance(credited, Tensor) else credited
+            given = (
+                tuple(credited.shape) if isinstance(credited, Tensor) else type(credited).__name__
+            )
             expected = f"expected a tensor of shape (N, T) = {tuple(shape)}"
             raise ValueError(f"{returned} {given}, {expected}.")
+        if not credited.is_floating_point():
+            raise ValueError(f"{returned} a tensor of {credited.dtype}, expected a floating one.")
         if credited.requires_grad:
             raise ValueError(f"{returned} a tensor with a gradient: detach what it computes from.")
         if not credited.isfinite().all():

@@ -228,7 +228,9 @@ class RLSDTrainer(TeacherPass, Named):
         asked = {name: known[name] for name in self._asked if name in known}
 
         def assign(verdicts: Tensor) -> Tensor:
-            return shuffle(function)(verdicts, gap, mask, **asked)
+            # Copies: a function that writes into them would change what is logged, and A itself.
+            copies = (verdicts.clone(), gap.clone(), mask.clone())
+            return shuffle(function)(*copies, **asked)
 
         credited = assign(advantages)
         if self.credit is not None or self.signals is not None:  # something of it is the caller's

@@ -44,7 +44,13 @@ def test_a_difference_of_the_detectable_size_is_found_four_times_in_five() -> No
         found = ttest_1samp(repeated, 0.0, axis=1).pvalue < 0.05
         assert 0.77 <= found.mean() <= 0.83, seeds
     assert np.isnan(smallest_detectable([0.1]))
-    assert smallest_detectable([0.1, 0.1]) == 0.0
+    assert np.isnan(smallest_detectable([0.1, 0.1])), "two equal differences show no spread"
+
+
+def test_no_interval_leaves_the_range_of_its_quantity():
+    assert student_interval([0.6, 0.8]).within(0, 1) == pytest.approx((0.7, 0.0, 1.0))
+    assert student_interval([0.6, 0.8]).within(-1, 2) == student_interval([0.6, 0.8])
+    assert not student_interval([0.6]).within(0, 1).is_known
 
 
 def test_the_interval_over_problems_covers_as_often_as_it_says():

@@ -181,6 +181,16 @@ def test_every_exercise_of_a_lecture_has_an_answer_that_is_executed_and_folded_a
             assert "assert " in cell.source and "\nanswer(" in cell.source, path.stem
 
 
+def test_answers_of_01_are_not_about_the_function_that_a_reader_replaces() -> None:
+    """Whatever a function takes: nobody calls `my_credit` by hand, and no assertion is of it."""
+    cells = nbformat.read(FOLDER / "01_your_own_credit.ipynb", as_version=4).cells
+    named = [
+        cell.source for cell in cells if cell.cell_type == "code" and "my_credit" in cell.source
+    ]
+    assert len(named) == 2, "where it is defined, and where it stands among the credits"
+    assert named[1].count("my_credit") == named[1].count('{"mine": my_credit, ') == 1
+
+
 def test_each_curve_of_a_baseline_is_followed_by_a_sentence_of_its_run() -> None:
     for path in (FOLDER / f"{stem}.ipynb" for stem in BASELINES):
         cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]

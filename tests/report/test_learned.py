@@ -16,7 +16,9 @@ from rlsd_lib.runs.run import Run
 
 def test_one_seed_says_what_was_seen_and_that_it_settles_nothing(tmp_path: Path, capsys) -> None:
     for method, after, leak in (("grpo", 0.8, 0.0), ("rlsd", 0.8, 0.0), ("opsd", 0.1, 0.9)):
-        folder = write_run(tmp_path / method[0], method, 0, after=after, leak_after=leak)
+        config = {"learning_rate": 1e-3} if method == "opsd" else {}
+        numbers = {"after": after, "leak_after": leak, "config": config}
+        folder = write_run(tmp_path / method[0], method, 0, **numbers)
         Run.attach(folder).add_evaluation("after", correct=[after - 0.1, after + 0.1] * 20)
         if method == "rlsd":
             metrics = json.loads((folder / "metrics.json").read_text())
@@ -24,7 +26,8 @@ def test_one_seed_says_what_was_seen_and_that_it_settles_nothing(tmp_path: Path,
     (tmp_path / "r" / "15_rlsd.ipynb").touch()
     rows, said = learned(read_runs(tmp_path))
     assert rows["method"].tolist() == ["grpo", "opsd", "rlsd"]
-    seen, unseen, moved, leak, trust, opens = said
+    seen, unseen, moved, leak, rates, trust, opens = said
+    assert rates.endswith("more than the method: grpo 0.0001, opsd 0.001, rlsd 0.0001.")
     assert moved == "Intervention, the mean of |token advantage / A - 1| (0 is GRPO's): rlsd 0.030."
     assert seen.startswith("Seen, in accuracy less grpo's: opsd -0.70 [")
     assert unseen.startswith("Not seen: rlsd +0.00 [")

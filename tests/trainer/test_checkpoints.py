@@ -210,6 +210,23 @@ def test_another_setting_of_a_credit_is_not_continued(tmp_path: Path) -> None:
         trainer(50.0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_another_body_of_a_credit_is_not_continued(tmp_path: Path) -> None:
+    def trainer(credit: Any) -> RLSDTrainer:
+        return tiny.trainer(tmp_path, more={"credit": credit}, **EVERY_STEP)
+
+    def mine(advantages: Any, gap: Any, mask: Any) -> Any:
+        return advantages[:, None] * gap
+
+    first = mine
+
+    def mine(advantages: Any, gap: Any, mask: Any) -> Any:
+        return advantages[:, None] * -gap
+
+    trainer(first).train()
+    with pytest.raises(ValueError, match=r"credit source='\w+', this run has '\w+'"):
+        trainer(mine).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 @pytest.mark.parametrize("what", ["base", "external", "reference", "base of the adapter"])
 def test_weights_that_no_checkpoint_holds_must_be_the_same(tmp_path: Path, what: str) -> None:
     """A resume from a trained model, say, would put it in the place of the teacher or of pi_ref."""

@@ -164,8 +164,8 @@ def test_what_cannot_be_called_is_refused_before_any_compute(tmp_path):
         ),
         (by_place, {}, r"by_place\(.* cannot be called: .*'lam'"),
         (good, {"method": "opsd", **SEQUENCE}, "averages the token credit of credit=good away"),
-        (good, {"method": "grpo"}, "good would never be called with method='grpo'"),
-        (good, {"method": "sdpo"}, "good would never be called with method='sdpo'"),
+        (good, {"method": "grpo"}, "good would never be called: method='grpo' .* no teacher"),
+        (good, {"method": "sdpo"}, "good would never be called: method='sdpo'"),
         (good, {"lambda_init": 0.0}, "lambda_init=0.0"),
         (good, {"conserve_credit": True}, "conserve_credit=True is of the method's own credit"),
         (
@@ -186,6 +186,22 @@ def test_what_cannot_be_called_is_refused_before_any_compute(tmp_path):
             tiny.trainer(tmp_path, "no/such-model", more={"credit": credit}, **settings)
 
 
+def test_a_function_that_writes_into_what_it_gets_changes_nothing_else(tmp_path):
+    def writes(advantages, gap, mask):
+        found = advantages[:, None] * gap
+        for each in (advantages, gap, mask):
+            each.zero_()
+        return found
+
+    def reads(advantages, gap, mask):
+        return advantages[:, None] * gap
+
+    one, other = (trained(tmp_path / f.__name__, f, max_steps=2) for f in (writes, reads))
+    names = ("loss", "rlsd/gap_abs_mean", "rlsd/intervention")
+    for step, same in zip(one.state.log_history[:2], other.state.log_history[:2], strict=True):
+        assert [step[name] for name in names] == [same[name] for name in names]
+
+
 def test_signals_that_nothing_takes_are_refused(tmp_path):
     for method in ("grpo", "rlsd"):
         with pytest.raises(ValueError, match="signals=signals would give what nothing takes"):
@@ -198,13 +214,15 @@ def test_a_bad_result_names_the_function(tmp_path):
         return {
             "shape": advantages,
             "none": None,
+            "bool": gap > 0,
             "nan": gap * float("nan"),
             "gradient": gap * weight,
         }[kind]
 
     for kind, said in {
         "shape": r"returned \(4,\), expected a tensor of shape \(N, T\) = \(4, ",
-        "none": "returned None, expected a tensor",
+        "none": "returned NoneType, expected a tensor",
+        "bool": r"returned a tensor of torch.bool, expected a floating one",
         "nan": r"returned NaN or infinity in rows \[0, 1, 2, 3\]",
         "gradient": "returned a tensor with a gradient",
     }.items():
