@@ -62,7 +62,7 @@ def test_a_method_stands_beside_grpo_and_rlsd_and_its_few_tokens_are_counted(tmp
     )
     silent = replace(shown, advantage=0.0, divergence=[0.0] * 4)
     assert "0 under grpo, 0 under rlsd" in side_by_side(silent, tiny.config(tmp_path))[1]
-    even = rollout(advantage=-0.1, tokens=["a"] * 52, gap=[0.0] * 52, credit=[-0.1] * 52)
+    even = rollout(advantage=-0.3, tokens=["a"] * 52, gap=[0.0] * 52, credit=[-0.3] * 52)
     assert "26 under grpo, 26 under rlsd" in side_by_side(even, tiny.config(tmp_path))[1]
 
 
