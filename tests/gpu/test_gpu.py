@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import sharded_worker
 import tiny
 import tiny_vlm
 import torch
@@ -29,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlsd_lib import RLSDTrainer
+from rlsd_lib.experiment import launch
 from rlsd_lib.trainer import shared_prompts
 
 pytestmark = pytest.mark.gpu
@@ -302,35 +304,39 @@ def test_a_vision_language_model_trains_with_an_exact_null_gap(tmp_path, device)
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("sharding", ["fsdp2", "zero3"])
 def test_sharded_parameters_train_as_one_process_does(tmp_path, device, sharding, processes):
-    if device == "cpu":
-        pytest.skip("sharding on a CPU is the subject of tests/trainer/test_sharded.py")
+    """Also the teacher, refreshed at each step: in fp32 the gap is that of one process."""
+    cards = torch.cuda.device_count()
     if sharding == "zero3" and not importlib.util.find_spec("deepspeed"):
         pytest.skip("deepspeed is not installed: pip install '.[deepspeed]'")
-    if processes > torch.cuda.device_count() and sharding == "zero3":
+    if sharding == "zero3" and processes > cards:
         pytest.skip("DeepSpeed's collectives are NCCL's, which refuses two ranks on one card")
-    import rlsd_lib.experiment
-
-    config = Path(rlsd_lib.experiment.__file__).parent / "accelerate" / f"{sharding}.yaml"
-    backend = "gloo" if processes > torch.cuda.device_count() else "nccl"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-    count = ["--num_processes", str(processes), "--main_process_port", "0"]
-    worker = [str(HERE / "sharded_worker.py"), str(tmp_path), backend, str(processes)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+    if processes == 2 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip("on torch 2.11 FSDP2 over two processes cannot refresh its teacher")
+    if processes == 1 and device == "cpu":
+        pytest.skip("two processes show on a CPU what one would, at half a minute each")
+    config = Path(launch.__file__).parent / "accelerate" / f"{sharding}.yaml"
+    backend = "gloo" if processes > cards else "nccl"
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", str(processes), "--main_process_port", "0"]
+    worker = [str(HERE / "sharded_worker.py"), str(tmp_path), device, backend, str(processes)]
+    paths = [str(HERE.parent), str(HERE.parent / "trainer"), *sys.path]
     done = subprocess.run(
-        [sys.executable, *launch, *count, *worker],
-        env=environment,
+        [sys.executable, *command, *worker],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ours = json.loads((tmp_path / "steps.json").read_text())
-    alone = steps(build(tmp_path / "alone", device, max_steps=2, bf16=True))
-    assert len(ours) == 2
-    # Other kernels and another order of sums: what must agree is what was measured.
-    for row, expected in zip(ours, alone, strict=True):
-        assert row["rlsd/lambda"] == expected["rlsd/lambda"]
-        assert row["rlsd/gap_abs_mean"] == pytest.approx(expected["rlsd/gap_abs_mean"], rel=0.3)
+    alone = sharded_worker.train(tmp_path / "alone", 1, use_cpu=device == "cpu")
+    # FSDP2 casts weights to bf16, and autocast the inputs of a multiplication.
+    for dtype, rel in (("fp32", 1e-3), ("bf16", 0.1)):
+        assert len(ours[dtype]) == 3
+        for row, expected in zip(ours[dtype], alone[dtype], strict=True):
+            assert row["rlsd/teacher_age"] == 0
+            for name in ("reward", "rlsd/lambda", "rlsd/gap_abs_mean", "loss", "grad_norm"):
+                assert row[name] == pytest.approx(expected[name], rel=rel), (dtype, name)
 
 
 def test_rollouts_of_colocated_vllm_are_the_policys(tmp_path, device):
