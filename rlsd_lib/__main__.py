@@ -18,7 +18,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -386,8 +386,11 @@ def _bench(options: argparse.Namespace) -> int:
         trace = outputs_root() / "profiles" / "teacher_pass.json"
         print(bench.profile_teacher_pass(sizes, trace))
         return 0
+    measured: Iterable[tuple[str, Any]]
     if options.gpu:
-        what, table = "bench --gpu", bench.bench_gpu(outputs_root() / "tables")
+        models = bench.bench_gpu(outputs_root() / "tables")
+        whole = "`rlsd bench --gpu`, {}, generation included"
+        measured = ((whole.format(name.split("/")[-1]), table) for name, table in models)
     elif synthetic:
         what = " ".join(["bench --against", *(f"-p {pair}" for pair in options.pairs)])
         clock = "seconds are the processor's where torch has one thread, else the wall clock's"
@@ -395,12 +398,15 @@ def _bench(options: argparse.Namespace) -> int:
         names = [look_up(name, contenders(*METHODS), "contender") for name in options.against]
         others = [name for name in names or contenders() if name != BASE]
         table = bench.race(sizes.build, others, options.steps, options.rounds)
+        measured = [(f"`rlsd {what}`", table)]
     else:
-        what, build = f"bench --preset {options.preset}", partial(preset_trainer, options.preset)
+        build = partial(preset_trainer, options.preset)
         table = bench.race(build, ["RLSD"], options.steps, options.rounds)
-    print(table.to_string(float_format="{:.3f}".format))
-    if options.record:
-        print(record(outputs_root() / MACHINES, {f"`rlsd {what}`": bench.in_words(table)}))
+        measured = [(f"`rlsd bench --preset {options.preset}`", table)]
+    for what, table in measured:  # kept one by one, as they come
+        print(table.to_string(float_format="{:.3f}".format), flush=True)
+        if options.record:
+            print(record(outputs_root() / MACHINES, {what: bench.in_words(table)}), flush=True)
     return 0
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,6 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
-from statistics import median
 from typing import Annotated, Any
 from unittest.mock import Mock
 
@@ -38,7 +37,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from rlsd_lib.experiment.experiment import Experiment
-from rlsd_lib.experiment.plan import GIB, NO_TEACHER, RESERVED, Plan, shape_of
+from rlsd_lib.experiment.plan import GIB, MEASURED, NO_TEACHER, RESERVED, Plan, shape_of
 from rlsd_lib.experiment.presets import OUR_WEIGHT
 from rlsd_lib.methods import METHODS, PROMPT, Method, from_caller
 from rlsd_lib.names import check_fields, look_up
@@ -50,6 +49,7 @@ from rlsd_lib.trainer.trainer import RLSDTrainer
 
 BASE = "GRPO"
 SYNTHETIC = "synthetic"  # a model in `SHAPES` that is nobody's
+STILL = {"learning_rate": 0.0, "save_strategy": "no"}
 SPECIAL = ("<pad>", "</s>", "<unk>")
 Build = Callable[[str, Path, int], Trainer]  # contender, folder, number of steps -> its trainer
 Rollouts = dict[int, tuple[float, list]]  # seconds and ids, by the number of the step
@@ -76,15 +76,10 @@ def contenders(*rows: str) -> dict[str, Contender]:
     ours = partial(RLSDConfig, privileged_template=template, lambda_decay_steps=0)
     headed = partial(ours, method="grpo", completion_head=True)
     plain = partial(ours, teacher_pass="plain")
-    theirs = partial(
-        SDPOConfig,
-        # Feedback instead of a demonstration, so that the teacher's prompt is as long as RLSD's.
-        include_environment_feedback=True,
-        success_reward_threshold=2.0,
-        reprompt_template="{prompt}{solution}{feedback}",
-        feedback_template=" {feedback_raw}",
-        max_prompt_length=None,
-    )
+    # Feedback instead of a demonstration, so that the teacher's prompt is as long as RLSD's.
+    seen = {"reprompt_template": "{prompt}{solution}{feedback}", "max_prompt_length": None}
+    seen |= {"feedback_template": " {feedback_raw}", "include_environment_feedback": True}
+    theirs = partial(SDPOConfig, **seen, success_reward_threshold=2.0)
     alone, lora = {"teacher_model_kind": NO_TEACHER}, {"lora_rank": LoraConfig().r}
     return {
         BASE: (GRPOTrainer, GRPOConfig, alone),
@@ -132,12 +127,11 @@ class Sizes:
             gradient_checkpointing=plan.gradient_checkpointing,
             # No end of sequence before the last token: completions of one length are equal work.
             generation_kwargs={"min_new_tokens": self.completion},
-            learning_rate=0.0,
             shuffle_dataset=False,
             use_cpu=not on_gpu,
             bf16=on_gpu,
             disable_tqdm=True,
-            save_strategy="no",
+            **STILL,
         )
         # Always the same weights.
         with torch.random.fork_rng(), torch.device("cuda" if on_gpu else "cpu"):
@@ -162,24 +156,19 @@ class Sizes:
     def config(self) -> Any:
         """The transformers config of the model."""
         config = config_named(self.model)
-        if not self.is_real:
+        if self.model == SYNTHETIC:
             config.vocab_size = self.vocabulary + len(SPECIAL)
         config.pad_token_id, config.eos_token_id = 0, 1
         return config
 
     @property
-    def is_real(self) -> bool:
-        """Whether the sizes are those of a model that somebody trains."""
-        return self.model != SYNTHETIC
-
-    @property
     def plan(self) -> Plan:
         """RLSD on these sizes, as `rlsd plan` describes it."""
-        how = {"num_generations": self.generations, "privileged_length": self.reference}
-        how |= {"per_device_train_batch_size": 2 if self.is_real else self.generations}
-        how |= {"dtype": "bfloat16"} if self.is_real else {"gradient_checkpointing": False}
-        shape, rollouts = shape_of(self.config()), self.generations
-        return Plan(shape, 1, self.prompt, self.completion, rollouts, **how)
+        rows, how = 2, {"dtype": "bfloat16"}
+        if self.model == SYNTHETIC:
+            rows, how = self.generations, {"gradient_checkpointing": False}
+        group, work = self.generations, (self.prompt, self.completion)
+        return Plan(shape_of(self.config()), 1, *work, group, group, rows, self.reference, **how)
 
     def make_rows(self, count: int) -> Dataset:
         """`count` prompts and references of exact length, in `vocabulary` words."""
@@ -207,8 +196,11 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
 
 def preset_trainer(preset: str, name: str, folder: Path, steps: int) -> Trainer:
     """The trainer of a run of "GRPO" or "RLSD"; ValueError for an unknown preset."""
-    overrides = {"learning_rate": 0.0, "lambda_decay_steps": 0, "save_strategy": "no"}
-    how = {"overrides": overrides, "max_steps": steps, "run_dir": str(folder / "run")}
+    how = {
+        "overrides": STILL | {"lambda_decay_steps": 0},
+        "max_steps": steps,
+        "run_dir": str(folder / "run"),
+    }
     return Experiment(method=name.lower(), preset=preset, **how).trainer()
 
 
@@ -278,13 +270,10 @@ def train(build: Build, name: str, steps: int, rollouts: Rollouts) -> Turn:
 
 
 def train_apart(*turn: Any) -> Turn:
-    """`train` in a process of its own, whose peak is of no other trainer; a GPU's can be reset.
-
-    Forked by a server that has only imported this file: a spawned process would begin with the
-    peak of its parent.
-    """
+    """`train` in a process of its own, whose peak is of no other trainer; a GPU's can be reset."""
     if torch.cuda.is_available():
         return train(*turn)
+    # It has only imported this file. A spawned process would begin with the peak of its parent.
     server = get_context("forkserver")
     server.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=server) as pool:
@@ -330,49 +319,58 @@ def race(build: Build, names: Sequence[str], steps: int = 3, rounds: int = 1) ->
 
 def in_words(table: pd.DataFrame) -> str:
     """Every trainer's step time over GRPO's, from a table of `race` or `measure`."""
-    ratios = table[RATIOS[STEP]].dropna()
-    told = [f"{name} {ratio:.3f}" for name, ratio in ratios.items() if not name.endswith(BASE)]
-    return f"of {BASE}'s step: {'; '.join(told)}"
+    ratios = table[RATIOS[STEP]].dropna().drop(BASE)
+    return f"of {BASE}'s step: {'; '.join(f'{name} {x:.3f}' for name, x in ratios.items())}"
 
 
 REAL = [Sizes(completion=1024, model=f"Qwen/Qwen3-{size}") for size in ("1.7B", "0.6B", "8B")]
+BUDGET = 200  # seconds for all of them: of four minutes, less what a larger one takes longer
 
 
-def bench_gpu(folder: Path, models: Sequence[Sizes] = REAL) -> pd.DataFrame:
-    """Measure models into bench_gpu.csv, whose mfu plans read, and .png; ValueError without a GPU."""
-    if not torch.cuda.is_available() and any(sizes.is_real for sizes in models):
-        raise ValueError(
-            "--gpu needs an NVIDIA GPU, of 40 GB or more for the two smaller models. Without one: "
-            "--against, on synthetic rollouts, or `rlsd plan`, by arithmetic."
-        )
+def bench_gpu(folder: Path, models: Sequence[Sizes] = REAL) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Name and table of each model, at once also in bench_gpu.csv, which plans read, and .png.
+
+    Left out is what would end after `BUDGET`, at the mean time so far. ValueError without a GPU.
+    """
+    if not torch.cuda.is_available() and any(sizes.model != SYNTHETIC for sizes in models):
+        instead = "--against, on synthetic rollouts, or `rlsd plan`, by arithmetic"
+        raise ValueError(f"--gpu needs an NVIDIA GPU, of 40 GB or more. Without one: {instead}.")
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for sizes in models:
-        found.append(measure(sizes))
-        table = pd.concat(found)
-        # At once: what is measured stays, should a larger model not fit the time.
+    found, begun = {}, time.monotonic()
+    for done, sizes in enumerate(models):
+        spent = time.monotonic() - begun
+        if done and spent * (done + 1) / done > BUDGET:
+            left = ", ".join(other.model for other in models[done:])
+            return tqdm.write(f"left out after {spent:.0f} s of {BUDGET}: {left}")
+        found[sizes.model] = measure(sizes)
+        table = pd.concat([t.rename(index=f"{name}, {{}}".format) for name, t in found.items()])
         table.to_csv(folder / "bench_gpu.csv", index_label="trainer")
-        figure = costs(table[[RATIOS[REST], RATIOS[PEAK]]])
-        figure.savefig(folder / "bench_gpu.png", bbox_inches="tight")
-    return table
+        costs(table[[RATIOS[REST], RATIOS[PEAK]]]).savefig(
+            folder / "bench_gpu.png", bbox_inches="tight"
+        )
+        yield sizes.model, found[sizes.model]
 
 
 def measure(sizes: Sizes) -> pd.DataFrame:
     """The race of all contenders beside what plans say of those that `Plan` describes.
 
-    Planned seconds are at the `mfu` that GRPO reached, of `Plan.tflops`: its own agree by
-    construction.
+    Planned seconds are at the `mfu` that GRPO reached, of `Plan.tflops` (its own agree by
+    construction), those of generation at the assumed speeds. GRPO's row has all of `MEASURED`.
     """
-    known = {name: change for name, (*_, change) in contenders().items() if change is not None}
-    plans = {name: replace(sizes.plan, **change) for name, change in known.items()}
+    plans = {n: replace(sizes.plan, **c) for n, (*_, c) in contenders().items() if c is not None}
     table = race(sizes.build, list(contenders())[1:], steps=1)
-    flops = pd.Series({name: plan.training_flops() for name, plan in plans.items()})
-    seconds = table.loc[BASE, REST]
-    table.loc[BASE, "mfu"] = flops[BASE] / seconds / Plan.tflops / 1e12
-    table[f"planned {REST}"] = flops / flops[BASE] * seconds
-    peaks = {name: plan.peak("update") - RESERVED for name, plan in plans.items()}
-    table[f"planned {PEAK}"] = pd.Series(peaks) * GIB / MIB
-    return table.rename(index=lambda name: f"{sizes.model}, {name}")
+    planned = pd.DataFrame(index=list(plans))
+    planned[REST] = [sum(p.flops().values()) - p.flops()["generation"] for p in plans.values()]
+    planned[GENERATION] = [plan.seconds()["generation"] for plan in plans.values()]
+    planned[PEAK] = [(p.peak("update") - RESERVED) * GIB / MIB for p in plans.values()]
+    ours, theirs = table.loc[BASE], planned.loc[BASE]
+    mfu = theirs[REST] / ours[REST] / Plan.tflops / 1e12
+    mbu = theirs[GENERATION] / ours[GENERATION] * Plan.mbu  # where decoding waits for memory
+    more = (ours[PEAK] - theirs[PEAK]) * MIB / GIB  # activations, and what the plan leaves out
+    kept = 1 + more / sizes.plan.memory()["update"]["activations"]
+    table.loc[BASE, list(MEASURED)] = mfu, mbu, kept
+    planned[REST] *= ours[REST] / theirs[REST]
+    return table.join(planned.add_prefix("planned "))
 
 
 def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
@@ -394,7 +392,7 @@ def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
             passes = (partial(score, *args, **kwargs), partial(_read_once, trainer, sizes, ids))
             # In turn, so that a slow moment meets both; the first round warms up.
             rounds = [[timed(once)[0] for once in passes] for _ in range(21)][1:]
-            spent, floor = map(median, zip(*rounds, strict=True))
+            spent, floor = pd.DataFrame(rounds).median()
             with torch.profiler.profile(with_stack=True) as found:
                 score(*args, **kwargs)
     trace.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ Not counted: communication, weight sync, data loading, rewards, evaluation, a re
 and vLLM on other GPUs.
 """
 
+import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -30,8 +31,8 @@ GIB = 2**30
 RESERVED = 2.0  # GiB per GPU: CUDA context, communication buffers, fragmentation
 VLLM_WORK = 1.5  # GiB that vLLM needs beside weights and cache
 ALWAYS = "always"  # the phase of what stays for the whole run
+MEASURED = ("mfu", "mbu", "activations")  # fields of `Plan` that a GPU was measured to have
 NO_TEACHER = "none"  # the `teacher_model_kind` of GRPO
-# Annotations that `check_fields` reads.
 Positive = Annotated[float, lambda value: value > 0, "a number > 0"]
 FromZero = Annotated[float, lambda value: value >= 0, "a number >= 0"]
 Share = Annotated[float, lambda value: 0 < value < 1, "a share in (0, 1)"]
@@ -142,6 +143,7 @@ class Plan:
     bandwidth: Positive = 3.35  # TB/s
     mfu: Share = 0.4  # share of `tflops` that training and prefill reach
     mbu: Share = 0.6  # share of `bandwidth` that decoding reaches
+    activations: Positive = 1.0  # bytes that backward passes keep, over those counted here
     speeds: str = "assumed, an H100's data sheet and guesses"  # where they come from
 
     def __post_init__(self) -> None:
@@ -217,7 +219,7 @@ class Plan:
             },
             "update": {
                 "gradients": trained,
-                "activations": kept,
+                "activations": kept * self.activations,
                 "gradient of the LM head": 0 if self.lora_rank else shape.head_weights * FP32,
                 "gathered weights": (2 * shape.layer_weights + shape.ends) * BF16 * sharded,
             },
@@ -250,10 +252,6 @@ class Plan:
             parts["teacher"] = rollouts * (shape.layer_flops(before + new, before + new) + head)
         return {part: count for part, count in parts.items() if count}
 
-    def training_flops(self) -> float:
-        """FLOPs of one optimiser step but for generation, summed over all GPUs."""
-        return sum(count for part, count in self.flops().items() if part != "generation")
-
     def seconds(self) -> dict[str, float]:
         """Seconds of one optimiser step by part; generation is bound by compute or by memory."""
         rate = self.tflops * 1e12 * self.mfu * self.gpus
@@ -276,9 +274,8 @@ FIELDS = tuple(f.name for f in fields(Plan) if f.name not in ("shape", "gpus", "
 
 
 def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
-    """The plan of a preset on `gpus` GPUs, with `changes` of `FIELDS` on top.
+    """The plan of a preset on `gpus` GPUs, with `changes` of `FIELDS` on top of what was `measured`.
 
-    `mfu` is the best that `rlsd bench --gpu` measured, if outputs/tables/bench_gpu.csv is there.
     Raises ValueError where neither the preset nor a change says how long a prompt is.
     """
     training = preset.training
@@ -295,23 +292,31 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
     shape = shape_of(config_named(preset.model))
     if not found["prompt_length"] and "prompt_length" not in changes:
         raise ValueError("The preset does not say how long a prompt is. Add -p prompt_length=N.")
-    table = outputs_root() / "tables" / "bench_gpu.csv"
-    if table.is_file() and (mfu := pd.read_csv(table)["mfu"].max()) > 0:  # NaN: out of memory
-        found |= {"mfu": mfu, "speeds": f"mfu measured, {table}; others assumed"}
-    return Plan(shape=shape, gpus=gpus, **(found | changes))
+    return Plan(shape=shape, gpus=gpus, **(found | measured(found | changes) | changes))
+
+
+def measured(settings: dict[str, Any]) -> dict[str, Any]:
+    """The largest `MEASURED` of all models in the newest outputs/tables/bench_gpu*.csv, if any."""
+    # The bench generates by transformers, which says nothing of vLLM.
+    names = [name for name in MEASURED if name != "mbu" or not settings.get("use_vllm")]
+    tables = sorted((outputs_root() / "tables").glob("bench_gpu*.csv"), key=os.path.getmtime)
+    if not tables:
+        return {}
+    table = pd.read_csv(tables[-1]).reindex(columns=names).apply(pd.to_numeric, errors="coerce")
+    found = table[table > 0].max().dropna().to_dict()  # of no number where memory did not do
+    source = {"speeds": f"{', '.join(found)} measured, {tables[-1]}; others assumed"}
+    return found and found | source
 
 
 def describe(plan: Plan, title: str) -> str:
     """The plan as text: setting, memory by part, seconds by phase, and whether it fits."""
     named = ", ".join(f"{name}={getattr(plan, name)}" for name in ("gpus", *FIELDS))
-    rollouts = (
-        f"{'shared' if plan.shares_prompts else 'plain'} teacher pass; {plan.at_once:.0f} rollouts "
-        "decoded at a time per GPU; all of full length, no communication"
-    )
+    how = f"{'shared' if plan.shares_prompts else 'plain'} teacher pass; no communication"
+    how += f"; {plan.at_once:.0f} rollouts, all of full length, decoded at a time per GPU"
     lines = [
         title,
         *textwrap.wrap(f"{plan.shape.parameters / 1e9:.2f} B parameters; {named}", 79),
-        *textwrap.wrap(rollouts, 79),
+        *textwrap.wrap(how, 79),
         _beside("GiB per GPU", plan, lambda p: pd.DataFrame(p.memory()).T.stack().dropna()),
         _beside("seconds per step", plan, lambda p: pd.Series(p.seconds() | {"all": p.step()})),
         f"RLSD / GRPO: {plan.step() / plan.grpo.step():.3f} in time; speeds: {plan.speeds}",
@@ -319,10 +324,7 @@ def describe(plan: Plan, title: str) -> str:
         f"{plan.gpu_memory:g} GiB per GPU.",
     ]
     if plan.at_once < 1:
-        lines.append(
-            f"vLLM's share of {plan.vllm_gpu_memory_utilization:g} holds its weights and not one "
-            f"rollout of {plan.prompt_length + plan.max_completion_length} tokens."
-        )
+        lines.append(f"vLLM's share has no room for one rollout of {plan._length} tokens.")
     return "\n".join(lines)
 
 

@@ -1,7 +1,10 @@
 """The benchmark: equal work for all, honest arithmetic, a table and a trace."""
 
 import dataclasses
+import json
+import os
 import re
+import time
 from collections import Counter
 from functools import partial
 
@@ -13,9 +16,10 @@ import torch
 from rlsd_lib.__main__ import main
 from rlsd_lib.experiment import bench
 from rlsd_lib.experiment.bench import Sizes, contenders, preset_trainer
-from rlsd_lib.experiment.plan import plan_of, shape_of
+from rlsd_lib.experiment.plan import MEASURED, RESERVED, Plan, plan_of, shape_of
 from rlsd_lib.experiment.presets import PRESETS
 from rlsd_lib.methods import METHODS
+from rlsd_lib.runs import machines
 from rlsd_lib.tasks.models import config_named
 
 TINY = Sizes(prompt=24, completion=6, generations=4, vocabulary=120, reference=8)
@@ -46,8 +50,9 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "train_apart", train_here)
         patch.setattr(bench, "_reward", spied)
-        table = bench.bench_gpu(folder, [TINY])
-    return table.rename(index=lambda name: name.removeprefix("synthetic, ")), folder, seen
+        [(model, table)] = bench.bench_gpu(folder, [TINY])
+    assert model == "synthetic"
+    return table, folder, seen
 
 
 def test_lengths_are_exact(tmp_path):
@@ -134,17 +139,86 @@ def test_peak_memory_is_of_a_process_of_its_own():
 
 def test_plans_read_what_a_gpu_reached(measured, tmp_path):
     table, folder, _ = measured
-    mfu, tables = table.loc["GRPO", "mfu"], tmp_path / "outputs" / "tables"
+    reached = table.loc["GRPO", list(MEASURED)].astype(float)
+    assert reached.notna().all()
+    assert table.loc["GRPO", "planned generation, s"] * Plan.mbu == pytest.approx(
+        reached["mbu"] * table.loc["GRPO", "generation, s"]
+    )
+    # The peak of GRPO in these tests is 9,000 MiB, of which one part is what the factor scales.
+    grown = dataclasses.replace(TINY.plan.grpo, activations=reached["activations"])
+    assert grown.peak("update") * 1024 == pytest.approx(9000 + RESERVED * 1024)
+    tables, preset = tmp_path / "outputs" / "tables", PRESETS["qwen3-text"]
     tables.mkdir(parents=True)
-    # Whichever model reached most; one without room for GRPO reached nothing.
-    rows = {"trainer": ["a", "b", "c"], "mfu": [mfu, mfu / 2, None]}
-    pd.DataFrame(rows).to_csv(tables / "bench_gpu.csv", index=False)
-    plan = plan_of(PRESETS["qwen3-text"], gpus=1)
-    assert plan.mfu == pytest.approx(mfu)
-    assert str(tables / "bench_gpu.csv") in plan.speeds
-    assert plan_of(PRESETS["qwen3-text"], gpus=1, mfu=0.3).mfu == 0.3
-    (folder / "bench_gpu.csv").rename(tables / "bench_gpu.csv")  # as it was written
-    assert plan_of(PRESETS["qwen3-text"], gpus=1).mfu == pytest.approx(mfu)
+
+    def plan_from(name, age, **columns):
+        """Of a table that is `age` seconds old."""
+        pd.DataFrame({"trainer": ["a", "b", "c"], **columns}).to_csv(tables / name, index=False)
+        os.utime(tables / name, (time.time() - age,) * 2)
+        return plan_of(preset, gpus=1, use_vllm=False)
+
+    # An older bench wrote mfu alone. Whichever model reached most; one without room has no number.
+    plan = plan_from("bench_gpu_old.csv", 9, mfu=[0.2, 0.1, None])
+    assert (plan.mfu, plan.mbu, plan.activations) == (0.2, Plan.mbu, 1.0)
+    assert plan.speeds == f"mfu measured, {tables / 'bench_gpu_old.csv'}; others assumed"
+    plan = plan_from("bench_gpu.csv", 8, mfu=[0.3, None, 0.1], mbu=[0.5, "none", ""], x=[1, 2, 3])
+    assert (plan.mfu, plan.mbu, plan.activations) == (0.3, 0.5, 1.0)
+    assert "mfu, mbu measured" in plan.speeds
+    assert plan_from("bench_gpu_older.csv", 99, mfu=[0.9, 0.9, 0.9]).mfu == 0.3
+    given = plan_of(preset, gpus=1, mfu=0.35)
+    assert given.use_vllm
+    assert (given.mfu, given.mbu) == (0.35, Plan.mbu), "transformers' speed for vLLM's"
+    assert plan_from("bench_gpu_empty.csv", 1, mfu=[None] * 3).speeds == Plan.speeds
+    (folder / "bench_gpu.csv").rename(tables / "bench_gpu_new.csv")  # as it was written
+    os.utime(tables / "bench_gpu_new.csv")
+    plan = plan_of(preset, gpus=1, use_vllm=False)
+    found = plan.mfu, plan.mbu, plan.activations
+    assert found == pytest.approx(tuple(reached))
+    assert "mfu, mbu, activations measured" in plan.speeds
+
+
+@pytest.fixture
+def minute(monkeypatch):
+    """A bench whose models take a minute each, and the time that is left after each."""
+    clock = [0.0]
+
+    def measure(sizes):
+        clock[0] += 60
+        columns = [*bench.RATIOS.values()]
+        return pd.DataFrame([[1.0] * 3, [1.2] * 3], index=["GRPO", "RLSD"], columns=columns)
+
+    monkeypatch.setattr(bench.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_models_that_would_end_too_late_are_left_out_by_name(minute, tmp_path, capsys, monkeypatch):
+    for budget, count in ((0, 1), (119, 1), (121, 2), (200, 3)):
+        monkeypatch.setattr(bench, "BUDGET", budget)
+        names = [name for name, _ in bench.bench_gpu(tmp_path)]
+        every = [sizes.model for sizes in bench.REAL]
+        assert names == every[:count], budget
+        left = "".join(capsys.readouterr())
+        assert [name for name in every if name in left] == every[count:]
+    written = pd.read_csv(tmp_path / "bench_gpu.csv")["trainer"]
+    assert list(written) == [f"{m}, {name}" for m in every for name in ("GRPO", "RLSD")]
+
+
+def test_each_model_is_recorded_as_soon_as_it_is_measured(minute, tmp_path, monkeypatch):
+    """The second is cut off; what the first showed is kept."""
+    whole = bench.measure
+
+    def measure(sizes):
+        if sizes.model.endswith("0.6B"):
+            raise KeyboardInterrupt
+        return whole(sizes)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(machines, "machine_name", lambda: "A card")
+    assert main(["bench", "--gpu", "--record"]) == 130
+    [path] = (tmp_path / "outputs" / "tables" / "machines").glob("*.json")
+    [(what, row)] = json.loads(path.read_text())["rows"].items()
+    assert what == "`rlsd bench --gpu`, Qwen3-1.7B, generation included"
+    assert row["result"] == "of GRPO's step: RLSD 1.200"
 
 
 def test_plans_stand_beside_what_was_measured(measured):
@@ -166,8 +240,9 @@ def test_plans_stand_beside_what_was_measured(measured):
     assert list(found.index[found.notna().all(axis=1)]) == list(expected)
     assert found.drop(index=expected).isna().all(axis=None)
     for name, known in expected.items():
-        seconds, peak = found.loc[name]
+        seconds, decoding, peak = found.loc[name]
         assert seconds == pytest.approx(known.step() - known.seconds()["generation"]), name
+        assert decoding == pytest.approx(TINY.plan.seconds()["generation"]), name
         update = {**known.memory()["always"], **known.memory()["update"], "reserved": 0}
         assert peak == pytest.approx(sum(update.values()) * 1024), name
     assert found.loc["GRPO"].iloc[0] == pytest.approx(table.loc["GRPO", "without generation, s"])
@@ -217,8 +292,6 @@ def test_a_profile_is_a_table_of_operators_and_a_trace_of_functions(tmp_path, ca
 def test_a_bench_in_words():
     table = pd.DataFrame({"step / GRPO": [1.0, 1.2]}, index=["GRPO", "RLSD"])
     assert bench.in_words(table) == "of GRPO's step: RLSD 1.200"
-    models = table.rename(index="small, {}".format)
-    assert bench.in_words(models) == "of GRPO's step: small, RLSD 1.200"
 
 
 def test_the_command_records_what_it_measured(tmp_path, monkeypatch, capsys):

@@ -220,7 +220,6 @@ def test_rlsd_costs_one_teacher_pass_more_and_nothing_else() -> None:
     grpo, rlsd = PAPER.grpo.seconds(), PAPER.seconds()
     assert rlsd.keys() - grpo.keys() == {"teacher"}
     assert PAPER.step() - PAPER.grpo.step() == pytest.approx(rlsd["teacher"])
-    assert PAPER.training_flops() + PAPER.flops()["generation"] == sum(PAPER.flops().values())
     kept = {part: gib for part, gib in PAPER.memory()[ALWAYS].items() if part != "teacher"}
     assert PAPER.grpo.memory() == PAPER.memory() | {ALWAYS: kept}
 
@@ -252,7 +251,7 @@ def test_a_vllm_without_room_for_one_rollout_does_not_fit() -> None:
     cramped = dataclasses.replace(PAPER, vllm_gpu_memory_utilization=0.2)
     assert cramped.at_once < 1
     assert not cramped.fits
-    assert "not one rollout of 8192 tokens" in describe(cramped, "no room")
+    assert "no room for one rollout of 8192 tokens" in describe(cramped, "no room")
 
 
 def test_what_no_run_can_have_is_refused() -> None:
