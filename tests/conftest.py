@@ -57,8 +57,8 @@ ROWS = {
     r"trainer/test_sharded\.py.*zero-3": "ZeRO-3, two processes as one",
     r"trainer/test_distributed": "two processes as one (DDP), every method",
     r"test_vllm(_http)?\.py": "vLLM: rollouts and weights at every step (`make test-vllm`)",
-    r"(test_vlm|lab/|vision)": "images: Qwen3-VL, Qwen2.5-VL, Gemma 3 at toy size",
     r"gpu/": "what a card can show (`make test-gpu`)",
+    r"(test_vlm|lab/|vision)": "images: Qwen3-VL, Qwen2.5-VL, Gemma 3 at toy size",
     r"tests/trainer/": "trainer: traps, teachers, LoRA, shared prompts, resume, against TRL",
     r"tests/theory/|test_theory": "theory, its notebooks too",
     r"tests/notebooks/": "notebooks, end to end",
@@ -66,6 +66,11 @@ ROWS = {
     r"tests/(runs|report|measure|experiment)/": "runs, measures, reports, launch, plan and bench",
     r"": "credit, divergences, methods, command, set-up",
 }
+
+
+def row_of(test: str) -> str:
+    """The row of the hardware table that a test, by its id, counts for."""
+    return next(row for mark, row in ROWS.items() if re.search(mark, test.lower()))
 
 
 def pytest_terminal_summary(
@@ -79,8 +84,7 @@ def pytest_terminal_summary(
     counts: dict[str, Counter] = {row: Counter() for row in ROWS.values()}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            row = next(row for mark, row in ROWS.items() if re.search(mark, report.nodeid.lower()))
-            counts[row][outcome] += 1
+            counts[row_of(report.nodeid)][outcome] += 1
     told = {
         row: ", ".join(f"{number} {outcome}" for outcome, number in found.items())
         for row, found in counts.items()

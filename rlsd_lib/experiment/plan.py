@@ -297,8 +297,8 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
 
 def measured(settings: dict[str, Any]) -> dict[str, Any]:
     """The largest `MEASURED` of all models in the newest outputs/tables/bench_gpu*.csv, if any."""
-    # The bench generates by transformers, which says nothing of vLLM.
-    names = [name for name in MEASURED if name != "mbu" or not settings.get("use_vllm")]
+    unfit = {*settings, "mbu" if settings.get("use_vllm") else ""}  # transformers generated
+    names = [name for name in MEASURED if name not in unfit]
     tables = sorted((outputs_root() / "tables").glob("bench_gpu*.csv"), key=os.path.getmtime)
     if not tables:
         return {}

@@ -166,6 +166,7 @@ def test_plans_read_what_a_gpu_reached(measured, tmp_path):
     assert plan_from("bench_gpu_older.csv", 99, mfu=[0.9, 0.9, 0.9]).mfu == 0.3
     given = plan_of(preset, gpus=1, mfu=0.35)
     assert given.use_vllm
+    assert given.speeds == Plan.speeds
     assert (given.mfu, given.mbu) == (0.35, Plan.mbu), "transformers' speed for vLLM's"
     assert plan_from("bench_gpu_empty.csv", 1, mfu=[None] * 3).speeds == Plan.speeds
     (folder / "bench_gpu.csv").rename(tables / "bench_gpu_new.csv")  # as it was written

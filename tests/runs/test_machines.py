@@ -2,6 +2,8 @@
 
 import json
 
+from conftest import row_of
+
 from rlsd_lib.runs import machines
 
 
@@ -37,3 +39,15 @@ def test_the_table_has_a_column_for_each_machine_and_says_what_was_not_run(tmp_p
         "| tests | 3 passed | - |",
         "| bench | - | 1.05 |",
     ]
+
+
+def test_a_test_counts_for_the_first_row_that_it_matches():
+    for test, row in (
+        ("tests/gpu/test_gpu.py::test_a_vision_language_model_trains", "what a card can show"),
+        ("tests/gpu/test_gpu.py::test_rollouts_of_colocated_vllm", "what a card can show"),
+        ("tests/trainer/test_vlm.py::test_images", "images"),
+        ("tests/trainer/test_sharded.py::test_it[FSDP2]", "FSDP2"),
+        ("tests/trainer/test_teacher.py::test_ema", "trainer:"),
+        ("tests/test_credit.py::test_signs", "credit, divergences"),
+    ):
+        assert row_of(test).startswith(row), test
