@@ -56,7 +56,6 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not vllm" --on-cpu -n $(WORKERS) --dist worksteal
 
 test-gpu: export HF_HUB_OFFLINE = 1
-test-gpu: export CUBLAS_WORKSPACE_CONFIG = :4096:8
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu -rsP tests/gpu
 
@@ -70,7 +69,7 @@ $(VLLM_STAMP): pyproject.toml
 test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm: export TRANSFORMERS_OFFLINE = 1
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_BIN)/python -m pytest -m vllm tests
+	$(VLLM_BIN)/python -m pytest -m vllm --on-cpu tests
 
 $(LATEST_STAMP): pyproject.toml
 	test -x $(LATEST_BIN)/python || $(PYTHON) -m venv $(LATEST_VENV)

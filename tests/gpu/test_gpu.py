@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -91,8 +92,8 @@ def steps(trainer: RLSDTrainer) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "loss" in row]
 
 
-def weights(trainer: RLSDTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters()}
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
 
 
 def with_empty_references(count: int = 32) -> Any:
@@ -119,11 +120,11 @@ def test_every_teacher_trains(tmp_path, device, kind, variant):
     student = lora() if variant == "LoRA" else tiny.model()
     settings = {"teacher_model_kind": kind, "teacher_sync_steps": 1, "bf16": device == "cuda"}
     trainer = build(tmp_path, device, student, max_steps=2, **settings)
-    before = weights(trainer)
+    before = weights(trainer.model)
     logged = steps(trainer)
     assert [row["rlsd/teacher_age"] for row in logged] == [0, 1 if kind == "base" else 0]
     assert all(row["rlsd/gap_abs_mean"] > 0 for row in logged)
-    moved = [k for k, v in weights(trainer).items() if not torch.equal(v, before[k])]
+    moved = [k for k, v in weights(trainer.model).items() if not torch.equal(v, before[k])]
     trained = [k for k, p in trainer.model.named_parameters() if p.requires_grad]
     assert set(trained) <= set(moved), "a trained parameter did not move"
 
@@ -265,29 +266,44 @@ def _untrained(trainer: RLSDTrainer, reference: PreTrainedModel) -> torch.nn.Mod
 
 def test_a_full_copy_is_freed_when_lambda_reaches_zero(tmp_path, device):
     trainer = build(tmp_path, device, max_steps=3, lambda_decay_steps=2)
-    size = sum(p.numel() * p.element_size() for p in trainer.teacher.model.parameters())
+    copy = weakref.ref(trainer.accelerator.unwrap_model(trainer.teacher.model))
+    size = sum(p.numel() * p.element_size() for p in copy().parameters())
+    lives: list[bool] = []
     held: list[int] = []
 
     def measure(*_: Any, **__: Any) -> None:
         gc.collect()
+        lives.append(copy() is not None)
         held.append(torch.cuda.memory_allocated() if device == "cuda" else 0)
 
     # Registered after the teacher's own callback, so it sees what that has released.
     trainer.callback_handler.callbacks[-1].on_step_begin = measure
     steps(trainer)
-    assert trainer.teacher.model is None
+    assert lives == [True, True, False], "something still refers to the copy"
     if device == "cuda":
         assert held[1] - held[2] >= 0.9 * size
 
 
-def test_a_run_resumes_bit_by_bit(tmp_path, device):
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("variant", ["full", "LoRA"])
+def test_a_run_resumes_bit_by_bit(tmp_path, device, variant, bf16):
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "cuBLAS may sum in another order"
     settings = {"max_steps": 4, "teacher_sync_steps": 2, "save_strategy": "steps", "save_steps": 3}
-    whole = build(tmp_path / "whole", device, **settings)
-    whole.train()
-    resumed = build(tmp_path / "resumed", device, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    ours, theirs = weights(resumed), weights(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    states = []
+    for name in ("whole", "resumed"):
+        student = lora() if variant == "LoRA" else tiny.model()
+        trainer = build(tmp_path / name, device, student, bf16=bf16, **settings)
+        checkpoint = tmp_path / "whole" / "checkpoint-3" if name == "resumed" else None
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        last = [row for row in trainer.state.log_history if "loss" in row][-1]
+        metrics = {key: x for key, x in last.items() if key != "step_time"}
+        states.append((weights(trainer.model), weights(trainer.teacher.model), metrics))
+    (student, teacher, metrics), expected = states
+    assert metrics["step"] == 4
+    assert metrics == expected[2]
+    for ours, theirs in ((student, expected[0]), (teacher, expected[1])):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 # --- images, several processes, vLLM -----------------------------------------------------------------
@@ -336,18 +352,29 @@ def test_sharded_parameters_train_as_one_process_does(tmp_path, device, sharding
         for row, expected in zip(ours[dtype], alone[dtype], strict=True):
             assert row["rlsd/teacher_age"] == 0
             for name in ("reward", "rlsd/lambda", "rlsd/gap_abs_mean", "loss", "grad_norm"):
-                assert row[name] == pytest.approx(expected[name], rel=rel), (dtype, name)
+                near = pytest.approx(expected[name], rel=rel, abs=rel / 10)
+                assert row[name] == near, (dtype, name)
 
 
+@pytest.mark.vllm
 def test_rollouts_of_colocated_vllm_are_the_policys(tmp_path, device):
+    """`make test-vllm` runs this too. There is a ratio between both engines, and it is near 1."""
     pytest.importorskip("vllm", reason="vLLM is not installed: pip install '.[vllm]'")
     if device == "cpu":
-        pytest.skip("vLLM on a CPU is the subject of `make test-vllm`")
+        import vllm_cpu
+
+        vllm_cpu.keep_weights_loadable()
     folder = tmp_path / "student"
-    tiny.model().save_pretrained(folder)
+    # vLLM's CPU kernels know no head of 16 numbers.
+    tiny.model(hidden_size=64, intermediate_size=128, head_dim=32).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     settings = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2}
-    trainer = build(tmp_path, device, str(folder), max_steps=2, **settings)
+    settings |= {"vllm_max_model_length": 256, "max_steps": 2}
+    trainer = build(tmp_path, device, str(folder), **settings)
     for row in steps(trainer):
-        assert row["sampling/sampling_logp_difference/mean"] < 0.05
+        # vLLM serves fp32 weights in half precision.
+        assert 0 < row["sampling/sampling_logp_difference/mean"] < 0.08
+        ratios = [row[f"sampling/importance_sampling_ratio/{x}"] for x in ("min", "mean", "max")]
+        assert 0.5 < ratios[0] < ratios[2] < 1.5, ratios
+        assert ratios[1] == pytest.approx(1, abs=0.08)
         assert row["rlsd/gap_abs_mean"] > 0
