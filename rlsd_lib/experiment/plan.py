@@ -303,7 +303,7 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
     if not tables:
         return {}
     table = pd.read_csv(tables[-1]).reindex(columns=names).apply(pd.to_numeric, errors="coerce")
-    found = table[table > 0].max().round(3).dropna().to_dict()  # NaN: out of memory
+    found = {k: float(f"{v:.3g}") for k, v in table[table > 0].max().dropna().items()}
     source = {"speeds": f"{', '.join(found)} measured, {tables[-1]}; others assumed"}
     return found and found | source
 

@@ -173,7 +173,7 @@ def test_plans_read_what_a_gpu_reached(measured, tmp_path):
     os.utime(tables / "bench_gpu_new.csv")
     plan = plan_of(preset, gpus=1, use_vllm=False)
     found = plan.mfu, plan.mbu, plan.activations
-    assert found == pytest.approx(tuple(reached))
+    assert found == pytest.approx(tuple(reached), rel=5e-3), "to three digits"
     assert "mfu, mbu, activations measured" in plan.speeds
 
 
