@@ -142,7 +142,8 @@ def count_in_prompts(
     refuse(
         [i for i, (prompt, context) in enumerate(pairs) if holds_reference(prompt, context)],
         f"hold their {column} in the student's own prompt",
-        "The student would see the reference. Remove it from the prompt.",
+        "The student would see the reference. Remove it from the prompt; if it is one of the choices "
+        "there, let the reference say so: 'The answer is: ...'.",
     )
     return sum(_holds(prompt, context) for prompt, context in pairs)
 
