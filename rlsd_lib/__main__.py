@@ -5,6 +5,7 @@ that a typing mistake costs no second.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -66,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotebookError as error:  # in a line: the traceback is in the notebook
         _complain(f"rlsd: failed: {error}")
         return 1
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            raise  # another pipe than ours
+        # The reader, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 

@@ -32,6 +32,13 @@ SIGNALS = {
 NEEDS_WRONG = {"wrong_gaps", "contrast_kl"}  # signals for which the teacher reads a wrong reference
 
 
+# Credit that can have the other sign than A; all other rows give A a weight of 0 or more.
+AGAINST_SIGN = (
+    *(credit.sampled_distillation, credit.antisd, credit.sdar, credit.sdpg, credit.hindsight),
+    *(credit.hindsight_gated, credit.privileged_baseline, credit.oracle_value),
+)
+
+
 def keywords(function: Credit | None) -> dict[str, inspect.Parameter]:
     """What a credit function takes after (advantages, gap, mask) that no partial binds, by name."""
     if function is None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsd_lib import credit
+from rlsd_lib.methods import AGAINST_SIGN
 
 REWEIGHTING = [credit.rlsd, credit.rlsd_neutral]
 both = pytest.mark.parametrize("function", REWEIGHTING)
@@ -465,6 +466,9 @@ def test_the_sign_of_the_advantage_stays_where_a_row_says_so():
             zero = (credited != 0) & (b.advantages == 0)[:, None]
             turned |= bool(wrong.any() or zero.any())
         assert turned == (name in TURNS_SIGN), name
+    known = {function.__name__ for function in AGAINST_SIGN}
+    # RAFT moves where A is 0, and nowhere against it.
+    assert known == TURNS_SIGN - {"raft"} | {"sampled_distillation"}
 
 
 def test_rows_without_a_batch_count_treat_each_rollout_alone():

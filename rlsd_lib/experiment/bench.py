@@ -319,7 +319,7 @@ def race(build: Build, names: Sequence[str], steps: int = 3, rounds: int = 1) ->
 
 def in_words(table: pd.DataFrame) -> str:
     """Every trainer's step time over GRPO's, from a table of `race` or `measure`."""
-    ratios = table[RATIOS[STEP]].dropna().drop(BASE)
+    ratios = table[RATIOS[STEP]].dropna().drop(BASE, errors="ignore")
     return f"of {BASE}'s step: {'; '.join(f'{name} {x:.3f}' for name, x in ratios.items())}"
 
 

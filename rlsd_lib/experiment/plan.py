@@ -7,7 +7,6 @@ Not counted: communication, weight sync, data loading, rewards, evaluation, a re
 and vLLM on other GPUs.
 """
 
-import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -296,15 +295,15 @@ def plan_of(preset: Preset, *, gpus: int, **changes: Any) -> Plan:
 
 
 def measured(settings: dict[str, Any]) -> dict[str, Any]:
-    """The largest `MEASURED` of all models in the newest outputs/tables/bench_gpu*.csv, if any."""
+    """The largest `MEASURED` of all models in outputs/tables/bench_gpu.csv, if it is there."""
     unfit = {*settings, "mbu" if settings.get("use_vllm") else ""}  # transformers generated
     names = [name for name in MEASURED if name not in unfit]
-    tables = sorted((outputs_root() / "tables").glob("bench_gpu*.csv"), key=os.path.getmtime)
-    if not tables:
+    file = outputs_root() / "tables" / "bench_gpu.csv"
+    if not file.is_file():
         return {}
-    table = pd.read_csv(tables[-1]).reindex(columns=names).apply(pd.to_numeric, errors="coerce")
+    table = pd.read_csv(file).reindex(columns=names).apply(pd.to_numeric, errors="coerce")
     found = {k: float(f"{v:.3g}") for k, v in table[table > 0].max().dropna().items()}
-    source = {"speeds": f"{', '.join(found)} measured, {tables[-1]}; others assumed"}
+    source = {"speeds": f"{', '.join(found)} measured, {file}; others assumed"}
     return found and found | source
 
 

@@ -6,14 +6,15 @@ another.
 """
 
 import hashlib
-import inspect
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from rlsd_lib.prompts import prompt_text
 from rlsd_lib.trainer import sharded, states
 from rlsd_lib.trainer.checks import on_every_rank
-from rlsd_lib.trainer.teacher import ADAPTER
 
+PYTHON = "{}.{}".format(*sys.version_info)
 MARK = "complete.json"  # the last file of a checkpoint
 ROLLOUTS = "rlsd_rollouts_{rank}.pt"
 # What a resumed run may have otherwise: where it writes, what it logs, how many steps it makes.
@@ -163,10 +164,12 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "adapter": _adapter_of(trainer.model),
         "rows": _rows(trainer.train_dataset),
         "rewards": trainer.reward_func_names,
-        "credit": _named(trainer.credit),
-        "credit source": _source_of(trainer.credit),
+        "credit": getattr(trainer.credit, "__name__", None),
+        "credit function": _named(trainer.credit),
+        # Another Python compiles another code: then it is listed as new, and not compared.
+        f"credit code, Python {PYTHON}": _code_of(trainer.credit),
         "signals": _named(trainer.signals),
-        "fixed weights": _print_of(_fixed(trainer)),
+        "fixed weights": trainer.fixed_weights,
     }
     return json.loads(json.dumps(facts, default=str))
 
@@ -258,39 +261,45 @@ def _adapter_of(model: nn.Module) -> dict[str, str] | None:
 
 
 def _named(function: Any) -> str | None:
-    """A function by its name, with what a partial binds."""
+    """A function by its name, with the numbers and texts that a partial binds."""
     if not isinstance(function, partial):
         return function and getattr(function, "__name__", type(function).__name__)
     bound = sorted({**dict(enumerate(function.args)), **function.keywords}.items(), key=str)
-    told = {name: _named(value) if callable(value) else value for name, value in bound}
+    plain = (bool, int, float, str)
+    told = {k: v if isinstance(v, plain) else type(v).__name__ for k, v in bound}
     return f"{_named(function.func)} with {told}"
 
 
-def _source_of(function: Any) -> str | None:
-    """A hash of the text of a function, of that which a partial binds; None where there is none."""
+def _code_of(function: Any) -> str | None:
+    """A hash of what a function does, not of how it is written down; None where it is no function."""
     bare = function.func if isinstance(function, partial) else function
-    try:
-        return hashlib.sha256(inspect.getsource(bare).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
+
+    def told(code: CodeType) -> list[Any]:
+        constants = [told(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+        return [code.co_code.hex(), code.co_names, constants]
+
+    code = getattr(bare, "__code__", None)
+    return code and hashlib.sha256(repr(told(code)).encode()).hexdigest()[:16]
+
+
+def print_of_fixed(trainer: Any) -> str | None:
+    """A hash of a few numbers of each weight that a run depends on and no checkpoint holds.
+
+    Those of a fixed teacher, the reference model, and the base below adapters: whole ones, before
+    anything is sharded, of the main process, since others may hold none yet. None for no weights.
+    """
+    if not trainer.accelerator.is_main_process:
         return None
-
-
-def _fixed(trainer: Any) -> list[Tensor]:
-    """Weights that a run depends on and no checkpoint holds, of the main process, as it has them."""
-    if not trainer.accelerator.is_main_process:  # where some hold no numbers yet
-        return []
-    found = [] if trainer.teacher is None else trainer.teacher.fixed_weights()
+    weights = [] if trainer.teacher is None else trainer.teacher.fixed_weights()
     if isinstance(trainer.model, PeftModel):
-        adapter, named = f".{ADAPTER}.", trainer.model.named_parameters()
-        found += [p for name, p in named if not p.requires_grad and adapter not in name]
+        adapters = tuple(f".{name}." for name in trainer.model.peft_config)
+        named = trainer.model.named_parameters()
+        base = (p for name, p in named if not any(adapter in name for adapter in adapters))
+        weights += [p for p in base if not p.requires_grad]
     if trainer.ref_model is not None:
-        found += trainer.ref_model.parameters()
-    return list(map(sharded.local, found))
-
-
-def _print_of(weights: Iterable[Tensor]) -> str | None:
-    """A hash of a few numbers of each tensor, which no training leaves alone; None for no tensors."""
-    few = [w.flatten()[:: max(1, w.numel() // 16)][:16].float().cpu() for w in weights]
+        weights += trainer.ref_model.parameters()
+    parts = map(sharded.local, weights)
+    few = [w.flatten()[:: max(1, w.numel() // 16)][:16].float().cpu() for w in parts]
     return hashlib.sha256(torch.cat(few).numpy()).hexdigest()[:16] if few else None
 
 

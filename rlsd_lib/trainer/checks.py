@@ -251,8 +251,9 @@ def check_model(model: nn.Module, processing_class: Any, args: RLSDConfig) -> No
             f"Dropout is active in {noisy[:3]} ({len(noisy)} places): noise in the gap. Set "
             "disable_dropout=True, lora_dropout=0, and attention_dropout=0 in the config."
         )
-    copied = args.teacher_model_kind != "live" and isinstance(model, PeftModel)
-    if args.use_vllm and copied and model.peft_config[model.active_adapter].modules_to_save:
+    own = args.row.teacher_sees != methods.PROMPT and args.teacher_model_kind != "live"
+    adapter = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+    if args.use_vllm and own and getattr(adapter, "modules_to_save", None):
         raise ValueError(
             "TRL would send vLLM the teacher's copy of modules_to_save beside the student's. Train "
             "without them, without vLLM, or with teacher_model_kind='live'."
@@ -289,12 +290,15 @@ def check_credit(credit: Credit, args: RLSDConfig, signals: Any) -> tuple[str, .
         )
     args.check_keeps_token_credit(f"credit={name}")
     asked = check_asked("credit", credit, args, signals)
-    if "lam" in asked and not args.row.has_lambda:
+    if args.row.has_lambda:
+        return asked
+    lam = methods.keywords(credit).get("lam")
+    if lam is not None and lam.default is lam.empty:
         raise ValueError(
             f"credit={name} takes lam, and method={args.method!r} has no schedule of it. Use "
             "method='rlsd', or bind lam by functools.partial."
         )
-    return asked
+    return tuple(name for name in asked if name != "lam")
 
 
 def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> tuple[str, ...]:
@@ -387,8 +391,8 @@ def check_credited(credited: Any, shape: torch.Size, credit: Credit) -> None:
             )
             expected = f"expected a tensor of shape (N, T) = {tuple(shape)}"
             raise ValueError(f"{returned} {given}, {expected}.")
-        if not credited.is_floating_point():
-            raise ValueError(f"{returned} a tensor of {credited.dtype}, expected a floating one.")
+        if credited.dtype == torch.bool:
+            raise ValueError(f"{returned} a tensor of {credited.dtype}, expected numbers.")
         if credited.requires_grad:
             raise ValueError(f"{returned} a tensor with a gradient: detach what it computes from.")
         if not credited.isfinite().all():

@@ -401,7 +401,7 @@ class RLSDConfig(GRPOConfig, Named):
     def _check_against_grpo(self) -> None:
         """Refuse options of the parent that would void the method."""
         if self.has_token_credit:
-            signed = self.row.evidence is not None  # a weight above 0 on A
+            signed = getattr(self.credit, "func", self.credit) not in methods.AGAINST_SIGN
             self.check_keeps_token_credit(f"method={self.method!r}", keeps_sign=signed)
         if self.neftune_noise_alpha is not None:
             alpha = self.neftune_noise_alpha

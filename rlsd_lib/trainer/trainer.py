@@ -143,6 +143,8 @@ class RLSDTrainer(TeacherPass, Named):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        # Once: later, parameters may be sharded, merged or released.
+        self.fixed_weights = checkpoints.print_of_fixed(self)
         if self.teacher is not None:
             self.add_callback(TeacherCallback(self))
 
@@ -230,7 +232,8 @@ class RLSDTrainer(TeacherPass, Named):
         def assign(verdicts: Tensor) -> Tensor:
             # Copies: a function that writes into them would change what is logged, and A itself.
             copies = (verdicts.clone(), gap.clone(), mask.clone())
-            return shuffle(function)(*copies, **asked)
+            more = {k: v.clone() if isinstance(v, Tensor) else v for k, v in asked.items()}
+            return shuffle(function)(*copies, **more)
 
         credited = assign(advantages)
         if self.credit is not None or self.signals is not None:  # something of it is the caller's
@@ -445,6 +448,9 @@ class TeacherCallback(TrainerCallback):
         elif self.has_begun:
             teacher.take(self.trainer.model, state.global_step)
             teacher.memory = []
+            if teacher.fixed_weights():  # a base teacher, which is another one now
+                found = checkpoints.print_of_fixed(self.trainer)
+                self.trainer.fixed_weights = self.trainer._settings["fixed weights"] = found
         self.has_begun = True
 
     def on_step_end(self, args: RLSDConfig, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import time
 from collections import Counter
 from functools import partial
 
@@ -150,27 +148,24 @@ def test_plans_read_what_a_gpu_reached(measured, tmp_path):
     tables, preset = tmp_path / "outputs" / "tables", PRESETS["qwen3-text"]
     tables.mkdir(parents=True)
 
-    def plan_from(name, age, **columns):
-        """Of a table that is `age` seconds old."""
-        pd.DataFrame({"trainer": ["a", "b", "c"], **columns}).to_csv(tables / name, index=False)
-        os.utime(tables / name, (time.time() - age,) * 2)
+    def plan_from(**columns):
+        table = pd.DataFrame({"trainer": ["a", "b", "c"], **columns})
+        table.to_csv(tables / "bench_gpu.csv", index=False)
         return plan_of(preset, gpus=1, use_vllm=False)
 
     # An older bench wrote mfu alone. Whichever model reached most; one without room has no number.
-    plan = plan_from("bench_gpu_old.csv", 9, mfu=[0.2, 0.1, None])
+    plan = plan_from(mfu=[0.2, 0.1, None])
     assert (plan.mfu, plan.mbu, plan.activations) == (0.2, Plan.mbu, 1.0)
-    assert plan.speeds == f"mfu measured, {tables / 'bench_gpu_old.csv'}; others assumed"
-    plan = plan_from("bench_gpu.csv", 8, mfu=[0.3, None, 0.1], mbu=[0.5, "none", ""], x=[1, 2, 3])
+    assert plan.speeds == f"mfu measured, {tables / 'bench_gpu.csv'}; others assumed"
+    plan = plan_from(mfu=[0.3, None, 0.1], mbu=[0.5, "none", ""], x=[1, 2, 3])
     assert (plan.mfu, plan.mbu, plan.activations) == (0.3, 0.5, 1.0)
     assert "mfu, mbu measured" in plan.speeds
-    assert plan_from("bench_gpu_older.csv", 99, mfu=[0.9, 0.9, 0.9]).mfu == 0.3
     given = plan_of(preset, gpus=1, mfu=0.35)
     assert given.use_vllm
     assert given.speeds == Plan.speeds
     assert (given.mfu, given.mbu) == (0.35, Plan.mbu), "transformers' speed for vLLM's"
-    assert plan_from("bench_gpu_empty.csv", 1, mfu=[None] * 3).speeds == Plan.speeds
-    (folder / "bench_gpu.csv").rename(tables / "bench_gpu_new.csv")  # as it was written
-    os.utime(tables / "bench_gpu_new.csv")
+    assert plan_from(mfu=[None] * 3).speeds == Plan.speeds
+    (folder / "bench_gpu.csv").replace(tables / "bench_gpu.csv")  # as it was written
     plan = plan_of(preset, gpus=1, use_vllm=False)
     found = plan.mfu, plan.mbu, plan.activations
     assert found == pytest.approx(tuple(reached), rel=5e-3), "to three digits"

@@ -205,7 +205,7 @@ def test_another_setting_of_a_credit_is_not_continued(tmp_path: Path) -> None:
         return tiny.trainer(tmp_path, more={"credit": partial(tempered, tau=tau)}, **EVERY_STEP)
 
     trainer(1.0).train()
-    said = r"credit=\"tempered with {'tau': 1.0}\", this run has .*'tau': 50.0"
+    said = r"credit function=\"tempered with {'tau': 1.0}\", this run has .*'tau': 50.0"
     with pytest.raises(ValueError, match=said):
         trainer(50.0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -223,7 +223,7 @@ def test_another_body_of_a_credit_is_not_continued(tmp_path: Path) -> None:
         return advantages[:, None] * -gap
 
     trainer(first).train()
-    with pytest.raises(ValueError, match=r"credit source='\w+', this run has '\w+'"):
+    with pytest.raises(ValueError, match=r"credit code, Python 3.\d+='\w+', this run has '\w+'"):
         trainer(mine).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -244,13 +244,44 @@ def test_weights_that_no_checkpoint_holds_must_be_the_same(tmp_path: Path, what:
             return tiny.trainer(tmp_path, get_peft_model(model, lora), **EVERY_STEP)
         kind = "base" if what == "base" else "live"
         made = tiny.trainer(tmp_path, model, teacher_model_kind=kind, **EVERY_STEP)
-        made.ref_model = other if what == "reference" else None
+        if what == "reference":
+            made.ref_model = other
+            made.fixed_weights = checkpoints.print_of_fixed(made)
         return made
 
     trainer(0).train()
     with pytest.raises(ValueError, match=r"fixed weights='\w+', this run has '\w+'"):
         trainer(1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     trainer(0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_what_decides_nothing_is_not_compared(tmp_path: Path) -> None:
+    """TRL's frozen copy of an adapter that begins at random, and weights that a run takes itself."""
+
+    def adapted(seed: int) -> RLSDTrainer:
+        model = tiny.model()
+        torch.manual_seed(seed)
+        student = get_peft_model(model, LoraConfig(r=2, target_modules={"q_proj"}))
+        return tiny.trainer(tmp_path / "lora", student, beta=0.1, **EVERY_STEP)
+
+    adapted(0).train()
+    adapted(1).train(resume_from_checkpoint=str(tmp_path / "lora" / "checkpoint-2"))
+
+    def based() -> RLSDTrainer:
+        return tiny.trainer(tmp_path / "full", teacher_model_kind="base", **EVERY_STEP)
+
+    twice = based()
+    twice.train()
+    twice.train()  # whose teacher is the model that the first has trained
+    with pytest.raises(ValueError, match="fixed weights="):
+        based().train(resume_from_checkpoint=str(tmp_path / "full" / "checkpoint-2"))
+    released = tiny.trainer(
+        tmp_path / "over", teacher_model_kind="base", lambda_decay_steps=1, **EVERY_STEP
+    )
+    released.train()
+    released.args.max_steps = 4
+    released.train(resume_from_checkpoint=str(tmp_path / "over" / "checkpoint-3"))
+    assert released.state.global_step == 4
 
 
 def test_a_base_teachers_adapter_is_restored(tmp_path: Path) -> None:

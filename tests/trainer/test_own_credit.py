@@ -202,6 +202,23 @@ def test_a_function_that_writes_into_what_it_gets_changes_nothing_else(tmp_path)
         assert [step[name] for name in names] == [same[name] for name in names]
 
 
+def test_lambda_that_no_schedule_gives_stays_the_functions_own(tmp_path):
+    """Of a row without one a default, or what a partial binds, is kept, and **kwargs gets none."""
+    seen = []
+
+    def default(advantages, gap, mask, lam=0.7):
+        seen.append(lam)
+        return advantages[:, None] + 0 * gap
+
+    def rest(advantages, gap, mask, **others):
+        seen.append(sorted(others))
+        return advantages[:, None] + 0 * gap
+
+    for function in (default, rest, partial(rest, lam=1.0)):
+        trained(tmp_path, function, method="hindsight", max_steps=1)
+    assert seen == [0.7] * 2 + [["epsilon_w"]] * 2 + [["epsilon_w", "lam"]] * 2
+
+
 def test_signals_that_nothing_takes_are_refused(tmp_path):
     for method in ("grpo", "rlsd"):
         with pytest.raises(ValueError, match="signals=signals would give what nothing takes"):
@@ -222,7 +239,7 @@ def test_a_bad_result_names_the_function(tmp_path):
     for kind, said in {
         "shape": r"returned \(4,\), expected a tensor of shape \(N, T\) = \(4, ",
         "none": "returned NoneType, expected a tensor",
-        "bool": r"returned a tensor of torch.bool, expected a floating one",
+        "bool": r"returned a tensor of torch.bool, expected numbers",
         "nan": r"returned NaN or infinity in rows \[0, 1, 2, 3\]",
         "gradient": "returned a tensor with a gradient",
     }.items():

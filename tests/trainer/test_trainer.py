@@ -85,9 +85,9 @@ def test_values_that_no_number_is_are_refused_by_name(tmp_path):
 def test_credit_against_the_sign_of_a_is_refused_where_trl_decides_by_it(tmp_path):
     """TRL's off-policy mask and VESPO's weight are a rollout's; by token signs they fall apart."""
     for setting in ({"off_policy_mask_threshold": 0.1}, {"loss_type": "vespo"}):
-        for method in ("grpo", "rlsd", "opsd"):
+        for method in ("grpo", "rlsd", "opsd", "cepo", "rlcsd", "posterior_blame", "oracle"):
             tiny.config(tmp_path, method=method, **setting)
-        for method in ("hindsight", "antisd", "privileged_baseline"):
+        for method in ("hindsight", "antisd", "privileged_baseline", "oracle_value", "sdar"):
             with pytest.raises(ValueError, match=r"by the sign of its advantage.* Leave it out"):
                 tiny.config(tmp_path, method=method, **setting)
 
