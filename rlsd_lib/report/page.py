@@ -1,13 +1,15 @@
 """From executed notebooks to static pages: one of a suite, or a site of all that were run.
 
-A suite's page is `20_compare`, executed over its runs, without its code. Figures are inside; nothing
-is loaded from elsewhere but the script that typesets the formulas of the site.
+A suite's page is `20_compare`, executed over its runs, without its code. Figures are inside and
+formulas are MathML: nothing is loaded from elsewhere.
 """
 
 import html
 import re
 from datetime import UTC, datetime
 from pathlib import Path
+
+from latex2mathml.converter import convert
 
 from rlsd_lib.report.tables import settings_of
 from rlsd_lib.runs.execute import execute_notebook
@@ -21,9 +23,11 @@ MANUAL = REPOSITORY / "notebooks" / "README.md"
 NOT_SHOWN = {"remove_input_tags": ["answer"], "remove_all_outputs_tags": ["live"]}
 NOT_SHOWN |= {"remove_cell_tags": ["injected-parameters"]}  # of the run, which the page names
 LINK = re.compile(r'<a href="(\w+)\.(?:ipynb|md)">(.*?)</a>')
-MATHJAX = """<p class="about">MathJax from cdn.jsdelivr.net typesets; offline, formulas are LaTeX.</p>
-<script>MathJax = {tex: {inlineMath: [["$", "$"]]}};</script>
-<script async src="https://cdn.jsdelivr.net/npm/mathjax@3.2.2/es5/tex-mml-chtml.js"></script>"""
+# A formula of a page, or what holds none: code, and what stands in a tag.
+FORMULA = re.compile(
+    r"<(pre|code|style|svg)\b.*?</\1>|<[^>]*>|\$\$([^$]+)\$\$|\$(?!\s)([^$<\n]+)(?<!\s)\$",
+    re.DOTALL,
+)
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
@@ -64,6 +68,7 @@ def write_report(suite_or_folder: str | Path) -> Path:
     about = f"Made {when} by rlsd report {folder.name}. {described(runs)}"
     title = f"RLSD workbook: {folder.name}"
     body = LINK.sub(r"\2", _body(target / f"{NOTEBOOK}.ipynb", exclude_input=True))
+    body = FORMULA.sub(_typeset, body)
     file = target / "report.html"
     file.write_text(PAGE.format(title=html.escape(title), about=html.escape(about), body=body))
     return file
@@ -92,7 +97,7 @@ def write_site() -> Path:
         old.unlink()
     for name, body in pages.items():
         body = LINK.sub(lambda link: link[0] if link[1] in pages else link[2], body)
-        body = LINK.sub(r'<a href="\1.html">\2</a>', body) + MATHJAX
+        body = FORMULA.sub(_typeset, LINK.sub(r'<a href="\1.html">\2</a>', body))
         about = html.escape(shown[name][1]) if name in shown else ""
         page = PAGE.format(title=name, about=about, body=body)
         # A published page says nothing of the machine it was made on.
@@ -122,3 +127,14 @@ def _body(notebook: Path, **options: bool) -> str:
     exporter = HTMLExporter(template_name="basic", **prompts, **options)
     exporter.register_preprocessor(preprocessors.TagRemovePreprocessor(**NOT_SHOWN), enabled=True)
     return exporter.from_filename(str(notebook))[0]
+
+
+def _typeset(found: re.Match[str]) -> str:
+    """What `FORMULA` found, LaTeX as MathML."""
+    _, block, inline = found.groups()
+    if block is None and inline is None:
+        return found[0]
+    try:
+        return convert(html.unescape(block or inline), display="block" if block else "inline")
+    except Exception:  # what a model wrote between two dollars need not be LaTeX
+        return found[0]

@@ -1,5 +1,7 @@
 """The site shows each notebook as its newest finished run left it, and says which run that is."""
 
+import html
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from conftest import NotebookMaker
 
 from rlsd_lib.__main__ import main
+from rlsd_lib.report.page import FORMULA, MANUAL, _typeset
 from rlsd_lib.runs.paths import outputs_root
 from rlsd_lib.runs.records import write_json
 from rlsd_lib.runs.run import Run
@@ -60,9 +63,29 @@ def test_the_site_shows_the_newest_finished_run_of_each_notebook(
         links = re.findall(r'(?:href|src)="([^"#]+)"', text)
         loaded = [link for link in links if not (site / link).exists()]
         assert all(link.startswith("https://") for link in loaded), name
-        assert len(re.findall("<script", text)) == 2, "MathJax and its settings, and nothing else"
+        assert "<script" not in text, "a page needs no network"
     for name in ("10_grpo", "15_rlsd", "recipes"):
         assert f'href="{name}.html"' in pages["index"]
+
+
+def test_formulas_are_mathml_and_code_is_not_a_formula() -> None:
+    body = (
+        '<p a="$1$">$P_S &lt; 1$ or</p>\n$$\\sum_t\n\\Delta_t$$<code>$x$</code><pre>$y$ $z$</pre>'
+    )
+    found = FORMULA.sub(_typeset, body)
+    assert found.count("<math") == 2 and 'display="block"' in found
+    for kept in ('a="$1$"', "<code>$x$</code>", "<pre>$y$ $z$</pre>", "&#x0003C;"):
+        assert kept in found
+    spent = r"<td>$5 and $6, $\frac$</td>"
+    assert FORMULA.sub(_typeset, spent) == spent
+    assert "<script" not in FORMULA.sub(_typeset, "$&lt;script&gt;$")
+    for source in sorted(MANUAL.parent.glob("*.ipynb")):
+        cells = json.loads(source.read_text())["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        text = html.escape(text, quote=False)  # as nbconvert leaves it
+        assert "$" not in re.sub(r"<math.*?</math>|`[^`]*`", "", FORMULA.sub(_typeset, text)), (
+            source
+        )
 
 
 def test_there_is_no_site_without_a_finished_run(capsys: pytest.CaptureFixture[str]) -> None:
