@@ -274,9 +274,11 @@ def _code_of(function: Any) -> str | None:
     """A hash of what a function does, not of how it is written down; None where it is no function."""
     bare = function.func if isinstance(function, partial) else function
 
-    def told(code: CodeType) -> list[Any]:
-        constants = [told(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-        return [code.co_code.hex(), code.co_names, constants]
+    def told(constant: Any) -> Any:
+        if isinstance(constant, CodeType):
+            return [constant.co_code.hex(), constant.co_names, [*map(told, constant.co_consts)]]
+        # A set has another order in every process.
+        return sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)
 
     code = getattr(bare, "__code__", None)
     return code and hashlib.sha256(repr(told(code)).encode()).hexdigest()[:16]

@@ -227,6 +227,20 @@ def test_another_body_of_a_credit_is_not_continued(tmp_path: Path) -> None:
         trainer(mine).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_the_print_of_a_function_is_of_its_code_and_the_same_in_every_process() -> None:
+    text = (
+        "def f(advantages, gap, mask):\n    return gap if mask in {'a', 'b', 'c', 'd'} else 2 * gap"
+    )
+    show = "from rlsd_lib.trainer.checkpoints import _code_of; print(_code_of(f))"
+    found = set()
+    for seed, source in (("1", text), ("2", text.replace("\n", "  # why\n\n"))):
+        words = [sys.executable, "-c", f"{source}\n{show}"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+        found.add(done.stdout)
+    assert len(found) == 1 and "None" not in found.pop()
+
+
 @pytest.mark.parametrize("what", ["base", "external", "reference", "base of the adapter"])
 def test_weights_that_no_checkpoint_holds_must_be_the_same(tmp_path: Path, what: str) -> None:
     """A resume from a trained model, say, would put it in the place of the teacher or of pi_ref."""
