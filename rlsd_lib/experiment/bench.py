@@ -377,7 +377,8 @@ def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
     """One shared pass: its seconds beside its floor, its operators by time, and a `trace` of it all.
 
     The floor is the bare model over as many positions and scored tokens in calls of the same shape,
-    where no completion reads its prompt. The trace is for chrome://tracing or ui.perfetto.dev.
+    where no completion reads its prompt; the pass skips a prompt's last layer, the floor does not. The
+    trace is for chrome://tracing or ui.perfetto.dev.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = sizes.build("RLSD", Path(folder), 1)

@@ -2,11 +2,12 @@
 
 Plain scoring computes N (P + T) token positions; D distinct prompts and N completions make
 D (P - 1) + N T. A prompt's KV cache leaves out its last token, which then opens every completion:
-its state predicts the first sampled token, so that one call of TRL's fused head scores all T.
+its state predicts the first sampled token, so that one call of TRL's fused head scores all T. Of a
+prompt's last layer only keys and values are computed.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -217,14 +218,28 @@ def _read_prompts(model: nn.Module, chunk: Chunk, prompts: Prompts) -> DynamicCa
     start = end + 1 - chunk.width
     rows = torch.tensor(chunk.rows, device=prompts.ids.device)
     cache = DynamicCache(config=backbone.config.get_text_config())
-    backbone(
-        input_ids=prompts.ids[rows, start:end],
-        attention_mask=prompts.mask[rows, start:end],
-        position_ids=torch.arange(start, end, device=rows.device)[None],
-        past_key_values=cache,
-        use_cache=True,
-    )
+    cache.layers[-1] = _LastLayer()
+    with suppress(_AllRead):
+        backbone(
+            input_ids=prompts.ids[rows, start:end],
+            attention_mask=prompts.mask[rows, start:end],
+            position_ids=torch.arange(start, end, device=rows.device)[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
     return cache
+
+
+class _AllRead(Exception):
+    """Every layer has the prompts' keys and values."""
+
+
+class _LastLayer(DynamicLayer):
+    """Ends a forward whose output nobody reads: the last layer's attention and MLP are not run."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        super().update(*args, **kwargs)
+        raise _AllRead
 
 
 class _SharedLayer(DynamicLayer):

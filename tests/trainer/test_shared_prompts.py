@@ -294,18 +294,20 @@ def test_both_passes_agree_under_autocast(tmp_path):
     assert 1e-6 < differences[0] < 0.2
 
 
-def test_a_prompt_is_computed_once_and_the_head_sees_completions_only(tmp_path):
+def test_a_prompt_is_computed_once_and_its_last_layer_only_to_the_keys(tmp_path):
     data = tiny.dataset(privileged_context=["a long reference " * 4] * 32)
     trainer = tiny.trainer(tmp_path, data=data, max_steps=1, teacher_model_kind="base")
-    positions = []
-    teacher = trainer.teacher.model
-    teacher.model.register_forward_hook(lambda _, args, out: positions.append(out[0].shape[:2]))
+    read, last = [], []
+    backbone = trainer.teacher.model.model
+    for layer, seen in ((backbone.embed_tokens, read), (backbone.layers[-1].mlp, last)):
+        layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[:2]))
     (chunks,) = plan_of(trainer)
     # Eight rollouts of two questions: each prompt once, without its last token.
     assert [len(chunk.rows) for chunk in chunks] == [1, 1]
-    assert sum(rows * width for rows, width in positions) == prefix.positions_of(chunks)
+    assert sum(rows * width for rows, width in read) == prefix.positions_of(chunks)
+    # Of a prompt the completions need keys and values; of the head only what they wrote.
     completions = [batch.width for chunk in chunks for batch in chunk.batches]
-    assert positions[1::2] == [(4, width) for width in completions]
+    assert read[1::2] == last == [(4, width) for width in completions]
 
 
 def test_grouped_keys_are_read_in_place_on_a_cpu_and_give_the_same_bits(tmp_path, monkeypatch):
