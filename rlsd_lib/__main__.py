@@ -197,7 +197,7 @@ def _suite(options: argparse.Namespace) -> int:
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
     print(f"{len(jobs)} runs: {counts}", flush=True)
     if options.list:
-        print("\n".join(f"{state:9} {run_dir}" for run_dir, state in states.items()))
+        print("\n".join(f"{state:11} {run_dir}" for run_dir, state in states.items()))
         return 0
     outcomes = _outcomes(options, rest)  # judges the options before anything is written
     record_plan(options.name, changes, jobs)

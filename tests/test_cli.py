@@ -208,7 +208,7 @@ def test_a_suite_keeps_what_is_finished_and_lists_what_failed(
     assert set(plan["runs"]) == set(states)
     first = read_runs(folder).runs.set_index("name")["started"]
     assert main(["suite", "tiny", "--list"]) == 0
-    assert f"failed    {broken}" in capsys.readouterr().out
+    assert f"failed      {broken}" in capsys.readouterr().out
     assert main(["suite", "tiny"]) == 1  # and a failed run is told again, but not made again
     said = capsys.readouterr()
     assert said.out.count(": kept") == 1

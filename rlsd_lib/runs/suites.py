@@ -283,9 +283,9 @@ class Job:
         return [*words, "--run-dir", str(self.run_dir), "--if-exists", if_exists]
 
     def state(self) -> str:
-        """finished, failed, running (by another process), or, killed or interrupted too, to run."""
+        """finished, failed, interrupted, running (by another process), or, killed too, to run."""
         found = state_of(self.run_dir)
-        return found if found in ("finished", "failed", "running") else "to run"
+        return found if found in ("finished", "failed", "interrupted", "running") else "to run"
 
 
 @dataclass(frozen=True)

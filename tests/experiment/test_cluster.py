@@ -59,7 +59,7 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(
     assert outcomes[0].status == "failed"
     reason = json.loads((job.run_dir / "manifest.json").read_text())["error"]
     assert reason.startswith("Stopped: SIGTERM outside of training (")
-    assert job.state() == "to run", "nothing is wrong with a run that a cluster stopped"
+    assert job.state() == "interrupted", "nothing is wrong with a run that a cluster stopped"
     assert again.args == (job, "resume")
     assert again.function(*again.args).status == "done"
     manifest = json.loads((job.run_dir / "manifest.json").read_text())

@@ -30,7 +30,8 @@ def test_what_was_interrupted_is_to_run_and_what_failed_is_not(tmp_path: Path):
     [outcome], _ = settle([job], retry_failed=True)
     assert (outcome.status, str(job.run_dir) in outcome.error) == ("busy", True)
     run.fail("KeyboardInterrupt")
-    assert job.state() == "to run"
+    assert job.state() == "interrupted"
+    assert settle([job], retry_failed=False) == ([], [job])
     run.fail("ValueError: no")
     [outcome], _ = settle([job], retry_failed=False)
     assert (outcome.status, outcome.error) == ("failed before", "ValueError: no")
