@@ -102,13 +102,17 @@ BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
 AT_ITS_RATE = {"learning_rate": 2e-4, "lab_per_seed": True}
 FIRST_LAB = {"preset": ("lab",), "max_steps": (80,), "overrides": (AT_ITS_RATE,)}
-# As their authors set them, but lambda stays, for the reason above.
+# As their authors set them; but lambda stays, for the reason above.
+STAYS = {"lambda_decay_steps": 0}
 SUCCESSORS: dict[str, dict[str, Any]] = {
-    "cepo": {},
-    "rlcsd": {},
-    "antisd": {},
-    "rlrt": {"epsilon_w": 1.0},
-    "amr_sd": {"lambda_init": 0.2},
+    "cepo": STAYS,
+    "rlcsd": STAYS,
+    "antisd": STAYS,
+    "rlrt": {**STAYS, "epsilon_w": 1.0},
+    "amr_sd": {**STAYS, "lambda_init": 0.2},
+    "sdar": {},
+    "srpo": {},
+    "sdpg": {},
 }
 # OPSD, and what mends each of its two faults; `lab` gives these the answer as their reference.
 MENDED = _credit("opsd_value", "opsd_contrast", "opsd_value_contrast")
@@ -175,6 +179,7 @@ SUITES: dict[str, Suite] = {
             *(_sweep(_credit(name), **WIDEST) for name in ("rlsd_negative_only", "rlsd_contrast")),
             {"seed": (100,), **CREDIT, "notebook": ("13_sdpo",), "overrides": LOWER},
             _sweep(TOLD, **BESIDE),
+            *(_sweep(_credit(name), **settings) for name, settings in SUCCESSORS.items()),
             # The paper trains OPSD at ten times the rate of GRPO.
             {"seed": (100,), **CREDIT, **OPSD, "overrides": ({"learning_rate": 1e-3},)},
         ],
@@ -201,11 +206,7 @@ SUITES: dict[str, Suite] = {
             # At the best of its rates; the rows above are at GRPO's.
             {**LABS, **HINDSIGHT, "overrides": ({**FROZEN, "learning_rate": 5e-5},)},
             *_controlled(TOLD, **BESIDE),
-            *(
-                {**LABS, **_credit(name), "overrides": ({"lambda_decay_steps": 0, **settings},)}
-                for name, settings in SUCCESSORS.items()
-            ),
-            {**LABS, **_credit("sdar", "srpo", "sdpg")},
+            *({**LABS, **_credit(name), "overrides": (s,)} for name, s in SUCCESSORS.items()),
             *({**LABS, **arm, "overrides": (FROZEN,)} for arm in (GATED, BASELINE)),
             # Its teacher says nothing: what its baseline of the group does alone.
             {**LABS, **BASELINE, "overrides": (FRESH,), "control": ("empty",)},
