@@ -55,16 +55,16 @@ def reverse_kl_step(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Group-normalised advantages (R - mean) / std, 0 for a uniform group: (..., G) -> (..., G)."""
+    """(R - mean) / std of the group, TRL's std (n - 1); 0 if uniform: (..., G) -> (..., G)."""
     centred = rewards - rewards.mean(-1, keepdim=True)
-    std = centred.square().mean(-1, keepdim=True).sqrt()
-    return torch.where(std > 0, centred / torch.where(std > 0, std, 1.0), 0.0)
+    return (centred / rewards.std(-1, keepdim=True)).nan_to_num(nan=0.0)
 
 
 def group_mean_abs(p: float, group: int) -> float:
-    """E|A| of one rollout in a group of G with success rate p: E[2 sqrt(q (1 - q))], q = k / G."""
+    """E|A| of one rollout, G a group, success rate p: sqrt(1 - 1/G) E[2 sqrt(q (1 - q))], q = k/G."""
     weights = [math.comb(group, k) * p**k * (1 - p) ** (group - k) for k in range(group + 1)]
-    return sum(w * 2 * math.sqrt(k * (group - k)) / group for k, w in enumerate(weights))
+    size = sum(w * 2 * math.sqrt(k * (group - k)) / group for k, w in enumerate(weights))
+    return math.sqrt(1 - 1 / group) * size
 
 
 def group_outcomes(success: list[float]) -> tuple[Tensor, Tensor]:
