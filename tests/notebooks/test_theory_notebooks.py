@@ -33,8 +33,9 @@ def test_a_theory_notebook_holds_what_it_claims(
 
 
 def _verdicts() -> dict[str, tuple[str, list[str]]]:
-    """The table at the top of 30: of each statement its verdict, and the notebooks behind it."""
-    text = nbformat.read(NOTEBOOKS[0], as_version=4).cells[0].source.replace(r"\|", "¦")
+    """The table at the end of 30: of each statement its verdict, and the notebooks behind it."""
+    cells = nbformat.read(NOTEBOOKS[0], as_version=4).cells
+    [text] = [cell.source.replace(r"\|", "¦") for cell in cells if "| verdict |" in cell.source]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == ["statement", "verdict", "where"]
     return {name: (found, re.findall(r"`(\d\d)`", where)) for name, found, where in rows[2:]}
@@ -43,7 +44,7 @@ def _verdicts() -> dict[str, tuple[str, list[str]]]:
 def test_the_one_table_of_verdicts_says_what_was_found() -> None:
     rows = _verdicts()
     words = (
-        "holds|holds under a stated condition|does not hold|definitional|bounded by the schedule"
+        "holds|holds under an extra condition|does not hold|definitional|bounded by the schedule"
     )
     numbers = {path.name[:2] for path in NOTEBOOKS}
     for statement, (found, where) in rows.items():
@@ -55,8 +56,10 @@ def test_the_one_table_of_verdicts_says_what_was_found() -> None:
     assert "If it is one, $I = 0$" in found["Theorem 1, I is an irreducible floor"]
     assert "in logits, for a fixed teacher" in found["two phases, noise overtakes signal"]
     assert "in a world without a style channel" in found["Theorem 3, trilemma"]
-    assert found["RLSD has all three properties"].startswith("**bounded by the schedule**")
-    assert "Prop. 3, the leak begins to grow (invasion)" in found
+    assert found["RLSD has all three: a stable objective, improvement, no leak"].startswith(
+        "**bounded by the schedule**"
+    )
+    assert "Prop. 3, the leak begins to grow" in found
     assert "Prop. 3, the leak takes over" in found
 
     prior, boost = wo.table([0.5, 0.5]), wo.table([[1, 8, 1], [1, 1, 8]])
