@@ -8,29 +8,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
-from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-# Blue against red through white: told apart with every common kind of colour blindness.
-PALETTE = colormaps["RdBu"].with_extremes(bad="#d9d9d9")  # grey: no value, a masked token
+# Red against blue: told apart with every common kind of colour blindness. The middle is transparent,
+# white on a white page and dark on a dark one, and has an entry of its own among an odd number.
+RED, BLUE = "#b2182b", "#2166ac"
+PALETTE = LinearSegmentedColormap.from_list(
+    "credit", [(0, RED), (0.5, f"{RED}00"), (0.5, f"{BLUE}00"), (1, BLUE)], N=257
+).with_extremes(bad="#88888866")  # grey: no value, a masked token
 COLUMNS = 96  # character cells in a row
 EDGE = {"edgecolor": "#c8c8c8", "linewidth": 0.4}  # a hair that keeps neutral tokens apart
-# Boxes that wrap at the width of the page; the text around them has the colour of its theme.
+# Boxes that wrap at the width of the page; the text on and around them has the colour of its theme.
 HTML = """<figure class="rlsd-heat"><style>
 .rlsd-heat {{ margin: .6em 0; font: 13px/1.5 monospace; max-width: 62rem }}
-.rlsd-heat figcaption {{ font: 14px sans-serif; margin-bottom: .35em }}
+.rlsd-heat figcaption {{ display: flex; flex-wrap: wrap; gap: .1em 1.5em; font: 14px sans-serif;
+  margin-bottom: .35em }}
 .rlsd-heat div {{ display: flex; flex-wrap: wrap; gap: 2px }}
-.rlsd-heat span {{ padding: 0 3px; border-radius: 2px; box-shadow: 0 0 0 .5px #c8c8c8;
+.rlsd-heat span {{ padding: 0 3px; border-radius: 2px; box-shadow: inset 0 0 0 .5px #8888;
   overflow-wrap: anywhere }}
 .rlsd-heat i {{ flex-basis: 100% }}
-.rlsd-heat small {{ display: flex; gap: .5em; margin-top: .5em; font: 12px sans-serif }}
-.rlsd-heat b {{ width: 9em; height: 1.1em; border-radius: 2px }}
-</style><figcaption>{title}</figcaption><div>{tokens}</div>
-<small>{low}<b style="background:linear-gradient(90deg,{stops})"></b>{high}
-&ensp;white: {middle}</small></figure>"""
+.rlsd-heat small {{ display: flex; align-items: center; gap: .5em; font: 12px sans-serif }}
+.rlsd-heat b {{ width: 9em; height: 1em; border-radius: 2px }}
+</style><figcaption>{title}<small>{low}
+<b style="background:linear-gradient(90deg,{red},transparent,{blue})"></b>
+{high}&ensp;no colour: {middle}</small></figcaption><div>{tokens}</div></figure>"""
 # What tokenizers write for a space and a line end, and what a reader sees instead.
 MARKS = {"Ġ": "·", "▁": "·", " ": "·", "Ċ": "↵\n", "\n": "↵\n", "\t": "→", "ĉ": "→", "\r": "↩"}
 
@@ -39,8 +43,8 @@ MARKS = {"Ġ": "·", "▁": "·", " ": "·", "Ċ": "↵\n", "\n": "↵\n", "\t":
 class Heatmap:
     """A rollout's tokens, coloured by a value each: HTML in a notebook, a PNG in a file.
 
-    A token is blue above `center` and red below, white at it and grey for NaN; at `limit` from the
-    center it has full colour.
+    A token is blue above `center` and red below, without colour at it and grey for NaN; at `limit`
+    from the center it has full colour.
     """
 
     tokens: list[str]
@@ -50,10 +54,19 @@ class Heatmap:
     limit: float
 
     def _look(self, value: float) -> tuple[str, str]:
-        """The colour of a token, and of the ink on it, as hexadecimal numbers."""
+        """The colour of a token, and of the ink on it: "" for the text around."""
         scale = Normalize(self.center - self.limit, self.center + self.limit, clip=True)
-        dark = abs(value - self.center) > 0.55 * self.limit  # both ends of the palette
-        return to_hex(PALETTE(scale(value))), "#ffffff" if dark else "#000000"
+        dark = abs(value - self.center) > 0.8 * self.limit  # both ends of the palette
+        return to_hex(PALETTE(scale(value)), keep_alpha=True), "#ffffff" if dark else ""
+
+    def _ends(self) -> dict[float, str]:
+        """Where the scale begins, has its middle and ends; a sign says that values lie beyond."""
+        ends = self.center - self.limit, self.center, self.center + self.limit
+        slack = 1e-4 * self.limit  # a value on the clip, rounded, is not beyond it
+        below = "≤ " * any(value < ends[0] - slack for value in self.values)
+        above = "≥ " * any(value > ends[2] + slack for value in self.values)
+        signs = zip(ends, (below, "", above), strict=True)
+        return {end: f"{sign}{end:.3g}" for end, sign in signs}
 
     def figure(self) -> Figure:
         """Return the picture as a figure, in rows of `COLUMNS` characters."""
@@ -72,11 +85,11 @@ class Heatmap:
             box = Rectangle((column, row), len(text), 0.9, facecolor=paper, **EDGE)
             axes.add_patch(box)
             place_of = (column + len(text) / 2, row + 0.46)
-            axes.text(*place_of, text, color=ink, parse_math=False, **middle)
-        ends = self.center - self.limit, self.center + self.limit
-        scale = ScalarMappable(Normalize(*ends), PALETTE)
+            axes.text(*place_of, text, color=ink or "black", parse_math=False, **middle)
+        ends = self._ends()
+        scale = ScalarMappable(Normalize(min(ends), max(ends)), PALETTE)
         bar = figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.01, aspect=max(4, 2.5 * rows))
-        bar.set_ticks([ends[0], self.center, ends[1]])
+        bar.set_ticks(list(ends), labels=ends.values())
         return figure
 
     def savefig(self, path: str | Path, **options: Any) -> None:
@@ -87,14 +100,14 @@ class Heatmap:
         spans = []
         for token, value in zip(self.tokens, self.values, strict=True):
             paper, ink = self._look(value)
-            look = f'style="background:{paper};color:{ink}" title="{escape(f"{token!r}: {value:.4g}")}"'
+            look = f"background:{paper}" + (f";color:{ink}" if ink else "")
+            look = f'style="{look}" title="{escape(f"{token!r}: {value:.4g}")}"'
             for line in show_token(token).splitlines(keepends=True):
                 spans.append(f"<span {look}>{escape(line.rstrip())}</span>")
                 spans += ["<i></i>"] if line.endswith("\n") else []
-        stops = ",".join(to_hex(PALETTE(i / 8)) for i in range(9))
-        ends = {"low": -1, "middle": 0, "high": 1}
-        ends = {name: f"{self.center + k * self.limit:.3g}" for name, k in ends.items()}
-        return HTML.format(title=escape(self.title), tokens="".join(spans), stops=stops, **ends)
+        low, middle, high = self._ends().values()
+        told = {"title": escape(self.title), "tokens": "".join(spans), "red": RED, "blue": BLUE}
+        return HTML.format(low=low, middle=middle, high=high, **told)
 
 
 def token_heatmap(
@@ -105,7 +118,7 @@ def token_heatmap(
     center: float = 0.0,
     limit: float | None = None,
 ) -> Heatmap:
-    """Colour each token by its value: blue above `center`, red below, white at it, grey for NaN.
+    """Colour each token by its value: blue above `center`, red below, none at it, grey for NaN.
 
     `limit` is the distance from `center` that gets full colour; by default the largest there is.
     Raises ValueError for no tokens, lengths that differ, an infinite value, or a limit that is not
@@ -115,7 +128,7 @@ def token_heatmap(
         raise ValueError(f"{len(tokens)} tokens and {len(values)} values: expected one each")
     if any(math.isinf(value) for value in values):
         raise ValueError("a value is infinite: a heat map needs finite values, or NaN for none")
-    if limit is None:  # where every value is at the center, any range shows them white
+    if limit is None:  # where every value is at the center, any range shows them so
         limit = max((abs(v - center) for v in values if not math.isnan(v)), default=0.0) or 1.0
     if not limit > 0:
         raise ValueError(f"limit={limit}: expected a positive number")
@@ -137,7 +150,7 @@ def credit_heatmap(
     """
     if advantage == 0:
         return token_heatmap(tokens, credit, title=f"{title}: token advantage (A = 0)")
-    title = f"{title}: token advantage / A (A = {advantage:.2f})"
+    title = f"{title}: token advantage / A (A = {advantage:.3g})"
     multiples = [value / advantage for value in credit]
     return token_heatmap(tokens, multiples, title=title, center=1.0, limit=limit)
 

@@ -18,7 +18,7 @@ SCALE = 1.0  # of credit on one scale: full colour is nothing at all, or twice G
 def rollout_heatmaps(rollout: Rollout, config: RLSDConfig, name: str) -> dict[str, Heatmap]:
     """The gap of a rollout's tokens, and what would move them: `multiplier` or `divergence`.
 
-    The multiplier is A_hat_t / A, white at GRPO's 1, with full colour at the method's clip; methods
+    The multiplier is A_hat_t / A, no colour at GRPO's 1, with full colour at the method's clip; methods
     that use no reward have the divergence. `name` opens the titles.
     """
     reference = textwrap.shorten(rollout.reference, 40, placeholder=" ...")

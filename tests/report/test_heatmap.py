@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,9 +20,14 @@ from rlsd_lib.report.heatmap import (
 )
 
 
-def faces(figure: Figure) -> list[tuple[float, float, float]]:
-    """Red, green and blue of each token."""
-    return [patch.get_facecolor()[:3] for patch in figure.axes[0].patches]
+def faces(figure: Figure) -> list[tuple[float, ...]]:
+    """Red, green and blue of each token, on white."""
+    return [on_white(patch.get_facecolor()) for patch in figure.axes[0].patches]
+
+
+def on_white(colour: str | tuple[float, ...]) -> tuple[float, ...]:
+    *rgb, alpha = to_rgba(colour)
+    return tuple(1 - alpha * (1 - part) for part in rgb)
 
 
 def test_the_heat_map_colours_by_sign_and_greys_what_has_no_value() -> None:
@@ -34,11 +39,12 @@ def test_the_heat_map_colours_by_sign_and_greys_what_has_no_value() -> None:
     assert min(at) > 0.95
     assert len(set(none)) == 1 and none[0] < 0.9  # grey
     # Letters stand out from the colour behind them.
-    assert [text.get_color() for text in figure.axes[0].texts] == ["#ffffff", "#000000"] * 2
-    # The same colours on the page.
-    shown = re.findall(r"background:(#\w+);color:(#\w+)", picture._repr_html_())
-    assert [to_rgb(paper) for paper, _ in shown] == faces(figure)
-    assert [ink for _, ink in shown] == [text.get_color() for text in figure.axes[0].texts]
+    assert [text.get_color() for text in figure.axes[0].texts] == ["#ffffff", "black"] * 2
+    # The same colours on the page, whose own ink is on all but the full ones.
+    shown = re.findall(r"background:(#\w+)(;color:#ffffff)?", picture._repr_html_())
+    assert [on_white(paper) for paper, _ in shown] == faces(figure)
+    assert [bool(ink) for _, ink in shown] == [True, False, True, False]
+    assert shown[1][0].endswith("00"), "what has no effect lets a dark page through"
 
 
 def test_a_limit_clips_and_equal_values_are_neutral() -> None:
@@ -46,6 +52,21 @@ def test_a_limit_clips_and_equal_values_are_neutral() -> None:
     assert first == second
     [colour] = faces(token_heatmap(["a"], [0.0], title="gap").figure())
     assert min(colour) > 0.95
+
+
+def test_a_scale_says_where_values_lie_beyond_it() -> None:
+    """A clip of 0.1 that single precision rounds up is not beyond 1.1."""
+    for values, limit, ends in (
+        ([1.1 + 1e-7, 0.9 - 1e-7], 0.1, ("0.9", "1", "1.1")),
+        ([-6.43, math.nan], 1.0, ("≤ 0", "1", "2")),
+        ([52.0, 0.0], 1.0, ("0", "1", "≥ 2")),
+    ):
+        picture = token_heatmap(["a", "b"], values, title="x", center=1.0, limit=limit)
+        ticks = picture.figure().axes[1].get_yticklabels()
+        assert tuple(tick.get_text() for tick in ticks) == ends
+        page = " ".join(re.sub("<[^>]*>", " ", picture._repr_html_()).split())
+        low, middle, high = ends
+        assert f"{low} {high}&ensp;no colour: {middle}" in page
 
 
 def test_bad_heat_maps_are_refused() -> None:
@@ -106,7 +127,7 @@ def test_the_page_keeps_tokens_apart_and_none_of_them_is_markup() -> None:
     inside = page[page.index("<div>") : page.index("</div>")]
     assert re.findall(r">([^<>]*)</span>", inside) == ["a", "&lt;b&gt;", "c↵", "↵", "d"]
     assert inside.count("<i></i>") == 2  # a line end each
-    assert "<figcaption>&lt;i&gt;</figcaption>" in page
+    assert "<figcaption>&lt;i&gt;<small>" in page
 
 
 def test_credit_is_shown_around_grpo() -> None:
@@ -114,12 +135,8 @@ def test_credit_is_shown_around_grpo() -> None:
     picture = credit_heatmap(["a", "b"], [-1.65, -1.5], -1.5, title="wrong", limit=0.1)
     assert picture.values == pytest.approx([1.1, 1.0])
     assert (picture.center, picture.limit) == (1.0, 0.1)
-    assert "A = -1.50" in picture.title
-    assert [t.get_text() for t in picture.figure().axes[1].get_yticklabels()] == [
-        "0.9",
-        "1.0",
-        "1.1",
-    ]
+    assert "A = -1.5)" in picture.title
+    assert credit_heatmap(["a"], [1.0], -0.9354, title="x").title.endswith("(A = -0.935)")
     silent = credit_heatmap(["a"], [0.5], 0.0, title="x")
     assert (silent.center, silent.values) == (0.0, [0.5])
 
