@@ -178,6 +178,9 @@ def test_every_exercise_of_a_lecture_has_an_answer_that_is_executed_and_folded_a
         assert len(exercises) >= least and answers == [i + 1 for i in exercises], path.stem
         for cell in (cells[i] for i in answers):
             assert cell.metadata["jupyter"]["source_hidden"] is True, path.stem
+            assert cell.source.startswith("# the answer\n"), (
+                f"{path.stem}: a folded cell shows its first line"
+            )
             assert "assert " in cell.source and "\nanswer(" in cell.source, path.stem
 
 
