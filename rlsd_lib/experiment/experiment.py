@@ -25,7 +25,7 @@ from rlsd_lib.measure.intervals import Interval, bootstrap_interval, share_inter
 from rlsd_lib.measure.rollouts import Rollout, look, task_signals
 from rlsd_lib.methods import PEER, PRIVILEGED, PROMPT
 from rlsd_lib.prompts import COLUMN, prompt_text, teacher_prompt
-from rlsd_lib.report.tables import readable
+from rlsd_lib.report.tables import WORDS, readable
 from rlsd_lib.runs import paths, provenance
 from rlsd_lib.runs.records import read_lines
 from rlsd_lib.runs.run import Run
@@ -137,19 +137,20 @@ class Experiment:
         }
         if config.row.has_lambda:
             steps = config.lambda_decay_steps
-            facts["lambda"] = f"{config.lambda_init}{f' over {steps} steps' if steps else ''}"
+            facts["lambda"] = f"{config.lambda_init}{f', to 0 in {steps} steps' if steps else ''}"
         if config.row.has_lambda and "epsilon_w" in config.row.asks:
             facts["epsilon_w"] = str(config.epsilon_w)
         if idle := self.parameters.idle(config):
             facts["changes nothing"] = "; ".join(idle)
         facts["parameters"] = f"{self.model.num_parameters():,}"
         facts |= {"processes": processes} if processes > 1 else {}
-        facts["run directory"] = self.run.path.name
+        facts["run directory"] = "/".join(self.run.path.parts[-3:])
         return readable(pd.Series(facts, name="value").to_frame())
 
-    def prompts(self, row: int = 0) -> Styler:
-        """What student and teacher read for test problem `row`, side by side."""
-        problem, sees = self.task.test[row], self.config.row.teacher_sees
+    def prompts(self, row: int | Mapping[str, Any] = 0) -> Styler:
+        """What student and teacher read for a row of the task, or for test problem `row`."""
+        problem = self.task.test[row] if isinstance(row, int) else row
+        sees = self.config.row.teacher_sees
         peer = "<a successful rollout of the same group>"
         contexts = {PRIVILEGED: problem[COLUMN], PEER: peer}
         seen = problem["prompt"]
@@ -160,7 +161,7 @@ class Experiment:
             "teacher reads": "(no teacher)" if sees is None else prompt_text(seen),
             "answer": problem["answer"],
         }
-        return readable(pd.Series(texts, name=f"test problem {row}").to_frame())
+        return readable(pd.Series(texts, name="a held-out problem").to_frame())
 
     def evaluate(self, when: str) -> pd.DataFrame:
         """Accuracy, pass@k and leak rate on the held-out problems; one row per sampled completion.
@@ -204,7 +205,8 @@ class Experiment:
     def report(self) -> Styler:
         """Accuracies and leak rate so far, before beside after, with their 95 % intervals."""
         found = pd.Series({key: f"{value:.3f}" for key, value in self.estimates.items()})
-        return readable(found.unstack(sort=False).rename_axis("share of held-out problems"))
+        caption = "held-out problems; in brackets, the 95 % interval over problems"
+        return readable(found.unstack(sort=False)).set_caption(caption)
 
     def train(self) -> pd.DataFrame:
         """Train, from the last checkpoint if the run was resumed; returns a row per logged step.
@@ -305,9 +307,11 @@ class Experiment:
         self.run.add_samples(map(asdict, rollouts))
 
     def finish(self) -> Styler:
-        """Write metrics.json, mark the run finished, and return the metrics."""
+        """Write metrics.json, mark the run finished, and return the metrics that `report` has not."""
         self.run.finish(self.metrics)
-        return readable(pd.Series(self.metrics, name="in metrics.json").to_frame())
+        told = {k: v for k, v in self.metrics.items() if "_before" not in k and "_after" not in k}
+        words = {name: WORDS.get(name, "") for name in told}
+        return readable(pd.DataFrame({"value": told, "what it is": words}))
 
 
 def take_weights(model: PreTrainedModel, folder: Path) -> None:

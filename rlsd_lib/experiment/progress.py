@@ -36,7 +36,7 @@ class LiveCurve:
         self.drawn = time.monotonic()
         if not (rows := read_lines(self.run.path / "metrics.jsonl", torn=True)):
             return
-        title = f"reward, step {rows[-1]['step']} of {self.config.max_steps}"
+        title = f"mean reward, step {rows[-1]['step']} of {self.config.max_steps}"
         frame = pd.DataFrame(rows).assign(path="this run", method=self.config.method)
         figure = plots.training_curve(frame, "reward", window=5, title=title)
         if self.handle is None:

@@ -21,9 +21,10 @@ def course(steps: pd.DataFrame, metric: str) -> str:
     values = steps.set_index("step")[metric].dropna()
     tenth = max(1, len(values) // 10)
     first, last = values.head(tenth).mean(), values.tail(tenth).mean()
+    known = f"{len(values)} steps{' that log it' if len(values) < len(steps) else ''}"
     return (
-        f"{WORDS.get(metric, metric)}: {first:.3g} in the first tenth of the {len(values)} steps "
-        f"that log it, {last:.3g} in the last; the largest {values.max():.3g}, at step {values.idxmax()}"
+        f"{WORDS.get(metric, metric)}: {first:.3g} in the first {f'{tenth} ' * (tenth > 1)}of {known}, "
+        f"{last:.3g} in the last; the largest {values.max():.3g}, at step {values.idxmax()}."
     )
 
 

@@ -38,27 +38,27 @@ def training_curve(
 
     `steps` has a row per run and step, with columns `step`, `path`, `method` (a line each, with the
     look that it has in every figure of these steps) and the metric, averaged over the last `window`
-    steps of a run first. The axis begins at 0 where no value is negative, and rewards are shown on
-    [0, 1]. `bound` is what theory allows at each row of `steps`, one run's then: a dotted line.
+    steps of a run first, at most over a tenth of the longest. The axis begins at 0 where no value is
+    negative, and rewards are shown on [0, 1]. `bound` is what theory allows at each row of `steps`,
+    one run's then: a dotted line, never averaged. The title is the metric in words, or `title`.
     Raises ValueError for an absent column, no row with a value, or a window below 1.
     """
     if window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
     data = _present(steps, ["step", "path", "method", metric], metric)
-    data = data.sort_values(["path", "step"])
-    smooth = data.groupby("path")[metric].rolling(window, min_periods=1).mean()
-    data[metric] = smooth.droplevel("path")
-    smoothing = f"mean of the last {window} steps" if window > 1 else ""
-    figure, axes = canvas(", ".join(filter(None, (title, smoothing))))
+    runs = data.sort_values(["path", "step"]).groupby("path")[metric]
+    window = min(window, max(1, runs.size().max() // 10))
+    data[metric] = runs.rolling(window, min_periods=1).mean().droplevel("path")
+    smoothing = f"; a point is the mean of the last {window}" if window > 1 else ""
+    figure, axes = canvas(title or WORDS.get(metric, metric))
     colours = _colours(steps.loc[is_finished(steps), "method"])
     dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(colours)}
     look = {"palette": colours, "dashes": dashes, "errorbar": ("ci", 95), "seed": 0}
     sns.lineplot(data, x="step", y=metric, hue="method", style="method", ax=axes, **look)
     if bound is not None:
-        smooth = bound.rolling(window, min_periods=1).mean()
-        axes.plot(steps["step"], smooth, color="0.3", ls=":", label="largest possible")
-    axes.set(xlabel="optimiser step", ylabel=WORDS.get(metric, metric))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.plot(steps["step"], bound, color="0.3", ls=":", label="largest possible")
+    axes.set(xlabel=f"optimiser step{smoothing}", ylabel="")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if data[metric].min() >= 0:
         whole = metric.startswith("reward") and data[metric].max() <= 1
         axes.set_ylim(0, 1 if whole else 1.05 * axes.dataLim.y1 or None)
@@ -168,7 +168,7 @@ def _colours(names: Iterable[object]) -> dict[object, Colour]:
 def _name_legend(axes: Axes, runs: pd.Series) -> None:
     """Say under the axes, which get room for it, how many runs each line stands for."""
     handles, names = axes.get_legend_handles_labels()
-    labels = [f"{name} (n={runs[name]})" if name in runs else name for name in names]
+    labels = [f"{name} (runs: {runs[name]})" if name in runs else name for name in names]
     columns = 2 if max(map(len, labels)) < 44 else 1
     axes.get_figure().set_size_inches(SIZE[0], SIZE[1] + 0.18 * -(-len(labels) // columns))
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns}

@@ -201,7 +201,7 @@ def test_each_curve_of_a_baseline_is_followed_by_a_sentence_of_its_run() -> None
         assert len(curves) == 2, path.stem
         for cell in curves:
             _, _, after = cell.partition("save_figure(")
-            assert re.search(r"\bcourse\(|^f\"", after, re.MULTILINE), path.stem
+            assert re.search(r"\bcourse\(|^Markdown\(f\"", after, re.MULTILINE), path.stem
 
 
 def test_from_grpo_to_rlsd_are_two_names_and_a_column() -> None:
@@ -313,10 +313,12 @@ def test_a_group_whose_rewards_agree_is_said_to_have_no_advantage(capsys) -> Non
     """Its pictures are white, and its second rollout is no failed one."""
     looks = [c for c in shared_code(FOLDER / "15_rlsd.ipynb") if "look_at_mixed()" in c]
     assert len(looks) == 2
+    assert "prompts(first_look.problem)" in looks[0]  # not of another problem
     for look in looks:
         for worst, said in ((1.0, True), (0.0, False)):
             experiment = MagicMock()
-            group = [SimpleNamespace(reward=r, question="1+2") for r in (1.0, worst)]
+            shown = {"question": "1+2", "problem": {}}
+            group = [SimpleNamespace(reward=r, **shown) for r in (1.0, worst)]
             experiment.look_at_mixed.return_value = group
             drawn = {"side_by_side": lambda *_: ({}, ""), "rollout_heatmaps": lambda *_: {}}
             exec(look, {"experiment": experiment, **drawn})

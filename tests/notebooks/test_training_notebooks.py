@@ -90,6 +90,10 @@ def check_trained(folder: Path) -> None:
     kept = json.loads((folder / "evaluation_after.json").read_text())
     assert np.mean(kept["correct"]) == pytest.approx(metrics["accuracy_after"])
     assert np.mean(kept["greedy"]) == pytest.approx(metrics["accuracy_greedy_after"])
+    [executed] = (path.read_text() for path in folder.glob("*.ipynb"))
+    assert executed.count("95 % interval over problems") == 2  # before, and before beside after
+    assert "accuracy_after_low" not in executed, "the table of both, once more, as raw keys"
+    assert "in the first of 2 steps" in executed, "a sentence on the course, of any length"
 
 
 def test_an_own_credit_is_shown_aligned_trained_and_compared(tmp_path, smoke_run):

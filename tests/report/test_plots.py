@@ -31,20 +31,27 @@ def test_a_training_curve_is_the_mean_over_seeds(steps: pd.DataFrame) -> None:
     lines = [line.get_ydata() for line in axes.lines if len(line.get_ydata())]
     found = sorted(tuple(np.round(line, 6)) for line in lines)
     assert found == [(1.5, 2.5, 3.5, 4.5), (2.5, 4.5, 6.5, 8.5)]
-    assert {t.get_text() for t in axes.get_legend().get_texts()} == {"grpo (n=2)", "rlsd (n=2)"}
+    assert {t.get_text() for t in axes.get_legend().get_texts()} == {
+        "grpo (runs: 2)",
+        "rlsd (runs: 2)",
+    }
     assert len(axes.collections) == 2  # an interval each
 
 
 def test_a_window_averages_within_a_run_and_never_across(steps: pd.DataFrame) -> None:
-    one = steps[(steps["method"] == "grpo") & (steps["seed"] == 0)]
-    [axes] = plots.training_curve(one, "reward", window=2).axes
-    assert axes.lines[0].get_ydata().tolist() == [1.0, 1.5, 2.5, 3.5]
-    both = steps[steps["method"] == "grpo"]
-    [axes] = plots.training_curve(both, "reward", window=4).axes
-    assert axes.lines[0].get_ydata()[0] == 1.5  # not an average with the run before
-    assert axes.get_title(loc="left") == "mean of the last 4 steps"
-    [axes] = plots.training_curve(both, "reward", window=4, title="reward").axes
-    assert axes.get_title(loc="left") == "reward, mean of the last 4 steps"
+    rows = [("grpo", f"grpo{s}", t, t + 10.0 * s) for s in (0, 1) for t in range(1, 41)]
+    both = pd.DataFrame(rows, columns=["method", "path", "step", "reward"])
+    one = both[both["path"] == "grpo0"]
+    [axes] = plots.training_curve(one, "reward", window=2, bound=one["reward"] + 1).axes
+    assert axes.lines[0].get_ydata()[:4].tolist() == [1.0, 1.5, 2.5, 3.5]
+    assert axes.lines[-1].get_ydata().tolist() == list(range(2, 42)), "a bound is no average"
+    assert axes.get_xlabel() == "optimiser step; a point is the mean of the last 2"
+    [axes] = plots.training_curve(both, "reward", window=4, title="own").axes
+    assert axes.lines[0].get_ydata()[0] == 6  # not an average with the run before
+    assert axes.get_title(loc="left") == "own"
+    [axes] = plots.training_curve(one.head(19), "reward", window=10).axes
+    assert axes.lines[0].get_ydata().tolist() == list(range(1, 20)), "the window hides the course"
+    assert axes.get_xlabel() == "optimiser step"
 
 
 def test_what_cannot_be_shown_is_refused(steps: pd.DataFrame) -> None:
@@ -62,7 +69,7 @@ def test_a_run_that_did_not_finish_is_left_out_and_named(steps: pd.DataFrame) ->
     killed = (steps["path"] == "rlsd1").map({True: "running/killed", False: "finished"})
     figure = plots.training_curve(steps.assign(status=killed, name=steps["path"]), "reward")
     legend = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
-    assert legend == {"grpo (n=2)", "rlsd (n=1)"}
+    assert legend == {"grpo (runs: 2)", "rlsd (runs: 1)"}
     assert [t.get_text() for t in figure.texts] == [
         "INCOMPLETE, 1 left out: rlsd1 (running/killed)"
     ]
@@ -132,9 +139,9 @@ def test_axes_say_what_they_show(steps: pd.DataFrame) -> None:
     ticks = [tick for tick in axes.get_xticks() if 1 <= tick <= 4]
     assert ticks and all(float(tick).is_integer() for tick in ticks)
     assert axes.get_ylim() == (0, 1)
-    assert axes.get_ylabel() == "mean reward of the step's rollouts"
+    assert axes.get_title(loc="left") == "mean reward of the step's rollouts"
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["grpo (n=1)", "largest possible"]
+    assert labels == ["grpo (runs: 1)", "largest possible"]
     [beyond] = plots.training_curve(one, "reward").axes  # 4 is no share
     assert beyond.get_ylim()[0] == 0 and beyond.get_ylim()[1] > 4
     [below] = plots.training_curve(one.assign(gap=-one["step"]), "gap").axes

@@ -164,7 +164,7 @@ def test_plain_papermill_runs_a_notebook_as_often_as_one_likes(
     first, second, third = runs["name"]
     assert (second, third) == (f"{first}-2", f"{first}-3")
     said = [cell.outputs[0].text for cell in done.cells[1:3]]
-    assert said == [f"{first} is kept (failed); this run goes to {runs['path'][2]}\n"] * 2
+    assert said == [f"{first} is kept (failed).\nThis run is outputs/runs/{third}\n"] * 2
     with pytest.raises(FileExistsError, match=r"failed.*--if-exists resume"):  # batches are strict
         Run.start(parameters={"method": "rlsd", "seed": 0, "rate": 1e-5, "overrides": {}})
 
