@@ -300,7 +300,7 @@ def _table(options: argparse.Namespace) -> int:
         from rlsd_lib.report.learned import learned, to_open
 
         print(learned(runs, options.against or "grpo").fitted(min(width, 78)))
-        print("\n" + "\n".join(str(_short(path)) for path in to_open(runs)))
+        print("\nTo open:\n" + "\n".join(str(_short(path)) for path in to_open(runs)))
         return 0
     if options.paper:
         from rlsd_lib.report.paper_tables import compare

@@ -259,8 +259,8 @@ def test_seeds_are_taken_together_with_the_interval_of_their_mean(tmp_path: Path
     assert rlsd["accuracy after"] == "0.700 [0.452, 0.948]"
     assert (rlsd["n"], rlsd["seeds"]) == ("3", "0 1 2")
     assert grpo["accuracy after"] == "0.700 [0.600, 0.800]"
-    assert any(note.startswith("n > 1") for note in notes)
-    assert any(note.startswith("n = 1") for note in notes)
+    assert any("n = 1: over problems, not over seeds" in note for note in notes)
+    assert "preset" not in rows and "in every row: preset lab" in notes
 
 
 def test_runs_that_differ_in_more_than_the_seed_stand_apart(tmp_path: Path) -> None:

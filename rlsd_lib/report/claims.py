@@ -2,9 +2,9 @@
 
 A claim has parts: a number per seed, and the range in which the claim puts it. Student's 95 %
 interval of the mean over seeds decides: inside the range the part holds, outside it fails, across a
-border it is open. "Above 0" fails also where the interval lies within `MARGIN` of 0: else no number
-of runs could refute a gain that is not there. Thresholds that the paper does not give are ours and
-stand in a claim's rule.
+border it is open, and one seed, which has none, decides nothing. "Above 0" fails also where the
+interval lies within `MARGIN` of 0: else no number of runs could refute a gain that is not there.
+Thresholds that the paper does not give are ours and stand in a claim's rule.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import pandas as pd
 
 from rlsd_lib.measure.intervals import Interval, decide, pooled_share, student_interval
 from rlsd_lib.report import paper_numbers as paper
-from rlsd_lib.report.tables import DASH, LAST, NO_VALUES, Arms, Table, source_notes
+from rlsd_lib.report.tables import LAST, NO_VALUES, Arms, Table, source_notes
 from rlsd_lib.runs.records import Runs
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
@@ -84,51 +84,58 @@ class Claim:
 def verdict(parts: list[Part]) -> str:
     """Return what the parts of a claim say together: every one holds, one fails, or neither.
 
-    Without any value it is "not testable at this scale" if a part says why, else "no runs".
+    Single seeds decide nothing, but speak for a claim or against it. Without any value it is "not
+    testable at this scale" if a part says why, else "no runs".
     """
     if all(part.values.empty for part in parts):
         return NOT_TESTABLE if any(part.why_not for part in parts) else NO_RUNS
+    words = NOT_REPRODUCED, REPRODUCED, NOT_SETTLED
     found = [part.holds() for part in parts]
-    if False in found:
-        return NOT_REPRODUCED
-    return REPRODUCED if all(found) else NOT_SETTLED
+    if all(len(part.values) <= 1 for part in parts):
+        words = [f"one seed: not decided{way}" for way in (", speaks against", ", speaks for", "")]
+        found = [p.low < p.values.mean() < p.high if len(p.values) else None for p in parts]
+    return words[0 if False in found else 1 if all(found) else 2]
 
 
 def claims_table(lab: Runs, real: Runs) -> Table:
-    """Return a row per claim: the paper's number, ours on lab and real model, and two verdicts.
+    """Return a row per measured claim: the paper's number, the rule, and ours with the verdict.
 
-    Only plain runs (see `Arms`) of RLSD's length count, save where a claim is about another.
+    Only plain runs (see `Arms`) of RLSD's length count, save where a claim is about another. The
+    real model has columns if it has runs. A note names the claims that were not measured, and why.
     """
-    arms = {"lab": Arms(lab), "real model": Arms(real)}
+    arms = {"lab": Arms(lab)} | ({"real model": Arms(real)} if len(real.runs) else {})
     rows = []
-    for number, claim in enumerate(CLAIMS, 1):
-        row = {"#": str(number), "claim": claim.statement, "the paper": claim.paper}
+    for n, c in enumerate(CLAIMS, 1):
+        row = {"#": str(n), "claim": c.statement, "the paper": c.paper, "reproduced if": c.rule}
         for where, runs in arms.items():
-            parts = claim.parts(runs)
+            parts = c.parts(runs)
             row |= {where: _cell(parts), f"verdict, {where}": verdict(parts)}
         rows.append(row)
+    table = pd.DataFrame(rows)
+    unseen = table.filter(like="verdict, ").isin((NO_RUNS, NOT_TESTABLE)).all(axis=1)
+    others = map("{#}, {claim} ({lab})".format_map, table[unseen].to_dict("records"))
     notes = [
         *(f"{where}: {runs}" for where, runs in arms.items()),
-        "[low, high]: Student's 95 % interval over seeds; of twenty verdicts one may be chance",
+        "[low, high]: Student's 95 % interval over n seeds; of twenty verdicts one may be chance",
         f"above or below 0: not reproduced where the interval lies within {MARGIN} of 0, or beyond it",
-        *(f"claim {n} is reproduced if {claim.rule}" for n, claim in enumerate(CLAIMS, 1)),
+        f"not measured: {'; '.join(others) or 'none'}",
         *(note for runs in (lab, real) if len(runs.runs) for note in source_notes(runs)),
     ]
-    return Table(pd.DataFrame(rows), notes)
+    return Table(table[~unseen], notes)
 
 
 def _cell(parts: list[Part]) -> str:
-    """The parts of a claim; where none was measured, the reason if it is not lack of runs."""
+    """The parts of a claim; where none was measured, the reason."""
     if any(len(part.values) for part in parts):
-        return "; ".join(map(str, parts))
-    return next((part.why_not for part in parts if part.why_not), DASH)
+        return ";\n".join(map(str, parts))
+    return next((part.why_not for part in parts if part.why_not), NO_RUNS)
 
 
 def _above(*others: str) -> Callable[[Arms], list[Part]]:
     """RLSD's held-out accuracy against that of others, seed by seed."""
     return lambda arms: [
-        Part(f"rlsd - {other}", arms.final("rlsd", ACCURACY) - arms.final(other, ACCURACY), low=0.0)
-        for other in others
+        Part(f"accuracy, rlsd - {x}", arms.final("rlsd", ACCURACY) - arms.final(x, ACCURACY), low=0)
+        for x in others
     ]
 
 
@@ -149,7 +156,7 @@ def _double(arms: Arms) -> list[Part]:
 def _early(arms: Arms) -> list[Part]:
     last = arms.length // 4
     ours, theirs = (arms.mean(method, REWARD, 1, last) for method in ("rlsd", "grpo"))
-    return [Part(f"reward of steps 1 to {last}", ours - theirs, low=0.0)]
+    return [Part(f"reward of steps 1 to {last}, rlsd - grpo", ours - theirs, low=0.0)]
 
 
 def _peak(arms: Arms) -> list[Part]:
@@ -159,16 +166,16 @@ def _peak(arms: Arms) -> list[Part]:
     peak = {method: arms.mean(method, REWARD, *PEAK) for method in ("opsd", "rlsd")}
     change = {method: arms.end(method, REWARD) - peak[method] for method in peak}
     return [
-        Part("opsd, steps 10-20 - start", peak["opsd"] - arms.start("opsd", REWARD), low=0.0),
-        Part("opsd, end - steps 10-20", change["opsd"], high=0.0),
-        Part("rlsd, end - steps 10-20", change["rlsd"], low=0.0),
+        Part("opsd, reward, steps 10-20 - start", peak["opsd"] - arms.start("opsd", REWARD), low=0),
+        Part("opsd, reward, end - steps 10-20", change["opsd"], high=0.0),
+        Part("rlsd, reward, end - steps 10-20", change["rlsd"], low=0.0),
     ]
 
 
 def _leak_order(arms: Arms) -> list[Part]:
     end = {method: arms.end(method, LEAK) for method in VARIANTS}
-    growth = {f"{m}, end - start": end[m] - arms.start(m, LEAK) for m in VARIANTS}
-    order = {f"{worse} - {mild}": end[worse] - end[mild] for worse, mild in pairwise(VARIANTS)}
+    growth = {f"leaks of {m}, end - start": end[m] - arms.start(m, LEAK) for m in VARIANTS}
+    order = {f"leaks at the end, {a} - {b}": end[a] - end[b] for a, b in pairwise(VARIANTS)}
     return [Part(name, values, low=0.0) for name, values in {**growth, **order}.items()]
 
 
@@ -194,7 +201,7 @@ def _entropy(arms: Arms) -> list[Part]:
         rlsd, why_not = NO_VALUES, "lambda is above 0 to the end"
     return [
         Part("grpo, entropy at the end / start", grpo, high=0.75),
-        Part("rlsd", rlsd, low=0.75, why_not=why_not),
+        Part("rlsd, the same", rlsd, low=0.75, why_not=why_not),
     ]
 
 

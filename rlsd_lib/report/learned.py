@@ -42,21 +42,18 @@ def learned(runs: Runs, baseline: str = "grpo") -> Table:
     rows = [
         {
             "method": arm,
-            "before": f"{interval_of(cells, 'accuracy_before').mean:.2f}",
-            "after": f"{interval_of(cells, 'accuracy_after'):.2f}",
-            f"after - {baseline}": f"{gaps[arm]:+.2f}" if arm in gaps else DASH,
-            "leak": f"{interval_of(cells, 'leak_rate_after').mean:.2f}",
+            "before": f"{interval_of(cells, 'accuracy_before').mean:.3f}",
+            "after": f"{interval_of(cells, 'accuracy_after'):.3f}",
+            f"after - {baseline}": f"{gaps[arm]:+.3f}" if arm in gaps else DASH,
+            "leak": f"{interval_of(cells, 'leak_rate_after').mean:.3f}",
         }
         for arm, cells in groups.items()
     ]
-    names = ", ".join(path.name for path in to_open(runs))
     sizes = {arm: interval_of(cells, MOVED).mean for arm, cells in groups.items()}
     moved = ", ".join(f"{arm} {size:.3f}" for arm, size in sizes.items() if size > 0)
     moved = moved and f"Intervention, the {WORDS[MOVED]} (0 is GRPO's): {moved}."
-    trust = [_rates(groups), _trust(arms)]
-    sentences = [*_seen(gaps, baseline), moved, _leak(groups), *trust, f"To open: {names}."]
-    sentences.append(left_out(runs.runs))
-    return Table(pd.DataFrame(rows), [*filter(None, sentences)])
+    sentences = [*_seen(gaps, baseline), moved, _leak(groups), _rates(groups), _trust(arms)]
+    return Table(pd.DataFrame(rows), [*filter(None, [*sentences, left_out(runs.runs)])])
 
 
 def _difference(row: pd.Series) -> Interval:
@@ -67,11 +64,11 @@ def _difference(row: pd.Series) -> Interval:
 def _seen(gaps: dict[str, Interval], baseline: str) -> list[str]:
     """A sentence on the differences whose interval leaves out 0, and one on the others."""
     clear = {arm: gap for arm, gap in gaps.items() if not gap.low <= 0 <= gap.high}
-    seen = ", ".join(f"{arm} {gap:+.2f}" for arm, gap in clear.items())
-    open_ = ", ".join(f"{arm} {gap:+.2f}" for arm, gap in gaps.items() if arm not in clear)
+    seen = ", ".join(f"{arm} {gap:+.3f}" for arm, gap in clear.items())
+    open_ = ", ".join(f"{arm} {gap:+.3f}" for arm, gap in gaps.items() if arm not in clear)
     return [
-        f"Seen, in accuracy less {baseline}'s: {seen}." if seen else "No difference was seen.",
-        f"Not seen: {open_}. An interval that holds 0 says neither better nor as good."
+        f"Seen, accuracy minus {baseline}'s: {seen}." if seen else "No difference was seen.",
+        f"Not seen: {open_}. With 0 in the interval, better, worse and as good are all possible."
         if open_
         else "Every difference was seen.",
     ]
@@ -87,7 +84,7 @@ def _leak(groups: dict[str, pd.DataFrame]) -> str:
     made = groups[arm]["preset"].str.startswith("lab").any()
     return (
         f"{arm} speaks of a reference that it was not shown in {rates[arm]:.0%} of its completions, "
-        f"and its accuracy went from {before:.2f} to {after:.2f}"
+        f"and its accuracy went from {before:.3f} to {after:.3f}"
         f"{'; the lab is a model organism, whose teacher was made to quote' if made else ''}."
     )
 

@@ -72,8 +72,8 @@ HEADINGS |= {"right_chain": "probability of a right chain"}
 # Columns that a narrow screen can do without, the first of them first.
 LEAST = (
     *("clip low", "clip high", "intervention", "entropy", "greedy after", "pass@4 after"),
-    *("pass@8 after", "s / step", "reward", "leak before", "detectable", "preset", "settings"),
-    *("seeds", "accuracy before", "n"),
+    *("pass@8 after", "s / step", "reward", "leak before", "detectable", "seeds"),
+    *("accuracy before", "n"),
 )
 NARROW = 26  # to which a column of words may be wrapped before others go
 FIRST, LAST = 3, 10  # steps averaged at the start and at the end of a curve
@@ -93,7 +93,8 @@ class Table(NamedTuple):
 
     def _repr_html_(self) -> str:
         """Return the rows, in a box that scrolls where the page is narrower, and the notes below."""
-        rows = readable(self.rows.map(_text)).hide(axis="index").to_html()
+        whole = _joined(self.rows).replace(r" (?=\[)|(?<=,) (?=\S+\])", "\u00a0", regex=True)
+        rows = readable(whole).hide(axis="index").to_html()
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
         return f'<div style="overflow-x: auto">{rows}</div><ul>{notes}</ul>'
 
@@ -104,8 +105,7 @@ class Table(NamedTuple):
         """
         rows, gone = _joined(self.rows), []
         for name in [name for name in LEAST if name in rows]:
-            is_needed = name in ("preset", "settings") and rows[name].nunique() > 1
-            if _wide(rows, NARROW) > width and not is_needed:
+            if _wide(rows, NARROW) > width:
                 rows, gone = rows.drop(columns=name), [*gone, name]
         notes = [*self.notes, *([f"no room for {', '.join(gone)}: --all"] if gone else [])]
         how = {"initial_indent": "- ", "subsequent_indent": "  ", "break_on_hyphens": False}
@@ -150,7 +150,7 @@ def _markdown(rows: pd.DataFrame) -> str:
     if rows.empty:
         return ""
     lines = [list(rows.columns), *([_text(v) for v in row] for row in rows.values.tolist())]
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    lines = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
@@ -160,7 +160,7 @@ def _markdown(rows: pd.DataFrame) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if is_number(value) else DASH
-    return " ".join(str(value).splitlines()) or DASH
+    return str(value) or DASH
 
 
 def make_table(runs: Runs) -> Table:
@@ -174,14 +174,12 @@ def make_table(runs: Runs) -> Table:
         return Table(frame, ["no runs here yet"])
     keys, metrics, groups = _grouped(frame)
     rows = pd.DataFrame([_row(cells, keys, metrics) for cells in groups]).fillna(DASH)
-    if groups:
-        alike = {"group": rows["group"].nunique() == 1, "settings": not rows["settings"].any()}
-        rows = rows.drop(columns=[name for name, is_alike in alike.items() if is_alike])
-    notes = [note for cells in groups for note in _warnings(cells)]
-    if any(len(cells) > 1 for cells in groups):
-        notes.append("n > 1: mean over seeds, 95 % Student interval of the mean")
-    if any(len(cells) == 1 for cells in groups):
-        notes.append("n = 1: one seed; its interval is over problems and not over seeds")
+    alike = [k for k in (*keys, "seeds") if k != "method" and k in rows and rows[k].nunique() == 1]
+    said = [f"{k} {rows[k][0]}" for k in ("preset", "settings") if k in alike and rows[k][0]]
+    rows = rows.drop(columns=alike)
+    notes = [f"in every row: {', '.join(said)}"] if said else []
+    notes += [note for cells in groups for note in _warnings(cells)]
+    notes.append("mean over n seeds, Student's 95 % interval; n = 1: over problems, not over seeds")
     bare = frame[is_finished(frame) & frame[metrics].isna().all(axis=1)]
     notes += [f"finished, no metrics: {path}" for path in bare["path"]]
     return Table(rows, [*dict.fromkeys(notes), *source_notes(runs)])
@@ -385,10 +383,11 @@ class Arms:
         frame = runs.runs.reindex(columns=runs.runs.columns.union(needed, sort=False))
         frame = frame[is_finished(frame) & frame["steps"].notna()]
         frame = frame.loc[[settings(p).keys() <= {"max_steps"} for p in frame["parameters"]]]
-        self.preset = preset or _most_common(frame["preset"], "")
+        self.preset = preset or next(iter(frame["preset"].value_counts().index), "")
         self.frame = frame[frame["preset"] == self.preset]
         rlsd = self.frame[self.frame["method"] == "rlsd"]
-        self.length = int(_most_common((self.frame if rlsd.empty else rlsd)["steps"], 0))
+        lengths = (self.frame if rlsd.empty else rlsd)["steps"].value_counts()
+        self.length = int(next(iter(lengths.index), 0))
 
     def __str__(self) -> str:
         if not self.length:
@@ -429,18 +428,15 @@ class Arms:
         return chosen.drop_duplicates("seed").set_index("seed").sort_index()
 
 
-def _most_common(values: pd.Series, default: Any) -> Any:
-    return next(iter(values.value_counts().index), default)
-
-
 def readable(frame: pd.DataFrame) -> Styler:
-    """Return a table for a notebook: `HEADINGS`; text whole, left, with its line ends, escaped."""
+    """Return a table for a notebook: `HEADINGS`, all left, text whole with its line ends, escaped."""
     frame = frame.rename(index=HEADINGS, columns=HEADINGS)
-    text = {"text-align": "left", "white-space": "pre-wrap"}
-    head = {"selector": "th", "props": "text-align: left; vertical-align: top"}
+    look = {
+        "selector": "*",
+        "props": "text-align: left; vertical-align: top; white-space: pre-wrap",
+    }
     table = frame.style.format(_digits, escape="html").format_index(escape="html", axis="columns")
-    table = table.set_table_styles([head])
-    return table.set_properties(**text, subset=frame.select_dtypes(exclude="number").columns)
+    return table.set_table_styles([look])
 
 
 def _digits(value: Any) -> Any:

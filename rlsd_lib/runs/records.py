@@ -125,10 +125,9 @@ def described(runs: Runs) -> str:
     finished = frame[is_finished(frame)]
     folders = ", ".join(dict.fromkeys(frame["group"]))
     seeds = sorted(finished["seed"].dropna().unique()) if "seed" in finished else []
-    known = [commit for commit in finished.get("commit", ()) if isinstance(commit, str)]
-    commits = dict.fromkeys(commit[:7] for commit in known)
+    commits = dict.fromkeys(c[:7] for c in finished.get("commit", ()) if isinstance(c, str))
     line = f"{folders}: {len(finished)} of {len(frame)} runs"
-    line += f", seeds {' '.join(f'{seed:g}' for seed in seeds)}" if seeds else ""
+    line += f", seed{'s' * (len(seeds) > 1)} {' '.join(f'{x:g}' for x in seeds)}" if seeds else ""
     line += f", commit {' '.join(commits)}" if commits else ""
     missing = left_out(frame)
     return f"{line}. {missing}" if missing else line

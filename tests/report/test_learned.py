@@ -26,15 +26,14 @@ def test_one_seed_says_what_was_seen_and_that_it_settles_nothing(tmp_path: Path,
     (tmp_path / "r" / "15_rlsd.ipynb").touch()
     rows, said = learned(read_runs(tmp_path))
     assert rows["method"].tolist() == ["grpo", "opsd", "rlsd"]
-    seen, unseen, moved, leak, rates, trust, opens = said
+    seen, unseen, moved, leak, rates, trust = said
     assert rates.endswith("more than the method: grpo 0.0001, opsd 0.001, rlsd 0.0001.")
     assert moved == "Intervention, the mean of |token advantage / A - 1| (0 is GRPO's): rlsd 0.030."
-    assert seen.startswith("Seen, in accuracy less grpo's: opsd -0.70 [")
-    assert unseen.startswith("Not seen: rlsd +0.00 [")
+    assert seen.startswith("Seen, accuracy minus grpo's: opsd -0.700 [")
+    assert unseen.startswith("Not seen: rlsd +0.000 [")
     assert leak.startswith("opsd speaks of a reference that it was not shown in 90%")
-    assert "from 0.50 to 0.10; the lab is a model organism" in leak
+    assert "from 0.500 to 0.098; the lab is a model organism" in leak
     assert trust.startswith("One seed settles nothing")
-    assert opens == "To open: 15_rlsd.ipynb."
 
     assert main(["table", str(tmp_path), "--learned"]) == 0
     *lines, path = capsys.readouterr().out.splitlines()
@@ -45,7 +44,7 @@ def test_one_seed_says_what_was_seen_and_that_it_settles_nothing(tmp_path: Path,
 def test_several_seeds_are_the_unit(tmp_path: Path) -> None:
     write_folder(tmp_path, ["grpo", "rlsd"], seeds=3)
     said = learned(read_runs(tmp_path)).notes
-    assert said[0].startswith("Seen, in accuracy less grpo's: rlsd +0.03 [")
+    assert said[0].startswith("Seen, accuracy minus grpo's: rlsd +0.033 [")
     assert said[1] == "Every difference was seen."
     assert said[2] == "No method speaks of a reference in 5% of its completions."
     assert said[3].startswith("The intervals are over 3 seeds")

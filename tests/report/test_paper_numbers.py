@@ -51,4 +51,11 @@ def test_only_mathvision_tells_rlsd_from_grpo_by_two_standard_errors():
     gain = (table_2().loc["rlsd", others] - table_2().loc["grpo", others]).sum()
     shares = table_2().loc[["rlsd", "grpo"], others] / 100
     variance = (shares * (1 - shares)).sum() / [QUESTIONS[name] for name in others]
-    assert gain / (100 * variance.sum() ** 0.5) == pytest.approx(1.43, abs=0.01)
+    apart = gain / (100 * variance.sum() ** 0.5)
+    assert (
+        errors["average without MathVision"]
+        == pytest.approx(apart)
+        == pytest.approx(1.43, abs=0.01)
+    )
+    assert rows.loc[AVERAGE, "rlsd - grpo"] == "2.32 [0.16, 4.48]"
+    assert rows.loc[AVERAGE, "rlsd"].startswith("56.18 [")

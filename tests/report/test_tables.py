@@ -1,6 +1,7 @@
 """Tables over runs: right numbers, honest partners, and nothing hidden."""
 
 import json
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def test_a_table_names_its_runs_and_those_it_leaves_out(incomplete: Runs) -> Non
     for name, table in tables.items():
         shown = table._repr_html_()
         assert MISSING in shown, name
+        assert not re.search(r" \[[-+\d.]+, ", shown), f"{name}: a line may end inside an interval"
         assert "failed, not in the table" in shown, name
         assert "not started, not in the table" in shown, name
 
@@ -166,6 +168,7 @@ def test_a_table_for_a_notebook_is_whole_left_aligned_and_no_markup():
     page = tables.readable(frame).to_html()
     assert text.replace("<b>", "&lt;b&gt;").replace("</b>", "&lt;/b&gt;") in page
     assert "white-space: pre-wrap" in page and "text-align: left" in page
+    assert re.search(r"#T_\w+ \* \{\s+text-align: left;", page)  # numbers under their heading
     for shown in (">5e-05<", ">0.123<", ">1<"):
         assert shown in page
     told = pd.DataFrame({"gap": [float("inf"), float("nan")]}, index=["leak_rate", "x"])
