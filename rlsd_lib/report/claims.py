@@ -65,6 +65,13 @@ class Part:
             return True
         return False if high < self.low or low > self.high else None
 
+    def leans(self) -> bool | None:
+        """Return on which side of the claim's borders the mean lies; None on one, or without a value."""
+        mean = self.values.mean()
+        if self.low + self.slack < mean < self.high - self.slack:
+            return True
+        return False if mean < self.low - self.slack or mean > self.high + self.slack else None
+
     def __str__(self) -> str:
         if self.values.empty:
             return f"{self.name}: {self.why_not or NO_RUNS}"
@@ -93,7 +100,7 @@ def verdict(parts: list[Part]) -> str:
     found = [part.holds() for part in parts]
     if all(len(part.values) <= 1 for part in parts):
         words = [f"one seed: not decided{way}" for way in (", speaks against", ", speaks for", "")]
-        found = [p.low < p.values.mean() < p.high if len(p.values) else None for p in parts]
+        found = [part.leans() for part in parts]
     return words[0 if False in found else 1 if all(found) else 2]
 
 

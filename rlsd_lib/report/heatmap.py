@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 # Red against blue: told apart with every common kind of colour blindness. The middle is transparent,
-# white on a white page and dark on a dark one, and has an entry of its own among an odd number.
+# white on a white page and dark on a dark one; of an odd number of colours one is exactly that.
 RED, BLUE = "#b2182b", "#2166ac"
 PALETTE = LinearSegmentedColormap.from_list(
     "credit", [(0, RED), (0.5, f"{RED}00"), (0.5, f"{BLUE}00"), (1, BLUE)], N=257
@@ -54,19 +54,19 @@ class Heatmap:
     limit: float
 
     def _look(self, value: float) -> tuple[str, str]:
-        """The colour of a token, and of the ink on it: "" for the text around."""
+        """The colour of a token, and of the ink on it: "" for the page's own."""
         scale = Normalize(self.center - self.limit, self.center + self.limit, clip=True)
         dark = abs(value - self.center) > 0.8 * self.limit  # both ends of the palette
         return to_hex(PALETTE(scale(value)), keep_alpha=True), "#ffffff" if dark else ""
 
-    def _ends(self) -> dict[float, str]:
+    def _ends(self) -> list[tuple[float, str]]:
         """Where the scale begins, has its middle and ends; a sign says that values lie beyond."""
         ends = self.center - self.limit, self.center, self.center + self.limit
         slack = 1e-4 * self.limit  # a value on the clip, rounded, is not beyond it
         below = "≤ " * any(value < ends[0] - slack for value in self.values)
         above = "≥ " * any(value > ends[2] + slack for value in self.values)
         signs = zip(ends, (below, "", above), strict=True)
-        return {end: f"{sign}{end:.3g}" for end, sign in signs}
+        return [(end, f"{sign}{end:.3g}") for end, sign in signs]
 
     def figure(self) -> Figure:
         """Return the picture as a figure, in rows of `COLUMNS` characters."""
@@ -86,10 +86,10 @@ class Heatmap:
             axes.add_patch(box)
             place_of = (column + len(text) / 2, row + 0.46)
             axes.text(*place_of, text, color=ink or "black", parse_math=False, **middle)
-        ends = self._ends()
-        scale = ScalarMappable(Normalize(min(ends), max(ends)), PALETTE)
+        ends, labels = zip(*self._ends(), strict=True)
+        scale = ScalarMappable(Normalize(ends[0], ends[-1]), PALETTE)
         bar = figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.01, aspect=max(4, 2.5 * rows))
-        bar.set_ticks(list(ends), labels=ends.values())
+        bar.set_ticks(ends, labels=labels)
         return figure
 
     def savefig(self, path: str | Path, **options: Any) -> None:
@@ -105,7 +105,7 @@ class Heatmap:
             for line in show_token(token).splitlines(keepends=True):
                 spans.append(f"<span {look}>{escape(line.rstrip())}</span>")
                 spans += ["<i></i>"] if line.endswith("\n") else []
-        low, middle, high = self._ends().values()
+        low, middle, high = (label for _, label in self._ends())
         told = {"title": escape(self.title), "tokens": "".join(spans), "red": RED, "blue": BLUE}
         return HTML.format(low=low, middle=middle, high=high, **told)
 
@@ -128,7 +128,7 @@ def token_heatmap(
         raise ValueError(f"{len(tokens)} tokens and {len(values)} values: expected one each")
     if any(math.isinf(value) for value in values):
         raise ValueError("a value is infinite: a heat map needs finite values, or NaN for none")
-    if limit is None:  # where every value is at the center, any range shows them so
+    if limit is None:  # every value may be at the center: then any limit will do
         limit = max((abs(v - center) for v in values if not math.isnan(v)), default=0.0) or 1.0
     if not limit > 0:
         raise ValueError(f"limit={limit}: expected a positive number")

@@ -39,7 +39,7 @@ def paper_difference(first: str = "rlsd", second: str = "grpo") -> Table:
         cells = [*shares, share_difference(*shares)]
         shown = [f"{Interval(*(100 * value for value in cell)):.2f}" for cell in cells]
         rows.append((name, str(n), *shown, 100 * cells[-1].mean / sqrt(variances[name].sum())))
-    clearest = max(rows, key=lambda row: row[-1])[0]
+    clearest = max(rows, key=lambda row: abs(row[-1]))[0]
     for name, left in {AVERAGE: [], f"{AVERAGE} without {clearest}": [clearest]}.items():
         means = 100 * given.drop(columns=left).mean(axis=1)
         errors = variances.drop(columns=left).sum(axis=1) ** 0.5 / (len(QUESTIONS) - len(left))

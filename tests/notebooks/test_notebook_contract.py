@@ -310,7 +310,7 @@ def test_a_baseline_that_drifts_is_found(make_notebook: NotebookMaker) -> None:
 
 
 def test_a_group_whose_rewards_agree_is_said_to_have_no_advantage(capsys) -> None:
-    """Its pictures are white, and its second rollout is no failed one."""
+    """Its pictures have no colour, and its second rollout is no failed one."""
     looks = [c for c in shared_code(FOLDER / "15_rlsd.ipynb") if "look_at_mixed()" in c]
     assert len(looks) == 2
     assert "prompts(first_look.problem)" in looks[0]  # not of another problem

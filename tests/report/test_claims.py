@@ -172,6 +172,12 @@ def test_one_seed_and_seeds_that_disagree_settle_nothing(tmp_path: Path) -> None
     assert _judge(2, tmp_path / "one") == "one seed: not decided, speaks for"
     (tmp_path / "one" / "sdpo" / "metrics.json").unlink()  # best of those that were run is not best
     assert _judge(1, tmp_path / "one") == "one seed: not decided"
+    for value, slack in (
+        (0.0, 0.0),
+        (0.04, 0.05),
+    ):  # a tie, and what too few completions leave open
+        [part] = [Part("", pd.Series([value]), low=0.0, slack=slack)]
+        assert verdict([part]) == "one seed: not decided"
     write_folder(tmp_path / "three", ["grpo"])
     for seed, after in enumerate((0.7, 0.9, 0.85)):
         write_run(tmp_path / "three" / f"rlsd-s{seed}", "rlsd", seed, after=after)

@@ -58,4 +58,6 @@ def test_only_mathvision_tells_rlsd_from_grpo_by_two_standard_errors():
         == pytest.approx(1.43, abs=0.01)
     )
     assert rows.loc[AVERAGE, "rlsd - grpo"] == "2.32 [0.16, 4.48]"
+    turned = paper_difference("grpo", "rlsd").rows["benchmark"]
+    assert turned.iloc[-1] == "average without MathVision", "the clearest, whichever is ahead"
     assert rows.loc[AVERAGE, "rlsd"].startswith("56.18 [")
