@@ -60,17 +60,17 @@ class Part:
         if 0.0 in (self.low, self.high):
             claimed = "above" if self.low == 0.0 else "below"
             return {claimed: True, "not settled": None}.get(decide(found, MARGIN), False)
-        _, low, high = found
+        return self._side(found.low, found.high)
+
+    def leans(self) -> bool | None:
+        """Return True or False where the mean lies within the claim's borders or beyond, else None."""
+        mean = self.values.mean()
+        return self._side(mean - self.slack, mean + self.slack)
+
+    def _side(self, low: float, high: float) -> bool | None:
         if low > self.low and high < self.high:
             return True
         return False if high < self.low or low > self.high else None
-
-    def leans(self) -> bool | None:
-        """Return on which side of the claim's borders the mean lies; None on one, or without a value."""
-        mean = self.values.mean()
-        if self.low + self.slack < mean < self.high - self.slack:
-            return True
-        return False if mean < self.low - self.slack or mean > self.high + self.slack else None
 
     def __str__(self) -> str:
         if self.values.empty:
