@@ -259,10 +259,12 @@ SUITES: dict[str, Suite] = {
         ],
     ),
     "smollm2": Suite(
-        "GRPO, RLSD, OPSD, and RLSD with a shuffled reference, on a real instruct model",
+        "GRPO, RLSD, the privileged baseline, OPSD, and shuffled references, on a real instruct model",
         [
-            {**SMOLLM2, "notebook": ("10_grpo", "15_rlsd", "12_opsd")},
+            {**SMOLLM2, "notebook": ("10_grpo", "15_rlsd")},
+            {**SMOLLM2, **BASELINE, "overrides": (FROZEN,), "control": ("none", "shuffled")},
             {**SMOLLM2, **RLSD, "control": ("shuffled",)},
+            {**SMOLLM2, **OPSD},
         ],
     ),
 }
