@@ -1,4 +1,4 @@
-"""What the teacher sees: the student's prompt with the privileged text written into it.
+"""The teacher's prompt: the student's, with the privileged text written into it.
 
 Prompts are TRL prompts: a list of chat messages, or a plain string. The last user turn is replaced
 by `privileged_template`; system prompt, earlier turns, tools and images stay as they are.

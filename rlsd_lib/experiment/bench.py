@@ -400,7 +400,9 @@ def profile_teacher_pass(sizes: Sizes, trace: Path) -> str:
     found.export_chrome_trace(str(trace))
     by = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
     table = found.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)
-    told = f"teacher pass {spent:.4f} s, floor {floor:.4f} s: {over:.2f} x"
+    told = (
+        f"teacher pass {spent:.4f} s, floor {floor:.4f} s (medians); ratio of a round: {over:.2f}"
+    )
     return f"{sizes}\n{table}\n{told}\ntrace: {trace}"
 
 

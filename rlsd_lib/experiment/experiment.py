@@ -144,7 +144,7 @@ class Experiment:
             facts["changes nothing"] = "; ".join(idle)
         facts["parameters"] = f"{self.model.num_parameters():,}"
         facts |= {"processes": processes} if processes > 1 else {}
-        facts["run directory"] = "/".join(self.run.path.parts[-3:])
+        facts["run directory"] = paths.short(self.run.path)
         return readable(pd.Series(facts, name="value").to_frame())
 
     def prompts(self, row: int | Mapping[str, Any] = 0) -> Styler:

@@ -28,6 +28,11 @@ def default_run_dir(group: str, parameters: Mapping[str, Any]) -> Path:
     return Path(parameters.get("run_dir") or outputs_root() / group / run_name(parameters))
 
 
+def short(path: Path) -> str:
+    """A run's directory from the folder of all outputs on, for a reader."""
+    return "/".join(path.parts[-3:])
+
+
 def run_name(parameters: Mapping[str, Any]) -> str:
     """What a run is called: <method>-<preset>-s<seed>, a control, a hash of what is not neutral."""
     parts = [str(parameters[k]) for k in ("method", "preset") if parameters.get(k)]

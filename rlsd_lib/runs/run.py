@@ -227,8 +227,8 @@ def _beside(path: Path) -> Path:
     names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
     free = next(name for name in names if _is_ours(name) or records.state_of(name) is None)
     if free != path:
-        where = "/".join(free.parts[-3:])  # from the folder of all outputs on
-        sys.stdout.write(f"{path.name} is kept ({records.state_of(path)}).\nThis run is {where}\n")
+        kept = f"{path.name} is kept ({records.state_of(path)})."
+        sys.stdout.write(f"{kept}\nThis run is {paths.short(free)}\n")
     return free
 
 

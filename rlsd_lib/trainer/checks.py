@@ -1,6 +1,7 @@
-"""What `RLSDTrainer` refuses: arguments and rows before the model is loaded, models after.
+"""What `RLSDTrainer` refuses beside its settings: arguments, rows, models, credit functions.
 
-Each check raises ValueError, unless it says otherwise, with the value and what works instead.
+Settings are refused in `config`. Each check raises ValueError, unless it says otherwise, with the
+value and what works instead.
 """
 
 import inspect

@@ -1,7 +1,8 @@
 """Workarounds for other libraries, each with what it mends, where, and for which version.
 
 A test fails when a library is newer than a note in `NOTES`: then read the place that it names, and
-delete the workaround or renew the note.
+delete the workaround or renew the note. Those that only a sharded teacher needs stand in `sharded`,
+those of a workbook run in `experiment.workbook_trainer`.
 """
 
 from collections.abc import Callable, Iterator

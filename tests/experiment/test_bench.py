@@ -280,7 +280,7 @@ def test_a_profile_is_a_table_of_operators_and_a_trace_of_functions(tmp_path, ca
     assert "aten::mm" in printed
     trace = tmp_path / "outputs" / "profiles" / "teacher_pass.json"
     assert str(trace) in printed
-    assert float(re.search(r"floor .*: (.*) x", printed)[1]) > 0.9
+    assert float(re.search(r"ratio of a round: (.*)", printed)[1]) > 0.9
     traced, functions = trace.read_text(), ("teacher_prompts", "_read_prompts", "update")
     assert [name for name in functions if f": {name}" not in traced] == []
 
