@@ -43,7 +43,7 @@ def efficiency(runs: Runs, but: Collection[str] = ()) -> pd.DataFrame:
     for _, run in frame.iterrows():
         manifest, reward = read_manifest(run["path"]), rewards[run["path"]]
         per_step = manifest["config"]["generation_batch_size"]
-        steps = rollouts_to(reward, max(1, WINDOW // per_step))
+        steps = steps_to(reward, max(1, WINDOW // per_step))
         rows.append(
             {
                 **run[["arm", "method", "preset", "seed"]],
@@ -60,7 +60,7 @@ def efficiency(runs: Runs, but: Collection[str] = ()) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rollouts_to(reward: np.ndarray, window: int, threshold: float = THRESHOLD) -> int | None:
+def steps_to(reward: np.ndarray, window: int, threshold: float = THRESHOLD) -> int | None:
     """Return the step at which the mean of the last `window` steps first reached `threshold`."""
     means = np.convolve(reward, np.ones(window) / window, "valid")
     reached = np.flatnonzero(means >= threshold)

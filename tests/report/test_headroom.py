@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from rlsd_lib.report.headroom import best_rates, compared, efficiency, rollouts_to
+from rlsd_lib.report.headroom import best_rates, compared, efficiency, steps_to
 from rlsd_lib.runs.records import read_runs
 
 
@@ -25,10 +25,10 @@ def write(folder, method, seed, *, rise, rate=1e-4, top=0.9, steps=100):
 
 def test_the_threshold_is_passed_by_the_mean_of_a_window():
     reward = np.array([0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
-    assert rollouts_to(reward, 1) == 2
-    assert rollouts_to(reward, 3) == 6
-    assert rollouts_to(reward, 3, threshold=0.5) == 4
-    assert rollouts_to(reward, 2, threshold=1.1) is None
+    assert steps_to(reward, 1) == 2
+    assert steps_to(reward, 3) == 6
+    assert steps_to(reward, 3, threshold=0.5) == 4
+    assert steps_to(reward, 2, threshold=1.1) is None
 
 
 def test_a_planted_lead_is_found_and_said_as_a_ratio(tmp_path):
