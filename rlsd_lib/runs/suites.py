@@ -114,14 +114,17 @@ SUCCESSORS: dict[str, dict[str, Any]] = {
     "srpo": {},
     "sdpg": {},
 }
+COLLAPSING = ("antisd", "srpo")  # at GRPO's rate and at half of it
 # OPSD, and what mends each of its two faults; `lab` gives these the answer as their reference.
 MENDED = _credit("opsd_value", "opsd_contrast", "opsd_value_contrast")
 
 
-def _sweep(arm: Mapping[str, Sequence[Any]], **settings: Any) -> dict[str, Sequence[Any]]:
-    """Four learning rates of one arm on the validation lab."""
-    rates = tuple({**settings, "learning_rate": rate} for rate in RATES)
-    return {"seed": (100,), **CREDIT, **arm, "overrides": rates}
+def _sweep(
+    arm: Mapping[str, Sequence[Any]], rates: Sequence[float] = RATES, **settings: Any
+) -> dict[str, Sequence[Any]]:
+    """Learning rates of one arm on the validation lab."""
+    overrides = tuple({**settings, "learning_rate": rate} for rate in rates)
+    return {"seed": (100,), **CREDIT, **arm, "overrides": overrides}
 
 
 def _controlled(arm: Mapping[str, Sequence[Any]], **settings: Any) -> list[dict[str, Any]]:
@@ -179,7 +182,10 @@ SUITES: dict[str, Suite] = {
             *(_sweep(_credit(name), **WIDEST) for name in ("rlsd_negative_only", "rlsd_contrast")),
             {"seed": (100,), **CREDIT, "notebook": ("13_sdpo",), "overrides": LOWER},
             _sweep(TOLD, **BESIDE),
-            *(_sweep(_credit(name), **settings) for name, settings in SUCCESSORS.items()),
+            *(
+                _sweep(_credit(name), RATES[:3] if name in COLLAPSING else RATES[1:], **settings)
+                for name, settings in SUCCESSORS.items()
+            ),
             # The paper trains OPSD at ten times the rate of GRPO.
             {"seed": (100,), **CREDIT, **OPSD, "overrides": ({"learning_rate": 1e-3},)},
         ],
@@ -203,8 +209,13 @@ SUITES: dict[str, Suite] = {
             {**LABS, **_credit("rlsd_negative_only", "rlsd_contrast"), "overrides": (WIDEST,)},
             _permuted(POSTERIOR, **FROZEN),
             *_controlled(HINDSIGHT, **FROZEN),
-            # At the best of its rates; the rows above are at GRPO's.
+            # At the best of their rates; the best of the other rows is GRPO's.
             {**LABS, **HINDSIGHT, "overrides": ({**FROZEN, "learning_rate": 5e-5},)},
+            {
+                **LABS,
+                **_credit("rlsd_negative_only"),
+                "overrides": ({**WIDEST, "learning_rate": 5e-5},),
+            },
             *_controlled(TOLD, **BESIDE),
             *({**LABS, **_credit(name), "overrides": (s,)} for name, s in SUCCESSORS.items()),
             *({**LABS, **arm, "overrides": (FROZEN,)} for arm in (GATED, BASELINE)),
