@@ -18,6 +18,7 @@ function needs it names as a keyword: `lam`, `epsilon_w`, what the trainer knows
     reference_gap (N, T)      log pi_ref(y_t) - log P_S(y_t), nats
     teacher_entropy (N, T), contrast_kl (N, T)   of the functions of `divergence`
     rewards (N,), entropy (N, T), gate (a number)   see `methods.SIGNALS`
+    total (a function)        the sum over all processes of a number that each has of its own rollouts
 
 and what only the caller of the trainer can give, `RLSDTrainer(signals=...)`,
 
@@ -41,8 +42,14 @@ from torch.nn.functional import pad, softplus
 
 Evidence = Callable[[Tensor, Tensor], Tensor]
 Credit = Callable[..., Tensor]
+Total = Callable[[Tensor], Tensor]
 
 # --- the paper -----------------------------------------------------------------------------------
+
+
+def alone(number: Tensor) -> Tensor:
+    """The total of the only process."""
+    return number
 
 
 def uniform(
@@ -222,6 +229,7 @@ def rlcsd(
     mask: Tensor,
     *,
     wrong_gaps: Tensor,
+    total: Total = alone,
     lam: float = 0.5,
     beta: float = 0.2,
     tau: float = 0.03,
@@ -237,15 +245,15 @@ def rlcsd(
     tokens in the batch; here the credit is scaled by those counts, so that one mean over all tokens
     (`loss_type` "dapo" or "bnpo") gives that loss. Rows of one call therefore depend on each other,
     and a few selected tokens get large credit. A deviation: the counts are of one call, a
-    micro-batch of one process, so that accumulation changes the credit; the trainer refuses several
-    processes. Defaults are the released code's; its scripts have tau 0.02, beta 1, clip 2. Needs
-    `wrong_gaps` (K, N, T), K <= 4; other shapes as in `rlsd`.
+    micro-batch of all processes, so that accumulation changes the credit. Defaults are the released
+    code's; its scripts have tau 0.02, beta 1, clip 2. Needs `wrong_gaps` (K, N, T), K <= 4; other
+    shapes as in `rlsd`.
     """
     keep, advantage, evidence = _prepared(advantages, contrast(gap, wrong_gaps), mask)
     rho = (beta * lam * (evidence / tau).tanh()).clamp(-clip, clip)
     selected = rho.abs() > delta  # never outside the mask, where the evidence is 0
     moved = advantage.sign() * (advantage.abs() + advantage.sign() * rho).clamp(min=0.0)
-    tokens, chosen = keep.sum(dtype=rho.dtype), selected.sum(dtype=rho.dtype)
+    tokens, chosen = (total(found.sum(dtype=rho.dtype)) for found in (keep, selected))
     others = tokens / (tokens - chosen) * advantage
     return torch.where(
         keep, torch.where(selected, eta * tokens / chosen * moved, others), advantage
@@ -485,18 +493,25 @@ def posterior_blame(
 
 @torch.no_grad()
 def srpo_weight(
-    advantages: Tensor, gap: Tensor, mask: Tensor, *, teacher_entropy: Tensor, beta: float = 1.0
+    advantages: Tensor,
+    gap: Tensor,
+    mask: Tensor,
+    *,
+    teacher_entropy: Tensor,
+    total: Total = alone,
+    beta: float = 1.0,
 ) -> Tensor:
     """SRPO: exp(-beta H_T) on rollouts with A <= 0, of mean 1 over their tokens (2604.02288).
 
     `teacher_entropy` (N, T) in nats, beta 1 as published. A deviation: the mean is over the batch of
-    the call, a micro-batch of one process, so that accumulation changes the weight; the trainer
-    refuses several processes. 0 on the other rollouts and outside the mask. -> (N, T).
+    the call, a micro-batch of all processes, so that accumulation changes the weight. 0 on the other
+    rollouts and outside the mask. -> (N, T).
     """
     keep, advantage, entropy = _prepared(advantages, teacher_entropy, mask)
     routed = keep & (advantage <= 0)
-    shares = torch.where(routed, -beta * entropy, -math.inf).flatten().softmax(0).view_as(gap)
-    return torch.where(routed, shares * routed.sum(), 0.0)
+    weight = torch.where(routed, (-beta * entropy).exp(), 0.0)
+    mean = total(weight.sum()) / total(routed.sum(dtype=weight.dtype))
+    return torch.where(routed, weight / mean, 0.0)
 
 
 def rewarded(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:

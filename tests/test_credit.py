@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -481,6 +482,26 @@ def test_rows_without_a_batch_count_treat_each_rollout_alone():
         part = Batch(b.advantages[order], b.gap[order], b.mask[order], signals)
         same = torch.equal(part.credit(row), b.credit(row)[order])
         assert same == (name not in OVER_THE_BATCH), name
+
+
+def test_rows_with_a_batch_count_give_parts_the_credit_of_the_whole_with_their_total():
+    b = batch_of(6)
+    halves = [
+        Batch(
+            *(x[rows] for x in b[:3]),
+            {k: x[..., rows, :] for k, x in b.signals.items() if x.dim() > 1},
+        )
+        for rows in (slice(0, 5), slice(5, 8))
+    ]
+    for name in OVER_THE_BATCH:
+        alone = [Mock(side_effect=credit.alone) for _ in halves]
+        for half, total in zip(halves, alone, strict=True):
+            half.credit(ROWS[name], total=total)
+        pairs = zip(*(total.call_args_list for total in alone), strict=True)
+        sums = [first.args[0] + second.args[0] for first, second in pairs]
+        assert len(sums) == 2, name
+        parts = [half.credit(ROWS[name], total=Mock(side_effect=sums)) for half in halves]
+        torch.testing.assert_close(torch.cat(parts), b.credit(ROWS[name]), msg=name)
 
 
 def test_the_scale_of_a_weight_is_at_most_one_or_one_in_the_mean():

@@ -16,7 +16,6 @@ from rlsd_lib.methods import METHODS, PROMPT
 from rlsd_lib.names import check_fields, look_up
 from rlsd_lib.tasks import Task, load_task
 from rlsd_lib.tasks.lab.model import LabRecipe
-from rlsd_lib.trainer.checks import check_processes
 from rlsd_lib.trainer.config import RLSDConfig, check_type
 
 
@@ -316,7 +315,6 @@ class RunParameters:
         count = self.num_processes if processes is None else processes
         found = self.resolve(template=template, processes=count)
         check_from_tasks(found.config)
-        check_processes([found.config.credit, found.config.weight], count)
         if count > 1:
             accelerate_config(found.preset.accelerate)
         if found.preset.model == "lab":

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from transformers import AutoTokenizer, ProcessorMixin
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from rlsd_lib import methods, prompts
-from rlsd_lib.credit import Credit, rlcsd, srpo_weight
+from rlsd_lib.credit import Credit
 from rlsd_lib.names import alike, nearest
 from rlsd_lib.trainer import states
 from rlsd_lib.trainer.config import HARMLESS, SAMPLED, RLSDConfig
@@ -342,18 +341,6 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
                 f"{args.method!r} and beta={args.beta}. It comes from {methods.SIGNALS[name]}."
             )
     return (*asked, *others)
-
-
-def check_processes(functions: Collection[Credit | None], processes: int) -> None:
-    """Refuse several processes for functions that count the tokens of a whole batch."""
-    for function in functions:
-        bare = function.func if isinstance(function, partial) else function
-        if processes > 1 and bare in (rlcsd, srpo_weight):
-            name = get_callable_name(bare)
-            raise ValueError(
-                f"{name} counts the tokens of the batch, of which each of {processes} processes sees a "
-                "part. Train it on one."
-            )
 
 
 def check_signals_are_asked(signals: Any, asked: Collection[str]) -> None:

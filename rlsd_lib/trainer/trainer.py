@@ -112,7 +112,6 @@ class RLSDTrainer(TeacherPass, Named):
         self._weight_asked: tuple[str, ...] = ()
         if args.weight is not None:
             self._weight_asked = checks.check_asked("weight", args.weight, args, signals)
-        checks.check_processes([credit or args.credit, args.weight], args.world_size)
         self.asked = (*self._asked, *self._weight_asked)
         checks.check_signals_are_asked(signals, self.asked)
         self.distinct = checks.check_wrong_references(train_dataset, self.asked, args)
@@ -266,6 +265,7 @@ class RLSDTrainer(TeacherPass, Named):
             "success": inputs["rewards"] >= self.args.success_reward_threshold,
             "rewards": inputs["rewards"],
             "entropy": inputs["entropy"],
+            "total": self.accelerator.reduce,
         }
         if "wrong_logps" in inputs:
             known["wrong_gaps"] = inputs["wrong_logps"].transpose(0, 1) - student

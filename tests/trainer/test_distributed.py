@@ -35,14 +35,15 @@ SUCCESS, FAILURE = 90, 91  # ids of letters that the reward reads
 # only success of the shared group on rank 1; nowhere.
 GOOD = [{0, 3, 5, 10, 11}, {1, 2}, {7}, set()]
 
-# Of the later rows one with wrong references, one with a weight of the divergence, and two by the
-# success of the group's others, of which some are on the other rank.
-NAMES = (*tiny.FIRST, "cepo", "opsd_value_contrast", "hindsight", "posterior_blame")
-REFUSED = ("rlcsd", "srpo")  # they count the tokens of a batch: test_credits.py
+# Of the later rows one with wrong references, one with a weight of the divergence, two by the
+# success of the group's others, of which some are on the other rank, and two that count tokens of
+# both ranks.
+LATER = ("cepo", "opsd_value_contrast", "hindsight", "posterior_blame", "rlcsd", "srpo")
+NAMES = (*tiny.FIRST, *LATER)
 ROWS = {name: {"method": name, **tiny.NEEDS.get(name, {})} for name in METHODS}
 RUNS: dict[str, dict[str, Any]] = {name: ROWS[name] for name in NAMES}
 OTHERS_STUDENT = "RLSD_TEST_STUDENT"  # a saved tiny.model(), where processes train `OTHERS`
-OTHERS = {name: row for name, row in ROWS.items() if name not in (*NAMES, *REFUSED)}
+OTHERS = {name: row for name, row in ROWS.items() if name not in NAMES}
 RUNS |= {
     "sdpo sampled": {"method": "sdpo", "distillation_mode": "sampled_token"},
     "sdpo grpo": {"method": "sdpo", "loss_type": "grpo"},
