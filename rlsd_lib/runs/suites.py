@@ -102,19 +102,18 @@ BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
 AT_ITS_RATE = {"learning_rate": 2e-4, "lab_per_seed": True}
 FIRST_LAB = {"preset": ("lab",), "max_steps": (80,), "overrides": (AT_ITS_RATE,)}
-# As their authors set them; but lambda stays, for the reason above.
-STAYS = {"lambda_decay_steps": 0}
+# As their authors set them; but lambda stays, for the reason above, and two collapse at GRPO's rate.
+STAYS, SLOWEST = {"lambda_decay_steps": 0}, {"learning_rate": RATES[0]}
 SUCCESSORS: dict[str, dict[str, Any]] = {
     "cepo": STAYS,
     "rlcsd": STAYS,
-    "antisd": STAYS,
+    "antisd": {**STAYS, **SLOWEST},
     "rlrt": {**STAYS, "epsilon_w": 1.0},
     "amr_sd": {**STAYS, "lambda_init": 0.2},
     "sdar": {},
-    "srpo": {},
+    "srpo": SLOWEST,
     "sdpg": {},
 }
-COLLAPSING = ("antisd", "srpo")  # at GRPO's rate and at half of it
 # OPSD, and what mends each of its two faults; `lab` gives these the answer as their reference.
 MENDED = _credit("opsd_value", "opsd_contrast", "opsd_value_contrast")
 
@@ -178,13 +177,16 @@ SUITES: dict[str, Suite] = {
                 _sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w)
                 for w in (0.03, 0.1, 0.3)
             ),
-            *(_sweep(arm, **FROZEN) for arm in (HINDSIGHT, GATED, BASELINE, POSTERIOR)),
+            *(_sweep(arm, **FROZEN) for arm in (HINDSIGHT, GATED, POSTERIOR)),
+            # Both learn from pairs that agree, and bear a higher rate than GRPO.
+            _sweep(BASELINE, (*RATES, 4e-4), **FROZEN),
+            _sweep(RAFT, (*RATES[1:], 4e-4)),
             *(_sweep(_credit(name), **WIDEST) for name in ("rlsd_negative_only", "rlsd_contrast")),
             {"seed": (100,), **CREDIT, "notebook": ("13_sdpo",), "overrides": LOWER},
             _sweep(TOLD, **BESIDE),
             *(
-                _sweep(_credit(name), RATES[:3] if name in COLLAPSING else RATES[1:], **settings)
-                for name, settings in SUCCESSORS.items()
+                _sweep(_credit(name), RATES[:3] if SLOWEST.items() <= s.items() else RATES[1:], **s)
+                for name, s in SUCCESSORS.items()
             ),
             # The paper trains OPSD at ten times the rate of GRPO.
             {"seed": (100,), **CREDIT, **OPSD, "overrides": ({"learning_rate": 1e-3},)},
