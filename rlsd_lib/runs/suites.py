@@ -103,7 +103,7 @@ BESIDE = {**FROZEN, "policy_weight": 1.0}
 AT_ITS_RATE = {"learning_rate": 2e-4, "lab_per_seed": True}
 FIRST_LAB = {"preset": ("lab",), "max_steps": (80,), "overrides": (AT_ITS_RATE,)}
 # As their authors set them; but lambda stays, for the reason above, and two collapse at GRPO's rate.
-STAYS, SLOWEST = {"lambda_decay_steps": 0}, {"learning_rate": RATES[0]}
+STAYS, SLOWEST, FASTER = {"lambda_decay_steps": 0}, *({"learning_rate": RATES[i]} for i in (0, -1))
 SUCCESSORS: dict[str, dict[str, Any]] = {
     "cepo": STAYS,
     "rlcsd": STAYS,
@@ -229,9 +229,16 @@ SUITES: dict[str, Suite] = {
         "what `credits` suggested, on five labs that no choice has seen: the privileged baseline",
         [
             {**NEW_LABS, **GRPO},
-            {**NEW_LABS, **RAFT},
-            _permuted(BASELINE, **FROZEN) | NEW_LABS,
-            {**NEW_LABS, **BASELINE, "overrides": (FROZEN,), "control": ("shuffled",)},
+            # At GRPO's best rate, and at their own.
+            {**NEW_LABS, **RAFT, "overrides": ({}, FASTER)},
+            *(
+                arm | NEW_LABS
+                for rate in ({}, FASTER)
+                for arm in (
+                    _permuted(BASELINE, **FROZEN, **rate),
+                    {**BASELINE, "overrides": ({**FROZEN, **rate},), "control": ("shuffled",)},
+                )
+            ),
         ],
     ),
     "faults": Suite(
