@@ -9,16 +9,22 @@ from hashlib import sha256
 from html import unescape
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from filelock import FileLock
 from forked import forked_kernels
+from IPython.display import Markdown
 
 from rlsd_lib.__main__ import main
+from rlsd_lib.report import plots
+from rlsd_lib.report.learned import course
 from rlsd_lib.report.paper_tables import HELD_OUT, compare
 from rlsd_lib.runs.execute import execute_notebook
+from rlsd_lib.runs.paths import find_notebook
 from rlsd_lib.runs.records import read_runs
 
 NOTEBOOKS = (
@@ -94,6 +100,24 @@ def check_trained(folder: Path) -> None:
     assert executed.count("95 % interval over problems") == 2  # before, and before beside after
     assert "accuracy_after_low" not in executed, "the table of both, once more, as raw keys"
     assert "in the first of 2 steps" in executed, "a sentence on the course, of any length"
+
+
+def test_a_run_without_any_advantage_is_shown_all_the_same() -> None:
+    """Where every reward of a run is the same, no step has an intervention to draw."""
+    steps = pd.DataFrame({"step": [1, 2], "path": "p", "method": "m", "reward": 0.0})
+    steps[["rlsd/lambda", "rlsd/intervention", "rlsd/gap_mean"]] = 0.5, np.nan, 0.1
+    experiment = MagicMock()
+    experiment.config.epsilon_w = 0.2
+    for name in ("15_rlsd", "16_credits"):
+        (cell,) = [
+            c for c in _cells(name) if "assert" in c.source and "rlsd/intervention" in c.source
+        ]
+        shown = {"steps": steps, "plots": plots, "course": course, "Markdown": Markdown}
+        exec(cell.source, {**shown, "experiment": experiment, "display": MagicMock()})
+
+
+def _cells(name: str) -> list[Any]:
+    return nbformat.read(find_notebook(name), as_version=4).cells
 
 
 def test_an_own_credit_is_shown_aligned_trained_and_compared(tmp_path, smoke_run):
