@@ -18,7 +18,8 @@ function needs it names as a keyword: `lam`, `epsilon_w`, what the trainer knows
     reference_gap (N, T)      log pi_ref(y_t) - log P_S(y_t), nats
     teacher_entropy (N, T), contrast_kl (N, T)   of the functions of `divergence`
     rewards (N,), entropy (N, T), gate (a number)   see `methods.SIGNALS`
-    total (a function)        the sum over all processes of a number that each has of its own rollouts
+    total (a function)        the sum over all processes of a number that each has of its own rollouts;
+                              every process has to call it equally often
 
 and what only the caller of the trainer can give, `RLSDTrainer(signals=...)`,
 
@@ -44,12 +45,13 @@ Evidence = Callable[[Tensor, Tensor], Tensor]
 Credit = Callable[..., Tensor]
 Total = Callable[[Tensor], Tensor]
 
-# --- the paper -----------------------------------------------------------------------------------
-
 
 def alone(number: Tensor) -> Tensor:
     """The total of the only process."""
     return number
+
+
+# --- the paper -----------------------------------------------------------------------------------
 
 
 def uniform(
@@ -243,7 +245,7 @@ def rlcsd(
     A + rho stops at 0, so that the sign of A stays and 0 where A = 0. The published loss is the
     mean over the others plus `eta` times the mean over the selected, each by its own number of
     tokens in the batch; here the credit is scaled by those counts, so that one mean over all tokens
-    (`loss_type` "dapo" or "bnpo") gives that loss. Rows of one call therefore depend on each other,
+    (`loss_type` "dapo", on one process "bnpo" too) gives that loss. Rows of one call therefore depend on each other,
     and a few selected tokens get large credit. A deviation: the counts are of one call, a
     micro-batch of all processes, so that accumulation changes the credit. Defaults are the released
     code's; its scripts have tau 0.02, beta 1, clip 2. Needs `wrong_gaps` (K, N, T), K <= 4; other
@@ -511,7 +513,7 @@ def srpo_weight(
     routed = keep & (advantage <= 0)
     weight = torch.where(routed, (-beta * entropy).exp(), 0.0)
     mean = total(weight.sum()) / total(routed.sum(dtype=weight.dtype))
-    return torch.where(routed, weight / mean, 0.0)
+    return torch.where(routed, weight / mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
 
 
 def rewarded(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ SIGNALS = {
     "entropy": "the student",
     "group_success": "the rewards of the others of the group",
     "gate": "the student's entropy over the run",
-    "total": "the processes of the run",
+    "total": "the processes of the run, which have to call it equally often",
     "wrong_gaps": "the teacher, shown wrong_references other rows' references",
     "reference_gap": "TRL's reference model, which beta > 0 makes",
     "teacher_entropy": "the teacher of a method with a distillation term",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlsd_lib.credit import Credit, leave_one_out
+from rlsd_lib.credit import Credit, alone, leave_one_out
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.exact import right_chains
 from rlsd_lib.measure.intervals import student_interval
@@ -163,6 +163,7 @@ def _rollouts(
     kinds[:, : fillers.size(1)][fillers] = KINDS.index("fillers")
     kinds[place.expand_as(kinds) == oracle["first_error"][:, None]] = KINDS.index("first error")
     return {
+        "total": alone,
         "advantages": group_advantages(rewards, config.num_generations, config),
         "gap": told(references) - logps.detach(),
         "mask": mask,

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rlsd_lib import prompts
-from rlsd_lib.credit import leave_one_out
+from rlsd_lib.credit import alone, leave_one_out
 from rlsd_lib.divergence import forward_kl
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.logps import log_probabilities, of_tokens
@@ -212,7 +212,8 @@ def _known_signals(
 ) -> dict[str, Any]:
     """What credit functions and weights may ask for, by name, as `RLSDTrainer` would give it."""
     success = rewards >= config.success_reward_threshold
-    given = {"lam": config.lambda_init, "epsilon_w": config.epsilon_w, "gate": 1.0}
+    given: dict[str, Any] = {"lam": config.lambda_init, "epsilon_w": config.epsilon_w, "gate": 1.0}
+    given["total"] = alone
     given |= {"success": success, "rewards": rewards}
     if len(rewards) > 1:
         given["group_success"] = leave_one_out(success, len(rewards))

@@ -102,8 +102,10 @@ BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
 AT_ITS_RATE = {"learning_rate": 2e-4, "lab_per_seed": True}
 FIRST_LAB = {"preset": ("lab",), "max_steps": (80,), "overrides": (AT_ITS_RATE,)}
-# As their authors set them; but lambda stays, for the reason above, and two collapse at GRPO's rate.
-STAYS, SLOWEST, FASTER = {"lambda_decay_steps": 0}, *({"learning_rate": RATES[i]} for i in (0, -1))
+FASTER, SLOWEST = {"learning_rate": RATES[-1]}, {"learning_rate": RATES[0]}
+# As their authors set them; but lambda stays, for the reason above. Two collapse at GRPO's rate.
+STAYS = {"lambda_decay_steps": 0}
+COLLAPSING = ("antisd", "srpo")
 SUCCESSORS: dict[str, dict[str, Any]] = {
     "cepo": STAYS,
     "rlcsd": STAYS,
@@ -185,7 +187,7 @@ SUITES: dict[str, Suite] = {
             {"seed": (100,), **CREDIT, "notebook": ("13_sdpo",), "overrides": LOWER},
             _sweep(TOLD, **BESIDE),
             *(
-                _sweep(_credit(name), RATES[:3] if SLOWEST.items() <= s.items() else RATES[1:], **s)
+                _sweep(_credit(name), RATES[:3] if name in COLLAPSING else RATES[1:], **s)
                 for name, s in SUCCESSORS.items()
             ),
             # The paper trains OPSD at ten times the rate of GRPO.
@@ -211,7 +213,7 @@ SUITES: dict[str, Suite] = {
             {**LABS, **_credit("rlsd_negative_only", "rlsd_contrast"), "overrides": (WIDEST,)},
             _permuted(POSTERIOR, **FROZEN),
             *_controlled(HINDSIGHT, **FROZEN),
-            # At the best of their rates; the best of the other rows is GRPO's.
+            # These two also at half of GRPO's rate, their best on the validation lab.
             {**LABS, **HINDSIGHT, "overrides": ({**FROZEN, "learning_rate": 5e-5},)},
             {
                 **LABS,
@@ -234,7 +236,7 @@ SUITES: dict[str, Suite] = {
         "what `credits` suggested, on five labs that no choice has seen: the privileged baseline",
         [
             {**NEW_LABS, **GRPO},
-            # At GRPO's best rate, and at their own.
+            # At GRPO's best rate, and at the baseline's, twice as high.
             {**NEW_LABS, **RAFT, "overrides": ({}, FASTER)},
             *(
                 arm | NEW_LABS
