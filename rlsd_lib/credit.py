@@ -245,11 +245,11 @@ def rlcsd(
     A + rho stops at 0, so that the sign of A stays and 0 where A = 0. The published loss is the
     mean over the others plus `eta` times the mean over the selected, each by its own number of
     tokens in the batch; here the credit is scaled by those counts, so that one mean over all tokens
-    (`loss_type` "dapo", on one process "bnpo" too) gives that loss. Rows of one call therefore depend on each other,
-    and a few selected tokens get large credit. A deviation: the counts are of one call, a
-    micro-batch of all processes, so that accumulation changes the credit. Defaults are the released
-    code's; its scripts have tau 0.02, beta 1, clip 2. Needs `wrong_gaps` (K, N, T), K <= 4; other
-    shapes as in `rlsd`.
+    (`loss_type` "dapo", on one process "bnpo" too) gives that loss. Rows of one call therefore
+    depend on each other, and a few selected tokens get large credit. A deviation: the counts are of
+    one call, a micro-batch of all processes, so that accumulation changes the credit. Defaults are
+    the released code's; its scripts have tau 0.02, beta 1, clip 2. Needs `wrong_gaps` (K, N, T),
+    K <= 4; other shapes as in `rlsd`.
     """
     keep, advantage, evidence = _prepared(advantages, contrast(gap, wrong_gaps), mask)
     rho = (beta * lam * (evidence / tau).tanh()).clamp(-clip, clip)

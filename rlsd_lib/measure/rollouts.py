@@ -212,9 +212,8 @@ def _known_signals(
 ) -> dict[str, Any]:
     """What credit functions and weights may ask for, by name, as `RLSDTrainer` would give it."""
     success = rewards >= config.success_reward_threshold
-    given: dict[str, Any] = {"lam": config.lambda_init, "epsilon_w": config.epsilon_w, "gate": 1.0}
-    given["total"] = alone
-    given |= {"success": success, "rewards": rewards}
+    given = {"lam": config.lambda_init, "epsilon_w": config.epsilon_w, "gate": 1.0}
+    given |= {"success": success, "rewards": rewards, "total": alone}
     if len(rewards) > 1:
         given["group_success"] = leave_one_out(success, len(rewards))
     wrong = [_padded(compared, f"wrong {k}") for k in range(config.wrong_references)]

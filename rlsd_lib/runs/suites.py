@@ -241,10 +241,7 @@ SUITES: dict[str, Suite] = {
             *(
                 arm | NEW_LABS
                 for rate in ({}, FASTER)
-                for arm in (
-                    _permuted(BASELINE, **FROZEN, **rate),
-                    {**BASELINE, "overrides": ({**FROZEN, **rate},), "control": ("shuffled",)},
-                )
+                for arm in _controlled(BASELINE, **FROZEN, **rate)
             ),
         ],
     ),

@@ -109,15 +109,10 @@ def test_a_run_without_any_advantage_is_shown_all_the_same() -> None:
     experiment = MagicMock()
     experiment.config.epsilon_w = 0.2
     for name in ("15_rlsd", "16_credits"):
-        (cell,) = [
-            c for c in _cells(name) if "assert" in c.source and "rlsd/intervention" in c.source
-        ]
+        cells = nbformat.read(find_notebook(name), as_version=4).cells
+        (cell,) = [c for c in cells if "assert" in c.source and "rlsd/intervention" in c.source]
         shown = {"steps": steps, "plots": plots, "course": course, "Markdown": Markdown}
         exec(cell.source, {**shown, "experiment": experiment, "display": MagicMock()})
-
-
-def _cells(name: str) -> list[Any]:
-    return nbformat.read(find_notebook(name), as_version=4).cells
 
 
 def test_an_own_credit_is_shown_aligned_trained_and_compared(tmp_path, smoke_run):
