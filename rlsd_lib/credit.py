@@ -67,14 +67,13 @@ def scaled(advantages: Tensor, gap: Tensor, mask: Tensor, *, policy_weight: floa
     return policy_weight * uniform(advantages, gap, mask)
 
 
-def silent(
-    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float = 0.0, epsilon_w: float = 0.0
-) -> Tensor:
+def silent(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
     """No credit at all: pure distillation, where the reward is logged and not used. Zeros (N, T)."""
     _check_shapes(advantages, gap, mask)
     return torch.zeros_like(gap)
 
 
+@torch.no_grad()
 def rlsd(
     advantages: Tensor,
     gap: Tensor,
@@ -93,7 +92,11 @@ def rlsd(
     credit moves between its tokens and the rollout as a whole keeps its A.
     Returns (N, T), detached, nowhere against the sign of A, and 0 where A = 0.
     """
-    return _reweight(signed_evidence, advantages, gap, mask, lam, epsilon_w, log_clip, conserve)
+    keep, advantage, gap = _prepared(advantages, gap, mask)
+    weight = clipped_weight(signed_evidence(advantages, gap), epsilon_w, log_clip=log_clip)
+    if conserve:
+        weight = _mean_one(weight, keep)
+    return advantage * torch.where(keep, (1.0 - lam) + lam * weight, 1.0)
 
 
 def rlsd_neutral(
@@ -113,12 +116,12 @@ def rlsd_neutral(
     (unclipped, lam = 1). Group normalisation gives mean zero over a group and not at each prefix,
     so on real rollouts lam * Cov(A, w) remains. Shapes and options as in `rlsd`.
     """
-    return _reweight(neutral_evidence, advantages, gap, mask, lam, epsilon_w, log_clip, conserve)
+    signed = advantages.sign()[:, None] * gap.abs()  # so that `rlsd` takes the sign away again
+    how = {"log_clip": log_clip, "conserve": conserve}
+    return rlsd(advantages, signed, mask, lam=lam, epsilon_w=epsilon_w, **how)
 
 
-def sampled_distillation(
-    advantages: Tensor, gap: Tensor, mask: Tensor, *, lam: float = 1.0, epsilon_w: float = 0.0
-) -> Tensor:
+def sampled_distillation(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
     """Sampled-token self-distillation: A_t = Delta_t, the score-function form of reverse KL (Eq. 17).
 
     The reward does not enter. Masked positions get 0. Shapes as in `rlsd`.
@@ -356,8 +359,8 @@ def sdpg(
 
     The second term is minus the gradient of (alpha / 2) log(P_S / pi_ref)^2 as credit, equal to it
     while P_S is the policy that wrote the rollout; the sign of A may turn, and A = 0 gets credit.
-    Published with alpha 1e-3, beside 1e-3 times KL(P_S || P_T), optionally on `rewarded` rollouts
-    only. Needs `reference_gap` (N, T); other shapes as in `rlsd`; the gap is not used. pi_ref is
+    Published with alpha 1e-3, beside 1e-3 times KL(P_S || P_T), optionally where A > 0 only.
+    Needs `reference_gap` (N, T); other shapes as in `rlsd`; the gap is not used. pi_ref is
     TRL's reference model: with `beta = 0` there is none and the trainer's credit is plain A; with
     `beta > 0` TRL's own beta KL(P_S || pi_ref) comes on top of this pull.
     """
@@ -515,12 +518,6 @@ def srpo_weight(
     weight = torch.where(routed, (-beta * entropy).exp(), 0.0)
     mean = total(weight.sum()) / total(routed.sum(dtype=weight.dtype))
     return torch.where(routed, weight / mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
-
-
-def rewarded(advantages: Tensor, gap: Tensor, mask: Tensor) -> Tensor:
-    """1 on the tokens of rollouts with A > 0, else 0: SDPG's option (2606.04036). -> (N, T)."""
-    keep, advantage, gap = _prepared(advantages, gap, mask)
-    return (keep & (advantage > 0)).to(gap.dtype)
 
 
 @torch.no_grad()
@@ -695,25 +692,6 @@ def drift_sums(
 
 
 # --- shared by the functions above ---------------------------------------------------------------
-
-
-@torch.no_grad()
-def _reweight(
-    evidence: Evidence,
-    advantages: Tensor,
-    gap: Tensor,
-    mask: Tensor,
-    lam: float,
-    epsilon_w: float,
-    log_clip: bool,
-    conserve: bool,
-) -> Tensor:
-    """A ((1 - lam) + lam clip(exp(evidence))) inside the mask, A outside."""
-    keep, advantage, gap = _prepared(advantages, gap, mask)
-    weight = clipped_weight(evidence(advantages, gap), epsilon_w, log_clip=log_clip)
-    if conserve:
-        weight = _mean_one(weight, keep)
-    return advantage * torch.where(keep, (1.0 - lam) + lam * weight, 1.0)
 
 
 def _prepared(advantages: Tensor, gap: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

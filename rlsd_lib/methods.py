@@ -41,19 +41,26 @@ AGAINST_SIGN = (
 
 
 def keywords(function: Credit | None) -> dict[str, inspect.Parameter]:
-    """What a credit function takes after (advantages, gap, mask) that no partial binds, by name."""
+    """What a credit function takes after (advantages, gap, mask) that no partial binds, by name.
+
+    `**options` stand for `lam` and `epsilon_w`, which a function that has them can do without.
+    """
     if function is None:
         return {}
     bound = function.keywords if isinstance(function, partial) else {}
-    parameters = list(inspect.signature(function).parameters.items())[3:]
-    return {name: parameter for name, parameter in parameters if name not in bound}
+    found = {}
+    for name, parameter in list(inspect.signature(function).parameters.items())[3:]:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            option = parameter.replace(kind=parameter.KEYWORD_ONLY, default=None)
+            found |= {key: option for key in ("lam", "epsilon_w") if key not in found}
+        else:
+            found[name] = parameter
+    return {name: parameter for name, parameter in found.items() if name not in bound}
 
 
 def from_caller(function: Credit | None) -> set[str]:
     """Names without which a credit function cannot run and that only `signals` can give."""
-    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    options = keywords(function).items()
-    return {k for k, p in options if p.kind in named and p.default is p.empty} - set(SIGNALS)
+    return {k for k, p in keywords(function).items() if p.default is p.empty} - set(SIGNALS)
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,14 @@ def check_template(template: str) -> None:
             raise ValueError(f"privileged_template={template!r} has no {placeholder}. Add it.")
 
 
-def teacher_prompt(prompt: Prompt, context: str, template: str) -> Prompt:
+def teacher_prompt(prompt: Prompt, context: str | None, template: str) -> Prompt:
     """The prompt of the teacher: `prompt` with its last user turn rendered through `template`.
 
-    A multimodal turn keeps its images in place; the template wraps its last text part. Raises
-    ValueError if the prompt has no user turn, or the turn has no text.
+    A multimodal turn keeps its images in place; the template wraps its last text part. Without a
+    context the prompt stays. Raises ValueError if it has no user turn, or the turn has no text.
     """
+    if context is None:
+        return prompt
     if isinstance(prompt, str):
         return render(template, prompt, context)
     turns = [i for i, message in enumerate(prompt) if message["role"] == "user"]
@@ -187,13 +189,6 @@ def spelled(text: str | None, control: Collection[str]) -> str | None:
     for token in control if text else ():
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
-
-
-def copied(value: Any) -> Any:
-    """Lists and mappings copied at every level; what they hold, such as images, is shared."""
-    if isinstance(value, list):
-        return [copied(item) for item in value]
-    return {k: copied(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def text_of(completion: Completion) -> str:

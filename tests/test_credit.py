@@ -389,7 +389,6 @@ FORMULAS: dict[str, Callable[[Token], float]] = {
 }
 WEIGHTS: dict[str, Callable[[Token], float]] = {
     "srpo_weight": srpo_weight_token,
-    "rewarded": lambda k: float(k.a > 0),
     "opsd_value": value_token,
     "opsd_contrast": contrast_token,
     "opsd_value_contrast": lambda k: value_token(k) * contrast_token(k),
@@ -506,7 +505,7 @@ def test_rows_with_a_batch_count_give_parts_the_credit_of_the_whole_with_their_t
 
 def test_the_scale_of_a_weight_is_at_most_one_or_one_in_the_mean():
     b = batch_of(1, 3.0)
-    for name in ("rewarded", "opsd_value", "opsd_contrast", "opsd_value_contrast"):
+    for name in ("opsd_value", "opsd_contrast", "opsd_value_contrast"):
         weight = b.credit(ROWS[name])
         assert ((weight >= 0) & (weight <= 1)).all(), name
     routed = b.mask.bool() & (b.advantages <= 0)[:, None]

@@ -152,10 +152,8 @@ class Experiment:
         problem = self.task.test[row] if isinstance(row, int) else row
         sees = self.config.row.teacher_sees
         peer = "<a successful rollout of the same group>"
-        contexts = {PRIVILEGED: problem[COLUMN], PEER: peer}
-        seen = problem["prompt"]
-        if sees in contexts:
-            seen = teacher_prompt(seen, contexts[sees], self.config.privileged_template)
+        shown = {PRIVILEGED: problem[COLUMN], PEER: peer}.get(sees)
+        seen = teacher_prompt(problem["prompt"], shown, self.config.privileged_template)
         texts = {
             "student reads": prompt_text(problem["prompt"]),
             "teacher reads": "(no teacher)" if sees is None else prompt_text(seen),
@@ -254,9 +252,6 @@ class Experiment:
 
     def trainer(self) -> WorkbookTrainer:
         """The trainer of this run, which logs every step into the run directory."""
-        external = {"teacher_model": self.teacher_model} if self.teacher_model else {}
-        if signals := task_signals(self.model, self.task, self.tokenizer, self.config):
-            external["signals"] = signals
         trainer = WorkbookTrainer(
             self.model,
             [self.task.reward, self.task.leak],
@@ -264,7 +259,8 @@ class Experiment:
             self.task.train,
             processing_class=self.tokenizer,
             peft_config=LoraConfig(**self.preset.lora) if self.preset.lora else None,
-            **external,
+            teacher_model=self.teacher_model,
+            signals=task_signals(self.model, self.task, self.tokenizer, self.config),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Recorder(self.run, LiveCurve(self.run, self.config)))

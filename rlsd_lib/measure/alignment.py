@@ -8,6 +8,7 @@ function is judged in a minute. Whether the outcome follows is another question.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import pandas as pd
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlsd_lib.credit import Credit, alone, leave_one_out
 from rlsd_lib.measure.evaluate import sample
 from rlsd_lib.measure.exact import right_chains
+from rlsd_lib.measure.first_error import kinds_of
 from rlsd_lib.measure.intervals import student_interval
 from rlsd_lib.measure.logps import log_probabilities, padded
 from rlsd_lib.measure.oracle import error_signals, success_signals
@@ -29,7 +31,7 @@ from rlsd_lib.tasks.encode import messages_of
 from rlsd_lib.trainer.config import RLSDConfig
 
 CHAINS = 64  # right chains of a batch of the true gradient
-KINDS = ("first error", "after it", "fillers")  # of tokens of a failed rollout
+KINDS = ("first error", "after it", "filler", "other")  # of tokens of a failed rollout
 
 
 def alignment(
@@ -52,21 +54,13 @@ def alignment(
     Columns: `cosine` of a batch's gradient with that of the probability of a right chain, with its
     95 % interval over batches (`low`, `high`); `cosine of the mean` gradient of all batches;
     `noise / signal`, the trace of the gradient's covariance over its squared mean, both unbiased; the
-    shares of a failed rollout's absolute credit on its `first error`, `after it` and on `fillers`,
-    NaN without credit; and for all `halves of the truth`, the cosine of two halves of the true
-    gradient's estimate. Raises ValueError if the task cannot tell a right chain or a first error.
+    shares of a failed rollout's absolute credit on each of `KINDS`,
+    NaN without credit. Raises ValueError if the task cannot tell a right chain or a first error.
     """
-    if None in (task.right_chain, task.first_error, task.decisions, task.nuisance_mask):
-        raise ValueError(f"task {task.name!r} cannot tell right chains from wrong ones")
     parameters = [p for p in model.parameters() if p.requires_grad]
     count = batches * problems
     rows = [task.train[i % len(task.train)] for i in range(count)]
-    halves = [
-        _true_gradient(model, tokenizer, task, config, half, parameters, seed)
-        for half in (rows[::2], rows[1::2])
-    ]
-    truth = (halves[0] + halves[1]) / 2
-    certainty = torch.nn.functional.cosine_similarity(*halves, dim=0).item()
+    truth = _true_gradient(model, tokenizer, task, config, rows, parameters, seed)
     asks_for_wrong = any("wrong_gaps" in keywords(credit) for credit in credits.values())
     distinct = distinct_references(task.train[COLUMN][:]) if asks_for_wrong else []
     gradients: dict[str, list[Tensor]] = {name: [] for name in credits}
@@ -90,7 +84,6 @@ def alignment(
             "credit": name,
             **_compared(torch.stack(gradients[name]), truth),
             **dict(zip(KINDS, torch.cat(shares[name]).nanmean(dim=0).tolist(), strict=True)),
-            "halves of the truth": certainty,
         }
         for name in credits
     )
@@ -113,9 +106,10 @@ def _compared(gradients: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def _shares(blame: Tensor, kinds: Tensor) -> Tensor:
-    """The share of each failed rollout's blame (F, T) on each of `KINDS`: (F, 3)."""
+    """The share of each failed rollout's blame (F, T) on each of `KINDS`: (F, 4)."""
     total = blame.sum(dim=1)
-    return torch.stack([(blame * (kinds == k)).sum(dim=1) / total for k in range(3)], dim=1)
+    parts = [(blame * (kinds == k)).sum(dim=1) / total for k in range(len(KINDS))]
+    return torch.stack(parts, dim=1)
 
 
 def _rollouts(
@@ -156,12 +150,8 @@ def _rollouts(
     success, width = rewards >= config.success_reward_threshold, mask.size(1)
     oracle = error_signals(task, rows, texts, width)
     oracle |= success_signals(model, tokenizer, task, rows, ids, width=width, max_new_tokens=limit)
-    fillers = padded([task.nuisance_mask(text) for text in texts]).bool()
-    place = torch.arange(width)[None]
-    kinds = torch.full((len(rows), width), -1)
-    kinds[place.expand_as(kinds) > oracle["first_error"][:, None]] = KINDS.index("after it")
-    kinds[:, : fillers.size(1)][fillers] = KINDS.index("fillers")
-    kinds[place.expand_as(kinds) == oracle["first_error"][:, None]] = KINDS.index("first error")
+    named = map(kinds_of, repeat(task), texts, rows, map(len, ids))
+    kinds = padded([[KINDS.index(kind) for kind in row] for row in named])
     return {
         "total": alone,
         "advantages": group_advantages(rewards, config.num_generations, config),

@@ -24,11 +24,13 @@ class RightChains(LogitsProcessor):
     """Keeps generation on right chains, and the log-probability that the model would have.
 
     `log_kept` (N, P) is the sum of log P(allowed_t | y_<t) in nats over the tokens t at each position
-    of the chain, `log_weight` (N,) that over all tokens; `is_complete` (N,) says which rows have
-    come to their end token.
+    of the chain; `is_complete` (N,) says which rows have come to their end token. Raises ValueError
+    if the task cannot tell a right chain.
     """
 
     def __init__(self, task: Task, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+        if task.right_chain is None:
+            raise ValueError(f"task {task.name!r} cannot tell a right chain: draw samples instead")
         self.chains = [task.right_chain(row) for row in rows]
         self.ids, self.end = tokenizer.get_vocab(), tokenizer.eos_token_id
         self.texts = {index: text for text, index in self.ids.items()}
@@ -53,10 +55,6 @@ class RightChains(LogitsProcessor):
         kept = torch.where(self.is_complete, 0.0, log_mass.float().cpu())
         self.log_kept.scatter_add_(1, torch.tensor(positions)[:, None], kept[:, None])
         return scores.masked_fill(~allowed, -torch.inf)
-
-    @property
-    def log_weight(self) -> Tensor:
-        return self.log_kept.sum(dim=1)
 
     def _mask(self, tokens: frozenset[str], scores: Tensor) -> Tensor:
         if tokens not in self.masks:
@@ -83,8 +81,6 @@ def right_chains(
     temperature 1 is a right chain within `max_new_tokens`. `template` are arguments of the chat
     template. Raises ValueError if the task cannot tell a right chain.
     """
-    if task.right_chain is None:
-        raise ValueError(f"task {task.name!r} cannot tell a right chain; draw samples instead")
     completions, weights = [], []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
@@ -100,6 +96,6 @@ def right_chains(
             processors=[chains],
         )
         ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in ids])
-        weights += torch.where(ended, chains.log_weight.exp(), 0.0).tolist()
+        weights += torch.where(ended, chains.log_kept.sum(dim=1).exp(), 0.0).tolist()
         completions += ids
     return completions, np.array(weights)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from rlsd_lib.measure.intervals import Interval, bootstrap_interval
 from rlsd_lib.measure.rollouts import Rollout, token_frame
-from rlsd_lib.tasks import Task
+from rlsd_lib.tasks import Row, Task
 
 
 def first_errors(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
@@ -64,19 +64,22 @@ def credit_shares(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
 
 def _tokens(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
     """`token_frame`, and the `kind` of each token."""
-    kinds = [kind for rollout in rollouts for kind in _kinds(task, rollout)]
+    kinds = [
+        kind
+        for one in rollouts
+        for kind in kinds_of(task, one.completion, one.problem, len(one.tokens))
+    ]
     return token_frame(rollouts).assign(kind=kinds)
 
 
-def _kinds(task: Task, rollout: Rollout) -> list[str]:
-    """Of each token "first error", "after it", "filler" or "other", as the end token is."""
+def kinds_of(task: Task, completion: str, problem: Row, count: int) -> list[str]:
+    """Of each of `count` tokens "first error", "after it", "filler" or "other", as its end is."""
     error = None
-    failed = not task.verify(rollout.completion, rollout.problem)
-    if task.first_error is not None and failed:
-        error = task.first_error(rollout.completion, rollout.problem)
-    fillers = task.nuisance_mask(rollout.completion) if task.nuisance_mask else []
+    if task.first_error is not None and not task.verify(completion, problem):
+        error = task.first_error(completion, problem)
+    fillers = task.nuisance_mask(completion) if task.nuisance_mask else []
     kinds = ["filler" if is_filler else "other" for is_filler in fillers]
-    kinds += ["other"] * (len(rollout.tokens) - len(kinds))
+    kinds += ["other"] * (count - len(kinds))
     if error is None or error >= len(kinds):
         return kinds
     after = ["after it" if kind == "other" else kind for kind in kinds[error + 1 :]]

@@ -55,8 +55,6 @@ def success_signals(
     after each. `completions` are token ids with their end token. Raises ValueError if the task
     cannot tell a right chain.
     """
-    if task.right_chain is None:
-        raise ValueError(f"task {task.name!r} cannot tell a right chain: no value to know")
     drawn = RightChains(task, rows, tokenizer)
     prompts = [messages_of(row) for row in rows]
     settings = {"max_new_tokens": max_new_tokens, "batch_size": len(rows), "processors": [drawn]}

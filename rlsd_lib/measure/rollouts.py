@@ -6,6 +6,7 @@ the trainer's own `RLSDConfig`. The teacher is the model itself (a `live` teache
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -90,11 +91,7 @@ def look(
     pairs = zip(config.reward_weights or [1.0], (task.reward, task.leak), strict=False)
     rewards = sum(weight * torch.tensor(reward(texts, **columns)) for weight, reward in pairs)
     contexts = _contexts(config, problem, texts, rewards.tolist())
-
-    def shown(text: str | None) -> prompts.Prompt:
-        template = config.privileged_template
-        return prompt if text is None else prompts.teacher_prompt(prompt, text, template)
-
+    shown = partial(prompts.teacher_prompt, prompt, template=config.privileged_template)
     seen = list(map(shown, contexts))
     wrong = list(map(shown, _wrong_contexts(config, task, problem)))
     compared = [

@@ -66,7 +66,7 @@ WORDS = {
 HEADINGS = {"low": "95 % interval from", "high": "to", "gap": "gap, nats", "place": "token number"}
 HEADINGS |= {"rank": "rank, 0 for the most negative", "auroc_gap": "share of other tokens above it"}
 HEADINGS |= {"noise / signal": "variance of a batch's gradient / its squared mean"}
-HEADINGS |= {"first error": "blame on the first error, share", "fillers": "on filler words"}
+HEADINGS |= {"first error": "blame on the first error, share", "filler": "on filler words"}
 HEADINGS |= {"accuracy_greedy": "accuracy, greedy", "leak_rate": "leak rate"}
 HEADINGS |= {"right_chain": "probability of a right chain"}
 # Columns that a narrow screen can do without, the first of them first.

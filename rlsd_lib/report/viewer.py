@@ -103,17 +103,11 @@ def read_rollouts(
 
 def _table(step: int, shown: list[Shown]) -> pd.DataFrame:
     """A row per token of all rollouts."""
-    frames = []
-    for number, each in enumerate(shown):
-        whole = {
-            "step": step,
-            "rollout": number,
-            "reward": each.reward,
-            "advantage": each.advantage,
-        }
-        own = {"position": range(len(each.tokens)), "token": each.tokens}
-        frames.append(pd.DataFrame({**whole, **own, "token advantage": each.credit}))
-    return pd.concat(frames, ignore_index=True)
+    table = pd.DataFrame(shown).rename(columns={"tokens": "token", "credit": "token advantage"})
+    table = table.explode(["token", "token advantage"]).rename_axis("rollout").reset_index()
+    table = table.assign(step=step, position=table.groupby("rollout").cumcount())
+    columns = ["step", "rollout", "reward", "advantage", "position", "token", "token advantage"]
+    return table[columns].astype({"token advantage": float})
 
 
 def _track(trainer: RLSDTrainer, table: pd.DataFrame) -> None:

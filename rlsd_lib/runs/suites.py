@@ -72,7 +72,7 @@ LABS = {"seed": FIVE_SEEDS, **CREDIT}
 # Labs 7 and 10 start below 0.05 right chains: their pretraining failed.
 NEW_LABS = {"seed": (5, 6, 8, 9, 11), **CREDIT}
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
-LOWER = tuple({"learning_rate": rate} for rate in (6e-6, 1.25e-5))  # where SDPO does not collapse
+LOWER = (6e-6, 1.25e-5)  # where SDPO does not collapse
 
 
 def _credit(*methods: str) -> dict[str, Sequence[Any]]:
@@ -101,8 +101,8 @@ PERMUTED = {"permute_credit": True}
 BESIDE = {**FROZEN, "policy_weight": 1.0}
 # The first lab at the rates at which a review found it learning best, with a lab for each seed.
 AT_ITS_RATE = {"learning_rate": 2e-4, "lab_per_seed": True}
-FIRST_LAB = {"preset": ("lab",), "max_steps": (80,), "overrides": (AT_ITS_RATE,)}
-FASTER, SLOWEST = {"learning_rate": RATES[-1]}, {"learning_rate": RATES[0]}
+FIRST_LAB = {"seed": FIVE_SEEDS, **LAB, "max_steps": (80,), "overrides": (AT_ITS_RATE,)}
+SLOWEST, SLOWER, _, FASTER = ({"learning_rate": rate} for rate in RATES)
 # As their authors set them; but lambda stays, for the reason above. Two collapse at GRPO's rate.
 STAYS = {"lambda_decay_steps": 0}
 COLLAPSING = ("antisd", "srpo")
@@ -150,7 +150,7 @@ SUITES: dict[str, Suite] = {
             {**LABS, **ORACLE},
             {**LABS, **TRUE_VALUE},
             {**LABS, **RAFT},
-            {**LABS, **RLSD, "overrides": ({}, WIDEST, {**WIDEST, "learning_rate": 5e-5})},
+            {**LABS, **RLSD, "overrides": ({}, WIDEST, {**WIDEST, **SLOWER})},
             {**LABS, **RLSD, "overrides": (WIDEST,), "control": ("shuffled",)},
             {**LABS, **RLSD, "overrides": (EMPTY,), "control": ("empty",)},
             {**LABS, "notebook": ("11_opd", "12_opsd", "13_sdpo")},
@@ -174,7 +174,7 @@ SUITES: dict[str, Suite] = {
             *map(_sweep, (GRPO, ORACLE, TRUE_VALUE, RLSD, {"notebook": ("11_opd",)}, OPSD)),
             _sweep(RLSD, **WIDEST),
             *(_sweep(OPSD, **kind) for kind in (FRESH, EMA)),
-            _sweep({"notebook": ("13_sdpo",)}),
+            _sweep({"notebook": ("13_sdpo",)}, (*LOWER, *RATES)),
             *(
                 _sweep({"notebook": ("14_grpo_opsd",)}, distillation_weight=w)
                 for w in (0.03, 0.1, 0.3)
@@ -184,27 +184,21 @@ SUITES: dict[str, Suite] = {
             _sweep(BASELINE, (*RATES, 4e-4), **FROZEN),
             _sweep(RAFT, (*RATES[1:], 4e-4)),
             *(_sweep(_credit(name), **WIDEST) for name in ("rlsd_negative_only", "rlsd_contrast")),
-            {"seed": (100,), **CREDIT, "notebook": ("13_sdpo",), "overrides": LOWER},
             _sweep(TOLD, **BESIDE),
             *(
                 _sweep(_credit(name), RATES[:3] if name in COLLAPSING else RATES[1:], **s)
                 for name, s in SUCCESSORS.items()
             ),
             # The paper trains OPSD at ten times the rate of GRPO.
-            {"seed": (100,), **CREDIT, **OPSD, "overrides": ({"learning_rate": 1e-3},)},
+            _sweep(OPSD, (1e-3,)),
         ],
     ),
     "headroom": Suite(
         "what knowing the first error, or the teacher's value, gains on the first lab",
         [
-            {"seed": FIVE_SEEDS, **FIRST_LAB, **GRPO},
-            {"seed": FIVE_SEEDS, **FIRST_LAB, **ORACLE},
-            {
-                "seed": FIVE_SEEDS,
-                **FIRST_LAB,
-                **BASELINE,
-                "overrides": ({**AT_ITS_RATE, **FROZEN},),
-            },
+            {**FIRST_LAB, **GRPO},
+            {**FIRST_LAB, **ORACLE},
+            {**FIRST_LAB, **BASELINE, "overrides": ({**AT_ITS_RATE, **FROZEN},)},
         ],
     ),
     "credits": Suite(
@@ -214,12 +208,8 @@ SUITES: dict[str, Suite] = {
             _permuted(POSTERIOR, **FROZEN),
             *_controlled(HINDSIGHT, **FROZEN),
             # These two also at half of GRPO's rate, their best on the validation lab.
-            {**LABS, **HINDSIGHT, "overrides": ({**FROZEN, "learning_rate": 5e-5},)},
-            {
-                **LABS,
-                **_credit("rlsd_negative_only"),
-                "overrides": ({**WIDEST, "learning_rate": 5e-5},),
-            },
+            {**LABS, **HINDSIGHT, "overrides": ({**FROZEN, **SLOWER},)},
+            {**LABS, **_credit("rlsd_negative_only"), "overrides": ({**WIDEST, **SLOWER},)},
             *_controlled(TOLD, **BESIDE),
             *(
                 # Two labs say enough of what ends at 0 at each of its rates.
@@ -248,7 +238,7 @@ SUITES: dict[str, Suite] = {
     "faults": Suite(
         "OPSD's two faults mended apart and together, beside `headroom`: three teachers, two references",
         [
-            {"seed": FIVE_SEEDS, **FIRST_LAB, **arm, "preset": preset, "overrides": overrides}
+            {**FIRST_LAB, **arm, "preset": preset, "overrides": overrides}
             for arm in (OPSD, MENDED)
             for preset, overrides in (
                 (("lab",), tuple({**AT_ITS_RATE, **kind} for kind in (FROZEN, FRESH, EMA))),

@@ -5,18 +5,17 @@ when it does not depend on r: `direction_spread`, how far the directions lie apa
 `direction_information`, how many values of r can be told apart, all of them by however faint a trace.
 """
 
-from itertools import product
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from rlsd_lib import credit
+from rlsd_lib.divergence import forward_kl, student_top1, teacher_top1
 
-from .distillation import softmax_scores
 from .evidence import evidence
-from .worlds import SequenceWorld, entropy, prefix_indices, reach
+from .worlds import SequenceWorld, entropy, reach
 
+LOSSES = {"opsd": forward_kl, "teacher_top1": teacher_top1, "student_top1": student_top1}
 CREDITS = {"grpo": credit.uniform, "rlsd": credit.rlsd, "rlsd_neutral": credit.rlsd_neutral}
 
 
@@ -26,32 +25,11 @@ def normalised_advantages(reward: Tensor, prob: Tensor) -> Tensor:
     return centred / (prob * centred.square()).sum().sqrt()
 
 
-def full_pull(teacher: Tensor, student: Tensor) -> Tensor:
-    """Full OPSD: minus the gradient of KL(P_T || P_S), P_T - P_S. (m, V), (V,) -> (m, V)."""
-    return teacher - student
-
-
-def teacher_top1_pull(teacher: Tensor, student: Tensor) -> Tensor:
-    """Teacher's Top-1: grad log P_S of the teacher's favourite token. Shapes as `full_pull`."""
-    return softmax_scores(student)[teacher.argmax(-1)]
-
-
-def student_top1_pull(teacher: Tensor, student: Tensor) -> Tensor:
-    """Student's Top-1: P_T(v*) / P_S(v*) times grad log P_S(v*), v* the student's favourite."""
-    best = student.argmax()
-    return (teacher[:, best] / student[best]).unsqueeze(-1) * softmax_scores(student)[best]
-
-
-PULLS = {"opsd": full_pull, "teacher_top1": teacher_top1_pull, "student_top1": student_top1_pull}
-
-
 def token_credit(
     world: SequenceWorld, reward: Tensor, method: str, lam: float, epsilon_w: float
 ) -> Tensor:
     """A_hat_t of every r and completion: reward (V**T,) -> (m, V**T, T)."""
-    gaps = evidence(world)
-    count = gaps[-1].shape[-1]
-    gap = torch.stack([g.repeat_interleave(count // g.shape[-1], dim=1) for g in gaps], dim=-1)
+    gap = _along(evidence(world), len(reward))
     advantages = normalised_advantages(reward, reach(world.student)[-1])
     rows = gap.flatten(0, 1)
     advantages = advantages.repeat(len(world.prior))
@@ -63,20 +41,25 @@ def updates(
     world: SequenceWorld, reward: Tensor, method: str, *, lam: float = 1.0, epsilon_w: float = 0.2
 ) -> Tensor:
     """Ascent direction of every (r, completion) in the logits of all prefixes: (m, V**T, D)."""
-    vocab, length = world.student[0].shape[-1], len(world.student)
-    starts = [sum(vocab ** (k + 1) for k in range(t)) for t in range(length + 1)]
-    out = torch.zeros(len(world.prior), vocab**length, starts[-1], dtype=torch.float64)
+    sizes = [step.numel() for step in world.student]
     hat = token_credit(world, reward, method, lam, epsilon_w) if method in CREDITS else None
-    for index, tokens in enumerate(product(range(vocab), repeat=length)):
-        for t, row in enumerate(prefix_indices(tokens, vocab)):
-            student, teacher = world.student[t][row], world.teacher[t][:, row]
-            if hat is None:
-                local = PULLS[method](teacher, student)
-            else:
-                local = hat[:, index, t].unsqueeze(-1) * softmax_scores(student)[tokens[t]]
-            begin = starts[t] + row * vocab
-            out[:, index, begin : begin + vocab] = local
-    return out
+
+    def objective(logits: Tensor) -> Tensor:
+        parts = zip(logits.split(sizes), world.student, strict=True)
+        log_ps = [part.view_as(step).log_softmax(-1) for part, step in parts]
+        if hat is not None:
+            return (hat * _along([log_p.flatten() for log_p in log_ps], len(reward))).sum(-1)
+        pairs = zip(world.teacher, log_ps, strict=True)
+        losses = [LOSSES[method](p.log(), log_p.expand_as(p)) for p, log_p in pairs]
+        return -_along(losses, len(reward)).sum(-1)
+
+    return torch.func.jacrev(objective)(torch.cat([step.log().flatten() for step in world.student]))
+
+
+def _along(per_prefix: list[Tensor], count: int) -> Tensor:
+    """Values of every prefix along each of `count` completions: (..., V**t) each -> (..., count, T)."""
+    values = [x.repeat_interleave(count // x.shape[-1], dim=-1) for x in per_prefix]
+    return torch.stack(values, dim=-1)
 
 
 def direction_spread(prior: Tensor, prob: Tensor, updates: Tensor) -> Tensor:

@@ -41,12 +41,8 @@ def random_simplex(generator: torch.Generator, *shape: int, sharpness: float = 1
 
 def random_world(seed: int, m: int = 3, vocab: int = 4, sharpness: float = 1.0) -> World:
     """A one-position world with m values of r; student and teachers are unrelated."""
-    generator = torch.Generator().manual_seed(seed)
-    return World(
-        random_simplex(generator, m),
-        random_simplex(generator, m, vocab, sharpness=sharpness),
-        random_simplex(generator, vocab, sharpness=sharpness),
-    )
+    world = random_sequence_world(seed, m, vocab, 1, sharpness)
+    return World(world.prior, world.teacher[0][:, 0], world.student[0][0])
 
 
 def random_sequence_world(

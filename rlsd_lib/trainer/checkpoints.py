@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset, Value
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.trainer_utils import sort_checkpoints
 
 from rlsd_lib.prompts import prompt_text
 from rlsd_lib.trainer import sharded, states
@@ -176,7 +177,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
 
 def last_checkpoint(output_dir: str | Path, *, whole: bool = False) -> Path | None:
     """The newest complete, or `whole`, checkpoint; warnings name what is passed over."""
-    for path in _newest_first(Path(output_dir)):
+    for path in map(Path, reversed(sort_checkpoints(output_dir))):
         if not (path / MARK).is_file():
             logger.warning("%s has no %s: incomplete, ignored", path, MARK)
             continue
@@ -210,11 +211,6 @@ def check_weights(
         )
 
 
-def _newest_first(output_dir: Path) -> list[Path]:
-    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
-
-
 def _prints(folder: Path) -> dict[str, list[Any]]:
     """Size and SHA-256 of every file below `folder` but the list itself, by relative name."""
     mine = (MARK, f".{MARK}", UNDER_WAY)
@@ -237,12 +233,12 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _refusal(folder: Path, how: str) -> ValueError:
-    found = _newest_first(folder.parent)
-    after = found.index(folder) + 1 if folder in found else len(found)
-    older = [path for path in found[after:] if (path / MARK).exists()]
+    found = sort_checkpoints(folder.parent)  # oldest first
+    before = found.index(str(folder)) if str(folder) in found else 0
+    older = [path for path in found[:before] if Path(path, MARK).exists()]
     way = "There is no older checkpoint: begin anew (rlsd run: --if-exists overwrite)"
     if older:
-        way = f"The next older checkpoint is {older[0]}: resume it (rlsd run: --if-exists resume-older)"
+        way = f"The next older checkpoint is {older[-1]}: resume it (rlsd run: --if-exists resume-older)"
     return ValueError(f"{folder}{how}. {way}.")
 
 

@@ -308,9 +308,7 @@ def check_asked(what: str, function: Credit, args: RLSDConfig, signals: Any) -> 
     """
     signature, options = inspect.signature(function), methods.keywords(function)
     asked = [name for name in options if name in methods.SIGNALS]
-    if any(p.kind is p.VAR_KEYWORD for p in options.values()):
-        asked += [key for key in ("lam", "epsilon_w") if key not in asked]
-    others = [k for k, p in options.items() if k not in asked and p.kind is not p.VAR_KEYWORD]
+    others = [name for name in options if name not in asked]
     first = list(signature.parameters)[:3]
     try:
         if first != ["advantages", "gap", "mask"] == sorted(first):

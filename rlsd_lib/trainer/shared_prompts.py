@@ -90,12 +90,6 @@ def why_not(model: nn.Module, accelerator: Accelerator) -> str | None:
     return None
 
 
-def check_possible(model: nn.Module, accelerator: Accelerator) -> None:
-    """Refuse to share a model's prompts by ValueError where `why_not` has a reason."""
-    if (reason := why_not(model, accelerator)) is not None:
-        raise ValueError(f"teacher_pass='shared' cannot be used here: {reason}. Use 'auto'.")
-
-
 def try_score(
     teacher: nn.Module,
     seen: Prompts,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, recursively_apply
 from datasets import Dataset
 from torch import Tensor, nn
 from trl import GRPOTrainer
@@ -50,12 +50,14 @@ class TeacherPass(GRPOTrainer):
     (N, T), and what `signals` returns. All are tensors, so that they follow their rollouts through
     TRL's shuffle.
 
-    `asked` are the names that credit and weight may be given, `distinct` the references that wrong
-    ones are drawn from. The subclass sets both, and `signals`, before this constructor runs.
+    `functions` are the credit and the weight, `asked` the names that they may be given, `distinct`
+    the references that wrong ones are drawn from. The subclass sets them, and `signals`, before this
+    constructor runs.
     """
 
     asked: Sequence[str] = ()
     distinct: Sequence[str] = ()
+    functions: Sequence[Credit] = ()
     signals: Signals | None = None
 
     def __init__(
@@ -99,7 +101,11 @@ class TeacherPass(GRPOTrainer):
                 upstream.drop_empty_images(external)
             checks.check_teacher(self.model, external, self._tokenizer, teacher_model, args)
         if args.teacher_pass == SHARED:
-            shared_prompts.check_possible(self.teacher.model, self.accelerator)
+            reason = shared_prompts.why_not(self.teacher.model, self.accelerator)
+            if reason is not None:
+                raise ValueError(
+                    f"teacher_pass='shared' cannot be used here: {reason}. Use 'auto'."
+                )
 
     # Rollouts, and what TRL knows of them
 
@@ -123,8 +129,9 @@ class TeacherPass(GRPOTrainer):
         self, inputs: list, prompts: list, completions: list, completion_ids_list: list
     ) -> Tensor:
         # The final messages, observations and images included: TRL does not return them.
-        # Copies, for a reward function may change what it is given.
-        self._final_prompts, self._completions = map(texts.copied, (prompts, completions))
+        # A reward function may change what it is given: lists and mappings are made anew.
+        kept = recursively_apply(lambda leaf: leaf, (prompts, completions))
+        self._final_prompts, self._completions = kept
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode, step = "train" if self.model.training else "eval", self.state.global_step
         names = self.reward_func_names
@@ -166,12 +173,8 @@ class TeacherPass(GRPOTrainer):
         with checks.on_every_rank():
             ids = output["completion_ids"]
             given = self.signals(inputs, ids, states.loss_mask(output))
-            checks.check_signals(given, ids.shape, self._functions())
+            checks.check_signals(given, ids.shape, self.functions)
         return {f"{states.SIGNAL}{name}": value.to(ids.device) for name, value in given.items()}
-
-    def _functions(self) -> list[Credit]:
-        """The credit function and the weight of this run."""
-        raise NotImplementedError
 
     def _add_scores(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
         """Let the teacher score the rollouts of TRL's dictionary, and add what it says."""
@@ -293,8 +296,7 @@ class TeacherPass(GRPOTrainer):
         return Prompts(read, self._pad_left(read, pad_id), self._pad_left(mask, 0), types, cut)
 
     def _seen(self, prompt: Prompt, context: str | None) -> Prompt:
-        template = self.args.privileged_template
-        return prompt if context is None else texts.teacher_prompt(prompt, context, template)
+        return texts.teacher_prompt(prompt, context, self.args.privileged_template)
 
     def _pad_left(self, rows: list[list[int]], value: int) -> Tensor:
         how = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}

@@ -105,6 +105,7 @@ class RLSDTrainer(TeacherPass, Named):
             reward_funcs, args, train_dataset, teacher_model, rollout_func, environment_factory
         )
         self.credit, self.signals = credit, signals
+        self.functions = [credit or args.credit, *filter(None, [args.weight])]
         if credit is not None:
             self._asked = checks.check_credit(credit, args, signals)
         else:
@@ -210,9 +211,8 @@ class RLSDTrainer(TeacherPass, Named):
         if self.log_means(credits.gap_sums(gap, mask) | sums, broken):
             self._check_finite(teacher, inputs["prompt_ids"], "teacher")
             self._check_finite(logps, inputs["prompt_ids"], "student")
-        if self.teacher is None:
-            return credited
-        if (age := self.teacher.age(self.state.global_step)) is not None:
+        age = None if self.teacher is None else self.teacher.age(self.state.global_step)
+        if age is not None:
             self._metrics["train"]["rlsd/teacher_age"].append(age)
         return credited
 
@@ -225,7 +225,7 @@ class RLSDTrainer(TeacherPass, Named):
         shuffle: Callable[[Credit], Credit],
     ) -> tuple[Tensor, Sums]:
         """Token advantages (N, T) by the run's credit function, and what is logged of them."""
-        args, function = self.args, self._functions()[0]
+        args, function = self.args, self.functions[0]
         asked = {name: known[name] for name in self._asked if name in known}
 
         def assign(verdicts: Tensor) -> Tensor:
@@ -250,10 +250,6 @@ class RLSDTrainer(TeacherPass, Named):
         log_clip = args.weight_clip == "log"
         weights = credits.weight_sums(log_weight, mask, args.epsilon_w, log_clip=log_clip)
         return credited, weights | sums
-
-    def _functions(self) -> list[Credit]:
-        weight = [] if self.args.weight is None else [self.args.weight]
-        return [self.credit or self.args.credit, *weight]
 
     def _known_signals(self, inputs: dict[str, Any], student: Tensor) -> dict[str, Any]:
         """Everything that a credit function or a weight may be given, by name."""

@@ -50,6 +50,7 @@ def mends(library: str, version: str, where: str) -> Callable[[Any], Any]:
 
 # --- TRL: the LM head on a CPU -------------------------------------------------------------------
 
+TILES = chunked_logprob, "TOKEN_CHUNK_SIZE"
 TILE = 128  # tokens per logits tile: the fastest and smallest of those measured, outputs/LOG.md
 
 
@@ -71,7 +72,7 @@ class CompletionHead:
         """Cut inside, if `wanted` and on a CPU, where the backward pass, which recomputes, belongs."""
         self.applies = wanted and self.saves
         try:
-            with tiles_of(TILE) if self.applies else nullcontext():
+            with patch.object(*TILES, TILE) if self.applies else nullcontext():
                 yield
         finally:
             self.applies = False
@@ -79,10 +80,6 @@ class CompletionHead:
     def wrap(self, model: nn.Module, length: int) -> Callable[..., Any]:
         """`model`, or a function that calls it with the head on its last `length` tokens."""
         return completions_only(model, length) if self.applies and can_cut(model) else model
-
-
-def tiles_of(tokens: int) -> AbstractContextManager:
-    return patch.object(chunked_logprob, "TOKEN_CHUNK_SIZE", tokens)
 
 
 def can_cut(model: nn.Module) -> bool:
@@ -107,7 +104,7 @@ def completions_only(model: nn.Module, length: int) -> Callable[..., Any]:
 
         handle = causal_lm(model).base_model.register_forward_hook(cut)
         try:
-            with tiles_of(tile):
+            with patch.object(*TILES, tile):
                 return model(labels=labels[:, kept], **inputs)
         finally:
             handle.remove()

@@ -48,7 +48,7 @@ def test_signs_and_shares_are_those_of_the_credit(setting):
     assert table.loc["against", "cosine"] == pytest.approx(-table.loc["grpo", "cosine"])
     assert table.loc["grpo", "cosine"] > 0
     assert table.loc["oracle", "first error"] == pytest.approx(1.0)
-    assert table.loc["oracle", ["after it", "fillers"]].tolist() == [0.0, 0.0]
+    assert table.loc["oracle", ["after it", "filler"]].tolist() == [0.0, 0.0]
     assert table.loc["silent"].isna().sum() >= 3
     # The true advantage puts no blame behind an error.
     assert table.loc["value", "after it"] == 0.0
@@ -70,5 +70,5 @@ def test_the_true_gradient_is_what_reinforcement_tends_to(setting):
 def test_a_task_that_does_not_know_its_chains_is_refused(setting):
     model, tokenizer, _, config = setting
     task = load_task("chain_sum", train_size=2, test_size=2, seed=0)
-    with pytest.raises(ValueError, match="cannot tell right chains"):
+    with pytest.raises(ValueError, match="cannot tell a right chain"):
         alignment(model, tokenizer, task, config, {"grpo": credit.uniform})

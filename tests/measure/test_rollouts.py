@@ -11,6 +11,7 @@ from dense import script
 from rlsd_lib import METHODS, RLSDTrainer
 from rlsd_lib.divergence import divergence
 from rlsd_lib.measure import rollouts as lens
+from rlsd_lib.methods import PRIVILEGED, Method
 from rlsd_lib.tasks import Task
 
 
@@ -155,6 +156,20 @@ def test_every_method_can_be_looked_at(tmp_path, task):
         assert len(frame) == sum(len(r.gap) for r in rollouts), method
         assert frame.notna().all().all(), method
         assert all(any(r.credit) or any(r.divergence) for r in rollouts), method
+
+
+def test_a_credit_with_options_is_given_lambda_and_the_clip(tmp_path, monkeypatch, task):
+    asked = {}
+
+    def mine(advantages, gap, mask, **options):
+        asked.update(options)
+        return advantages[:, None] + 0 * gap
+
+    monkeypatch.setitem(
+        METHODS, "mine", Method("of a reader", credit=mine, teacher_sees=PRIVILEGED)
+    )
+    lens.look(tiny.model(), tiny.tokenizer(), task, 0, tiny.config(tmp_path, method="mine"))
+    assert asked == {"lam": 0.5, "epsilon_w": 0.2}
 
 
 def test_a_look_samples_as_training_does_and_leaves_no_trace(tmp_path, task):

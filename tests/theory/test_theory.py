@@ -194,14 +194,17 @@ def test_updates_are_gradients_of_the_method(seed, vocab, length):
 @given(seeds, sizes, sizes)
 @few
 def test_top1_pulls_are_weighted_scores(seed, m, vocab):
-    world = wo.random_world(seed, m, vocab)
-    scores = di.softmax_scores(world.student)
-    best = int(world.student.argmax())
-    teacher = bandwidth.teacher_top1_pull(world.teacher, world.student)
-    same(teacher, scores[world.teacher.argmax(-1)])
-    ratios = world.teacher[:, best] / world.student[best]
-    student = bandwidth.student_top1_pull(world.teacher, world.student)
-    same(student, torch.outer(ratios, scores[best]))
+    world = wo.random_sequence_world(seed, m, vocab, 1)
+    teacher, student = world.teacher[0][:, 0], world.student[0][0]
+    scores, best = di.softmax_scores(student), int(student.argmax())
+    pulls = {
+        "opsd": teacher - student,
+        "teacher_top1": scores[teacher.argmax(-1)],
+        "student_top1": torch.outer(teacher[:, best] / student[best], scores[best]),
+    }
+    for method, pull in pulls.items():  # whatever the one token was
+        found = bandwidth.updates(world, torch.arange(vocab, dtype=torch.float64), method)
+        same(found, pull[:, None].expand_as(found))
 
 
 @given(seeds)

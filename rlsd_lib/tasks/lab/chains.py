@@ -7,6 +7,7 @@ own. So a policy has many separate things to learn from rewards, not one tempera
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations_with_replacement, product
 from random import Random
 from typing import NamedTuple
 
@@ -20,13 +21,8 @@ SLIPS = (-10, -2, -1, 1, 2, 10)  # a wrong sum differs by one of these: in the d
 
 def facts_of(columns: Iterable[int]) -> list[Fact]:
     """Return the facts of these columns, 110 for each."""
-    return [
-        (c, a, b, carry)
-        for c in columns
-        for a in range(10)
-        for b in range(a, 10)
-        for carry in (0, 1)
-    ]
+    pairs = combinations_with_replacement(range(10), 2)
+    return [(c, a, b, carry) for c, (a, b), carry in product(columns, pairs, (0, 1))]
 
 
 class Belief(NamedTuple):
