@@ -24,9 +24,8 @@ from peft import LoraConfig, get_peft_model
 
 from rlsd_lib import RLSDTrainer
 from rlsd_lib.trainer import checkpoints
-from rlsd_lib.trainer import trainer as module
 
-# What is about to be called when the process is killed; some are functions of a module.
+# What is about to be called when the process is killed: methods, and `FUNCTIONS` of the module.
 PHASES = (
     "_generate",
     "_calculate_rewards",
@@ -35,13 +34,14 @@ PHASES = (
     "_get_grad_norm",
     "log",
     "_save_checkpoint",
-    "save_rollouts",
+    "_save_rollouts",
     "save_model",
     "_save_optimizer_and_scheduler",
     "_save_rng_state",
     "seal",
     "rotate_checkpoints",
 )
+FUNCTIONS = ("seal", "rotate_checkpoints")
 KINDS: dict[str, dict[str, Any]] = {
     "grpo": {"method": "grpo"},
     "snapshot": {"teacher_sync_steps": 2},
@@ -116,8 +116,7 @@ def train(folder: Path, kind: str, shape: str, killed_at: tuple[str, int] | None
 
 def before(trainer: RLSDTrainer, name: str, action: Callable[[], object]) -> None:
     """Do something whenever `name` of `PHASES` is about to be called."""
-    ours = checkpoints if name in ("seal", "save_rollouts") else trainer
-    home = module if name.startswith("rotate") else ours
+    home = checkpoints if name in FUNCTIONS else trainer
     wrapped = getattr(home, name)
 
     def called(*args: Any, **kwargs: Any) -> Any:

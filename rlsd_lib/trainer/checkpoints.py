@@ -8,9 +8,11 @@ another.
 import hashlib
 import json
 import logging
+import math
 import re
+import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,10 +25,17 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset, Value
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    TrainOutput,
+    get_last_checkpoint,
+    rotate_checkpoints,
+    sort_checkpoints,
+)
+from trl import GRPOTrainer
 
 from rlsd_lib.prompts import prompt_text
-from rlsd_lib.trainer import sharded, states
+from rlsd_lib.trainer import sharded, states, upstream
 from rlsd_lib.trainer.checks import on_every_rank
 
 PYTHON = "{}.{}".format(*sys.version_info)
@@ -46,6 +55,150 @@ GROWS = ("max_steps", "num_train_epochs")
 UNDER_WAY = "checkpoint-is-incomplete.txt"
 
 logger = logging.getLogger(__name__)
+
+
+class Resumable(GRPOTrainer):
+    """GRPO whose resumed run is the same run, bit by bit, or is refused; keeps the teacher too.
+
+    `changes` lists the settings that resumes changed, by the step from which they hold;
+    `fixed_weights` is `print_of_fixed`.
+    """
+
+    teacher: Any = None  # the `Teacher`, which `TeacherPass` makes
+    changes: Sequence[dict[str, Any]] = ()
+    _checkpoint: str | None = None
+    _saved: Path | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Once: later, parameters may be sharded, merged or released.
+        self.fixed_weights = print_of_fixed(self)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As the parent's; a resumed run is the same run, bit by bit, or it is refused.
+
+        Another call without a checkpoint copies the student anew: steps and teacher age start at 0.
+        `changes` lists the settings that resumes changed, by the step from which they hold. Raises
+        ValueError on every rank, if a file of the checkpoint is missing or damaged, if it is of a run
+        with other settings, model, rows or rewards, if it has no teacher state, or if an earlier call
+        released a teacher that this one needs; FloatingPointError on every rank, if weights or
+        gradient are no longer finite.
+        """
+        given = resume_from_checkpoint
+        if given is True:
+            folder = self.args.output_dir
+            given = last_checkpoint(folder) or get_last_checkpoint(folder) or True
+        self._checkpoint = str(given) if given and given is not True else None
+        self._settings, self.changes = settings_of(self), []
+        # Of an earlier call: rollouts that it had not used up, and where it was in them.
+        self._step, self._buffered_inputs = 0, None
+        if self._checkpoint is not None:
+            self._restore(Path(self._checkpoint))
+        output = super().train(self._checkpoint or given, *args, **kwargs)
+        check_weights(self.model, self.state.global_step, self.accelerator)
+        return output
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            return  # stopped after its last step; the parent would make one more
+        upstream.order_of_epoch(self._sampler, kwargs["epoch"])
+        super()._run_epoch(**kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As the parent's; refuses a gradient that would destroy the weights. Collective."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # In float16 an infinite gradient lowers the loss scale, and the step is left out.
+        known = norm is not None and self.accelerator.mixed_precision != "fp16"
+        if known and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient's norm is {float(norm)} at step {self.state.global_step}. Nothing is "
+                f"saved of that step; checkpoints under {self.args.output_dir} are intact."
+            )
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step, output_dir = self.state.global_step, self._get_output_dir(trial)
+        self._saved = folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        own = [] if self.teacher is None else self.teacher.trained_weights(self.model)
+        check_weights(self.model, step, self.accelerator, own)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            (folder / MARK).unlink(missing_ok=True)
+        if self.teacher is not None:
+            self.teacher.save(folder, step)
+        self._save_rollouts(folder)
+        with upstream.without_rotation():
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            facts = {"step": step, "settings": self._settings, "changes": self.changes}
+            seal(folder, **facts)
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir, limit, best, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The parent asks for it in the midst of saving: what is pushed shall be whole.
+        if (Path(checkpoint_folder) / MARK).exists():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.teacher is not None and self.teacher.adapter is not None and folder != self._saved:
+            # PEFT writes every adapter; the trained model is the student alone.
+            shutil.rmtree(folder / self.teacher.adapter, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        whole = not sharded.is_sharded(self.accelerator)
+        if self.teacher is not None and self.teacher.adapter is not None and whole:
+            student = self.accelerator.unwrap_model(self.model)
+            upstream.load_trained_adapter(student, resume_from_checkpoint)
+
+    def _restore(self, folder: Path) -> None:
+        """Judge a checkpoint, and restore the rollouts of its midst. Collective, and raises so."""
+        content, differ = None, {}
+        with on_every_rank():
+            if self.args.sync_ref_model:
+                raise ValueError(
+                    "sync_ref_model=True: the reference model has moved, and no checkpoint holds it. "
+                    "Train without interruption, or leave it False."
+                )
+            if self.accelerator.is_main_process:  # one reads, for all of them
+                is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+                apart = is_deepspeed or sharded.is_sharded(self.accelerator)
+                content = check(folder, sharded_state=apart)
+            if content is not None:
+                differ = changed(folder, content["settings"], self._settings)
+        content, differ = broadcast_object_list([content, differ])
+        if content is None:
+            return
+        now = [{"step": content["step"], **differ}] if differ else []
+        self.changes = [*content["changes"], *now]
+        file = folder / ROLLOUTS.format(rank=self.accelerator.process_index)
+        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        self._step, self._served = state["step"], range(*state["served"])
+        self._buffered_inputs, self._teacher_head = state["inputs"], state["head"]
+
+    def _save_rollouts(self, folder: Path) -> None:
+        """Write the rollouts that later steps will use again, and how far they are used."""
+        midway = self._step % self._micro_steps_served() != 0
+        state = {
+            "step": self._step,
+            "served": [self._served.start, self._served.stop],
+            "inputs": self._buffered_inputs if midway else None,
+            "head": self._teacher_head if midway else None,
+        }
+        torch.save(state, folder / ROLLOUTS.format(rank=self.accelerator.process_index))
 
 
 def seal(folder: Path, **facts: Any) -> None:
@@ -114,44 +267,6 @@ def changed(
                 "with the same, or begin anew."
             )
     return differ
-
-
-def restore(trainer: Any, folder: Path) -> None:
-    """Judge a checkpoint, and restore the rollouts of its midst. Collective, and raises so."""
-    content, differ = None, {}
-    with on_every_rank():
-        if trainer.args.sync_ref_model:
-            raise ValueError(
-                "sync_ref_model=True: the reference model has moved, and no checkpoint holds it. "
-                "Train without interruption, or leave it False."
-            )
-        if trainer.accelerator.is_main_process:  # one reads, for all of them
-            is_deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-            apart = is_deepspeed or sharded.is_sharded(trainer.accelerator)
-            content = check(folder, sharded_state=apart)
-        if content is not None:
-            differ = changed(folder, content["settings"], trainer._settings)
-    content, differ = broadcast_object_list([content, differ])
-    if content is None:
-        return
-    now = [{"step": content["step"], **differ}] if differ else []
-    trainer.changes = [*content["changes"], *now]
-    file = folder / ROLLOUTS.format(rank=trainer.accelerator.process_index)
-    state = torch.load(file, map_location=trainer.accelerator.device, weights_only=True)
-    trainer._step, trainer._served = state["step"], range(*state["served"])
-    trainer._buffered_inputs, trainer._teacher_head = state["inputs"], state["head"]
-
-
-def save_rollouts(trainer: Any, folder: Path) -> None:
-    """Write the rollouts that later steps will use again, and how far they are used."""
-    midway = trainer._step % trainer._micro_steps_served() != 0
-    state = {
-        "step": trainer._step,
-        "served": [trainer._served.start, trainer._served.stop],
-        "inputs": trainer._buffered_inputs if midway else None,
-        "head": trainer._teacher_head if midway else None,
-    }
-    torch.save(state, folder / ROLLOUTS.format(rank=trainer.accelerator.process_index))
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """`RLSDTrainer`: what changes against `trl.GRPOTrainer`, and nothing else.
 
 Rollouts, rewards, group advantages, losses, clipping, KL, entropy and vLLM are TRL's. `TeacherPass`
-lets a teacher score the sampled tokens. Here, in the loss, the advantage (N,) becomes a token
-advantage (N, T) by the method's credit function, and some methods add a divergence between teacher
-and student.
+lets a teacher score the sampled tokens, `Resumable` keeps checkpoints. Here, in the loss, the
+advantage (N,) becomes a token advantage (N, T) by the method's credit function, and some methods add
+a divergence between teacher and student.
 """
 
 import copy
-import math
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    TrainOutput,
-    get_last_checkpoint,
-    rotate_checkpoints,
-)
 
 from rlsd_lib import credit as credits
 from rlsd_lib.credit import Credit, Sums
 from rlsd_lib.divergence import divergence
 from rlsd_lib.names import Named
-from rlsd_lib.trainer import checkpoints, checks, sharded, states, upstream
+from rlsd_lib.trainer import checkpoints, checks, states, upstream
+from rlsd_lib.trainer.checkpoints import Resumable
 from rlsd_lib.trainer.config import SAMPLED, RLSDConfig
 from rlsd_lib.trainer.teacher_pass import Signals, TeacherPass
 
@@ -37,7 +30,7 @@ from rlsd_lib.trainer.teacher_pass import Signals, TeacherPass
 GATE_SHARE, GATE_STEPS = 0.93, 10
 
 
-class RLSDTrainer(TeacherPass, Named):
+class RLSDTrainer(Resumable, TeacherPass, Named):
     """GRPO whose token advantages are shaped by a teacher that sees privileged information.
 
     A drop-in for [`~trl.GRPOTrainer`] with one more dataset column (str), `privileged_context` or
@@ -121,11 +114,6 @@ class RLSDTrainer(TeacherPass, Named):
             args = copy.copy(args)  # the caller's stay as they are
             args.lambda_warmup_steps = args.lambda_decay_steps = 0
         self._pending: dict[str, Any] | None = None
-        self._checkpoint: str | None = None
-        self._saved: Path | None = None
-        self._sampler: Any = None
-        self._settings: dict[str, Any] = {}
-        self.changes: list[dict[str, Any]] = []
         super().__init__(
             model,
             reward_funcs,
@@ -143,8 +131,6 @@ class RLSDTrainer(TeacherPass, Named):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        # Once: later, parameters may be sharded, merged or released.
-        self.fixed_weights = checkpoints.print_of_fixed(self)
         if self.teacher is not None:
             self.add_callback(TeacherCallback(self))
 
@@ -315,102 +301,10 @@ class RLSDTrainer(TeacherPass, Named):
         self.log_means({"divergence": (per_token.detach().sum(), mask.sum())})
         return (self.args.distillation_weight or self.args.row.distillation_weight) * loss
 
-    # Checkpoints
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
-        """As the parent's; a resumed run is the same run, bit by bit, or it is refused.
-
-        Another call without a checkpoint copies the student anew: steps and teacher age start at 0.
-        `changes` lists the settings that resumes changed, by the step from which they hold. Raises
-        ValueError on every rank, if a file of the checkpoint is missing or damaged, if it is of a run
-        with other settings, model, rows or rewards, if it has no teacher state, or if an earlier call
-        released a teacher that this one needs; FloatingPointError on every rank, if weights or
-        gradient are no longer finite.
-        """
-        given = resume_from_checkpoint
-        if given is True:
-            folder = self.args.output_dir
-            given = checkpoints.last_checkpoint(folder) or get_last_checkpoint(folder) or True
-        self._checkpoint = str(given) if given and given is not True else None
-        self._settings, self.changes = checkpoints.settings_of(self), []
-        # Of an earlier call: rollouts that it had not used up, and where it was in them.
-        self._step, self._buffered_inputs = 0, None
-        if self._checkpoint is not None:
-            checkpoints.restore(self, Path(self._checkpoint))
-        output = super().train(self._checkpoint or given, *args, **kwargs)
-        checkpoints.check_weights(self.model, self.state.global_step, self.accelerator)
-        return output
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._sampler = super()._get_train_sampler(dataset)
-        return self._sampler
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
-            return  # stopped after its last step; the parent would make one more
-        upstream.order_of_epoch(self._sampler, kwargs["epoch"])
-        super()._run_epoch(**kwargs)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """As the parent's; refuses a gradient that would destroy the weights. Collective."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        # In float16 an infinite gradient lowers the loss scale, and the step is left out.
-        known = norm is not None and self.accelerator.mixed_precision != "fp16"
-        if known and not math.isfinite(norm):
-            raise FloatingPointError(
-                f"The gradient's norm is {float(norm)} at step {self.state.global_step}. Nothing is "
-                f"saved of that step; checkpoints under {self.args.output_dir} are intact."
-            )
-        return norm
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        step, output_dir = self.state.global_step, self._get_output_dir(trial)
-        self._saved = folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        own = [] if self.teacher is None else self.teacher.trained_weights(self.model)
-        checkpoints.check_weights(self.model, step, self.accelerator, own)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.args.should_save:
-            (folder / checkpoints.MARK).unlink(missing_ok=True)
-        if self.teacher is not None:
-            self.teacher.save(folder, step)
-        checkpoints.save_rollouts(self, folder)
-        with upstream.without_rotation():
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            facts = {"step": step, "settings": self._settings, "changes": self.changes}
-            checkpoints.seal(folder, **facts)
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(output_dir, limit, best, use_mtime=True)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        self.accelerator.wait_for_everyone()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The parent asks for it in the midst of saving: what is pushed shall be whole.
-        if (Path(checkpoint_folder) / checkpoints.MARK).exists():
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             upstream.complete_card(Path(self.args.output_dir, "README.md"))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        if self.teacher is not None and self.teacher.adapter is not None and folder != self._saved:
-            # PEFT writes every adapter; the trained model is the student alone.
-            shutil.rmtree(folder / self.teacher.adapter, ignore_errors=True)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        whole = not sharded.is_sharded(self.accelerator)
-        if self.teacher is not None and self.teacher.adapter is not None and whole:
-            student = self.accelerator.unwrap_model(self.model)
-            upstream.load_trained_adapter(student, resume_from_checkpoint)
 
 
 class CreditCallback(TrainerCallback):

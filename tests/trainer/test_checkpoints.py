@@ -339,9 +339,8 @@ def test_what_may_change_is_recorded_with_its_step(copied: Path, trained: Path) 
 def test_a_step_goes_through_every_phase_of_the_kill_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("seal", "save_rollouts"):  # put back at the end
+    for name in kills.FUNCTIONS:  # put back at the end
         monkeypatch.setattr(kills.checkpoints, name, getattr(kills.checkpoints, name))
-    monkeypatch.setattr(kills.module, "rotate_checkpoints", kills.module.rotate_checkpoints)
     trainer = kills.made(tmp_path, "snapshot", "one epoch")
     called: set[str] = set()
     for phase in kills.PHASES:
