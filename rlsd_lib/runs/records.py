@@ -38,8 +38,8 @@ class Runs(NamedTuple):
     steps: pd.DataFrame
 
     def of_preset(self, preset: str) -> "Runs":
-        """Return the runs of one preset."""
-        return Runs(*(frame[frame["preset"] == preset] for frame in self))
+        """Return the runs of one preset, and those that are planned and have not told theirs."""
+        return Runs(*(frame[frame["preset"].isin([preset, None])] for frame in self))
 
 
 def read_runs(folder: str | Path) -> Runs:

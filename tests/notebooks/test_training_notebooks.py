@@ -219,6 +219,13 @@ def test_the_report_shows_every_table_and_figure_and_hides_no_run(tmp_path, smok
     assert {"rollout_best", "rollout_worst"} <= pictures
 
 
+def test_a_report_without_grpo_and_rlsd_compares_with_the_first_method(tmp_path, smoke_run, capsys):
+    smoke_run(tmp_path / "distilled" / "12_opsd", "12_opsd")
+    with forked_kernels():
+        assert main(["report", str(tmp_path / "distilled")]) == 0
+    assert "accuracy - opsd" in Path(capsys.readouterr().out.split()[0]).read_text()
+
+
 def test_leakage_is_measured_on_the_saved_models_of_finished_runs(tmp_path, smoke_run):
     folders = {name: tmp_path / name for name in ("methods", "controls")}
     smoke_run(folders["methods"] / "grpo", "10_grpo")

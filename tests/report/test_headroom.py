@@ -1,5 +1,7 @@
 """Who learns faster: rollouts to a threshold, arms against one, and the best rates."""
 
+import json
+
 import numpy as np
 import pytest
 import synthetic
@@ -71,6 +73,16 @@ def test_a_run_that_never_got_there_gives_a_bound_and_no_verdict(tmp_path):
     assert any(note.startswith("rlsd: 1 runs never reached it") for note in table.notes)
     with pytest.raises(ValueError, match="arms are: grpo, opd, rlsd"):
         compared(runs, "oracle")
+
+
+def test_a_run_that_a_suite_has_planned_and_not_started_is_named(tmp_path):
+    for method in ("grpo", "rlsd"):
+        write(tmp_path, method, 0, rise=50)
+    plan = {"command": "rlsd suite paper", "runs": ["rlsd-0.0001-0", "rlsd-0.0001-1"]}
+    (tmp_path / "suite.json").write_text(json.dumps({"plans": [plan]}))
+    notes = "\n".join(compared(read_runs(tmp_path).of_preset("lab")).notes)
+    assert "2 of 3 runs" in notes
+    assert "INCOMPLETE, 1 left out: rlsd-0.0001-1 (not started)" in notes
 
 
 def test_one_seed_settles_nothing(tmp_path):
