@@ -43,7 +43,7 @@ AGAINST_SIGN = (
 def keywords(function: Credit | None) -> dict[str, inspect.Parameter]:
     """What a credit function takes after (advantages, gap, mask) that no partial binds, by name.
 
-    `**options` stand for `lam` and `epsilon_w`, which a function that has them can do without.
+    `**options` count as an optional `lam` and `epsilon_w`; `*more` is never filled.
     """
     if function is None:
         return {}
@@ -53,7 +53,7 @@ def keywords(function: Credit | None) -> dict[str, inspect.Parameter]:
         if parameter.kind is parameter.VAR_KEYWORD:
             option = parameter.replace(kind=parameter.KEYWORD_ONLY, default=None)
             found |= {key: option for key in ("lam", "epsilon_w") if key not in found}
-        else:
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
             found[name] = parameter
     return {name: parameter for name, parameter in found.items() if name not in bound}
 

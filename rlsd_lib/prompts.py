@@ -191,6 +191,13 @@ def spelled(text: str | None, control: Collection[str]) -> str | None:
     return text
 
 
+def copied(value: Any) -> Any:
+    """Lists and mappings copied at every level; what they hold, such as images, is shared."""
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    return {k: copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def text_of(completion: Completion) -> str:
     """Return the text of a completion given as a string or as chat messages."""
     if isinstance(completion, str):

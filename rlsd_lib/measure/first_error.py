@@ -73,7 +73,7 @@ def _tokens(task: Task, rollouts: Sequence[Rollout]) -> pd.DataFrame:
 
 
 def kinds_of(task: Task, completion: str, problem: Row, count: int) -> list[str]:
-    """Of each of `count` tokens "first error", "after it", "filler" or "other", as its end is."""
+    """The kind of each of `count` tokens: "first error", "after it", "filler", "other" (its end)."""
     error = None
     if task.first_error is not None and not task.verify(completion, problem):
         error = task.first_error(completion, problem)

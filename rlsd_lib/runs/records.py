@@ -39,7 +39,9 @@ class Runs(NamedTuple):
 
     def of_preset(self, preset: str) -> "Runs":
         """Return the runs of one preset, and those that are planned and have not told theirs."""
-        return Runs(*(frame[frame["preset"].isin([preset, None])] for frame in self))
+        return Runs(
+            *(frame[frame["preset"].isna() | (frame["preset"] == preset)] for frame in self)
+        )
 
 
 def read_runs(folder: str | Path) -> Runs:

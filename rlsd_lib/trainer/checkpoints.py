@@ -58,16 +58,18 @@ logger = logging.getLogger(__name__)
 
 
 class Resumable(GRPOTrainer):
-    """GRPO whose resumed run is the same run, bit by bit, or is refused; keeps the teacher too.
+    """GRPO that saves the teacher too, and whose resumed run is the same, bit by bit, or refused.
 
-    `changes` lists the settings that resumes changed, by the step from which they hold;
-    `fixed_weights` is `print_of_fixed`.
+    For a class with `TeacherPass` behind it, which sets `credit` and `signals`. `changes` lists the
+    settings that resumes changed, by the step from which they hold; `fixed_weights` is
+    `print_of_fixed`.
     """
 
     teacher: Any = None  # the `Teacher`, which `TeacherPass` makes
     changes: Sequence[dict[str, Any]] = ()
     _checkpoint: str | None = None
     _saved: Path | None = None
+    _sampler: Any = None  # streamed rows have none
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object, recursively_apply
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from trl import GRPOTrainer
@@ -51,7 +51,7 @@ class TeacherPass(GRPOTrainer):
     TRL's shuffle.
 
     `functions` are the credit and the weight, `asked` the names that they may be given, `distinct`
-    the references that wrong ones are drawn from. The subclass sets them, and `signals`, before this
+    the references that wrong ones are drawn from. The subclass has them, and `signals`, before this
     constructor runs.
     """
 
@@ -129,9 +129,8 @@ class TeacherPass(GRPOTrainer):
         self, inputs: list, prompts: list, completions: list, completion_ids_list: list
     ) -> Tensor:
         # The final messages, observations and images included: TRL does not return them.
-        # A reward function may change what it is given: lists and mappings are made anew.
-        kept = recursively_apply(lambda leaf: leaf, (prompts, completions))
-        self._final_prompts, self._completions = kept
+        # Copies, for a reward function may change what it is given.
+        self._final_prompts, self._completions = map(texts.copied, (prompts, completions))
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode, step = "train" if self.model.training else "eval", self.state.global_step
         names = self.reward_func_names

@@ -98,7 +98,6 @@ class RLSDTrainer(Resumable, TeacherPass, Named):
             reward_funcs, args, train_dataset, teacher_model, rollout_func, environment_factory
         )
         self.credit, self.signals = credit, signals
-        self.functions = [credit or args.credit, *filter(None, [args.weight])]
         if credit is not None:
             self._asked = checks.check_credit(credit, args, signals)
         else:
@@ -133,6 +132,11 @@ class RLSDTrainer(Resumable, TeacherPass, Named):
         )
         if self.teacher is not None:
             self.add_callback(TeacherCallback(self))
+
+    @property
+    def functions(self) -> list[Credit]:
+        """The credit function of this run, and the weight of its distillation term if it has one."""
+        return [self.credit or self.args.credit, *filter(None, [self.args.weight])]
 
     # Loss
 
