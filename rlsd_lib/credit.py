@@ -116,7 +116,8 @@ def rlsd_neutral(
     (unclipped, lam = 1). Group normalisation gives mean zero over a group and not at each prefix,
     so on real rollouts lam * Cov(A, w) remains. Shapes and options as in `rlsd`.
     """
-    signed = advantages.sign()[:, None] * gap.abs()  # so that `rlsd` takes the sign away again
+    # Signed, so that `rlsd` takes the sign away again.
+    signed = advantages.sign()[:, None] * neutral_evidence(advantages, gap)
     how = {"log_clip": log_clip, "conserve": conserve}
     return rlsd(advantages, signed, mask, lam=lam, epsilon_w=epsilon_w, **how)
 
