@@ -54,8 +54,8 @@ def alignment(
     Columns: `cosine` of a batch's gradient with that of the probability of a right chain, with its
     95 % interval over batches (`low`, `high`); `cosine of the mean` gradient of all batches;
     `noise / signal`, the trace of the gradient's covariance over its squared mean, both unbiased; the
-    shares of a failed rollout's absolute credit on each of `KINDS`,
-    NaN without credit. Raises ValueError if the task cannot tell a right chain or a first error.
+    shares of a failed rollout's absolute credit on each of `KINDS`, NaN without credit. Raises
+    ValueError if the task cannot tell a right chain or a first error.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     count = batches * problems
